@@ -1,0 +1,57 @@
+"""Rewards to advantages: how much better an image is than its epoch, or than earlier images of its prompt."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+
+def batch_advantages(rewards: np.ndarray) -> np.ndarray:
+    """`(r - mean) / (std + 1e-8)` over all rewards [B], with the population's std."""
+    return (rewards - rewards.mean()) / (rewards.std() + 1e-8)
+
+
+class PerPromptStatTracker:
+    """Mean and std of each prompt's last rewards (arXiv 2305.13301, appendix D.4).
+
+    Args:
+        buffer_size: rewards to remember for each prompt.
+        min_count: rewards that a prompt needs before its own statistics replace the batch's.
+    """
+
+    def __init__(self, buffer_size: int, min_count: int) -> None:
+        self.buffer_size = buffer_size
+        self.min_count = min_count
+        self.stats: dict[str, deque[float]] = {}
+
+    def update(self, prompts: Sequence[str], rewards: Any) -> np.ndarray:
+        """Remembers `rewards` [B] of `prompts` and returns their advantages [B]."""
+        rewards = np.asarray(rewards, dtype=np.float32)
+        names = np.asarray(prompts, dtype=object)
+        advantages = np.empty_like(rewards)
+        for prompt in dict.fromkeys(prompts):
+            mine = names == prompt
+            seen = self.stats.setdefault(prompt, deque(maxlen=self.buffer_size))
+            seen.extend(rewards[mine])
+            reference = rewards if len(seen) < self.min_count else np.array(seen, dtype=np.float32)
+            advantages[mine] = (rewards[mine] - reference.mean()) / (reference.std() + 1e-6)
+        return advantages
+
+    def get_stats(self) -> dict[str, dict[str, Any]]:
+        """mean, std and count of each prompt's remembered rewards."""
+        return {
+            prompt: {"mean": np.mean(seen), "std": np.std(seen), "count": len(seen)}
+            for prompt, seen in self.stats.items()
+        }
+
+    def state_dict(self) -> dict[str, list[float]]:
+        return {prompt: [float(reward) for reward in seen] for prompt, seen in self.stats.items()}
+
+    def load_state_dict(self, state: dict[str, list[float]]) -> None:
+        self.stats = {
+            prompt: deque((np.float32(reward) for reward in seen), maxlen=self.buffer_size)
+            for prompt, seen in state.items()
+        }

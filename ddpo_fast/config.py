@@ -1,0 +1,238 @@
+"""`DDPOConfig`: TRL's fields, names and defaults, with rules that fail before any model is loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import numbers
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional, Union
+
+
+def _option(default: Any, text: str, **metadata: Any) -> Any:
+    return field(default=default, metadata={"help": text, **metadata})
+
+
+def _mapping(text: str) -> Any:
+    return field(default_factory=dict, metadata={"help": f"{text} On the command line: a JSON object."})
+
+
+# `Union[dict, str]` and `Optional` spelled so: HfArgumentParser then takes the option as a string of JSON
+Mapping = Optional[Union[dict, str]]  # noqa: UP007, UP045
+
+
+@dataclass
+class DDPOConfig:
+    """Settings of a `DDPOTrainer`: every field of TRL 0.23.1's `DDPOConfig` with its default, then ours.
+
+    Works with `transformers.HfArgumentParser`. Raises `ValueError` (`ImportError` for a missing package) in one
+    sentence that names the field, its value and the remedy.
+    """
+
+    exp_name: str = _option(Path(sys.argv[0]).stem, "Name of this experiment (default: the script's name).")
+    run_name: str = _option("", "Name of this run: the folder under `logdir` that it writes to.")
+    seed: int = _option(0, "Random seed.")
+    log_with: Optional[str] = _option(  # noqa: UP045
+        None, "Tracker to log to, beside metrics.jsonl.", choices=["wandb", "tensorboard"]
+    )
+    tracker_kwargs: Mapping = _mapping("Keyword arguments for the tracker (e.g. wandb_project).")
+    accelerator_kwargs: Mapping = _mapping("Keyword arguments for the accelerator.")
+    project_kwargs: Mapping = _mapping("Keyword arguments for accelerate's ProjectConfiguration (e.g. project_dir).")
+    tracker_project_name: str = _option("trl", "Name of the project in the tracker.")
+    logdir: str = _option("logs", "Top-level folder that runs are written to.")
+    num_epochs: int = _option(100, "Number of epochs to train.")
+    save_freq: int = _option(1, "Number of epochs between checkpoints.")
+    num_checkpoint_limit: int = _option(5, "Number of checkpoints to keep; the oldest goes first.")
+    mixed_precision: str = _option("fp16", "Precision of the networks: no, fp16 or bf16. Latents stay in fp32.")
+    allow_tf32: bool = _option(True, "Allow TF32 matrix products on Ampere and newer GPUs.")
+    resume_from: str = _option("", "Checkpoint, or folder with checkpoints, to resume from.")
+    sample_num_steps: int = _option(50, "Number of denoising steps when sampling.")
+    sample_eta: float = _option(1.0, "Eta of the DDIM sampler: the share of DDPM's noise, above 0 and at most 1.")
+    sample_guidance_scale: float = _option(5.0, "Classifier-free guidance weight; 1 or less means no guidance.")
+    sample_batch_size: int = _option(1, "Images per sampling batch and process.")
+    sample_num_batches_per_epoch: int = _option(2, "Sampling batches per epoch and process.")
+    train_batch_size: int = _option(1, "Images per training batch and process.")
+    train_use_8bit_adam: bool = _option(False, "Use bitsandbytes' 8-bit AdamW.")
+    train_learning_rate: float = _option(3e-4, "Learning rate.")
+    train_adam_beta1: float = _option(0.9, "Adam beta1.")
+    train_adam_beta2: float = _option(0.999, "Adam beta2.")
+    train_adam_weight_decay: float = _option(1e-4, "Adam weight decay.")
+    train_adam_epsilon: float = _option(1e-8, "Adam epsilon.")
+    train_gradient_accumulation_steps: int = _option(1, "Training batches whose gradients make one update.")
+    train_max_grad_norm: float = _option(1.0, "Largest gradient norm; longer gradients are scaled down.")
+    train_num_inner_epochs: int = _option(1, "Passes over an epoch's samples.")
+    train_cfg: bool = _option(True, "Use classifier-free guidance in training too.")
+    train_adv_clip_max: float = _option(5.0, "Advantages are clipped to plus and minus this.")
+    train_clip_range: float = _option(1e-4, "PPO clip range.")
+    train_timestep_fraction: float = _option(1.0, "Fraction of each image's timesteps to train on.")
+    per_prompt_stat_tracking: bool = _option(False, "Normalise rewards with running statistics of each prompt.")
+    per_prompt_stat_tracking_buffer_size: int = _option(16, "Rewards to remember for each prompt.")
+    per_prompt_stat_tracking_min_count: int = _option(16, "Rewards a prompt needs before its own statistics are used.")
+    async_reward_computation: bool = _option(False, "Compute rewards in worker threads.")
+    max_workers: int = _option(2, "Worker threads for asynchronous rewards.")
+    negative_prompts: str = _option("", "Negative prompt; commas separate its parts.")
+    push_to_hub: bool = _option(False, "Push the final model to the Hub.")
+
+    # not in TRL
+    output_dir: Optional[str] = _option(  # noqa: UP045
+        None, "Folder that the run writes to (default: project_kwargs['project_dir'], or a new one under `logdir`)."
+    )
+    train_micro_batch_size: Optional[int] = _option(  # noqa: UP045
+        None, "(image, timestep) pairs per UNet call; the gradient does not depend on it (default: train_batch_size)."
+    )
+    train_warmup_steps: int = _option(0, "Updates over which the learning rate rises linearly.")
+    train_recompute_log_probs: bool = _option(
+        False, "Score the samples again with training's own forward pass before the first update of an epoch."
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("tracker_kwargs", "accelerator_kwargs", "project_kwargs"):
+            setattr(self, name, _parsed_mapping(name, getattr(self, name)))
+        if not isinstance(self.negative_prompts, (str, type(None))):
+            self.negative_prompts = ", ".join(self.negative_prompts)
+        self.check()
+        if self.train_use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
+            raise ImportError("train_use_8bit_adam needs bitsandbytes: `pip install bitsandbytes`, or set it to False")
+
+    def check(self) -> None:
+        """Checks every field's type and range and the rules across fields (the trainer calls it again)."""
+        for names, fits, demand in _RULES:
+            for name in names.split():
+                if not fits(getattr(self, name)):
+                    raise ValueError(f"{name} is {getattr(self, name)!r} but must be {demand}")
+        if self.num_train_timesteps < 1:
+            raise ValueError(
+                f"train_timestep_fraction is {self.train_timestep_fraction!r}: of sample_num_steps="
+                f"{self.sample_num_steps} it leaves no timestep to train on; use at least {1 / self.sample_num_steps:g}"
+            )
+        message = self.batch_size_problem()
+        if message:
+            raise ValueError(message)
+
+    def batch_size_problem(self, num_processes: int = 1) -> str:
+        """The broken rule between the batch sizes in one sentence, or '' (TRL's `_config_check`)."""
+        sample, train = self.sample_batch_size, self.train_batch_size
+        samples_per_epoch = sample * num_processes * self.sample_num_batches_per_epoch
+        per_update = train * num_processes * self.train_gradient_accumulation_steps
+        if sample < train:
+            return f"Sample batch size ({sample}) must be greater than or equal to the train batch size ({train})"
+        if sample % train:
+            return f"Sample batch size ({sample}) must be divisible by the train batch size ({train})"
+        if samples_per_epoch % per_update:
+            return (
+                f"Number of samples per epoch ({samples_per_epoch}) must be divisible by the total train batch size "
+                f"({per_update})"
+            )
+        return ""
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """Timesteps of each image that an inner epoch trains on."""
+        return int(self.sample_num_steps * self.train_timestep_fraction)
+
+    @property
+    def guides_training(self) -> bool:
+        """Whether a training forward has two rows per pair, as `sample_guidance_scale` <= 1 means no guidance."""
+        return self.train_cfg and self.sample_guidance_scale > 1
+
+    def batch_arithmetic(self, num_processes: int = 1) -> str:
+        """One paragraph for a person: how many images, pairs and updates an epoch has."""
+        images = self.sample_batch_size * self.sample_num_batches_per_epoch * num_processes
+        per_update = self.train_batch_size * self.train_gradient_accumulation_steps * num_processes
+        updates = images // per_update * self.train_num_inner_epochs
+        processes = "" if num_processes == 1 else f" x {num_processes} processes"
+        return (
+            f"{images} images per epoch ({self.sample_num_batches_per_epoch} batches of {self.sample_batch_size}"
+            f"{processes}), {self.sample_num_steps} denoising steps each\n"
+            f"{per_update * self.num_train_timesteps} (image, timestep) pairs per update "
+            f"({per_update} images x {self.num_train_timesteps} timesteps), "
+            f"{self.micro_batch_size} pairs per UNet call\n"
+            f"{updates} updates per epoch, {self.num_epochs} epochs: {images * self.num_epochs} images, "
+            f"{updates * self.num_epochs} updates"
+        )
+
+    @property
+    def micro_batch_size(self) -> int:
+        return self.train_micro_batch_size or self.train_batch_size
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, nested mappings flattened with `/` between the keys, as trackers want them."""
+        return dict(_flattened(vars(self)))
+
+
+def _flattened(mapping: dict[str, Any], prefix: str = "") -> Any:
+    for key, value in mapping.items():
+        if isinstance(value, dict):
+            yield from _flattened(value, f"{prefix}{key}/")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _parsed_mapping(name: str, value: Any) -> dict[str, Any]:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value or "{}")
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{name} is {value!r} but must be a JSON object: {error}") from None
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} is {value!r} but must be a dict")
+    return value
+
+
+def _whole(least: int) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= least
+
+
+def _number(fits: Callable[[float], bool]) -> Callable[[Any], bool]:
+    return lambda value: (
+        isinstance(value, numbers.Real) and not isinstance(value, bool) and abs(value) < float("inf") and fits(value)
+    )
+
+
+# (fields, predicate, what the value must be); NaN fails every comparison
+_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("seed num_epochs train_warmup_steps", _whole(0), "a whole number of at least 0"),
+    (
+        "save_freq num_checkpoint_limit sample_num_steps sample_batch_size sample_num_batches_per_epoch "
+        "train_batch_size train_gradient_accumulation_steps train_num_inner_epochs max_workers "
+        "per_prompt_stat_tracking_buffer_size per_prompt_stat_tracking_min_count",
+        _whole(1),
+        "a whole number of at least 1",
+    ),
+    ("train_micro_batch_size", lambda v: v is None or _whole(1)(v), "None or a whole number of at least 1"),
+    (
+        "allow_tf32 train_use_8bit_adam train_cfg per_prompt_stat_tracking async_reward_computation push_to_hub "
+        "train_recompute_log_probs",
+        lambda v: isinstance(v, bool),
+        "True or False",
+    ),
+    (
+        "sample_eta",
+        _number(lambda v: 0 < v <= 1),
+        "above 0 and at most 1 (at 0 the sampler is deterministic and has no log-probs to train on)",
+    ),
+    ("train_timestep_fraction", _number(lambda v: 0 < v <= 1), "above 0 and at most 1"),
+    ("train_adam_beta1 train_adam_beta2", _number(lambda v: 0 <= v < 1), "at least 0 and below 1"),
+    (
+        "train_learning_rate train_adam_weight_decay sample_guidance_scale",
+        _number(lambda v: v >= 0),
+        "a number of at least 0",
+    ),
+    (
+        "train_adam_epsilon train_max_grad_norm train_adv_clip_max train_clip_range",
+        _number(lambda v: v > 0),
+        "a number above 0",
+    ),
+    ("mixed_precision", lambda v: v in ("no", "fp16", "bf16", None), "'no', 'fp16' or 'bf16'"),
+    (
+        "log_with",
+        lambda v: v is None or not isinstance(v, str) or v in ("wandb", "tensorboard", "all"),
+        "None, 'wandb' or 'tensorboard'",
+    ),
+    ("exp_name run_name logdir resume_from tracker_project_name", lambda v: isinstance(v, str), "a string"),
+)

@@ -1,0 +1,86 @@
+"""Named scalars: gathered on the device while training, then written to metrics.jsonl and the trackers."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one JSON object a line, written whole, never rewritten except for what a kill left over."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, record: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def read(self) -> list[dict[str, Any]]:
+        if not self.path.exists():
+            return []
+        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+
+    def size(self) -> int:
+        """Bytes so far: a checkpoint remembers them."""
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    def cut(self, size: int) -> None:
+        """Drops what was written after `size` bytes: a resumed run writes those lines again."""
+        if self.path.exists():
+            os.truncate(self.path, size)
+
+
+class UpdateMetrics:
+    """Means of an update's micro-batches, weighted by their pairs; stays on the device until `means`."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, torch.Tensor] = {}
+        self._largest: dict[str, torch.Tensor] = {}
+
+    def add(self, share: float, **values: torch.Tensor) -> None:
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0) + share * value.detach().float()
+
+    def at_least(self, name: str, value: torch.Tensor) -> None:
+        """Raises the maximum called `name` to `value`."""
+        largest = self._largest.get(name)
+        self._largest[name] = value if largest is None else torch.maximum(largest, value)
+
+    def means(self) -> dict[str, torch.Tensor]:
+        return {**self._sums, **self._largest}
+
+
+class NoTracker(GeneralTracker):
+    """Stands in for a tracker where there is none, so that a hook may call `log_images` on any process."""
+
+    name = "none"
+    requires_logging_directory = False
+
+    def __init__(self) -> None:
+        super().__init__(_blank=True)
+
+    @property
+    def tracker(self) -> None:
+        return None
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        """Drops the values."""
+
+    def log_images(self, *args: Any, **kwargs: Any) -> None:
+        """Drops the images."""
+
+
+def first_tracker(accelerator: Accelerator) -> Any:
+    return accelerator.trackers[0] if accelerator.trackers else NoTracker()
+
+
+def tracker_config(flat_config: dict[str, Any]) -> dict[str, Any]:
+    """The settings that every tracker takes: numbers, strings and booleans."""
+    return {name: value for name, value in flat_config.items() if isinstance(value, (bool, int, float, str))}

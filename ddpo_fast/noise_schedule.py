@@ -1,0 +1,58 @@
+"""Diffusion schedulers as a table: each step's mean is `c_x * latents + c_m * model_output`, its std is `sigma`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """Coefficients of every timestep, each a [num_train_timesteps] fp32 vector on the device: lookups never wait."""
+
+    c_x: torch.Tensor
+    c_m: torch.Tensor
+    sigma: torch.Tensor
+
+    def at(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(c_x, c_m, sigma) for integer `timesteps`, each of their shape."""
+        return self.c_x[timesteps], self.c_m[timesteps], self.sigma[timesteps]
+
+    @classmethod
+    def from_scheduler(cls, scheduler: Any, eta: float, device: torch.device | str) -> NoiseSchedule:
+        """The stochastic DDIM steps (arXiv 2010.02502, eq. 12 and 16) of a diffusers scheduler after `set_timesteps`.
+
+        Computed in fp64. The previous timestep is at least 0, as in TRL: the last step keeps a positive std and
+        `final_alpha_cumprod` is not used. Raises `ValueError` for a scheduler whose step is not linear.
+        """
+        config = scheduler.config
+        if scheduler.num_inference_steps is None:
+            raise ValueError("the scheduler has no timesteps yet: call scheduler.set_timesteps first")
+        if config.prediction_type not in PREDICTION_TYPES:
+            raise ValueError(f"prediction_type is {config.prediction_type!r} but must be one of {PREDICTION_TYPES}")
+        for name in ("clip_sample", "thresholding"):
+            if config.get(name):
+                raise ValueError(f"the scheduler's {name} is on, which makes its step not Gaussian: turn it off")
+        alpha = scheduler.alphas_cumprod.to("cpu", torch.float64)
+        stride = config.num_train_timesteps // scheduler.num_inference_steps
+        previous = alpha[(torch.arange(len(alpha)) - stride).clamp(min=0)]
+        variance = eta**2 * (1 - previous) / (1 - alpha) * (1 - alpha / previous)
+        direction = (1 - previous - variance).clamp(min=0).sqrt()
+        c_x, c_m = _mean_coefficients(config.prediction_type, alpha, previous, direction)
+        return cls(*(v.to(device, torch.float32) for v in (c_x, c_m, variance.sqrt())))
+
+
+def _mean_coefficients(
+    prediction_type: str, alpha: torch.Tensor, previous: torch.Tensor, direction: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`sqrt(previous) * x0 + direction * eps` with x0 and eps written in the latents and the model's output."""
+    signal, noise = alpha.sqrt(), (1 - alpha).sqrt()
+    if prediction_type == "epsilon":
+        return previous.sqrt() / signal, direction - previous.sqrt() * noise / signal
+    if prediction_type == "sample":
+        return direction / noise, previous.sqrt() - direction * signal / noise
+    return previous.sqrt() * signal + direction * noise, direction * signal - previous.sqrt() * noise

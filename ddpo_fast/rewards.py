@@ -1,0 +1,87 @@
+"""Scores of images: JPEG size, the user's own function, and the checks between it and training.
+
+A reward function takes (images [B, 3, H, W] in [0, 1], prompts, metadata), the last two as tuples of length B, and
+returns (rewards of length B, metadata).
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ddpo_fast.plugin import load_function
+
+RewardFunction = Callable[[torch.Tensor, tuple[str, ...], tuple[Any, ...]], tuple[Any, Any]]
+
+
+def jpeg_incompressibility(images: torch.Tensor, prompts: Any, metadata: Any) -> tuple[torch.Tensor, dict]:
+    """The size of each image as a JPEG of quality 95, in kilobytes (arXiv 2305.13301, section 5.1)."""
+    pixels = (images.detach().float() * 255).round().clamp(0, 255).to("cpu", torch.uint8).permute(0, 2, 3, 1).numpy()
+    return torch.tensor([_jpeg_bytes(image) / 1000 for image in pixels]), {}
+
+
+def jpeg_compressibility(images: torch.Tensor, prompts: Any, metadata: Any) -> tuple[torch.Tensor, dict]:
+    """The negative of `jpeg_incompressibility`."""
+    rewards, info = jpeg_incompressibility(images, prompts, metadata)
+    return -rewards, info
+
+
+def _jpeg_bytes(pixels: Any) -> int:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="JPEG", quality=95)
+    return buffer.tell()
+
+
+REWARDS: dict[str, RewardFunction] = {
+    "jpeg_compressibility": jpeg_compressibility,
+    "jpeg_incompressibility": jpeg_incompressibility,
+}
+
+
+def load_reward(spec: str) -> RewardFunction:
+    """A built-in reward by name, or the user's 'module:function'."""
+    if spec in REWARDS:
+        return REWARDS[spec]
+    if ":" not in spec:
+        raise ValueError(f"reward is {spec!r}, which is neither 'module:function' nor one of {', '.join(REWARDS)}")
+    return load_function("reward", spec)
+
+
+def score(
+    reward_function: RewardFunction, images: torch.Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ...]
+) -> tuple[torch.Tensor, Any]:
+    """Calls the reward function on one batch: (fp32 rewards [B], its metadata).
+
+    Raises `RuntimeError` if it raised, `ValueError` if what it returned cannot be trained on.
+    """
+    try:
+        result = reward_function(images, prompts, metadata)
+    except Exception as error:
+        raise RuntimeError(f"the reward function raised {type(error).__name__}: {error}") from error
+    if not isinstance(result, (tuple, list)) or len(result) != 2:
+        raise ValueError(f"the reward function must return (rewards, metadata), got {type(result).__name__}")
+    # fp32 also for whole numbers: advantages computed in the rewards' own type would be cut to whole numbers
+    rewards = torch.as_tensor(result[0]).detach().to(torch.float32)
+    if rewards.shape != (len(prompts),):
+        raise ValueError(
+            f"the reward function returned rewards of shape {tuple(rewards.shape)} for {len(prompts)} images"
+        )
+    if not rewards.isfinite().all():
+        worst = int((~rewards.isfinite()).nonzero()[0])
+        raise ValueError(f"the reward function returned {rewards[worst].item()} for prompt {prompts[worst]!r}")
+    return rewards, result[1]
+
+
+def score_all(
+    reward_function: RewardFunction, batches: Sequence[Sequence[Any]], executor: Executor | None = None
+) -> list[tuple[torch.Tensor, Any]]:
+    """`score` of every (images, prompts, metadata) in order, in the executor's threads if there is one."""
+    calls = [(reward_function, *batch[:3]) for batch in batches]
+    if executor is None:
+        return [score(*call) for call in calls]
+    return [future.result() for future in [executor.submit(score, *call) for call in calls]]

@@ -1,0 +1,191 @@
+"""Stochastic DDIM sampling with classifier-free guidance that keeps every latent and its exact log-prob.
+
+Shapes: B images, T denoising steps, C H W latent, L tokens, D width of the text embedding.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+from diffusers.utils.torch_utils import randn_tensor
+from torch.utils.checkpoint import checkpoint
+
+from ddpo_fast import ops
+from ddpo_fast.noise_schedule import NoiseSchedule
+
+
+@dataclass
+class DDPOPipelineOutput:
+    """What a pipeline returns.
+
+    Args:
+        images: the images, [B, 3, height, width] in [0, 1] for `output_type="pt"`.
+        latents: T + 1 tensors [B, C, H, W], from the initial noise to the latents of the images.
+        log_probs: T tensors [B]; empty for eta = 0, where a step has no density.
+    """
+
+    images: Any
+    latents: list[torch.Tensor]
+    log_probs: list[torch.Tensor]
+
+
+@dataclass
+class DDPOSchedulerOutput:
+    """What `scheduler_step` returns: the next latents [B, C, H, W] and their log-prob [B] (None for eta = 0)."""
+
+    latents: torch.Tensor
+    log_probs: torch.Tensor | None
+
+
+# (latents of all rows, timestep, index of the step) -> the UNet's output
+Predict = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
+
+
+@torch.no_grad()
+def generate(pipe: StableDiffusionPipeline, *args: Any, **kwargs: Any) -> DDPOPipelineOutput:
+    """Draws images; the arguments are `StableDiffusionPipeline`'s, see `_generate`."""
+    return _generate(pipe, lambda predict: predict, *args, **kwargs)
+
+
+def generate_with_grad(
+    pipe: StableDiffusionPipeline,
+    *args: Any,
+    truncated_backprop: bool = True,
+    truncated_backprop_rand: bool = True,
+    gradient_checkpoint: bool = True,
+    truncated_backprop_timestep: int = 49,
+    truncated_rand_backprop_minmax: tuple[int, int] = (0, 50),
+    **kwargs: Any,
+) -> DDPOPipelineOutput:
+    """Like `generate`, and the images carry a gradient to the UNet (AlignProp, arXiv 2310.03739).
+
+    With `truncated_backprop`, step i passes no gradient if it is before `truncated_backprop_timestep`, or before a
+    random number from `truncated_rand_backprop_minmax` drawn for each step with `truncated_backprop_rand`.
+    """
+
+    def with_grad(predict: Predict) -> Predict:
+        def truncated(rows: torch.Tensor, t: torch.Tensor, i: int) -> torch.Tensor:
+            output = (
+                checkpoint(predict, rows, t, i, use_reentrant=False) if gradient_checkpoint else predict(rows, t, i)
+            )
+            first = truncated_backprop_timestep
+            if truncated_backprop and truncated_backprop_rand:
+                first = random.randint(*truncated_rand_backprop_minmax)
+            return output.detach() if truncated_backprop and i < first else output
+
+        return truncated
+
+    return _generate(pipe, with_grad, *args, **kwargs)
+
+
+def _generate(
+    pipe: StableDiffusionPipeline,
+    wrap: Callable[[Predict], Predict],
+    prompt: str | list[str] | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    num_inference_steps: int = 50,
+    guidance_scale: float = 7.5,
+    negative_prompt: str | list[str] | None = None,
+    num_images_per_prompt: int = 1,
+    eta: float = 0.0,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    latents: torch.Tensor | None = None,
+    prompt_embeds: torch.Tensor | None = None,
+    negative_prompt_embeds: torch.Tensor | None = None,
+    output_type: str = "pil",
+    return_dict: bool = True,
+    callback: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
+    callback_steps: int = 1,
+    cross_attention_kwargs: dict[str, Any] | None = None,
+    guidance_rescale: float = 0.0,
+) -> DDPOPipelineOutput:
+    """TRL's `pipeline_step`: the same arguments, defaults and order of random draws (`return_dict` has no effect)."""
+    height = height or pipe.unet.config.sample_size * pipe.vae_scale_factor
+    width = width or pipe.unet.config.sample_size * pipe.vae_scale_factor
+    pipe.check_inputs(prompt, height, width, callback_steps, negative_prompt, prompt_embeds, negative_prompt_embeds)
+    device, guide = pipe._execution_device, guidance_scale > 1.0
+    with torch.no_grad():
+        text, negative = pipe.encode_prompt(
+            prompt,
+            device,
+            num_images_per_prompt,
+            guide,
+            negative_prompt,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            lora_scale=(cross_attention_kwargs or {}).get("scale"),
+        )
+        embeds = torch.cat([negative, text]) if guide else text
+        pipe.scheduler.set_timesteps(num_inference_steps, device=device)
+        # fp32 whatever the networks' precision: the log-prob is that of the latents as they are stored
+        latents = pipe.prepare_latents(
+            len(text), pipe.unet.config.in_channels, height, width, torch.float32, device, generator, latents
+        )
+
+    def predict(rows: torch.Tensor, t: torch.Tensor, i: int) -> torch.Tensor:
+        return pipe.unet(
+            rows,
+            t,
+            encoder_hidden_states=embeds,
+            cross_attention_kwargs=cross_attention_kwargs,
+            return_dict=False,
+        )[0]
+
+    def guided_prediction(latents_BCHW: torch.Tensor, t: torch.Tensor, i: int) -> torch.Tensor:
+        rows = pipe.scheduler.scale_model_input(torch.cat([latents_BCHW] * 2) if guide else latents_BCHW, t)
+        output = predict_rows(rows, t, i)
+        if not guide:
+            return output
+        combined = ops.guided(output, guidance_scale)
+        if guidance_rescale > 0:
+            combined = rescale_noise_cfg(combined, output.chunk(2)[1], guidance_rescale=guidance_rescale)
+        return combined
+
+    def after_step(i: int, t: torch.Tensor, latents_BCHW: torch.Tensor) -> None:
+        if callback is not None and i % callback_steps == 0:
+            callback(i, t, latents_BCHW)
+
+    predict_rows = wrap(predict)
+    trail, log_probs = denoise(pipe, guided_prediction, latents, eta, generator, after_step)
+    return DDPOPipelineOutput(decode(pipe, trail[-1], output_type), trail, log_probs)
+
+
+def denoise(
+    pipe: StableDiffusionPipeline,
+    predict: Predict,
+    latents: torch.Tensor,
+    eta: float,
+    generator: torch.Generator | list[torch.Generator] | None,
+    after_step: Callable[[int, torch.Tensor, torch.Tensor], None],
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The T-step Gaussian chain from noise `latents` [B, C, H, W]: (T + 1 latents, T log-probs [B])."""
+    schedule = NoiseSchedule.from_scheduler(pipe.scheduler, eta, latents.device)
+    trail, log_probs = [latents], []
+    with pipe.progress_bar(total=len(pipe.scheduler.timesteps)) as progress:
+        for i, t in enumerate(pipe.scheduler.timesteps):
+            step = schedule.at(t)
+            output = predict(latents, t, i)
+            noise = randn_tensor(output.shape, generator=generator, device=output.device, dtype=latents.dtype)
+            following = ops.take_step(output, latents, noise, *step)
+            if eta > 0:
+                log_probs.append(ops.step_logprob(output, latents, following, *step))
+            latents = following
+            trail.append(latents)
+            progress.update()
+            after_step(i, t, latents)
+    return trail, log_probs
+
+
+def decode(pipe: StableDiffusionPipeline, latents: torch.Tensor, output_type: str) -> Any:
+    """Latents to images of diffusers' `output_type` ('pil', 'np', 'pt' or 'latent')."""
+    if output_type == "latent":
+        return latents
+    pixels = pipe.vae.decode((latents / pipe.vae.config.scaling_factor).to(pipe.vae.dtype), return_dict=False)[0]
+    return pipe.image_processor.postprocess(pixels, output_type=output_type, do_denormalize=[True] * len(pixels))

@@ -1,0 +1,639 @@
+"""`DDPOTrainer`: TRL's trainer, composed of the package's parts.
+
+Shapes: B images of an epoch on this process, T denoising steps, S of them trained on, N pairs in a UNet call.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import replace
+from datetime import datetime
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, set_seed
+from huggingface_hub import PyTorchModelHubMixin
+from tqdm.auto import tqdm
+
+from ddpo_fast import checkpoint, ops, report, rewards
+from ddpo_fast.advantages import PerPromptStatTracker, batch_advantages
+from ddpo_fast.config import DDPOConfig
+from ddpo_fast.engine import Engine, compute_dtype, make_optimizer
+from ddpo_fast.metrics import MetricsFile, UpdateMetrics, first_tracker, tracker_config
+from ddpo_fast.model_card import make_model_card
+from ddpo_fast.pipeline import DDPOStableDiffusionPipeline
+from ddpo_fast.prompts import PromptFunction, draw_prompts
+from ddpo_fast.trajectory import Trajectory, micro_batches
+
+logger = logging.getLogger(__name__)
+
+
+class DDPOTrainer(PyTorchModelHubMixin):
+    """Fine-tunes a Stable Diffusion pipeline on a reward (arXiv 2305.13301), with TRL 0.23.1's interface.
+
+    Args:
+        config: settings.
+        reward_function: `(images [B, 3, H, W] in [0, 1], prompts, metadata) -> (rewards [B], metadata)`.
+        prompt_function: `() -> (prompt, metadata)`. Either function may have `state_dict` and `load_state_dict`:
+            checkpoints then keep its state.
+        sd_pipeline: the pipeline to train.
+        image_samples_hook: called every epoch with a list of `[images, prompts, metadata, rewards, reward_metadata]`
+            (one per sampling batch), the update count and the first tracker.
+
+    Raises `ValueError` for settings that do not fit together and for a `resume_from` that cannot be resumed.
+    """
+
+    _tag_names = ["ddpo_fast", "ddpo"]
+
+    def __init__(
+        self,
+        config: DDPOConfig,
+        reward_function: rewards.RewardFunction,
+        prompt_function: PromptFunction,
+        sd_pipeline: DDPOStableDiffusionPipeline,
+        image_samples_hook: Callable[[Any, Any, Any], Any] | None = None,
+    ) -> None:
+        config.check()
+        self.config = config
+        self.reward_fn = reward_function
+        self.prompt_fn = prompt_function
+        self.image_samples_callback = image_samples_hook
+        self.sd_pipeline = sd_pipeline
+        self.num_train_timesteps = config.num_train_timesteps
+        resume = checkpoint.find(config.resume_from) if config.resume_from else None
+        state = checkpoint.read_state(resume) if resume else {}
+        self.output_dir = _output_folder(config)
+        self.accelerator = self._make_accelerator()
+        okay, message = self._config_check()
+        if not okay:
+            raise ValueError(message)
+        if not config.resume_from:
+            self._claim_output_folder()
+        self._start_trackers(state.get("global_step"))
+        set_seed(config.seed, device_specific=True)
+        layers = self._prepare_models()
+        self.optimizer = make_optimizer(self.trainable_parameters(layers), config)
+        self.engine = Engine(self.accelerator, self.optimizer, config)
+        self.trainable_layers = layers
+        self.autocast = sd_pipeline.autocast or self.accelerator.autocast
+        self.neg_prompt_embed = self._embed(self._tokenize([config.negative_prompts or ""]))
+        self.stat_tracker = PerPromptStatTracker(
+            config.per_prompt_stat_tracking_buffer_size, config.per_prompt_stat_tracking_min_count
+        )
+        self.executor = ThreadPoolExecutor(config.max_workers) if config.async_reward_computation else None
+        self.metrics = MetricsFile(self.output_dir / "metrics.jsonl")
+        self.first_epoch, self._global_step, self._elapsed, self._started = 0, 0, 0.0, time.monotonic()
+        self._update_metrics, self._last_update, self._summary = UpdateMetrics(), {}, ""
+        self._epoch_start_update, self._warned_of_drift = 0, False
+        if config.resume_from:
+            self._resume(resume, state)
+        self._write_config()
+
+    # set-up
+
+    def _make_accelerator(self) -> Accelerator:
+        config = self.config
+        project = {"project_dir": str(self.output_dir), "logging_dir": str(self.output_dir), **config.project_kwargs}
+        project["automatic_checkpoint_naming"] = False
+        accelerator = Accelerator(
+            log_with=config.log_with,
+            mixed_precision=config.mixed_precision,
+            project_config=ProjectConfiguration(**project),
+            # TRL's count: an update sums over images and timesteps
+            gradient_accumulation_steps=config.train_gradient_accumulation_steps * self.num_train_timesteps,
+            **config.accelerator_kwargs,
+        )
+        if accelerator.num_processes > 1:
+            # the default folder carries a time, which must be the main process's
+            self.output_dir = Path(broadcast_object_list([str(self.output_dir)])[0])
+        if config.allow_tf32 and torch.cuda.is_available():
+            torch.backends.cuda.matmul.allow_tf32 = True
+        return accelerator
+
+    def _claim_output_folder(self) -> None:
+        """A second run in the folder of an earlier one would mix their metrics and replace its checkpoints."""
+        taken = (self.output_dir / "metrics.jsonl").exists() or checkpoint.numbered(self.output_dir / "checkpoints")
+        self.accelerator.wait_for_everyone()
+        if taken:
+            raise ValueError(
+                f"output_dir {str(self.output_dir)!r} already holds a run: continue it with resume_from="
+                f"{str(self.output_dir)!r}, or choose another folder"
+            )
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+
+    def _start_trackers(self, resumed_step: int | None) -> None:
+        init_kwargs = dict(self.config.tracker_kwargs)
+        flat = self.config.to_dict()
+        if self.config.log_with == "tensorboard":
+            flat = tracker_config(flat)
+            if resumed_step is not None:
+                init_kwargs = {"tensorboard": {"purge_step": resumed_step, **init_kwargs.get("tensorboard", {})}}
+        else:
+            flat = {"ddpo_trainer_config": flat}
+        if self.accelerator.is_main_process:
+            self.accelerator.init_trackers(self.config.tracker_project_name, config=flat, init_kwargs=init_kwargs)
+
+    def _prepare_models(self) -> Any:
+        """Moves the networks to the device: frozen ones in the compute precision, trained weights in fp32."""
+        pipeline, device, dtype = self.sd_pipeline, self.accelerator.device, compute_dtype(self.accelerator)
+        pipeline.set_progress_bar_config(
+            position=1,
+            disable=not self.accelerator.is_local_main_process,
+            leave=False,
+            desc="Timestep",
+            dynamic_ncols=True,
+        )
+        pipeline.vae.to(device, dtype=dtype)
+        pipeline.text_encoder.to(device, dtype=dtype)
+        # all weights of the UNet stay fp32 when all are trained: half-precision weights would round updates away
+        pipeline.unet.to(device, dtype=dtype if getattr(pipeline, "use_lora", False) else torch.float32)
+        layers = pipeline.get_trainable_layers()
+        for parameter in self.trainable_parameters(layers):
+            parameter.data = parameter.data.to(device, torch.float32)
+        return layers
+
+    @staticmethod
+    def trainable_parameters(layers: Any) -> list[torch.nn.Parameter]:
+        """The parameters with a gradient among a module's or a list's."""
+        parameters = layers if isinstance(layers, list) else layers.parameters()
+        return [p for p in parameters if p.requires_grad]
+
+    def _setup_optimizer(self, trainable_layers_parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        return make_optimizer(trainable_layers_parameters, self.config)
+
+    def _config_check(self) -> tuple[bool, str]:
+        message = self.config.batch_size_problem(self.accelerator.num_processes)
+        return not message, message
+
+    # sampling
+
+    def _tokenize(self, prompts: Sequence[str]) -> torch.Tensor:
+        tokenizer = self.sd_pipeline.tokenizer
+        ids = tokenizer(
+            list(prompts),
+            return_tensors="pt",
+            padding="max_length",
+            truncation=True,
+            max_length=tokenizer.model_max_length,
+        ).input_ids
+        return ids.to(self.accelerator.device)
+
+    @torch.no_grad()
+    def _embed(self, prompt_ids: torch.Tensor) -> torch.Tensor:
+        return self.sd_pipeline.text_encoder(prompt_ids)[0]
+
+    def _compute(self) -> ExitStack:
+        """The precision of the networks: the pipeline's own context, then the engine's."""
+        stack = ExitStack()
+        stack.enter_context(self.autocast())
+        stack.enter_context(self.engine.autocast())
+        return stack
+
+    def _generate_samples(self, iterations: int, batch_size: int) -> tuple[list[Trajectory], list[list[Any]]]:
+        """`iterations` batches of trajectories, and for each `[images, prompts, metadata]`."""
+        self.sd_pipeline.unet.eval()
+        samples, prompt_image_pairs = [], []
+        for _ in range(iterations):
+            prompts, metadata = draw_prompts(self.prompt_fn, batch_size)
+            trajectory, images = self._sample(prompts)
+            samples.append(trajectory)
+            prompt_image_pairs.append([images, prompts, metadata])
+        return samples, prompt_image_pairs
+
+    def _sample(self, prompts: tuple[str, ...]) -> tuple[Trajectory, torch.Tensor]:
+        prompt_ids = self._tokenize(prompts)
+        prompt_embeds = self._embed(prompt_ids)
+        negative_prompt_embeds = self.neg_prompt_embed.expand(len(prompts), -1, -1)
+        with self._compute():
+            output = self.sd_pipeline(
+                prompt_embeds=prompt_embeds,
+                negative_prompt_embeds=negative_prompt_embeds,
+                num_inference_steps=self.config.sample_num_steps,
+                guidance_scale=self.config.sample_guidance_scale,
+                eta=self.config.sample_eta,
+                output_type="pt",
+            )
+        trajectory = Trajectory(
+            prompts=prompts,
+            prompt_ids=prompt_ids,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            timesteps=self.sd_pipeline.scheduler.timesteps.repeat(len(prompts), 1),
+            trail=torch.stack(output.latents, dim=1).float(),
+            log_probs=torch.stack(output.log_probs, dim=1).float(),
+        )
+        return trajectory, output.images
+
+    # rewards and advantages
+
+    def compute_rewards(self, prompt_image_pairs: Sequence[Sequence[Any]], is_async: bool = False) -> Any:
+        """(rewards [B] of each batch, their metadata), as two tuples; in worker threads if `is_async`."""
+        executor = self.executor or ThreadPoolExecutor(self.config.max_workers) if is_async else None
+        scored = rewards.score_all(self.reward_fn, prompt_image_pairs, executor)
+        return zip(*[(reward.to(self.accelerator.device), metadata) for reward, metadata in scored], strict=True)
+
+    def _advantages(self, prompts: tuple[str, ...], all_rewards: torch.Tensor) -> torch.Tensor:
+        """Advantages of this process's images from the rewards of all processes."""
+        values = all_rewards.cpu().numpy()
+        if self.config.per_prompt_stat_tracking:
+            gathered = list(prompts) if self.accelerator.num_processes == 1 else gather_object(list(prompts))
+            advantages = self.stat_tracker.update(gathered, values)
+        else:
+            advantages = batch_advantages(values)
+        mine = torch.as_tensor(advantages).reshape(self.accelerator.num_processes, -1)[self.accelerator.process_index]
+        return mine.to(self.accelerator.device)
+
+    # one epoch
+
+    def step(self, epoch: int, global_step: int) -> int:
+        """Samples, scores and trains for one epoch; saves a checkpoint if one is due.
+
+        Returns the number of updates so far, `global_step` plus this epoch's.
+        """
+        started = time.monotonic()
+        samples, prompt_image_data = self._generate_samples(
+            self.config.sample_num_batches_per_epoch, self.config.sample_batch_size
+        )
+        sampled = time.monotonic()
+        batch_rewards, rewards_metadata = self.compute_rewards(
+            prompt_image_data, is_async=self.config.async_reward_computation
+        )
+        for data, reward, metadata in zip(prompt_image_data, batch_rewards, rewards_metadata, strict=True):
+            data.extend([reward, metadata])
+        if self.image_samples_callback is not None:
+            self.image_samples_callback(prompt_image_data, global_step, first_tracker(self.accelerator))
+        trajectory = Trajectory.cat(samples)
+        all_rewards = self.accelerator.gather(torch.cat(batch_rewards))
+        self._log_rewards(epoch, global_step, all_rewards)
+        trajectory = trajectory.with_advantages(self._advantages(trajectory.prompts, all_rewards))
+        scored = time.monotonic()
+        global_step = self._train_on(trajectory, epoch, global_step)
+        ended = time.monotonic()
+        self._log_epoch(
+            epoch,
+            global_step,
+            all_rewards,
+            sample_s=sampled - started,
+            reward_s=scored - sampled,
+            train_s=ended - scored,
+            images_per_s=len(all_rewards) / (ended - started),
+        )
+        self._global_step = global_step
+        if (epoch + 1) % self.config.save_freq == 0:
+            self._save(epoch + 1)
+        return global_step
+
+    def _train_on(self, trajectory: Trajectory, epoch: int, global_step: int) -> int:
+        """The inner epochs: each shuffles the images, and each image's steps on their own, then trains on all.
+
+        The shuffles compound from one inner epoch to the next and are drawn in TRL's order.
+        """
+        if self.config.train_recompute_log_probs:
+            trajectory = self._rescored(trajectory)
+        self._epoch_start_update = self.engine.updates
+        device, (count, num_steps) = self.accelerator.device, trajectory.timesteps.shape
+        rows = torch.arange(count, device=device)
+        steps = torch.arange(num_steps, device=device).expand(count, -1)
+        for inner_epoch in range(self.config.train_num_inner_epochs):
+            order = torch.randperm(count, device=device)
+            rows, steps = rows[order], steps[order]
+            orders = torch.stack([torch.randperm(num_steps, device=device) for _ in range(count)])
+            steps = steps.gather(1, orders)
+            self.sd_pipeline.unet.train()
+            batches = (
+                trajectory.transitions(mine, steps[at])
+                for at in torch.arange(count, device=device).split(self.config.train_batch_size)
+                for mine in [rows[at]]
+            )
+            global_step = self._train_batched_samples(inner_epoch, epoch, global_step, batches)
+        return global_step
+
+    def _train_batched_samples(
+        self, inner_epoch: int, epoch: int, global_step: int, batched_samples: Iterable[Any]
+    ) -> int:
+        """Updates the weights from training batches [b, T, ...]; returns the number of updates so far.
+
+        Every `train_gradient_accumulation_steps` batches make one update, from the first S steps of each image.
+        """
+        updates = []
+        progress = tqdm(
+            total=self._updates_per_inner_epoch(),
+            desc="Training",
+            position=1,
+            leave=False,
+            disable=not self._shows_bars,
+        )
+        with progress:
+            for batches in _grouped(iter(batched_samples), self.config.train_gradient_accumulation_steps):
+                updates.append(self._update(batches))
+                progress.update()
+        self._log_updates(updates, epoch, inner_epoch, global_step)
+        return global_step + len(updates)
+
+    def _update(self, batches: list[Any]) -> dict[str, torch.Tensor]:
+        """One optimizer step from the pairs of `batches`; its metrics, still on the device."""
+        trained = [_first_steps(batch, self.num_train_timesteps) for batch in batches]
+        total = sum(batch["timesteps"].numel() for batch in trained)
+        self._update_metrics = metrics = UpdateMetrics()
+        for pairs in micro_batches(trained, self.config.micro_batch_size):
+            embeds = pairs.prompt_embeds
+            if self.config.guides_training:
+                embeds = torch.cat([pairs.negative_prompt_embeds, embeds])
+            loss, approx_kl, clipfrac = self.calculate_loss(
+                pairs.latents, pairs.timesteps, pairs.next_latents, pairs.log_probs, pairs.advantages, embeds
+            )
+            share = len(pairs) / total
+            self.engine.backward(loss * share)
+            metrics.add(share, approx_kl=approx_kl, clipfrac=clipfrac, loss=loss)
+        first = self.engine.updates == self._epoch_start_update
+        norm = self.engine.step()
+        means = {**metrics.means(), "grad_norm": norm.detach()}
+        drift = means.pop("ratio_drift", None)
+        # the distance is drift only while the weights are still those that sampled
+        return {**means, "ratio_drift": drift} if first and drift is not None else means
+
+    def calculate_loss(
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        next_latents: torch.Tensor,
+        log_probs: torch.Tensor,
+        advantages: torch.Tensor,
+        embeds: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(loss, approximate KL, clip fraction), scalars, of N pairs.
+
+        Latents are [N, C, H, W]; timesteps, log-probs and advantages [N]; embeds [2N, L, D] with the negative
+        prompts first if training is guided, else [N, L, D].
+        """
+        log_prob = self._log_prob(latents, timesteps, next_latents, embeds)
+        limit = self.config.train_adv_clip_max
+        ratio = torch.exp(log_prob - log_probs)
+        self._update_metrics.at_least("ratio_drift", (ratio - 1).detach().abs().max())
+        loss = self.loss(advantages.clamp(-limit, limit), self.config.train_clip_range, ratio)
+        approx_kl = 0.5 * (log_prob - log_probs).square().mean()
+        clipfrac = ((ratio - 1).abs() > self.config.train_clip_range).float().mean()
+        return loss, approx_kl, clipfrac
+
+    def _log_prob(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, next_latents: torch.Tensor, embeds: torch.Tensor
+    ) -> torch.Tensor:
+        guide = self.config.guides_training
+        with self._compute():
+            output = self.sd_pipeline.unet(
+                torch.cat([latents] * 2) if guide else latents,
+                torch.cat([timesteps] * 2) if guide else timesteps,
+                embeds,
+            ).sample
+        if guide:
+            output = ops.guided(output, self.config.sample_guidance_scale)
+        return self.sd_pipeline.scheduler_step(
+            output, timesteps, latents, eta=self.config.sample_eta, prev_sample=next_latents
+        ).log_probs
+
+    @torch.no_grad()
+    def _rescored(self, trajectory: Trajectory) -> Trajectory:
+        """The trajectory with the log-probs that training's forward pass gives it under the current weights."""
+        scores = []
+        for pairs in micro_batches(
+            [trajectory.with_advantages(trajectory.log_probs[:, 0])], self.config.micro_batch_size
+        ):
+            embeds = pairs.prompt_embeds
+            if self.config.guides_training:
+                embeds = torch.cat([pairs.negative_prompt_embeds, embeds])
+            scores.append(self._log_prob(pairs.latents, pairs.timesteps, pairs.next_latents, embeds))
+        return replace(trajectory, log_probs=torch.cat(scores).reshape(trajectory.log_probs.T.shape).T.contiguous())
+
+    def loss(self, advantages: torch.Tensor, clip_range: float, ratio: torch.Tensor) -> torch.Tensor:
+        """The clipped PPO loss of N pairs; override it for another objective."""
+        return ops.clipped_surrogate(advantages, clip_range, ratio)
+
+    def train(self, epochs: int | None = None) -> None:
+        """Trains up to `epochs` epochs in all (default: `config.num_epochs`), from `first_epoch` on."""
+        epochs = self.config.num_epochs if epochs is None else epochs
+        global_step = self._global_step
+        bar = tqdm(
+            range(self.first_epoch, epochs),
+            initial=self.first_epoch,
+            total=epochs,
+            desc="Epoch",
+            disable=not self._shows_bars,
+        )
+        for epoch in bar:
+            global_step = self.step(epoch, global_step)
+            bar.set_postfix_str(self._summary)
+        if epochs > self.first_epoch and epochs % self.config.save_freq:
+            self._save(epochs)
+        self.first_epoch = max(self.first_epoch, epochs)
+        if self.accelerator.is_main_process:
+            report.draw_rewards(self.metrics.read(), self.output_dir / "rewards.png")
+        self.accelerator.wait_for_everyone()
+
+    # records
+
+    @property
+    def _shows_bars(self) -> bool:
+        return self.accelerator.is_local_main_process
+
+    def _updates_per_inner_epoch(self) -> int:
+        config = self.config
+        images = config.sample_batch_size * config.sample_num_batches_per_epoch
+        return images // (config.train_batch_size * config.train_gradient_accumulation_steps)
+
+    def _log_rewards(self, epoch: int, global_step: int, all_rewards: torch.Tensor) -> None:
+        values = all_rewards.cpu().numpy()
+        # plain floats: TensorBoard drops NumPy's
+        means = {"reward_mean": float(values.mean()), "reward_std": float(values.std())}
+        self.accelerator.log({"reward": values, "epoch": epoch, **means}, step=global_step)
+
+    def _log_updates(
+        self, updates: list[dict[str, torch.Tensor]], epoch: int, inner_epoch: int, global_step: int
+    ) -> None:
+        """Writes an inner epoch's updates: one transfer from the device, after its last one was queued."""
+        for at, update in enumerate(updates, start=global_step):
+            averaged = self.accelerator.reduce(update, reduction="mean")
+            info = {name: value.item() for name, value in averaged.items()}
+            if not all(math.isfinite(info[name]) for name in ("loss", "approx_kl")):
+                raise RuntimeError(
+                    f"the loss of update {at} is {info['loss']}: lower train_learning_rate; the last checkpoint is kept"
+                )
+            self.accelerator.log({**info, "epoch": epoch, "inner_epoch": inner_epoch}, step=at)
+            self._record({"kind": "update", "update": at, "epoch": epoch, "inner_epoch": inner_epoch, **info})
+            self._watch_drift(info.get("ratio_drift", 0.0))
+            self._last_update = info
+
+    def _watch_drift(self, drift: float) -> None:
+        """A ratio that is not 1 before the first update uses up the clip range before anything was learned."""
+        if drift > 0.5 * self.config.train_clip_range and not self._warned_of_drift:
+            self._warned_of_drift = True
+            logger.warning(
+                "before the first update the ratio is already %.1e away from 1, with a clip range of %.1e: "
+                "set train_recompute_log_probs=True, raise mixed_precision, or train with the guidance that samples",
+                drift,
+                self.config.train_clip_range,
+            )
+
+    def _log_epoch(self, epoch: int, global_step: int, all_rewards: torch.Tensor, **timings: float) -> None:
+        means = {"reward_mean": all_rewards.mean().item(), "reward_std": all_rewards.std(correction=0).item()}
+        self.accelerator.log(timings, step=global_step - 1)
+        elapsed = self._elapsed + time.monotonic() - self._started
+        self._record(
+            {"kind": "epoch", "epoch": epoch, "updates": global_step, "images": len(all_rewards), **means, **timings}
+            | {"elapsed_s": elapsed}
+        )
+        self._summary = (
+            f"reward {means['reward_mean']:.3f}, kl {self._last_update['approx_kl']:.1e}, "
+            f"clipped {self._last_update['clipfrac']:.0%}, {timings['images_per_s']:.2f} images/s"
+        )
+
+    def _record(self, record: dict[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            self.metrics.write(record)
+
+    def _write_config(self) -> None:
+        """`config.json`: the settings of the run, which a resumed run takes up again."""
+        if self.accelerator.is_main_process:
+            text = json.dumps(self._run_settings(), indent=2, default=str) + "\n"
+            (self.output_dir / "config.json").write_text(text, encoding="utf-8")
+
+    def _run_settings(self) -> dict[str, Any]:
+        settings = {"config": vars(self.config), "num_processes": self.accelerator.num_processes}
+        for name in ("pretrained_model", "pretrained_revision", "use_lora"):
+            if hasattr(self.sd_pipeline, name):
+                settings[name] = getattr(self.sd_pipeline, name)
+        if settings.get("use_lora") and hasattr(self.sd_pipeline, "lora_config"):
+            lora = self.sd_pipeline.lora_config
+            settings |= {
+                "lora_rank": lora.r,
+                "lora_alpha": lora.lora_alpha,
+                "lora_target_modules": sorted(lora.target_modules),
+            }
+        return settings
+
+    # checkpoints and models
+
+    def _save(self, epochs: int) -> None:
+        """A checkpoint after `epochs` finished epochs."""
+        elapsed = self._elapsed + time.monotonic() - self._started
+        state = {
+            "epochs": epochs,
+            "global_step": self._global_step,
+            "elapsed_s": elapsed,
+            "metrics_bytes": self.metrics.size(),
+            "trained": self._trained_part(),
+            **json.loads(json.dumps(self._run_settings(), default=str)),
+        }
+        training = {
+            "engine": self.engine.state_dict(),
+            "stat_tracker": self.stat_tracker.state_dict(),
+            **{name: function.state_dict() for name, function in self._stateful_functions().items()},
+        }
+        checkpoint.save(
+            self.output_dir / "checkpoints",
+            self.accelerator,
+            state,
+            training,
+            lambda folder: self.sd_pipeline.save_checkpoint([self._model()], [], str(folder)),
+            self.config.project_kwargs.get("total_limit") or self.config.num_checkpoint_limit,
+        )
+
+    def _resume(self, resume: Path | None, state: dict[str, Any]) -> None:
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        same_folder = checkpoint.run_folder(self.config.resume_from) == self.output_dir.absolute()
+        if same_folder and self.accelerator.is_main_process:
+            self.metrics.cut(state.get("metrics_bytes", 0))
+        if resume is None:
+            logger.warning("%s has no checkpoint yet: the run starts from the beginning", self.config.resume_from)
+            return
+        checkpoint.check_same_part(resume, state["trained"], self._trained_part())
+        self.config.resume_from = str(resume)
+        training = checkpoint.read_training(resume)
+        self.sd_pipeline.load_checkpoint([self._model()], str(resume))
+        self.engine.load_state_dict(training["engine"])
+        self.stat_tracker.load_state_dict(training["stat_tracker"])
+        for name, function in self._stateful_functions().items():
+            if name in training:
+                function.load_state_dict(training[name])
+        self.first_epoch, self._global_step, self._elapsed = state["epochs"], state["global_step"], state["elapsed_s"]
+        checkpoint.restore_random_state(checkpoint.read_random_state(resume, self.accelerator.process_index))
+
+    def _stateful_functions(self) -> dict[str, Any]:
+        functions = {"reward_function": self.reward_fn, "prompt_function": self.prompt_fn}
+        return {name: f for name, f in functions.items() if hasattr(f, "state_dict") and hasattr(f, "load_state_dict")}
+
+    def _model(self) -> Any:
+        return self.sd_pipeline.unet if isinstance(self.trainable_layers, list) else self.trainable_layers
+
+    def _trained_part(self) -> dict[str, Any]:
+        return checkpoint.trained_part(self._model().named_parameters())
+
+    def save_model(self, output_dir: str | os.PathLike | None = None) -> None:
+        """Writes the model and its card to `output_dir` (default: `final` in the run's folder), for plain diffusers."""
+        self._save_pretrained(Path(output_dir) if output_dir else self.output_dir / "final")
+
+    def _save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        if self.accelerator.is_main_process:
+            self.sd_pipeline.save_pretrained(str(save_directory))
+            self.create_model_card(folder=save_directory)
+            if Path(save_directory).absolute() == self.output_dir.absolute():
+                self._write_config()
+        self.accelerator.wait_for_everyone()
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+        folder: str | os.PathLike | None = None,
+    ) -> None:
+        """Writes README.md into `folder` (default: the run's folder)."""
+        if not self.accelerator.is_main_process:
+            return
+        folder = Path(folder or self.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        base = getattr(self.sd_pipeline, "pretrained_model", None)
+        card = make_model_card(
+            model_name or folder.absolute().name,
+            # a path on this machine means nothing to a reader
+            base if base and not Path(base).exists() else None,
+            bool(getattr(self.sd_pipeline, "use_lora", False)),
+            {*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])},
+            dataset_name,
+        )
+        card.save(folder / "README.md")
+
+    def push_to_hub(self, repo_id: str | None = None, *, dataset_name: str | None = None, **kwargs: Any) -> str:
+        """Uploads the model with its card; the repository's name defaults to the run folder's."""
+        return super().push_to_hub(repo_id or self.output_dir.absolute().name, **kwargs)
+
+
+def _output_folder(config: DDPOConfig) -> Path:
+    """Where the run writes: as configured, else the resumed run's folder, else a new one under `logdir`."""
+    if config.output_dir:
+        return Path(config.output_dir).expanduser()
+    if config.project_kwargs.get("project_dir"):
+        return Path(config.project_kwargs["project_dir"]).expanduser()
+    if config.resume_from:
+        return checkpoint.run_folder(config.resume_from)
+    name = config.run_name or f"{config.exp_name or 'ddpo'}-{datetime.now():%Y%m%d-%H%M%S}"
+    return Path(config.logdir).expanduser() / name
+
+
+def _grouped(batches: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    while group := list(islice(batches, size)):
+        yield group
+
+
+def _first_steps(batch: Any, count: int) -> dict[str, torch.Tensor]:
+    per_step = {name: batch[name][:, :count] for name in ("timesteps", "latents", "next_latents", "log_probs")}
+    return {name: batch[name] for name in ("prompt_embeds", "negative_prompt_embeds", "advantages")} | per_step

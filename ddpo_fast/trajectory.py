@@ -1,0 +1,142 @@
+"""What sampling leaves for training.
+
+Shapes: B images, T denoising steps, C H W latent, L tokens, D width of the text embedding, N pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+
+
+class _Keyed:
+    """Fields readable as `sample["latents"]` too: TRL's samples are dicts."""
+
+    _views: tuple[str, ...] = ()
+
+    def keys(self) -> list[str]:
+        return [f.name for f in fields(self)] + list(self._views)  # type: ignore[arg-type]
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self.keys():
+            raise KeyError(key)
+        return getattr(self, key)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trajectory(_Keyed):
+    """A batch of denoising trajectories, in sampling order.
+
+    The latents are fp32 and stored once: step t went from `trail[:, t]` to `trail[:, t + 1]`, and `log_probs[:, t]`
+    is the log-density of exactly that stored value.
+    """
+
+    prompts: tuple[str, ...]  # B
+    prompt_ids: torch.Tensor  # [B, L]
+    prompt_embeds: torch.Tensor  # [B, L, D]
+    negative_prompt_embeds: torch.Tensor  # [B, L, D]
+    timesteps: torch.Tensor  # [B, T]
+    trail: torch.Tensor  # [B, T + 1, C, H, W]
+    log_probs: torch.Tensor  # [B, T]
+    advantages: torch.Tensor | None = None  # [B]
+
+    _views = ("latents", "next_latents")
+
+    @property
+    def latents(self) -> torch.Tensor:
+        """The latents before each step, [B, T, C, H, W]."""
+        return self.trail[:, :-1]
+
+    @property
+    def next_latents(self) -> torch.Tensor:
+        """The latents after each step, [B, T, C, H, W]."""
+        return self.trail[:, 1:]
+
+    @classmethod
+    def cat(cls, parts: Sequence[Trajectory]) -> Trajectory:
+        """One trajectory batch from several, in order."""
+        if len(parts) == 1:
+            return parts[0]
+        joined = {name: torch.cat([part[name] for part in parts]) for name in _TENSORS}
+        return cls(prompts=tuple(p for part in parts for p in part.prompts), **joined)
+
+    def with_advantages(self, advantages: torch.Tensor) -> Trajectory:
+        return replace(self, advantages=advantages)
+
+    def transitions(self, rows: torch.Tensor, steps: torch.Tensor) -> Transitions:
+        """The steps `steps` [b, S] of the images `rows` [b], each image with its own order of steps."""
+        assert self.advantages is not None, "transitions are for training: set advantages first"
+        pick = rows[:, None], steps
+        return Transitions(
+            prompt_embeds=self.prompt_embeds[rows],
+            negative_prompt_embeds=self.negative_prompt_embeds[rows],
+            timesteps=self.timesteps[pick],
+            latents=self.latents[pick],
+            next_latents=self.next_latents[pick],
+            log_probs=self.log_probs[pick],
+            advantages=self.advantages[rows],
+        )
+
+
+_TENSORS = ("prompt_ids", "prompt_embeds", "negative_prompt_embeds", "timesteps", "trail", "log_probs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transitions(_Keyed):
+    """A training batch: b images with S steps each, shuffled."""
+
+    prompt_embeds: torch.Tensor  # [b, L, D]
+    negative_prompt_embeds: torch.Tensor  # [b, L, D]
+    timesteps: torch.Tensor  # [b, S]
+    latents: torch.Tensor  # [b, S, C, H, W]
+    next_latents: torch.Tensor  # [b, S, C, H, W]
+    log_probs: torch.Tensor  # [b, S]
+    advantages: torch.Tensor  # [b]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs:
+    """N (image, timestep) pairs: what one UNet call scores."""
+
+    prompt_embeds: torch.Tensor  # [N, L, D]
+    negative_prompt_embeds: torch.Tensor  # [N, L, D]
+    timesteps: torch.Tensor  # [N]
+    latents: torch.Tensor  # [N, C, H, W]
+    next_latents: torch.Tensor  # [N, C, H, W]
+    log_probs: torch.Tensor  # [N]
+    advantages: torch.Tensor  # [N]
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+
+def micro_batches(batches: Sequence[Any], size: int) -> Iterator[Pairs]:
+    """All pairs of the training batches in chunks of at most `size`.
+
+    TRL's order: batch by batch, in each the first step of every image, then the second. `batches` hold what
+    `Transitions` hold (TRL's dicts do).
+    """
+    tables = [batch["timesteps"] for batch in batches]
+    index = torch.cat(
+        [
+            torch.stack(torch.meshgrid(torch.tensor(i), torch.arange(t.shape[1]), torch.arange(len(t)), indexing="ij"))
+            .flatten(1)
+            .T
+            for i, t in enumerate(tables)
+        ]
+    )
+    for chunk in index.split(size):
+        parts = []
+        for i in chunk[:, 0].unique_consecutive().tolist():
+            _, steps, rows = chunk[chunk[:, 0] == i].T.to(tables[i].device)
+            parts.append(_pairs(batches[i], rows, steps))
+        yield Pairs(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Pairs)})
+
+
+def _pairs(batch: Any, rows: torch.Tensor, steps: torch.Tensor) -> Pairs:
+    per_image = {name: batch[name][rows] for name in ("prompt_embeds", "negative_prompt_embeds", "advantages")}
+    per_step = {name: batch[name][rows, steps] for name in ("timesteps", "latents", "next_latents", "log_probs")}
+    return Pairs(**per_image, **per_step)

@@ -1,0 +1,91 @@
+"""A Stable Diffusion small enough to train in a second, and settings to go with it."""
+
+from __future__ import annotations
+
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from ddpo_fast.tiny_sd import MODEL
+from ddpo_fast.tiny_sd.build import SCHEDULER
+
+
+def forget_accelerate_state() -> None:
+    """accelerate keeps one state for a process; every run here wants its own."""
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._shared_state.clear()
+
+
+def build_pipeline(prediction_type: str = "epsilon") -> StableDiffusionPipeline:
+    """Random weights of SD's kind: 16x16 images, 8x8 latents, a UNet of 0.9 million weights."""
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.from_pretrained(MODEL / "tokenizer")
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=37,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=tokenizer.model_max_length,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    unet = UNet2DConditionModel(
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        sample_size=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=8,
+        norm_num_groups=8,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(16, 32),
+        latent_channels=4,
+        norm_num_groups=8,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        sample_size=16,
+    )
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=DDIMScheduler(**SCHEDULER, prediction_type=prediction_type),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+SETTINGS = {
+    "num_epochs": 2,
+    "mixed_precision": "no",
+    "sample_num_steps": 5,
+    "sample_batch_size": 4,
+    "sample_num_batches_per_epoch": 2,
+    "train_batch_size": 2,
+    "train_gradient_accumulation_steps": 2,
+    "train_learning_rate": 1e-3,
+}
+
+
+class Prompts:
+    """Draws from its own generator: TRL and we must call it in the same order to see the same prompts."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __call__(self) -> tuple[str, dict]:
+        names = ["a cat", "a dog", "a horse", "a bee"]
+        return names[int(torch.randint(len(names), (1,), generator=self.generator))], {}
+
+
+def brightness(images, prompts, metadata):
+    return images.float().mean((1, 2, 3)), {}
