@@ -51,7 +51,4 @@ class PerPromptStatTracker:
         return {prompt: [float(reward) for reward in seen] for prompt, seen in self.stats.items()}
 
     def load_state_dict(self, state: dict[str, list[float]]) -> None:
-        self.stats = {
-            prompt: deque((np.float32(reward) for reward in seen), maxlen=self.buffer_size)
-            for prompt, seen in state.items()
-        }
+        self.stats = {prompt: deque(seen, maxlen=self.buffer_size) for prompt, seen in state.items()}

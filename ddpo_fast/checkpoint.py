@@ -160,10 +160,10 @@ def check_same_part(checkpoint: Path, saved: dict[str, Any], mine: dict[str, Any
 
 def random_state() -> dict[str, Any]:
     """The states of Python's, NumPy's and torch's global generators, as plain data."""
-    name, keys, position, has_gauss, gauss = np.random.get_state()
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
+        "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, gauss),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import TYPE_CHECKING, Any, Optional, TypeAlias, Union
 
 
 def _option(default: Any, text: str, **metadata: Any) -> Any:
@@ -20,8 +20,11 @@ def _mapping(text: str) -> Any:
     return field(default_factory=dict, metadata={"help": f"{text} On the command line: a JSON object."})
 
 
-# `Union[dict, str]` and `Optional` spelled so: HfArgumentParser then takes the option as a string of JSON
-Mapping = Optional[Union[dict, str]]  # noqa: UP007, UP045
+# HfArgumentParser takes an option of this type as a string, which `__post_init__` reads as JSON
+if TYPE_CHECKING:
+    Mapping: TypeAlias = dict[str, Any]
+else:
+    Mapping = Optional[Union[dict, str]]  # noqa: UP007, UP045
 
 
 @dataclass
@@ -185,12 +188,15 @@ def _parsed_mapping(name: str, value: Any) -> dict[str, Any]:
 
 
 def _whole(least: int) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= least
+    return lambda value: isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= least
 
 
 def _number(fits: Callable[[float], bool]) -> Callable[[Any], bool]:
     return lambda value: (
-        isinstance(value, numbers.Real) and not isinstance(value, bool) and abs(value) < float("inf") and fits(value)
+        isinstance(value, numbers.Real)
+        and not isinstance(value, bool)
+        and abs(float(value)) < float("inf")
+        and fits(float(value))
     )
 
 

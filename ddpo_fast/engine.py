@@ -21,12 +21,11 @@ def compute_dtype(accelerator: Accelerator) -> torch.dtype:
 
 def make_optimizer(parameters: Iterable[torch.nn.Parameter], config: DDPOConfig) -> torch.optim.Optimizer:
     """AdamW over `parameters`; bitsandbytes' 8-bit one if the config says so."""
+    optimizer_class: Any = torch.optim.AdamW
     if config.train_use_8bit_adam:
         import bitsandbytes
 
         optimizer_class = bitsandbytes.optim.AdamW8bit
-    else:
-        optimizer_class = torch.optim.AdamW
     return optimizer_class(
         parameters,
         lr=config.train_learning_rate,

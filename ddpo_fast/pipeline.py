@@ -101,13 +101,12 @@ class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
         pretrained_model_revision: str = "main",
         use_lora: bool = True,
         lora_rank: int = 4,
-        lora_alpha: float = 4,
+        lora_alpha: int = 4,
         lora_target_modules: Sequence[str] = ("to_k", "to_q", "to_v", "to_out.0"),
     ) -> None:
         self.pretrained_model = str(pretrained_model_name)
         self.pretrained_revision = pretrained_model_revision
         self.use_lora = use_lora
-        # the bundled text encoder is half precision and transformers would keep it so
         self.sd_pipeline: Any = load_stable_diffusion(self.pretrained_model, pretrained_model_revision)
         self.lora_config = LoraConfig(
             r=lora_rank,
@@ -287,8 +286,8 @@ def model_folder(name: str) -> Path | None:
     return path
 
 
-def load_stable_diffusion(name: str, revision: str = "main") -> StableDiffusionPipeline:
-    """Loads a pipeline in fp32 from a folder or the Hub."""
+def load_stable_diffusion(name: str, revision: str = "main") -> Any:
+    """A `StableDiffusionPipeline` in fp32 (whatever precision is stored) from a folder or the Hub."""
     folder = model_folder(name)
     try:
         return StableDiffusionPipeline.from_pretrained(

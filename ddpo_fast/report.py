@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 BLUE, GRAY = "#1f5fa8", "#9aa5b1"
 
@@ -38,10 +38,10 @@ def draw_rewards(records: Sequence[dict[str, Any]], path: Path, label: str = "re
 
 def draw_before_after(
     prompts: Sequence[str],
-    rows: Sequence[tuple[str, torch.Tensor, Sequence[float]]],
+    rows: Sequence[tuple[str, torch.Tensor, Sequence[float] | None]],
     path: Path,
 ) -> None:
-    """One row of images for each (name, images [B, 3, H, W] in [0, 1], rewards [B]), one column for each prompt."""
+    """One row for each (name, images [B, 3, H, W] in [0, 1], rewards [B] or None), one column for each prompt."""
     figure, axes = plt.subplots(
         len(rows),
         len(prompts),
@@ -50,13 +50,14 @@ def draw_before_after(
         layout="constrained",
     )
     for line, (name, images, rewards) in zip(axes, rows, strict=True):
-        for axis, image, reward in zip(line, images, rewards, strict=True):
+        captions = [f"{reward:.3g}" for reward in rewards] if rewards else [""] * len(images)
+        for axis, image, caption in zip(line, images, captions, strict=True):
             axis.imshow(image.float().clamp(0, 1).permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
-            axis.set_xlabel(f"{reward:.3g}", fontsize=9)
+            axis.set_xlabel(caption, fontsize=9)
             axis.set_xticks([])
             axis.set_yticks([])
             axis.spines[:].set_visible(False)
-        line[0].set_ylabel(f"{name}\nmean {np.mean(rewards):.3g}", fontsize=10)
+        line[0].set_ylabel(f"{name}\nmean {np.mean(rewards):.3g}" if rewards else name, fontsize=10)
     for axis, prompt in zip(axes[0], prompts, strict=True):
         axis.set_title(prompt if len(prompt) <= 24 else prompt[:23] + "…", fontsize=9)
     _save(figure, path)

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from diffusers.utils.torch_utils import randn_tensor
 from torch.utils.checkpoint import checkpoint
 
 from ddpo_fast import ops
 from ddpo_fast.noise_schedule import NoiseSchedule
+
+# `pipe` is a diffusers StableDiffusionPipeline, whose parts diffusers does not declare as attributes
 
 
 @dataclass
@@ -48,13 +49,13 @@ Predict = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 
 
 @torch.no_grad()
-def generate(pipe: StableDiffusionPipeline, *args: Any, **kwargs: Any) -> DDPOPipelineOutput:
+def generate(pipe: Any, *args: Any, **kwargs: Any) -> DDPOPipelineOutput:
     """Draws images; the arguments are `StableDiffusionPipeline`'s, see `_generate`."""
     return _generate(pipe, lambda predict: predict, *args, **kwargs)
 
 
 def generate_with_grad(
-    pipe: StableDiffusionPipeline,
+    pipe: Any,
     *args: Any,
     truncated_backprop: bool = True,
     truncated_backprop_rand: bool = True,
@@ -85,7 +86,7 @@ def generate_with_grad(
 
 
 def _generate(
-    pipe: StableDiffusionPipeline,
+    pipe: Any,
     wrap: Callable[[Predict], Predict],
     prompt: str | list[str] | None = None,
     height: int | None = None,
@@ -158,7 +159,7 @@ def _generate(
 
 
 def denoise(
-    pipe: StableDiffusionPipeline,
+    pipe: Any,
     predict: Predict,
     latents: torch.Tensor,
     eta: float,
@@ -183,7 +184,7 @@ def denoise(
     return trail, log_probs
 
 
-def decode(pipe: StableDiffusionPipeline, latents: torch.Tensor, output_type: str) -> Any:
+def decode(pipe: Any, latents: torch.Tensor, output_type: str) -> Any:
     """Latents to images of diffusers' `output_type` ('pil', 'np', 'pt' or 'latent')."""
     if output_type == "latent":
         return latents

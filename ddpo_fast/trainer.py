@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
-from datetime import datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,14 +23,15 @@ from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather
 from huggingface_hub import PyTorchModelHubMixin
 from tqdm.auto import tqdm
 
-from ddpo_fast import checkpoint, ops, report, rewards
+from ddpo_fast import checkpoint, ops, rewards
 from ddpo_fast.advantages import PerPromptStatTracker, batch_advantages
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.engine import Engine, compute_dtype, make_optimizer
-from ddpo_fast.metrics import MetricsFile, UpdateMetrics, first_tracker, tracker_config
+from ddpo_fast.metrics import UpdateMetrics, first_tracker
 from ddpo_fast.model_card import make_model_card
 from ddpo_fast.pipeline import DDPOStableDiffusionPipeline
 from ddpo_fast.prompts import PromptFunction, draw_prompts
+from ddpo_fast.run_log import RunLog, output_folder
 from ddpo_fast.trajectory import Trajectory, micro_batches
 
 logger = logging.getLogger(__name__)
@@ -72,14 +71,15 @@ class DDPOTrainer(PyTorchModelHubMixin):
         self.num_train_timesteps = config.num_train_timesteps
         resume = checkpoint.find(config.resume_from) if config.resume_from else None
         state = checkpoint.read_state(resume) if resume else {}
-        self.output_dir = _output_folder(config)
+        self.output_dir = output_folder(config)
         self.accelerator = self._make_accelerator()
         okay, message = self._config_check()
         if not okay:
             raise ValueError(message)
+        self.run_log = RunLog(config, self.accelerator, self.output_dir)
         if not config.resume_from:
-            self._claim_output_folder()
-        self._start_trackers(state.get("global_step"))
+            self.run_log.claim_folder()
+        self.run_log.start_trackers(state.get("global_step"))
         set_seed(config.seed, device_specific=True)
         layers = self._prepare_models()
         self.optimizer = make_optimizer(self.trainable_parameters(layers), config)
@@ -91,19 +91,22 @@ class DDPOTrainer(PyTorchModelHubMixin):
             config.per_prompt_stat_tracking_buffer_size, config.per_prompt_stat_tracking_min_count
         )
         self.executor = ThreadPoolExecutor(config.max_workers) if config.async_reward_computation else None
-        self.metrics = MetricsFile(self.output_dir / "metrics.jsonl")
-        self.first_epoch, self._global_step, self._elapsed, self._started = 0, 0, 0.0, time.monotonic()
-        self._update_metrics, self._last_update, self._summary = UpdateMetrics(), {}, ""
-        self._epoch_start_update, self._warned_of_drift = 0, False
+        self.first_epoch, self._global_step = 0, 0
+        self._update_metrics, self._epoch_start_update = UpdateMetrics(), 0
         if config.resume_from:
             self._resume(resume, state)
-        self._write_config()
+        self.run_settings = self._run_settings()
+        self.run_log.write_config(self.run_settings)
 
     # set-up
 
     def _make_accelerator(self) -> Accelerator:
         config = self.config
-        project = {"project_dir": str(self.output_dir), "logging_dir": str(self.output_dir), **config.project_kwargs}
+        project: dict[str, Any] = {
+            "project_dir": str(self.output_dir),
+            "logging_dir": str(self.output_dir),
+            **config.project_kwargs,
+        }
         project["automatic_checkpoint_naming"] = False
         accelerator = Accelerator(
             log_with=config.log_with,
@@ -119,29 +122,6 @@ class DDPOTrainer(PyTorchModelHubMixin):
         if config.allow_tf32 and torch.cuda.is_available():
             torch.backends.cuda.matmul.allow_tf32 = True
         return accelerator
-
-    def _claim_output_folder(self) -> None:
-        """A second run in the folder of an earlier one would mix their metrics and replace its checkpoints."""
-        taken = (self.output_dir / "metrics.jsonl").exists() or checkpoint.numbered(self.output_dir / "checkpoints")
-        self.accelerator.wait_for_everyone()
-        if taken:
-            raise ValueError(
-                f"output_dir {str(self.output_dir)!r} already holds a run: continue it with resume_from="
-                f"{str(self.output_dir)!r}, or choose another folder"
-            )
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-
-    def _start_trackers(self, resumed_step: int | None) -> None:
-        init_kwargs = dict(self.config.tracker_kwargs)
-        flat = self.config.to_dict()
-        if self.config.log_with == "tensorboard":
-            flat = tracker_config(flat)
-            if resumed_step is not None:
-                init_kwargs = {"tensorboard": {"purge_step": resumed_step, **init_kwargs.get("tensorboard", {})}}
-        else:
-            flat = {"ddpo_trainer_config": flat}
-        if self.accelerator.is_main_process:
-            self.accelerator.init_trackers(self.config.tracker_project_name, config=flat, init_kwargs=init_kwargs)
 
     def _prepare_models(self) -> Any:
         """Moves the networks to the device: frozen ones in the compute precision, trained weights in fp32."""
@@ -234,6 +214,30 @@ class DDPOTrainer(PyTorchModelHubMixin):
         )
         return trajectory, output.images
 
+    @torch.no_grad()
+    def evaluate(
+        self, prompts: tuple[str, ...], metadata: tuple[Any, ...], seed: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draws and scores one image per prompt from noise that `seed` fixes: (images [B, 3, H, W], rewards [B]).
+
+        Training goes on afterwards as if nothing had been drawn.
+        """
+        random_state = checkpoint.random_state()
+        self.sd_pipeline.unet.eval()
+        with self._compute():
+            images = self.sd_pipeline(
+                prompt=list(prompts),
+                negative_prompt=[self.config.negative_prompts or ""] * len(prompts),
+                num_inference_steps=self.config.sample_num_steps,
+                guidance_scale=self.config.sample_guidance_scale,
+                eta=self.config.sample_eta,
+                generator=torch.Generator().manual_seed(seed),
+                output_type="pt",
+            ).images.float()
+        scores, _ = rewards.score(self.reward_fn, images, prompts, metadata)
+        checkpoint.restore_random_state(random_state)
+        return images.cpu(), scores.cpu()
+
     # rewards and advantages
 
     def compute_rewards(self, prompt_image_pairs: Sequence[Sequence[Any]], is_async: bool = False) -> Any:
@@ -274,20 +278,18 @@ class DDPOTrainer(PyTorchModelHubMixin):
             self.image_samples_callback(prompt_image_data, global_step, first_tracker(self.accelerator))
         trajectory = Trajectory.cat(samples)
         all_rewards = self.accelerator.gather(torch.cat(batch_rewards))
-        self._log_rewards(epoch, global_step, all_rewards)
+        self.run_log.rewards(epoch, global_step, all_rewards)
         trajectory = trajectory.with_advantages(self._advantages(trajectory.prompts, all_rewards))
         scored = time.monotonic()
         global_step = self._train_on(trajectory, epoch, global_step)
         ended = time.monotonic()
-        self._log_epoch(
-            epoch,
-            global_step,
-            all_rewards,
-            sample_s=sampled - started,
-            reward_s=scored - sampled,
-            train_s=ended - scored,
-            images_per_s=len(all_rewards) / (ended - started),
-        )
+        timings = {
+            "sample_s": sampled - started,
+            "reward_s": scored - sampled,
+            "train_s": ended - scored,
+            "images_per_s": len(all_rewards) / (ended - started),
+        }
+        self.run_log.epoch(epoch, global_step, all_rewards, timings)
         self._global_step = global_step
         if (epoch + 1) % self.config.save_freq == 0:
             self._save(epoch + 1)
@@ -337,7 +339,7 @@ class DDPOTrainer(PyTorchModelHubMixin):
             for batches in _grouped(iter(batched_samples), self.config.train_gradient_accumulation_steps):
                 updates.append(self._update(batches))
                 progress.update()
-        self._log_updates(updates, epoch, inner_epoch, global_step)
+        self.run_log.updates(updates, epoch, inner_epoch, global_step)
         return global_step + len(updates)
 
     def _update(self, batches: list[Any]) -> dict[str, torch.Tensor]:
@@ -346,11 +348,13 @@ class DDPOTrainer(PyTorchModelHubMixin):
         total = sum(batch["timesteps"].numel() for batch in trained)
         self._update_metrics = metrics = UpdateMetrics()
         for pairs in micro_batches(trained, self.config.micro_batch_size):
-            embeds = pairs.prompt_embeds
-            if self.config.guides_training:
-                embeds = torch.cat([pairs.negative_prompt_embeds, embeds])
             loss, approx_kl, clipfrac = self.calculate_loss(
-                pairs.latents, pairs.timesteps, pairs.next_latents, pairs.log_probs, pairs.advantages, embeds
+                pairs.latents,
+                pairs.timesteps,
+                pairs.next_latents,
+                pairs.log_probs,
+                pairs.advantages,
+                pairs.embeds(self.config.guides_training),
             )
             share = len(pairs) / total
             self.engine.backward(loss * share)
@@ -397,20 +401,18 @@ class DDPOTrainer(PyTorchModelHubMixin):
             ).sample
         if guide:
             output = ops.guided(output, self.config.sample_guidance_scale)
-        return self.sd_pipeline.scheduler_step(
+        scored = self.sd_pipeline.scheduler_step(
             output, timesteps, latents, eta=self.config.sample_eta, prev_sample=next_latents
-        ).log_probs
+        )
+        assert scored.log_probs is not None, "eta is above 0"
+        return scored.log_probs
 
     @torch.no_grad()
     def _rescored(self, trajectory: Trajectory) -> Trajectory:
         """The trajectory with the log-probs that training's forward pass gives it under the current weights."""
         scores = []
-        for pairs in micro_batches(
-            [trajectory.with_advantages(trajectory.log_probs[:, 0])], self.config.micro_batch_size
-        ):
-            embeds = pairs.prompt_embeds
-            if self.config.guides_training:
-                embeds = torch.cat([pairs.negative_prompt_embeds, embeds])
+        for pairs in micro_batches([trajectory], self.config.micro_batch_size):
+            embeds = pairs.embeds(self.config.guides_training)
             scores.append(self._log_prob(pairs.latents, pairs.timesteps, pairs.next_latents, embeds))
         return replace(trajectory, log_probs=torch.cat(scores).reshape(trajectory.log_probs.T.shape).T.contiguous())
 
@@ -431,12 +433,11 @@ class DDPOTrainer(PyTorchModelHubMixin):
         )
         for epoch in bar:
             global_step = self.step(epoch, global_step)
-            bar.set_postfix_str(self._summary)
+            bar.set_postfix_str(self.run_log.summary)
         if epochs > self.first_epoch and epochs % self.config.save_freq:
             self._save(epochs)
         self.first_epoch = max(self.first_epoch, epochs)
-        if self.accelerator.is_main_process:
-            report.draw_rewards(self.metrics.read(), self.output_dir / "rewards.png")
+        self.run_log.draw()
         self.accelerator.wait_for_everyone()
 
     # records
@@ -449,62 +450,6 @@ class DDPOTrainer(PyTorchModelHubMixin):
         config = self.config
         images = config.sample_batch_size * config.sample_num_batches_per_epoch
         return images // (config.train_batch_size * config.train_gradient_accumulation_steps)
-
-    def _log_rewards(self, epoch: int, global_step: int, all_rewards: torch.Tensor) -> None:
-        values = all_rewards.cpu().numpy()
-        # plain floats: TensorBoard drops NumPy's
-        means = {"reward_mean": float(values.mean()), "reward_std": float(values.std())}
-        self.accelerator.log({"reward": values, "epoch": epoch, **means}, step=global_step)
-
-    def _log_updates(
-        self, updates: list[dict[str, torch.Tensor]], epoch: int, inner_epoch: int, global_step: int
-    ) -> None:
-        """Writes an inner epoch's updates: one transfer from the device, after its last one was queued."""
-        for at, update in enumerate(updates, start=global_step):
-            averaged = self.accelerator.reduce(update, reduction="mean")
-            info = {name: value.item() for name, value in averaged.items()}
-            if not all(math.isfinite(info[name]) for name in ("loss", "approx_kl")):
-                raise RuntimeError(
-                    f"the loss of update {at} is {info['loss']}: lower train_learning_rate; the last checkpoint is kept"
-                )
-            self.accelerator.log({**info, "epoch": epoch, "inner_epoch": inner_epoch}, step=at)
-            self._record({"kind": "update", "update": at, "epoch": epoch, "inner_epoch": inner_epoch, **info})
-            self._watch_drift(info.get("ratio_drift", 0.0))
-            self._last_update = info
-
-    def _watch_drift(self, drift: float) -> None:
-        """A ratio that is not 1 before the first update uses up the clip range before anything was learned."""
-        if drift > 0.5 * self.config.train_clip_range and not self._warned_of_drift:
-            self._warned_of_drift = True
-            logger.warning(
-                "before the first update the ratio is already %.1e away from 1, with a clip range of %.1e: "
-                "set train_recompute_log_probs=True, raise mixed_precision, or train with the guidance that samples",
-                drift,
-                self.config.train_clip_range,
-            )
-
-    def _log_epoch(self, epoch: int, global_step: int, all_rewards: torch.Tensor, **timings: float) -> None:
-        means = {"reward_mean": all_rewards.mean().item(), "reward_std": all_rewards.std(correction=0).item()}
-        self.accelerator.log(timings, step=global_step - 1)
-        elapsed = self._elapsed + time.monotonic() - self._started
-        self._record(
-            {"kind": "epoch", "epoch": epoch, "updates": global_step, "images": len(all_rewards), **means, **timings}
-            | {"elapsed_s": elapsed}
-        )
-        self._summary = (
-            f"reward {means['reward_mean']:.3f}, kl {self._last_update['approx_kl']:.1e}, "
-            f"clipped {self._last_update['clipfrac']:.0%}, {timings['images_per_s']:.2f} images/s"
-        )
-
-    def _record(self, record: dict[str, Any]) -> None:
-        if self.accelerator.is_main_process:
-            self.metrics.write(record)
-
-    def _write_config(self) -> None:
-        """`config.json`: the settings of the run, which a resumed run takes up again."""
-        if self.accelerator.is_main_process:
-            text = json.dumps(self._run_settings(), indent=2, default=str) + "\n"
-            (self.output_dir / "config.json").write_text(text, encoding="utf-8")
 
     def _run_settings(self) -> dict[str, Any]:
         settings = {"config": vars(self.config), "num_processes": self.accelerator.num_processes}
@@ -524,14 +469,13 @@ class DDPOTrainer(PyTorchModelHubMixin):
 
     def _save(self, epochs: int) -> None:
         """A checkpoint after `epochs` finished epochs."""
-        elapsed = self._elapsed + time.monotonic() - self._started
         state = {
             "epochs": epochs,
             "global_step": self._global_step,
-            "elapsed_s": elapsed,
-            "metrics_bytes": self.metrics.size(),
+            "elapsed_s": self.run_log.elapsed_s(),
+            "metrics_bytes": self.run_log.metrics.size(),
             "trained": self._trained_part(),
-            **json.loads(json.dumps(self._run_settings(), default=str)),
+            **json.loads(json.dumps(self.run_settings, default=str)),
         }
         training = {
             "engine": self.engine.state_dict(),
@@ -548,10 +492,8 @@ class DDPOTrainer(PyTorchModelHubMixin):
         )
 
     def _resume(self, resume: Path | None, state: dict[str, Any]) -> None:
-        self.output_dir.mkdir(parents=True, exist_ok=True)
         same_folder = checkpoint.run_folder(self.config.resume_from) == self.output_dir.absolute()
-        if same_folder and self.accelerator.is_main_process:
-            self.metrics.cut(state.get("metrics_bytes", 0))
+        self.run_log.resume(state, same_folder)
         if resume is None:
             logger.warning("%s has no checkpoint yet: the run starts from the beginning", self.config.resume_from)
             return
@@ -564,7 +506,7 @@ class DDPOTrainer(PyTorchModelHubMixin):
         for name, function in self._stateful_functions().items():
             if name in training:
                 function.load_state_dict(training[name])
-        self.first_epoch, self._global_step, self._elapsed = state["epochs"], state["global_step"], state["elapsed_s"]
+        self.first_epoch, self._global_step = state["epochs"], state["global_step"]
         checkpoint.restore_random_state(checkpoint.read_random_state(resume, self.accelerator.process_index))
 
     def _stateful_functions(self) -> dict[str, Any]:
@@ -586,7 +528,7 @@ class DDPOTrainer(PyTorchModelHubMixin):
             self.sd_pipeline.save_pretrained(str(save_directory))
             self.create_model_card(folder=save_directory)
             if Path(save_directory).absolute() == self.output_dir.absolute():
-                self._write_config()
+                self.run_log.write_config(self.run_settings)
         self.accelerator.wait_for_everyone()
 
     def create_model_card(
@@ -615,18 +557,6 @@ class DDPOTrainer(PyTorchModelHubMixin):
     def push_to_hub(self, repo_id: str | None = None, *, dataset_name: str | None = None, **kwargs: Any) -> str:
         """Uploads the model with its card; the repository's name defaults to the run folder's."""
         return super().push_to_hub(repo_id or self.output_dir.absolute().name, **kwargs)
-
-
-def _output_folder(config: DDPOConfig) -> Path:
-    """Where the run writes: as configured, else the resumed run's folder, else a new one under `logdir`."""
-    if config.output_dir:
-        return Path(config.output_dir).expanduser()
-    if config.project_kwargs.get("project_dir"):
-        return Path(config.project_kwargs["project_dir"]).expanduser()
-    if config.resume_from:
-        return checkpoint.run_folder(config.resume_from)
-    name = config.run_name or f"{config.exp_name or 'ddpo'}-{datetime.now():%Y%m%d-%H%M%S}"
-    return Path(config.logdir).expanduser() / name
 
 
 def _grouped(batches: Iterator[Any], size: int) -> Iterator[list[Any]]:

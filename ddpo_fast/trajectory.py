@@ -112,6 +112,10 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.timesteps)
 
+    def embeds(self, guided: bool) -> torch.Tensor:
+        """The text embeddings of a UNet call: with guidance 2N rows, the negative prompts first."""
+        return torch.cat([self.negative_prompt_embeds, self.prompt_embeds]) if guided else self.prompt_embeds
+
 
 def micro_batches(batches: Sequence[Any], size: int) -> Iterator[Pairs]:
     """All pairs of the training batches in chunks of at most `size`.

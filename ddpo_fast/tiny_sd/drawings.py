@@ -49,11 +49,11 @@ CODE_POINTS = dict(
     zip(
         [*ANIMALS, *(f"{name} face" for name in FACES)],
         (
-            "1f408 1f415 1f40e 1f412 1f407 1f993 1f577-fe0f 1f426 1f411 1f98c 1f404 1f410 1f981 1f405 1f43b 1f99d 1f98a "
-            "1f43a 1f98e 1fab2 1f41c 1f98b 1f41f 1f988 1f40b 1f42c 1f43f-fe0f 1f401 1f400 1f40d 1f422 1f438 1f413 1f986 "
-            "1fabf 1f41d 1f416 1f983 1fab0 1f999 1f42a 1f987 1f98d 1f994 1f998 1f427 1f43c 1f428 1f989 1f418 1f419 1f980 "
-            "1f40a 1f992 1f98f 1f99b 1f99c 1f9a9 1f99a 1f9a2 1f40c 1f41e 1f99e 1f9a5 1f9a6 1f9a1 1f984 "
-            "1f431 1f436 1f434 1f435 1f430 1f42e 1f437 1f42f 1f42d"
+            "1f408 1f415 1f40e 1f412 1f407 1f993 1f577-fe0f 1f426 1f411 1f98c 1f404 1f410 1f981 1f405 1f43b 1f99d "
+            "1f98a 1f43a 1f98e 1fab2 1f41c 1f98b 1f41f 1f988 1f40b 1f42c 1f43f-fe0f 1f401 1f400 1f40d 1f422 1f438 "
+            "1f413 1f986 1fabf 1f41d 1f416 1f983 1fab0 1f999 1f42a 1f987 1f98d 1f994 1f998 1f427 1f43c 1f428 "
+            "1f989 1f418 1f419 1f980 1f40a 1f992 1f98f 1f99b 1f99c 1f9a9 1f99a 1f9a2 1f40c 1f41e 1f99e 1f9a5 "
+            "1f9a6 1f9a1 1f984 1f431 1f436 1f434 1f435 1f430 1f42e 1f437 1f42f 1f42d"
         ).split(),
         strict=True,
     )

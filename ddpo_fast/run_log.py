@@ -1,0 +1,149 @@
+"""What a run writes down: its settings, metrics.jsonl, the trackers, the reward curve, and warnings about them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from ddpo_fast import checkpoint, report
+from ddpo_fast.config import DDPOConfig
+from ddpo_fast.metrics import MetricsFile, tracker_config
+
+logger = logging.getLogger(__name__)
+
+
+class RunLog:
+    """The records of one run in `folder`; only the main process writes."""
+
+    def __init__(self, config: DDPOConfig, accelerator: Accelerator, folder: Path) -> None:
+        self.config = config
+        self.accelerator = accelerator
+        self.folder = folder
+        self.metrics = MetricsFile(folder / "metrics.jsonl")
+        self.summary = ""
+        self._earlier_s, self._started = 0.0, time.monotonic()
+        self._last_update: dict[str, float] = {}
+        self._warned_of_drift = False
+
+    def claim_folder(self) -> None:
+        """Makes the folder. Raises `ValueError` if a run is in it: two would mix their metrics and checkpoints."""
+        problem = folder_problem(self.folder)
+        self.accelerator.wait_for_everyone()
+        if problem:
+            raise ValueError(problem)
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def start_trackers(self, resumed_step: int | None) -> None:
+        init_kwargs: dict[str, Any] = dict(self.config.tracker_kwargs)
+        flat = self.config.to_dict()
+        if self.config.log_with == "tensorboard":
+            flat = tracker_config(flat)
+            if resumed_step is not None:
+                init_kwargs = {"tensorboard": {"purge_step": resumed_step, **init_kwargs.get("tensorboard", {})}}
+        else:
+            flat = {"ddpo_trainer_config": flat}
+        if self.accelerator.is_main_process:
+            self.accelerator.init_trackers(self.config.tracker_project_name, config=flat, init_kwargs=init_kwargs)
+
+    def write_config(self, settings: dict[str, Any]) -> None:
+        """`config.json`, which a resumed run takes its settings from."""
+        if self.accelerator.is_main_process:
+            text = json.dumps(settings, indent=2, default=str) + "\n"
+            (self.folder / "config.json").write_text(text, encoding="utf-8")
+
+    def resume(self, state: dict[str, Any], same_folder: bool) -> None:
+        """Goes on after the records that the checkpoint `state` knows of; later ones are written again."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._earlier_s = state.get("elapsed_s", 0.0)
+        if same_folder and self.accelerator.is_main_process:
+            self.metrics.cut(state.get("metrics_bytes", 0))
+
+    def elapsed_s(self) -> float:
+        """Seconds that the run took so far, without the time between a kill and its resumption."""
+        return self._earlier_s + time.monotonic() - self._started
+
+    def rewards(self, epoch: int, global_step: int, all_rewards: torch.Tensor) -> None:
+        values = all_rewards.cpu().numpy()
+        # plain floats: TensorBoard drops NumPy's
+        means = {"reward_mean": float(values.mean()), "reward_std": float(values.std())}
+        self.accelerator.log({"reward": values, "epoch": epoch, **means}, step=global_step)
+
+    def updates(self, updates: list[dict[str, torch.Tensor]], epoch: int, inner_epoch: int, global_step: int) -> None:
+        """Writes an inner epoch's updates, from the device after its last one was queued.
+
+        Raises `RuntimeError` if a loss is not finite: the weights are lost, and the last checkpoint must stay so.
+        """
+        for at, update in enumerate(updates, start=global_step):
+            averaged = self.accelerator.reduce(update, reduction="mean")
+            info = {name: float(value) for name, value in averaged.items()}
+            if not math.isfinite(info["loss"]):
+                raise RuntimeError(
+                    f"the loss of update {at} is {info['loss']}: lower train_learning_rate and resume from the last "
+                    f"checkpoint in {self.folder}"
+                )
+            self.accelerator.log({**info, "epoch": epoch, "inner_epoch": inner_epoch}, step=at)
+            self._write({"kind": "update", "update": at, "epoch": epoch, "inner_epoch": inner_epoch, **info})
+            self._watch_drift(info.get("ratio_drift", 0.0))
+            self._last_update = info
+
+    def epoch(self, epoch: int, global_step: int, all_rewards: torch.Tensor, timings: dict[str, float]) -> None:
+        means = {"reward_mean": all_rewards.mean().item(), "reward_std": all_rewards.std(correction=0).item()}
+        self.accelerator.log(timings, step=global_step - 1)
+        counts = {"kind": "epoch", "epoch": epoch, "updates": global_step, "images": len(all_rewards)}
+        self._write({**counts, **means, **timings, "elapsed_s": self.elapsed_s()})
+        self.summary = (
+            f"reward {means['reward_mean']:.3f}, kl {self._last_update['approx_kl']:.1e}, "
+            f"clipped {self._last_update['clipfrac']:.0%}, {timings['images_per_s']:.2f} images/s"
+        )
+
+    def draw(self) -> None:
+        """`rewards.png`."""
+        if self.accelerator.is_main_process:
+            report.draw_rewards(self.metrics.read(), self.folder / "rewards.png")
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            self.metrics.write(record)
+
+    def _watch_drift(self, drift: float) -> None:
+        """A ratio that is not 1 before the first update uses up the clip range before anything was learned."""
+        if drift > 0.5 * self.config.train_clip_range and not self._warned_of_drift:
+            self._warned_of_drift = True
+            logger.warning(
+                "before the first update the ratio is already %.1e away from 1, and the clip range is %.1e: set "
+                "train_recompute_log_probs, use a higher mixed_precision, or train with the guidance that samples",
+                drift,
+                self.config.train_clip_range,
+            )
+
+
+def folder_problem(folder: Path) -> str:
+    """Why a new run cannot write to `folder`, or ''."""
+    if folder.exists() and not folder.is_dir():
+        return f"output_dir is {str(folder)!r}, which is a file: choose another folder"
+    if (folder / "metrics.jsonl").exists() or checkpoint.numbered(folder / "checkpoints"):
+        return (
+            f"output_dir {str(folder)!r} already holds a run: continue it with resume_from={str(folder)!r}, "
+            "or choose another folder"
+        )
+    return ""
+
+
+def output_folder(config: DDPOConfig) -> Path:
+    """Where a run writes: as configured, else the resumed run's folder, else a new one under `logdir`."""
+    if config.output_dir:
+        return Path(config.output_dir).expanduser()
+    if config.project_kwargs.get("project_dir"):
+        return Path(config.project_kwargs["project_dir"]).expanduser()
+    if config.resume_from:
+        return checkpoint.run_folder(config.resume_from)
+    name = config.run_name or f"{config.exp_name or 'ddpo'}-{datetime.now():%Y%m%d-%H%M%S}"
+    return Path(config.logdir).expanduser() / name
