@@ -42,10 +42,8 @@ class PerPromptStatTracker:
 
     def get_stats(self) -> dict[str, dict[str, Any]]:
         """mean, std and count of each prompt's remembered rewards."""
-        return {
-            prompt: {"mean": np.mean(seen), "std": np.std(seen), "count": len(seen)}
-            for prompt, seen in self.stats.items()
-        }
+        arrays = {prompt: np.array(seen, dtype=np.float32) for prompt, seen in self.stats.items()}
+        return {prompt: {"mean": a.mean(), "std": a.std(), "count": len(a)} for prompt, a in arrays.items()}
 
     def state_dict(self) -> dict[str, list[float]]:
         return {prompt: [float(reward) for reward in seen] for prompt, seen in self.stats.items()}

@@ -53,7 +53,6 @@ def save(
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         _sync_to_disk(aside)
-        set_aside_later(final)
         if final.exists():
             _remove(final)
         aside.rename(final)

@@ -175,16 +175,15 @@ def _flattened(mapping: dict[str, Any], prefix: str = "") -> Any:
 
 
 def _parsed_mapping(name: str, value: Any) -> dict[str, Any]:
+    mapping = value
     if isinstance(value, str):
         try:
-            value = json.loads(value or "{}")
+            mapping = json.loads(value or "{}")
         except json.JSONDecodeError as error:
             raise ValueError(f"{name} is {value!r} but must be a JSON object: {error}") from None
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise ValueError(f"{name} is {value!r} but must be a dict")
-    return value
+    if not isinstance(mapping, (dict, type(None))):
+        raise ValueError(f"{name} is {value!r} but must be a dict, or a JSON object")
+    return mapping or {}
 
 
 def _whole(least: int) -> Callable[[Any], bool]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -23,6 +24,15 @@ class NoiseSchedule:
         return self.c_x[timesteps], self.c_m[timesteps], self.sigma[timesteps]
 
     @classmethod
+    def of(cls, scheduler: Any, eta: float, device: torch.device) -> NoiseSchedule:
+        """`from_scheduler`, made once for each scheduler, step count and eta."""
+        tables = _TABLES.setdefault(scheduler, {})
+        key = (scheduler.num_inference_steps, scheduler.config.prediction_type, eta, device)
+        if key not in tables:
+            tables[key] = cls.from_scheduler(scheduler, eta, device)
+        return tables[key]
+
+    @classmethod
     def from_scheduler(cls, scheduler: Any, eta: float, device: torch.device | str) -> NoiseSchedule:
         """The stochastic DDIM steps (arXiv 2010.02502, eq. 12 and 16) of a diffusers scheduler after `set_timesteps`.
 
@@ -37,6 +47,11 @@ class NoiseSchedule:
         for name in ("clip_sample", "thresholding"):
             if config.get(name):
                 raise ValueError(f"the scheduler's {name} is on, which makes its step not Gaussian: turn it off")
+        if int(scheduler.timesteps.max()) >= config.num_train_timesteps:
+            raise ValueError(
+                f"{scheduler.num_inference_steps} sampling steps reach past the last of {config.num_train_timesteps} "
+                "timesteps: use fewer"
+            )
         alpha = scheduler.alphas_cumprod.to("cpu", torch.float64)
         stride = config.num_train_timesteps // scheduler.num_inference_steps
         previous = alpha[(torch.arange(len(alpha)) - stride).clamp(min=0)]
@@ -44,6 +59,9 @@ class NoiseSchedule:
         direction = (1 - previous - variance).clamp(min=0).sqrt()
         c_x, c_m = _mean_coefficients(config.prediction_type, alpha, previous, direction)
         return cls(*(v.to(device, torch.float32) for v in (c_x, c_m, variance.sqrt())))
+
+
+_TABLES: WeakKeyDictionary[Any, dict[tuple, NoiseSchedule]] = WeakKeyDictionary()
 
 
 def _mean_coefficients(

@@ -120,7 +120,6 @@ class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
         self.sd_pipeline.vae.requires_grad_(False)
         self.sd_pipeline.text_encoder.requires_grad_(False)
         self.sd_pipeline.unet.requires_grad_(not self.use_lora)
-        self._schedules: dict[tuple, NoiseSchedule] = {}
 
     def _load_lora(self) -> None:
         """Takes up the adapter that lies beside the model, if one does: training then continues it."""
@@ -163,19 +162,12 @@ class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
         if prev_sample is not None and generator is not None:
             raise ValueError("pass either generator (to draw the next sample) or prev_sample (to score it), not both")
         timestep = torch.as_tensor(timestep, device=sample.device)
-        step = [c.expand(len(sample)) for c in self._schedule(eta, sample.device).at(timestep)]
+        step = [c.expand(len(sample)) for c in NoiseSchedule.of(self.scheduler, eta, sample.device).at(timestep)]
         if prev_sample is None:
             noise = sampler.randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
             prev_sample = ops.take_step(model_output, sample, noise, *step)
         log_probs = ops.step_logprob(model_output, sample, prev_sample, *step) if eta > 0 else None
         return DDPOSchedulerOutput(prev_sample, log_probs)
-
-    def _schedule(self, eta: float, device: torch.device) -> NoiseSchedule:
-        config = self.scheduler.config
-        key = (self.scheduler.num_inference_steps, eta, device, config.prediction_type, id(self.scheduler))
-        if key not in self._schedules:
-            self._schedules[key] = NoiseSchedule.from_scheduler(self.scheduler, eta, device)
-        return self._schedules[key]
 
     @property
     def unet(self) -> Any:

@@ -167,7 +167,7 @@ def denoise(
     after_step: Callable[[int, torch.Tensor, torch.Tensor], None],
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """The T-step Gaussian chain from noise `latents` [B, C, H, W]: (T + 1 latents, T log-probs [B])."""
-    schedule = NoiseSchedule.from_scheduler(pipe.scheduler, eta, latents.device)
+    schedule = NoiseSchedule.of(pipe.scheduler, eta, latents.device)
     trail, log_probs = [latents], []
     with pipe.progress_bar(total=len(pipe.scheduler.timesteps)) as progress:
         for i, t in enumerate(pipe.scheduler.timesteps):

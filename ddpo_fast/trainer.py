@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -128,7 +129,7 @@ class DDPOTrainer(PyTorchModelHubMixin):
         pipeline, device, dtype = self.sd_pipeline, self.accelerator.device, compute_dtype(self.accelerator)
         pipeline.set_progress_bar_config(
             position=1,
-            disable=not self.accelerator.is_local_main_process,
+            disable=self._hides_bars,
             leave=False,
             desc="Timestep",
             dynamic_ncols=True,
@@ -333,7 +334,7 @@ class DDPOTrainer(PyTorchModelHubMixin):
             desc="Training",
             position=1,
             leave=False,
-            disable=not self._shows_bars,
+            disable=self._hides_bars,
         )
         with progress:
             for batches in _grouped(iter(batched_samples), self.config.train_gradient_accumulation_steps):
@@ -429,11 +430,13 @@ class DDPOTrainer(PyTorchModelHubMixin):
             initial=self.first_epoch,
             total=epochs,
             desc="Epoch",
-            disable=not self._shows_bars,
+            disable=self._hides_bars,
         )
         for epoch in bar:
             global_step = self.step(epoch, global_step)
             bar.set_postfix_str(self.run_log.summary)
+            if bar.disable and self.accelerator.is_main_process:
+                print(f"epoch {epoch + 1}/{epochs}: {self.run_log.summary}", file=sys.stderr, flush=True)
         if epochs > self.first_epoch and epochs % self.config.save_freq:
             self._save(epochs)
         self.first_epoch = max(self.first_epoch, epochs)
@@ -443,8 +446,9 @@ class DDPOTrainer(PyTorchModelHubMixin):
     # records
 
     @property
-    def _shows_bars(self) -> bool:
-        return self.accelerator.is_local_main_process
+    def _hides_bars(self) -> bool | None:
+        """tqdm's `disable`: None means a bar on a terminal and none in a log file."""
+        return None if self.accelerator.is_local_main_process else True
 
     def _updates_per_inner_epoch(self) -> int:
         config = self.config
@@ -498,6 +502,8 @@ class DDPOTrainer(PyTorchModelHubMixin):
             logger.warning("%s has no checkpoint yet: the run starts from the beginning", self.config.resume_from)
             return
         checkpoint.check_same_part(resume, state["trained"], self._trained_part())
+        if same_folder and self.accelerator.is_main_process:
+            checkpoint.set_aside_later(resume)
         self.config.resume_from = str(resume)
         training = checkpoint.read_training(resume)
         self.sd_pipeline.load_checkpoint([self._model()], str(resume))

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from ddpo_fast.prompts import PROMPT_LISTS, draw_prompts, load_prompts
+from ddpo_fast.rewards import jpeg_compressibility, jpeg_incompressibility, load_reward, score
+
+
+def test_jpeg_rewards_know_noise_from_flat():
+    images = torch.stack(
+        [torch.full((3, 64, 64), 0.5), torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))]
+    )
+    size, _ = jpeg_incompressibility(images, (), ())
+    assert size[1] > 5 * size[0] > 0
+    torch.testing.assert_close(jpeg_compressibility(images, (), ())[0], -size)
+
+
+@pytest.mark.parametrize("returned", [[1, 2, 3], torch.tensor([1, 2, 3]), torch.tensor([1.0, 2.0, 3.0]).double()])
+def test_rewards_of_any_type_become_fp32(returned):
+    rewards, info = score(lambda *_: (returned, "info"), torch.zeros(3, 3, 8, 8), ("a", "b", "c"), ({},) * 3)
+    assert rewards.dtype == torch.float32
+    assert rewards.tolist() == [1, 2, 3]
+    assert info == "info"
+
+
+@pytest.mark.parametrize(
+    ("function", "error", "words"),
+    [
+        (lambda *_: torch.ones(3), ValueError, "must return"),
+        (lambda *_: (torch.ones(2), {}), ValueError, r"\(2,\) for 3 images"),
+        (lambda *_: (torch.ones(3, 1), {}), ValueError, r"\(3, 1\) for 3 images"),
+        (lambda *_: (torch.tensor([1.0, float("nan"), 1.0]), {}), ValueError, "nan for prompt 'b'"),
+        (lambda *_: (torch.tensor([1.0, 1.0, float("inf")]), {}), ValueError, "inf for prompt 'c'"),
+        (lambda *_: 1 / 0, RuntimeError, "ZeroDivisionError"),
+    ],
+)
+def test_bad_rewards_are_named(function, error, words):
+    with pytest.raises(error, match=words):
+        score(function, torch.zeros(3, 3, 8, 8), ("a", "b", "c"), ({},) * 3)
+
+
+@pytest.mark.parametrize("returned", ["a cat", ("a cat",), (1, {}), None, ("a", {}, 3)])
+def test_bad_prompts_are_named(returned):
+    with pytest.raises(ValueError, match="prompt function"):
+        draw_prompts(lambda: returned, 2)
+
+
+def test_prompt_sources(tmp_path):
+    (tmp_path / "prompts.txt").write_text("one\n\n two \n")
+    assert {load_prompts(str(tmp_path / "prompts.txt"))()[0] for _ in range(50)} == {"one", "two"}
+    random.seed(0)
+    assert load_prompts("animals")()[0] in PROMPT_LISTS["animals"]
+    assert "a lion" in PROMPT_LISTS["simple_animals"]
+    assert len(PROMPT_LISTS["simple_animals"]) == 45
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(ValueError, match="no prompt"):
+        load_prompts(str(tmp_path / "empty.txt"))
+
+
+@pytest.mark.parametrize("load", [load_prompts, load_reward])
+@pytest.mark.parametrize("spec", ["nothing", "no_such_module:f", "math:no_such_function", ":", "math:"])
+def test_unknown_sources_are_named(load, spec):
+    with pytest.raises(ValueError, match=r"prompts|reward"):
+        load(spec)
+    assert load_reward("math:sqrt")(4) == 2
