@@ -157,7 +157,9 @@ def check_before_loading(
 ) -> None:
     """What can be found wrong without the model, found now; the reward function scores two gray images."""
     model_folder(run.pretrained_model)
-    if not config.resume_from and (problem := folder_problem(Path(config.output_dir or ""))):
+    folder = Path(config.output_dir or "").expanduser()
+    in_place = config.resume_from and checkpoint.run_folder(config.resume_from) == folder.absolute()
+    if not in_place and (problem := folder_problem(folder)):
         raise ValueError(problem)
     prompts, metadata = (part[:2] * (3 - len(part[:2])) for part in shown)
     try:
@@ -179,8 +181,9 @@ def images_before(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The base model's images of the shown prompts; a resumed run has them from its start."""
     path = trainer.output_dir / BEFORE
-    if path.exists():
-        kept = torch.load(path, weights_only=True)
+    earlier = checkpoint.run_folder(trainer.config.resume_from) if trainer.config.resume_from else trainer.output_dir
+    for kept_path in (path, earlier / BEFORE):
+        kept = torch.load(kept_path, weights_only=True) if kept_path.exists() else {"prompts": []}
         if tuple(kept["prompts"]) == prompts:
             return kept["images"], kept["rewards"]
     images, scores = trainer.evaluate(prompts, metadata)

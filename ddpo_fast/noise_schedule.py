@@ -21,7 +21,8 @@ class NoiseSchedule:
 
     def at(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(c_x, c_m, sigma) for integer `timesteps`, each of their shape."""
-        return self.c_x[timesteps], self.c_m[timesteps], self.sigma[timesteps]
+        # `take`, as indexing by a tensor without dimensions would wait for its value
+        return self.c_x.take(timesteps), self.c_m.take(timesteps), self.sigma.take(timesteps)
 
     @classmethod
     def of(cls, scheduler: Any, eta: float, device: torch.device) -> NoiseSchedule:

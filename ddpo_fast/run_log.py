@@ -59,11 +59,10 @@ class RunLog:
             text = json.dumps(settings, indent=2, default=str) + "\n"
             (self.folder / "config.json").write_text(text, encoding="utf-8")
 
-    def resume(self, state: dict[str, Any], same_folder: bool) -> None:
+    def resume(self, state: dict[str, Any], in_place: bool) -> None:
         """Goes on after the records that the checkpoint `state` knows of; later ones are written again."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._earlier_s = state.get("elapsed_s", 0.0)
-        if same_folder and self.accelerator.is_main_process:
+        if in_place and self.accelerator.is_main_process:
             self.metrics.cut(state.get("metrics_bytes", 0))
 
     def elapsed_s(self) -> float:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,24 +20,23 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, set_seed
-from huggingface_hub import PyTorchModelHubMixin
 from tqdm.auto import tqdm
 
 from ddpo_fast import checkpoint, ops, rewards
 from ddpo_fast.advantages import PerPromptStatTracker, batch_advantages
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.engine import Engine, compute_dtype, make_optimizer
+from ddpo_fast.hub import HubModel
 from ddpo_fast.metrics import UpdateMetrics, first_tracker
-from ddpo_fast.model_card import make_model_card
 from ddpo_fast.pipeline import DDPOStableDiffusionPipeline
 from ddpo_fast.prompts import PromptFunction, draw_prompts
 from ddpo_fast.run_log import RunLog, output_folder
-from ddpo_fast.trajectory import Trajectory, micro_batches
+from ddpo_fast.trajectory import Trajectory, micro_batches, training_batches
 
 logger = logging.getLogger(__name__)
 
 
-class DDPOTrainer(PyTorchModelHubMixin):
+class DDPOTrainer(HubModel):
     """Fine-tunes a Stable Diffusion pipeline on a reward (arXiv 2305.13301), with TRL 0.23.1's interface.
 
     Args:
@@ -52,8 +50,6 @@ class DDPOTrainer(PyTorchModelHubMixin):
 
     Raises `ValueError` for settings that do not fit together and for a `resume_from` that cannot be resumed.
     """
-
-    _tag_names = ["ddpo_fast", "ddpo"]
 
     def __init__(
         self,
@@ -78,12 +74,12 @@ class DDPOTrainer(PyTorchModelHubMixin):
         if not okay:
             raise ValueError(message)
         self.run_log = RunLog(config, self.accelerator, self.output_dir)
-        if not config.resume_from:
+        if not self._goes_on_in_place():
             self.run_log.claim_folder()
         self.run_log.start_trackers(state.get("global_step"))
         set_seed(config.seed, device_specific=True)
         layers = self._prepare_models()
-        self.optimizer = make_optimizer(self.trainable_parameters(layers), config)
+        self.optimizer = self._setup_optimizer(self.trainable_parameters(layers))
         self.engine = Engine(self.accelerator, self.optimizer, config)
         self.trainable_layers = layers
         self.autocast = sd_pipeline.autocast or self.accelerator.autocast
@@ -297,27 +293,13 @@ class DDPOTrainer(PyTorchModelHubMixin):
         return global_step
 
     def _train_on(self, trajectory: Trajectory, epoch: int, global_step: int) -> int:
-        """The inner epochs: each shuffles the images, and each image's steps on their own, then trains on all.
-
-        The shuffles compound from one inner epoch to the next and are drawn in TRL's order.
-        """
+        """The inner epochs; returns the number of updates so far."""
         if self.config.train_recompute_log_probs:
             trajectory = self._rescored(trajectory)
         self._epoch_start_update = self.engine.updates
-        device, (count, num_steps) = self.accelerator.device, trajectory.timesteps.shape
-        rows = torch.arange(count, device=device)
-        steps = torch.arange(num_steps, device=device).expand(count, -1)
-        for inner_epoch in range(self.config.train_num_inner_epochs):
-            order = torch.randperm(count, device=device)
-            rows, steps = rows[order], steps[order]
-            orders = torch.stack([torch.randperm(num_steps, device=device) for _ in range(count)])
-            steps = steps.gather(1, orders)
+        inner_epochs = training_batches(trajectory, self.config.train_batch_size, self.config.train_num_inner_epochs)
+        for inner_epoch, batches in enumerate(inner_epochs):
             self.sd_pipeline.unet.train()
-            batches = (
-                trajectory.transitions(mine, steps[at])
-                for at in torch.arange(count, device=device).split(self.config.train_batch_size)
-                for mine in [rows[at]]
-            )
             global_step = self._train_batched_samples(inner_epoch, epoch, global_step, batches)
         return global_step
 
@@ -491,22 +473,22 @@ class DDPOTrainer(PyTorchModelHubMixin):
             self.accelerator,
             state,
             training,
-            lambda folder: self.sd_pipeline.save_checkpoint([self._model()], [], str(folder)),
+            lambda folder: self._save_model_hook([self._model()], [], str(folder)),
             self.config.project_kwargs.get("total_limit") or self.config.num_checkpoint_limit,
         )
 
     def _resume(self, resume: Path | None, state: dict[str, Any]) -> None:
-        same_folder = checkpoint.run_folder(self.config.resume_from) == self.output_dir.absolute()
-        self.run_log.resume(state, same_folder)
+        in_place = self._goes_on_in_place()
+        self.run_log.resume(state, in_place)
         if resume is None:
             logger.warning("%s has no checkpoint yet: the run starts from the beginning", self.config.resume_from)
             return
         checkpoint.check_same_part(resume, state["trained"], self._trained_part())
-        if same_folder and self.accelerator.is_main_process:
+        if in_place and self.accelerator.is_main_process:
             checkpoint.set_aside_later(resume)
         self.config.resume_from = str(resume)
         training = checkpoint.read_training(resume)
-        self.sd_pipeline.load_checkpoint([self._model()], str(resume))
+        self._load_model_hook([self._model()], str(resume))
         self.engine.load_state_dict(training["engine"])
         self.stat_tracker.load_state_dict(training["stat_tracker"])
         for name, function in self._stateful_functions().items():
@@ -514,6 +496,17 @@ class DDPOTrainer(PyTorchModelHubMixin):
                 function.load_state_dict(training[name])
         self.first_epoch, self._global_step = state["epochs"], state["global_step"]
         checkpoint.restore_random_state(checkpoint.read_random_state(resume, self.accelerator.process_index))
+
+    def _save_model_hook(self, models: list, weights: list, output_dir: str) -> None:
+        self.sd_pipeline.save_checkpoint(models, weights, output_dir)
+
+    def _load_model_hook(self, models: list, input_dir: str) -> None:
+        self.sd_pipeline.load_checkpoint(models, input_dir)
+
+    def _goes_on_in_place(self) -> bool:
+        """Whether this run resumes the one in its own folder, rather than starting one."""
+        resume_from = self.config.resume_from
+        return bool(resume_from) and checkpoint.run_folder(resume_from) == self.output_dir.absolute()
 
     def _stateful_functions(self) -> dict[str, Any]:
         functions = {"reward_function": self.reward_fn, "prompt_function": self.prompt_fn}
@@ -524,45 +517,6 @@ class DDPOTrainer(PyTorchModelHubMixin):
 
     def _trained_part(self) -> dict[str, Any]:
         return checkpoint.trained_part(self._model().named_parameters())
-
-    def save_model(self, output_dir: str | os.PathLike | None = None) -> None:
-        """Writes the model and its card to `output_dir` (default: `final` in the run's folder), for plain diffusers."""
-        self._save_pretrained(Path(output_dir) if output_dir else self.output_dir / "final")
-
-    def _save_pretrained(self, save_directory: str | os.PathLike) -> None:
-        if self.accelerator.is_main_process:
-            self.sd_pipeline.save_pretrained(str(save_directory))
-            self.create_model_card(folder=save_directory)
-            if Path(save_directory).absolute() == self.output_dir.absolute():
-                self.run_log.write_config(self.run_settings)
-        self.accelerator.wait_for_everyone()
-
-    def create_model_card(
-        self,
-        model_name: str | None = None,
-        dataset_name: str | None = None,
-        tags: str | list[str] | None = None,
-        folder: str | os.PathLike | None = None,
-    ) -> None:
-        """Writes README.md into `folder` (default: the run's folder)."""
-        if not self.accelerator.is_main_process:
-            return
-        folder = Path(folder or self.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        base = getattr(self.sd_pipeline, "pretrained_model", None)
-        card = make_model_card(
-            model_name or folder.absolute().name,
-            # a path on this machine means nothing to a reader
-            base if base and not Path(base).exists() else None,
-            bool(getattr(self.sd_pipeline, "use_lora", False)),
-            {*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])},
-            dataset_name,
-        )
-        card.save(folder / "README.md")
-
-    def push_to_hub(self, repo_id: str | None = None, *, dataset_name: str | None = None, **kwargs: Any) -> str:
-        """Uploads the model with its card; the repository's name defaults to the run folder's."""
-        return super().push_to_hub(repo_id or self.output_dir.absolute().name, **kwargs)
 
 
 def _grouped(batches: Iterator[Any], size: int) -> Iterator[list[Any]]:

@@ -81,6 +81,23 @@ class Trajectory(_Keyed):
         )
 
 
+def training_batches(trajectory: Trajectory, batch_size: int, inner_epochs: int) -> Iterator[Iterator[Transitions]]:
+    """For each inner epoch, all transitions in batches of `batch_size` images.
+
+    Each epoch shuffles the images, and every image's steps on their own. The shuffles compound and are drawn in TRL's
+    order from the default generator of the trajectory's device.
+    """
+    device, (count, num_steps) = trajectory.timesteps.device, trajectory.timesteps.shape
+    rows = torch.arange(count, device=device)
+    steps = torch.arange(num_steps, device=device).expand(count, -1)
+    for _ in range(inner_epochs):
+        order = torch.randperm(count, device=device)
+        rows, steps = rows[order], steps[order]
+        steps = steps.gather(1, torch.stack([torch.randperm(num_steps, device=device) for _ in range(count)]))
+        parts = zip(rows.split(batch_size), steps.split(batch_size), strict=True)
+        yield (trajectory.transitions(*part) for part in parts)
+
+
 _TENSORS = ("prompt_ids", "prompt_embeds", "negative_prompt_embeds", "timesteps", "trail", "log_probs")
 
 

@@ -208,3 +208,15 @@ def test_lora_export_does_not_carry_the_adapters_names(make_trainer, tmp_path):
     names = load_file(tmp_path / "saved" / "unet" / "diffusion_pytorch_model.safetensors")
     assert not [n for n in names if "lora" in n or "base_layer" in n]
     assert json.loads((tmp_path / "saved" / "model_index.json").read_text())["_class_name"] == "StableDiffusionPipeline"
+
+
+def test_a_run_can_branch_off_into_another_folder(make_trainer, tmp_path):
+    make_trainer(num_epochs=2).train()
+    forget_accelerate_state()
+    branch = make_trainer(
+        resume_from=str(tmp_path / "run/checkpoints/checkpoint_1"), output_dir=str(tmp_path / "branch")
+    )
+    assert branch.first_epoch == 1
+    branch.train(2)
+    assert (tmp_path / "run" / "checkpoints" / "checkpoint_2").exists()
+    assert [r["epoch"] for r in branch.run_log.metrics.read() if r["kind"] == "epoch"] == [1]

@@ -45,8 +45,8 @@ SCHEDULER = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work-dir", type=Path, default=Path("build/tiny_sd"))
-    parser.add_argument("--unet-steps", type=int, default=6000)
-    parser.add_argument("--batch-size", type=int, default=64, help="images per step over all processes")
+    parser.add_argument("--unet-steps", type=int, default=5000)
+    parser.add_argument("--batch-size", type=int, default=48, help="images per step over all processes")
     parser.add_argument("--out", type=Path, default=MODEL)
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
