@@ -20,11 +20,11 @@ $(READY): pyproject.toml constraints.txt
 
 # All weights of the bundled model, towards smaller and then towards larger JPEG files. The clip range grows as
 # latents shrink: a log-prob is a mean over 1,024 elements here and over 16,384 for Stable Diffusion.
-DEMO_OPTIONS := --full-finetune --prompts demo_animals --num_epochs 10 --save_freq 5 \
+DEMO_OPTIONS := --full-finetune --prompts demo_animals --num_epochs 12 --save_freq 4 \
 	--sample_num_steps 20 --sample_guidance_scale 3 --sample_batch_size 16 --sample_num_batches_per_epoch 2 \
-	--train_batch_size 8 --train_micro_batch_size 40 --train_timestep_fraction 0.5 --train_learning_rate 4e-4 \
-	--train_adam_beta2 0.99 --train_warmup_steps 10 --train_clip_range 5e-3 \
-	--per_prompt_stat_tracking --per_prompt_stat_tracking_buffer_size 32
+	--train_batch_size 16 --train_micro_batch_size 40 --train_timestep_fraction 0.5 --train_learning_rate 4e-4 \
+	--train_adam_beta2 0.99 --train_warmup_steps 10 --train_clip_range 5e-3 --per_prompt_stat_tracking \
+	--per_prompt_stat_tracking_buffer_size 32 --per_prompt_stat_tracking_min_count 2
 
 demo: $(READY)
 	@for goal in compressibility incompressibility; do \

@@ -23,9 +23,7 @@ PROMPT_LISTS: dict[str, list[str]] = {
     # the 45 animals of the DDPO paper come first in the bundled model's list
     "simple_animals": [with_article(name) for name in ANIMALS[:45]],
     "tiny_animals": [with_article(name) for name in [*ANIMALS, *(f"{name} face" for name in FACES)]],
-    "demo_animals": [
-        with_article(name) for name in ("lion", "penguin", "panda", "frog", "pig face", "owl", "butterfly", "fox")
-    ],
+    "demo_animals": [with_article(name) for name in ("lion", "penguin", "panda", "owl")],
 }
 
 
