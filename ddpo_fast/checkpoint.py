@@ -119,6 +119,11 @@ def run_folder(resume_from: str | Path) -> Path:
     return path.parent if path.name == "checkpoints" else path
 
 
+def goes_on_in(folder: Path, resume_from: str) -> bool:
+    """Whether `resume_from` names the run in `folder`, so that it is continued there; False for no resumption."""
+    return bool(resume_from) and run_folder(resume_from) == folder.absolute()
+
+
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """`state.json`; raises `ValueError` if it is broken or of a later format."""
     try:

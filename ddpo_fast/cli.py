@@ -61,7 +61,7 @@ class RunArguments:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a command; a user's mistake ends it with one sentence and exit status 2."""
+    """Runs a command; a user's mistake ends it with one sentence and a failing exit status."""
     parser = argparse.ArgumentParser(
         prog="ddpo-fast", description="Fine-tune Stable Diffusion with reinforcement learning."
     )
@@ -74,6 +74,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"ddpo-fast {command}: error: {error}")
 
 
+def make_pipeline(run: RunArguments) -> DefaultDDPOStableDiffusionPipeline:
+    return DefaultDDPOStableDiffusionPipeline(
+        run.pretrained_model,
+        pretrained_model_revision=run.pretrained_revision,
+        use_lora=not run.full_finetune,
+        lora_rank=run.lora_rank,
+        lora_alpha=run.lora_alpha,
+        lora_target_modules=run.target_modules,
+    )
+
+
 # train
 
 
@@ -84,14 +95,7 @@ def train(arguments: Sequence[str]) -> None:
     random.seed(config.seed)
     shown = distinct_prompts(prompt_function, SHOWN_PROMPTS)
     check_before_loading(run, config, reward_function, shown)
-    pipeline = DefaultDDPOStableDiffusionPipeline(
-        run.pretrained_model,
-        pretrained_model_revision=run.pretrained_revision,
-        use_lora=not run.full_finetune,
-        lora_rank=run.lora_rank,
-        lora_alpha=run.lora_alpha,
-        lora_target_modules=run.target_modules,
-    )
+    pipeline = make_pipeline(run)
     trainer = DDPOTrainer(config, reward_function, prompt_function, pipeline)
     trainer.run_settings.update(reward=run.reward, prompts=run.prompts)
     trainer.run_log.write_config(trainer.run_settings)
@@ -158,8 +162,7 @@ def check_before_loading(
     """What can be found wrong without the model, found now; the reward function scores two gray images."""
     model_folder(run.pretrained_model)
     folder = Path(config.output_dir or "").expanduser()
-    in_place = config.resume_from and checkpoint.run_folder(config.resume_from) == folder.absolute()
-    if not in_place and (problem := folder_problem(folder)):
+    if not checkpoint.goes_on_in(folder, config.resume_from) and (problem := folder_problem(folder)):
         raise ValueError(problem)
     prompts, metadata = (part[:2] * (3 - len(part[:2])) for part in shown)
     try:
@@ -215,17 +218,9 @@ def sample(arguments: Sequence[str]) -> None:
         raise ValueError(f"{options.run!r} has no checkpoint yet: train it for at least save_freq epochs")
     saved = saved_options(str(found))
     random.seed(options.seed)
-    prompts = draw_prompts(load_prompts(options.prompts or saved.get("prompts", "simple_animals")), options.num_images)[
-        0
-    ]
-    pipeline = DefaultDDPOStableDiffusionPipeline(
-        saved.get("pretrained_model", ""),
-        pretrained_model_revision=saved.get("pretrained_revision", "main"),
-        use_lora=not saved["full_finetune"],
-        lora_rank=saved.get("lora_rank", 4),
-        lora_alpha=saved.get("lora_alpha", 4),
-        lora_target_modules=saved["lora_target_modules"].split(","),
-    )
+    run = RunArguments(**{f.name: saved[f.name] for f in fields(RunArguments) if f.name in saved})
+    prompts, _ = draw_prompts(load_prompts(options.prompts or run.prompts), options.num_images)
+    pipeline = make_pipeline(run)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline.sd_pipeline.to(device)
 

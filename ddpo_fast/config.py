@@ -145,7 +145,7 @@ class DDPOConfig:
         """One paragraph for a person: how many images, pairs and updates an epoch has."""
         images = self.sample_batch_size * self.sample_num_batches_per_epoch * num_processes
         per_update = self.train_batch_size * self.train_gradient_accumulation_steps * num_processes
-        updates = images // per_update * self.train_num_inner_epochs
+        updates = self.updates_per_inner_epoch * self.train_num_inner_epochs
         processes = "" if num_processes == 1 else f" x {num_processes} processes"
         return (
             f"{images} images per epoch ({self.sample_num_batches_per_epoch} batches of {self.sample_batch_size}"
@@ -156,6 +156,12 @@ class DDPOConfig:
             f"{updates} updates per epoch, {self.num_epochs} epochs: {images * self.num_epochs} images, "
             f"{updates * self.num_epochs} updates"
         )
+
+    @property
+    def updates_per_inner_epoch(self) -> int:
+        """Optimizer steps in one pass over an epoch's samples, on any number of processes."""
+        images = self.sample_batch_size * self.sample_num_batches_per_epoch
+        return images // (self.train_batch_size * self.train_gradient_accumulation_steps)
 
     @property
     def micro_batch_size(self) -> int:

@@ -108,6 +108,7 @@ def _generate(
     guidance_rescale: float = 0.0,
 ) -> DDPOPipelineOutput:
     """TRL's `pipeline_step`: the same arguments, defaults and order of random draws (`return_dict` has no effect)."""
+    # long by its eighteen arguments, which are TRL's; the chain itself is `denoise`
     height = height or pipe.unet.config.sample_size * pipe.vae_scale_factor
     width = width or pipe.unet.config.sample_size * pipe.vae_scale_factor
     pipe.check_inputs(prompt, height, width, callback_steps, negative_prompt, prompt_embeds, negative_prompt_embeds)

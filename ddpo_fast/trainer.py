@@ -74,7 +74,7 @@ class DDPOTrainer(HubModel):
         if not okay:
             raise ValueError(message)
         self.run_log = RunLog(config, self.accelerator, self.output_dir)
-        if not self._goes_on_in_place():
+        if not checkpoint.goes_on_in(self.output_dir, config.resume_from):
             self.run_log.claim_folder()
         self.run_log.start_trackers(state.get("global_step"))
         set_seed(config.seed, device_specific=True)
@@ -312,7 +312,7 @@ class DDPOTrainer(HubModel):
         """
         updates = []
         progress = tqdm(
-            total=self._updates_per_inner_epoch(),
+            total=self.config.updates_per_inner_epoch,
             desc="Training",
             position=1,
             leave=False,
@@ -432,11 +432,6 @@ class DDPOTrainer(HubModel):
         """tqdm's `disable`: None means a bar on a terminal and none in a log file."""
         return None if self.accelerator.is_local_main_process else True
 
-    def _updates_per_inner_epoch(self) -> int:
-        config = self.config
-        images = config.sample_batch_size * config.sample_num_batches_per_epoch
-        return images // (config.train_batch_size * config.train_gradient_accumulation_steps)
-
     def _run_settings(self) -> dict[str, Any]:
         settings = {"config": vars(self.config), "num_processes": self.accelerator.num_processes}
         for name in ("pretrained_model", "pretrained_revision", "use_lora"):
@@ -478,7 +473,7 @@ class DDPOTrainer(HubModel):
         )
 
     def _resume(self, resume: Path | None, state: dict[str, Any]) -> None:
-        in_place = self._goes_on_in_place()
+        in_place = checkpoint.goes_on_in(self.output_dir, self.config.resume_from)
         self.run_log.resume(state, in_place)
         if resume is None:
             logger.warning("%s has no checkpoint yet: the run starts from the beginning", self.config.resume_from)
@@ -502,11 +497,6 @@ class DDPOTrainer(HubModel):
 
     def _load_model_hook(self, models: list, input_dir: str) -> None:
         self.sd_pipeline.load_checkpoint(models, input_dir)
-
-    def _goes_on_in_place(self) -> bool:
-        """Whether this run resumes the one in its own folder, rather than starting one."""
-        resume_from = self.config.resume_from
-        return bool(resume_from) and checkpoint.run_folder(resume_from) == self.output_dir.absolute()
 
     def _stateful_functions(self) -> dict[str, Any]:
         functions = {"reward_function": self.reward_fn, "prompt_function": self.prompt_fn}
