@@ -9,6 +9,11 @@ os.environ["TQDM_DISABLE"] = "1"
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # before anyone imports triton: its kernels then run on the CPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from tiny_run import SETTINGS, Prompts, brightness, build_pipeline, forget_accelerate_state
 
 from ddpo_fast import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
@@ -43,3 +48,18 @@ def make_trainer(model_dir, tmp_path):
         return DDPOTrainer(config, reward, prompts or Prompts(), pipeline, image_samples_hook=hook)
 
     return make
+
+
+@pytest.fixture
+def poisoned_empty(monkeypatch):
+    """Fresh memory is full of NaN: an element that a kernel forgets to write shows."""
+
+    def poison(make):
+        def made(*args, **kwargs):
+            tensor = make(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        return made
+
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(torch, name, poison(getattr(torch, name)))

@@ -1,0 +1,126 @@
+"""Which implementation of an op runs, and in words why the others do not."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ddpo_fast.ops import extension
+
+BACKENDS = ("triton", "csrc", "reference")  # in the order of preference
+VARIABLE = "DDPO_FAST_BACKEND"
+# what the kernels compute with; the rest is the reference's
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+OPS: dict[str, Op] = {}
+
+# one for the process and not for a context: autograd runs backward passes in threads of its own
+_choice: str | None = None
+
+
+class Op:
+    """An op and its implementations, which take the same arguments; the first is a tensor that decides.
+
+    Args:
+        name: the op's stem.
+        reference: plain PyTorch, the definition.
+        triton, csrc: the kernels, where there are any. They import what they need when they are called.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        reference: Callable[..., Any],
+        triton: Callable[..., Any] | None = None,
+        csrc: Callable[..., Any] | None = None,
+    ) -> None:
+        self.name = name
+        self.implementations = {"triton": triton, "csrc": csrc, "reference": reference}
+        OPS[name] = self
+
+    def __call__(self, first: torch.Tensor, *others: Any) -> Any:
+        implementation = self.implementations[self.backend(first.device.type, first.dtype)]
+        assert implementation is not None
+        return implementation(first, *others)
+
+    def backend(self, device_type: str, dtype: torch.dtype) -> str:
+        """The backend that runs: the chosen one if the op has it, else the first that can.
+
+        Raises `RuntimeError` with the reasons if the chosen one cannot run.
+        """
+        choice = chosen_backend()
+        if choice == "auto" or self.implementations[choice] is None:
+            return next(name for name in BACKENDS if not self.reasons(name, device_type, dtype))
+        if reasons := self.reasons(choice, device_type, dtype, forced=True):
+            raise RuntimeError(f"{self.name}: the backend {choice!r} was asked for but cannot run: {reasons}")
+        return choice
+
+    def reasons(self, backend: str, device_type: str, dtype: torch.dtype, forced: bool = False) -> str:
+        """Why `backend` does not run for tensors of this kind, or ''. `forced`: when nothing else would do."""
+        if backend == "reference":
+            return ""
+        if self.implementations[backend] is None:
+            return f"{self.name} has no {backend} version"
+        if dtype not in KERNEL_DTYPES:
+            return f"{str(dtype).removeprefix('torch.')} is computed by the reference only"
+        return triton_reasons(device_type, forced) if backend == "triton" else extension.reasons(device_type)
+
+
+@functools.cache
+def triton_reasons(device_type: str, forced: bool = False) -> str:
+    """Why Triton kernels do not run on a device, or ''."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if importlib.util.find_spec("ddpo_fast_kernels") is None:
+        return "ddpo_fast_kernels is not installed: put the folder kernels/ on PYTHONPATH"
+    from triton import knobs
+
+    if knobs.runtime.interpret:
+        return "" if forced else "TRITON_INTERPRET is set: interpreted kernels run only when asked for"
+    if device_type != "cuda":
+        return f"Triton has no compiler for {device_type} (TRITON_INTERPRET=1 runs kernels for tests)"
+    return ""
+
+
+def chosen_backend() -> str:
+    """'auto' or the name of a backend: `use_backend`'s, else the environment's. Raises `ValueError` for another name."""
+    choice = _choice or os.environ.get(VARIABLE) or "auto"
+    if choice not in ("auto", *BACKENDS):
+        raise ValueError(f"{VARIABLE} is {choice!r} but must be 'auto', {', '.join(map(repr, BACKENDS))}")
+    return choice
+
+
+def use_backend(name: str | None) -> None:
+    """Makes this process use a backend wherever an op has it; None leaves the choice to the environment."""
+    global _choice
+    if name not in (None, "auto", *BACKENDS):
+        raise ValueError(f"backend is {name!r} but must be 'auto', {', '.join(map(repr, BACKENDS))}")
+    _choice = name
+
+
+@contextmanager
+def force_backend(name: str) -> Iterator[None]:
+    """`use_backend` for a while."""
+    before = _choice
+    use_backend(name)
+    try:
+        yield
+    finally:
+        use_backend(before)
+
+
+def status(device_type: str) -> Iterator[tuple[str, str, dict[str, str]]]:
+    """For every op: its name, the backend that runs fp32 tensors on the device, and the others' reasons."""
+    for op in OPS.values():
+        reasons = {name: op.reasons(name, device_type, torch.float32) for name in BACKENDS}
+        try:
+            running = op.backend(device_type, torch.float32)
+        except RuntimeError as error:
+            running = f"none ({error})"
+        yield op.name, running, {name: reason for name, reason in reasons.items() if reason and name != running}

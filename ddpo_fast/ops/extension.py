@@ -1,0 +1,122 @@
+"""`csrc/`: compiled at first use into a cache, loaded once; a failure is kept as the reason."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+# beside the package in a checkout, inside it when installed from a wheel
+_PLACES = (Path(__file__).parents[2] / "csrc", Path(__file__).parents[1] / "csrc")
+CSRC = next((place for place in _PLACES if (place / "common.h").exists()), _PLACES[0])
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11: one binary for it and every later one
+CPU_FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+CUDA_FLAGS = ("-O3", "-DUSE_CUDA", "--fmad=false", "-Xcompiler", "-fPIC")
+COMPILE_SECONDS = 300
+
+
+def cache_folder() -> Path:
+    """Where compiled extensions are kept: `DDPO_FAST_CACHE`, or the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("DDPO_FAST_CACHE") or Path(base) / "ddpo_fast").expanduser()
+
+
+@functools.cache
+def reasons(device_type: str) -> str:
+    """Why the compiled ops do not run on a device, or '': compiles and loads them if that has not been done."""
+    if device_type not in ("cpu", "cuda"):
+        return f"there is no C++ for {device_type}"
+    # the schemas are the CPU library's
+    if device_type == "cuda" and (missing := reasons("cpu")):
+        return missing
+    try:
+        torch.ops.load_library(str(build(device_type)))
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        return " ".join(str(error).split())[:400]
+    return ""
+
+
+def build(device_type: str) -> Path:
+    """The library for a device, compiled unless the cache has it.
+
+    Its name holds a hash of the sources, the compiler, the flags, torch's headers and the processor. Processes that
+    compile at the same time each finish their own copy, and the last one stays. Raises `OSError` without a compiler,
+    `RuntimeError` if it fails.
+    """
+    if not (CSRC / "common.h").exists():
+        raise OSError(f"there are no sources in {CSRC}")
+    command = _cuda_command() if device_type == "cuda" else _cpu_command()
+    sources = sorted(CSRC.glob("*.cu" if device_type == "cuda" else "*.cpp"))
+    library = cache_folder() / f"ddpo_fast_{device_type}-{_key(command, device_type)}.so"
+    if library.exists():
+        return library
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as work:
+        made = Path(work) / library.name
+        done = subprocess.run(
+            [*command, *map(str, sources), "-shared", "-o", str(made), *_link_flags(device_type)],
+            capture_output=True,
+            text=True,
+            timeout=COMPILE_SECONDS,
+        )
+        if done.returncode != 0:
+            raise RuntimeError(f"{command[0]} failed: {done.stderr.strip()[:300]}")
+        made.replace(library)
+    return library
+
+
+def include_flags() -> list[str]:
+    include = Path(torch.__file__).parent / "include"
+    return [f"-I{CSRC}", f"-I{include}", f"-I{include / 'torch' / 'csrc' / 'api' / 'include'}"]
+
+
+def _cpu_command() -> list[str]:
+    asked_for = shlex.split(os.environ.get("CXX", ""))
+    compiler = asked_for or [path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))][:1]
+    if not compiler or shutil.which(compiler[0]) is None:
+        raise OSError(f"no C++ compiler was found ({compiler[0] if compiler else 'c++, g++ or clang++'})")
+    return [*compiler, "-std=c++20", "-fPIC", STABLE_ABI, *CPU_FLAGS, *include_flags()]
+
+
+def _cuda_command() -> list[str]:
+    compiler = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    if compiler is None:
+        raise OSError("nvcc was not found")
+    if not torch.cuda.is_available():
+        raise OSError("torch sees no CUDA device")
+    major, minor = torch.cuda.get_device_capability()
+    return [compiler, "-std=c++20", f"-arch=sm_{major}{minor}", STABLE_ABI, *CUDA_FLAGS, *include_flags()]
+
+
+def _link_flags(device_type: str) -> list[str]:
+    folder = Path(torch.__file__).parent / "lib"
+    libraries = ["-ltorch_cpu", "-lc10", *(["-ltorch_cuda"] if device_type == "cuda" else [])]
+    return [f"-L{folder}", *libraries]
+
+
+def _key(command: list[str], device_type: str) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(CSRC.glob("*")):
+        digest.update(path.name.encode() + path.read_bytes())
+    version = subprocess.run([command[0], "--version"], capture_output=True, text=True, timeout=60).stdout
+    processor = f"{platform.machine()} {_processor_flags()}"
+    for part in (*command, version, processor, torch.__version__, device_type):
+        digest.update(part.encode())
+    return digest.hexdigest()[:16]
+
+
+def _processor_flags() -> str:
+    """What `-march=native` depends on: a home folder may be shared by machines with different processors."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")

@@ -1,0 +1,42 @@
+"""How every backend of every op is judged: against fp64, by the error of plain PyTorch at the same precision."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+# on a GPU machine the same tests run the same kernels compiled
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HALVES = (torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, *HALVES)
+
+
+def name_of(value: object) -> str | None:
+    """A readable id for dtypes in `pytest.mark.parametrize`."""
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
+
+
+def in_layout(tensor: torch.Tensor, channels_last: bool) -> torch.Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def largest(tensor: torch.Tensor) -> float:
+    return tensor.detach().double().abs().max().item() if tensor.numel() else 0.0
+
+
+def assert_as_exact_as_plain(
+    actual: Sequence[torch.Tensor], plain: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]
+) -> None:
+    """Each error is at most twice plain PyTorch's, plus a floor of two roundings of the largest exact value.
+
+    The floor is for values that plain PyTorch happens to hit: kernels sum in another order, Triton's `exp` and `log`
+    are good to 2 units in the last place, and interpreted Triton cuts bf16 off where hardware rounds.
+    """
+    for i, (a, p, e) in enumerate(zip(actual, plain, exact, strict=True)):
+        assert a.shape == e.shape, f"output {i} has shape {tuple(a.shape)}, not {tuple(e.shape)}"
+        assert a.dtype == p.dtype, f"output {i} is {a.dtype}, plain PyTorch's is {p.dtype}"
+        assert torch.isfinite(a).all(), f"output {i} has values that are not finite"
+        allowed = 2 * largest(p.double() - e.double()) + 2 * torch.finfo(p.dtype).eps * largest(e)
+        error = largest(a.double() - e.double())
+        assert error <= allowed, f"output {i}: error {error:.3g}, {allowed:.3g} allowed"
