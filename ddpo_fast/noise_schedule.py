@@ -13,16 +13,15 @@ PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """Coefficients of every timestep, each a [num_train_timesteps] fp32 vector on the device: lookups never wait."""
+    """(c_x, c_m, sigma) of every timestep, [num_train_timesteps, 3] fp32 on the device: lookups never wait."""
 
-    c_x: torch.Tensor
-    c_m: torch.Tensor
-    sigma: torch.Tensor
+    table: torch.Tensor
 
     def at(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(c_x, c_m, sigma) for integer `timesteps`, each of their shape."""
         # `take`, as indexing by a tensor without dimensions would wait for its value
-        return self.c_x.take(timesteps), self.c_m.take(timesteps), self.sigma.take(timesteps)
+        c_x, c_m, sigma = (self.table[:, i].take(timesteps) for i in range(3))
+        return c_x, c_m, sigma
 
     @classmethod
     def of(cls, scheduler: Any, eta: float, device: torch.device) -> NoiseSchedule:
@@ -59,7 +58,7 @@ class NoiseSchedule:
         variance = eta**2 * (1 - previous) / (1 - alpha) * (1 - alpha / previous)
         direction = (1 - previous - variance).clamp(min=0).sqrt()
         c_x, c_m = _mean_coefficients(config.prediction_type, alpha, previous, direction)
-        return cls(*(v.to(device, torch.float32) for v in (c_x, c_m, variance.sqrt())))
+        return cls(torch.stack([c_x, c_m, variance.sqrt()], dim=1).to(device, torch.float32))
 
 
 _TABLES: WeakKeyDictionary[Any, dict[tuple, NoiseSchedule]] = WeakKeyDictionary()

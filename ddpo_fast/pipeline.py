@@ -166,7 +166,7 @@ class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
         if prev_sample is None:
             noise = sampler.randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
             prev_sample = ops.take_step(model_output, sample, noise, *step)
-        log_probs = ops.step_logprob(model_output, sample, prev_sample, *step) if eta > 0 else None
+        log_probs = ops.score_step(model_output, sample, prev_sample, *step) if eta > 0 else None
         return DDPOSchedulerOutput(prev_sample, log_probs)
 
     @property

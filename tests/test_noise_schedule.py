@@ -43,7 +43,7 @@ def test_step_is_trls(prediction_type):
     x, m, following = torch.randn(3, 10, 4, 8, 8, generator=generator)
     t = scheduler.timesteps.clone()
     theirs = scheduler_step(scheduler, m, t, x, eta=1.0, prev_sample=following).log_probs
-    ours = ops.step_logprob(m, x, following, *schedule.at(t))
+    ours = ops.score_step(m, x, following, *schedule.at(t))
     # TRL's sigma comes from differences of fp32 numbers near 1
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 

@@ -1,23 +1,313 @@
+"""The fused loss: every backend against autograd in fp64."""
+
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from op_checks import DEVICE, DTYPES, assert_as_exact_as_plain, largest, name_of
+from step_example import SHAPES, step_example
 
-from ddpo_fast.ops import clipped_surrogate
+from ddpo_fast.ops import BACKENDS, clipped_surrogate, force_backend, guided, ppo_loss, score_step, step_logprob
+from ddpo_fast.ops.gaussian import per_image, step_mean, table_rows
+
+CLIP = 0.05
+SETTINGS = {"clip_range": CLIP, "advantage_limit": 5.0}
+
+
+class LossExample:
+    """A sampled step with old log-probs a little apart and advantages of both signs."""
+
+    def __init__(self, shape=(5, 4, 9, 7), dtype=torch.float32, guided=True, channels_last=False, reference=False):
+        self.step = step_example(shape, dtype, guided, channels_last)
+        sampled = step_logprob(*self.step.arguments())
+        generator = torch.Generator().manual_seed(2)
+        count = shape[0]
+        self.next_latents = sampled.latents
+        self.old = sampled.log_probs + (0.1 * torch.randn(count, generator=generator)).to(DEVICE)
+        self.advantages = (3 * torch.randn(count, generator=generator)).to(DEVICE)
+        self.reference = None
+        self.weight = 0.0
+        if reference:
+            shift = torch.randn(self.step.model_output.shape, generator=generator).to(DEVICE, dtype)
+            self.reference = (self.step.model_output + shift).detach()
+            self.weight = 0.3
+
+    def in_double(self):
+        self.step = self.step.in_double()
+        for name in ("next_latents", "old", "advantages", "reference"):
+            value = getattr(self, name)
+            setattr(self, name, None if value is None else value.double())
+        return self
+
+    def fused(self, grad_scale=None):
+        m, x, _, table, t, scale = self.step.arguments()
+        return ppo_loss(
+            m,
+            x,
+            self.next_latents,
+            self.old,
+            self.advantages,
+            table,
+            t,
+            scale,
+            reference_output=self.reference,
+            reference_weight=self.weight,
+            grad_scale=grad_scale,
+            **SETTINGS,
+        )
+
+    def plain(self):
+        """Composed of PyTorch's own functions, as TRL composes it."""
+        m, x, _, table, t, scale = self.step.arguments()
+        rows = table_rows(table, t, x)
+        combined = guided(m, scale) if self.step.guided else m
+        log_probs = score_step(combined, x, self.next_latents, *rows)
+        ratio = torch.exp(log_probs - self.old)
+        loss = clipped_surrogate(self.advantages.clamp(-5.0, 5.0), CLIP, ratio)
+        kl = torch.zeros((), dtype=x.dtype, device=DEVICE)
+        if self.reference is not None:
+            other = guided(self.reference, scale) if self.step.guided else self.reference
+            apart = step_mean(combined, x, *rows[:2]) - step_mean(other, x, *rows[:2])
+            kl = (apart.square() / (2 * per_image(rows[2], x).square())).mean()
+            loss = loss + self.weight * kl
+        moved = (ratio - 1).abs()
+        approx_kl = 0.5 * (log_probs - self.old).square().mean()
+        return loss, approx_kl, (moved > CLIP).to(moved.dtype).mean(), moved.max(), kl, log_probs
+
+
+def with_gradient(example, run):
+    example.step.model_output.requires_grad_()
+    outputs = run(example)
+    (grad,) = torch.autograd.grad(outputs[0], example.step.model_output)
+    return [v.detach() for v in outputs], grad
+
+
+def assert_matches(backend, make):
+    """Loss, metrics, log-probs and gradient of a backend; `make` makes a fresh example."""
+    exact, exact_grad = with_gradient(make().in_double(), LossExample.plain)
+    usual, usual_grad = with_gradient(make(), LossExample.plain)
+    with force_backend(backend):
+        got, grad = with_gradient(make(), LossExample.fused)
+    # the ratio turns an absolute error of the log-prob into a relative one, and the loss and the clip fraction are
+    # means of such ratios: their floor is a rounding of the largest log-prob
+    floor = 4 * torch.finfo(torch.float32).eps * max(1.0, largest(exact[5]))
+    for i in (0, 1, 2, 3, 4):
+        allowed = 2 * largest(usual[i] - exact[i]) + floor * max(1.0, largest(exact[i]))
+        assert largest(got[i].double() - exact[i]) <= allowed, f"output {i}: {got[i]} for {exact[i]}"
+    assert_as_exact_as_plain([got[5]], [usual[5]], [exact[5]])
+    assert grad.stride() == make().step.model_output.stride()
+    slack = floor * largest(exact_grad)
+    allowed = 2 * largest(usual_grad.double() - exact_grad) + 2 * torch.finfo(grad.dtype).eps * largest(exact_grad)
+    assert largest(grad.double() - exact_grad) <= allowed + slack
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
+@pytest.mark.parametrize("reference", [False, True], ids=["alone", "reference"])
+def test_against_autograd_in_fp64(backend, dtype, channels_last, guided, reference, poisoned_empty):
+    assert_matches(backend, lambda: LossExample((5, 4, 9, 7), dtype, guided, channels_last, reference))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 4, 64, 64)], ids=str)
+def test_shapes(backend, shape, poisoned_empty):
+    assert_matches(backend, lambda: LossExample(shape, torch.float16))
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 12), st.integers(1, 12), st.booleans())
+def test_any_shape(pairs, channels, height, width, channels_last):
+    for backend in BACKENDS:
+        assert_matches(
+            backend, lambda: LossExample((pairs, channels, height, width), channels_last=channels_last, reference=True)
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("advantage", "change", "live"),
+    [
+        (2.0, 0.0, True),
+        (2.0, 0.2, False),  # a good action is not pushed past the range
+        (2.0, -0.2, True),  # but is pulled back
+        (-2.0, 0.2, True),
+        (-2.0, -0.2, False),
+        (0.0, 0.2, False),
+        (80.0, 0.0, True),  # clipped to 5
+        (-80.0, 0.0, True),
+    ],
+)
+def test_one_pair(backend, advantage, change, live):
+    example = LossExample((1, 4, 8, 8))
+    m, x, _, table, t, scale = example.step.arguments()
+    log_prob = step_logprob(*example.step.arguments()).log_probs
+    example.old, example.advantages = log_prob - change, torch.full((1,), advantage, device=DEVICE)
+    with force_backend(backend):
+        got, grad = with_gradient(example, LossExample.fused)
+    limited = max(-5.0, min(5.0, advantage))
+    ratio = math.exp(change)
+    expected = max(-limited * ratio, -limited * min(max(ratio, 1 - CLIP), 1 + CLIP))
+    assert got[0].item() == pytest.approx(expected, rel=1e-5)
+    assert got[2].item() == (1.0 if abs(change) > CLIP else 0.0)
+    assert got[3].item() == pytest.approx(abs(ratio - 1), rel=1e-4, abs=1e-6)
+    assert bool(grad.any()) is live
+    if live:
+        # a better log-prob of a good action lowers the loss
+        moved = example.step
+        moved.model_output = (moved.model_output - 1e-3 * grad / grad.norm()).detach()
+        better = step_logprob(moved.model_output, x, torch.zeros_like(x), table, t, scale)
+        after = ppo_loss(
+            moved.model_output, x, example.next_latents, example.old, example.advantages, table, t, scale, **SETTINGS
+        )
+        assert better.latents.shape == x.shape
+        assert (after.log_probs - got[5]).item() * advantage > 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("side", [-1, 1])
+def test_a_ratio_at_the_edge_is_not_clipped(backend, side):
+    """With old log-probs that put the ratio exactly at the bound, the gradient lives, as with `torch.clamp`."""
+    example = LossExample((1, 4, 8, 8))
+    with force_backend(backend):
+        log_prob = example.fused().log_probs
+        ratios = {}
+        for steps in range(-3, 4):
+            example.old = log_prob - math.log1p(side * CLIP) + steps * 2**-23
+            example.advantages = torch.full((1,), float(side), device=DEVICE)
+            got, grad = with_gradient(example, LossExample.fused)
+            ratios[got[3].item()] = bool(grad.any())
+    # far from rounding, the sides differ
+    assert ratios[max(ratios)] is False
+    assert ratios[min(ratios)] is True
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_unchanged_weights_have_ratio_one(backend, channels_last, guided, dtype):
+    """Sampling and training score the same latents with the same log-prob, to the last bit."""
+    example = LossExample((3, 4, 40, 30), dtype, guided, channels_last)
+    with force_backend(backend):
+        sampled = step_logprob(*example.step.arguments())
+        example.next_latents, example.old = sampled.latents, sampled.log_probs
+        got = example.fused()
+    assert torch.equal(got.log_probs, sampled.log_probs)
+    assert got.ratio_drift.item() == 0.0
+    assert got.clip_fraction.item() == 0.0
+    assert got.approx_kl.item() == 0.0
+    assert got.loss.item() == pytest.approx(-example.advantages.clamp(-5, 5).mean().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_advantages_of_zero_have_no_gradient(backend):
+    example = LossExample()
+    example.advantages = torch.zeros_like(example.advantages)
+    with force_backend(backend):
+        got, grad = with_gradient(example, LossExample.fused)
+    assert got[0].item() == 0.0
+    assert not grad.any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("where", ["model_output", "advantages", "old"])
+def test_nan_reaches_the_loss_and_stays_in_its_pair(backend, where):
+    example, clean = LossExample(), LossExample()
+    target = example.step.model_output if where == "model_output" else getattr(example, where)
+    target[1] = float("nan")
+    with force_backend(backend):
+        got, grad = with_gradient(example, LossExample.fused)
+        want, clean_grad = with_gradient(clean, LossExample.fused)
+    assert torch.isnan(got[0])
+    if where != "advantages":
+        assert torch.isnan(got[3])
+    others = [0, 2, 3, 4]
+    assert torch.equal(got[5][others], want[5][others])
+    assert torch.equal(grad[others], clean_grad[others])
+    assert torch.isnan(grad[1]).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_pairs(backend):
+    example = LossExample((0, 4, 8, 8))
+    with force_backend(backend):
+        got = example.fused()
+    assert torch.isnan(got.loss)
+    assert got.log_probs.shape == (0,)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_is_deterministic(backend):
+    example = LossExample((7, 4, 16, 16), torch.float16, reference=True)
+    with force_backend(backend):
+        first, second = (with_gradient(example, LossExample.fused) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first[0], second[0], strict=True))
+    assert torch.equal(first[1], second[1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_loss_scale_saves_fp16_gradients(backend):
+    """An unscaled fp16 gradient underflows for small advantages; with the scale it is as exact as fp16 can be."""
+    scale = torch.tensor(2.0**16, device=DEVICE)
+
+    def gradient(example, grad_scale, factor):
+        example.advantages = example.advantages * 1e-4
+        example.step.model_output.requires_grad_()
+        loss = example.fused(grad_scale).loss * factor
+        return torch.autograd.grad(loss, example.step.model_output)[0].double() / factor
+
+    with force_backend("reference"):
+        exact = gradient(LossExample((3, 4, 32, 32)).in_double(), None, 1.0)
+    with force_backend(backend):
+        scaled = gradient(LossExample((3, 4, 32, 32), torch.float16), scale, 2.0**16)
+        lost = gradient(LossExample((3, 4, 32, 32), torch.float16), None, 1.0)
+    assert largest(scaled - exact) < 0.02 * largest(exact)
+    assert largest(lost - exact) > 0.05 * largest(exact)
+
+
+def test_gradient_in_fp64():
+    example = LossExample((3, 4, 3, 2), reference=True).in_double()
+    m = example.step.model_output.requires_grad_()
+
+    def loss(m):
+        example.step.model_output = m
+        return example.fused().loss
+
+    assert torch.autograd.gradcheck(loss, m)
+
+
+def test_custom_op_rules():
+    example = LossExample((3, 4, 3, 2), channels_last=True, reference=True)
+    m, x, _, table, t, scale = example.step.arguments()
+    m.requires_grad_()
+    tensors = (m, example.reference, x, example.next_latents, example.old, example.advantages, table, t, None)
+    torch.library.opcheck(torch.ops.ddpo_fast.ppo_loss, (*tensors, scale, CLIP, 5.0, 0.3))
+
+
+def test_compiles_without_a_graph_break():
+    example = LossExample((3, 4, 8, 8))
+    compiled = torch.compile(lambda: tuple(example.fused()), fullgraph=True, backend="aot_eager")
+    for a, b in zip(compiled(), example.fused(), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize(
     ("advantage", "ratio", "loss", "slope"),
     [
-        (2.0, 1.0, -2.0, -2.0),  # unclipped
-        (2.0, 1.5, -2.2, 0.0),  # a good action is not pushed past the range
-        (2.0, 0.5, -1.0, -2.0),  # but is pulled back
+        (2.0, 1.0, -2.0, -2.0),
+        (2.0, 1.5, -2.2, 0.0),
+        (2.0, 0.5, -1.0, -2.0),
         (-2.0, 1.5, 3.0, 2.0),
-        (-2.0, 0.5, 1.8, 0.0),
         (0.0, 1.5, 0.0, 0.0),
     ],
 )
-def test_clips_where_ppo_does(advantage, ratio, loss, slope):
+def test_surrogate_clips_where_ppo_does(advantage, ratio, loss, slope):
     ratio = torch.tensor([ratio], requires_grad=True)
     value = clipped_surrogate(torch.tensor([advantage]), 0.1, ratio)
     value.backward()
@@ -25,6 +315,18 @@ def test_clips_where_ppo_does(advantage, ratio, loss, slope):
     assert ratio.grad.item() == pytest.approx(slope)
 
 
-def test_is_a_mean():
-    advantages, ratio = torch.tensor([1.0, -1.0, 3.0]), torch.ones(3)
-    assert clipped_surrogate(advantages, 1e-4, ratio).item() == pytest.approx(-1.0)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"next_latents": torch.zeros(5, 4, 9, 8)}, "next_latents have shape"),
+        ({"old": torch.zeros(4)}, "old_log_probs have shape"),
+        ({"advantages": torch.zeros(5, 1)}, "advantages have shape"),
+        ({"reference": torch.zeros(5, 4, 9, 7)}, "reference_output has shape"),
+    ],
+)
+def test_bad_input_is_refused(change, message):
+    example = LossExample()
+    for name, value in change.items():
+        setattr(example, name, value)
+    with pytest.raises(ValueError, match=message):
+        example.fused()

@@ -1,56 +1,193 @@
+"""The fused sampling step: every backend against fp64, forward and backward."""
+
 from __future__ import annotations
 
 import pytest
 import torch
-from torch.distributions import Normal
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from op_checks import DEVICE, DTYPES, assert_as_exact_as_plain, in_layout, name_of
+from step_example import GUIDANCE, SHAPES, scheduler_table, step_example
 
-from ddpo_fast import ops
-
-
-def example(dtype=torch.float64, shape=(3, 4, 8, 8)):
-    generator = torch.Generator().manual_seed(0)
-    m, x, following = torch.randn(3, *shape, generator=generator, dtype=torch.float64)
-    c_x, c_m, sigma = torch.rand(3, shape[0], generator=generator, dtype=torch.float64) + 0.1
-    return [v.to(dtype) for v in (m, x, following, c_x, c_m, sigma)]
+from ddpo_fast.noise_schedule import PREDICTION_TYPES
+from ddpo_fast.ops import BACKENDS, force_backend, guided, score_step, step_logprob, take_step
+from ddpo_fast.ops.gaussian import table_rows
 
 
-def test_is_the_mean_log_density_of_a_gaussian():
-    m, x, following, c_x, c_m, sigma = example()
-    mean = c_x[:, None, None, None] * x + c_m[:, None, None, None] * m
-    expected = Normal(mean, sigma[:, None, None, None]).log_prob(following).mean((1, 2, 3))
-    torch.testing.assert_close(ops.step_logprob(m, x, following, c_x, c_m, sigma), expected)
+def plain(example):
+    """The composition that the op fuses; gradients by autograd."""
+    m, x, z, table, t, scale = example.arguments()
+    combined = guided(m, scale) if example.guided else m
+    rows = table_rows(table, t, x)
+    following = take_step(combined, x, z, *rows)
+    scores = score_step(combined, x, following, *rows)
+    return following, scores, torch.cat([following] * (2 if example.guided else 1)).to(m.dtype)
 
 
-@pytest.mark.parametrize("shape", [(1, 4, 1, 1), (2, 4, 63, 1), (3, 4, 8, 8)])
-def test_gradient(shape):
-    m, x, following, c_x, c_m, sigma = example(shape=shape)
-    m.requires_grad_()
-    assert torch.autograd.gradcheck(lambda m: ops.step_logprob(m, x, following, c_x, c_m, sigma), m)
+def with_gradients(run, example, weights):
+    """Outputs of `run`, and gradients of their weighted sum to the model's output and the latents."""
+    example.model_output.requires_grad_()
+    example.latents.requires_grad_()
+    outputs = run(example)
+    loss = sum((o.double() * w).sum() for o, w in zip(outputs, weights, strict=True))
+    grads = torch.autograd.grad(loss, [example.model_output, example.latents])
+    return [o.detach() for o in outputs], grads
 
 
-def test_a_drawn_step_scores_as_its_noise():
-    m, x, noise, c_x, c_m, sigma = example()
-    following = ops.take_step(m, x, noise, c_x, c_m, sigma)
-    expected = (-noise.square() / 2).mean((1, 2, 3)) - sigma.log() - ops_constant()
-    torch.testing.assert_close(ops.step_logprob(m, x, following, c_x, c_m, sigma), expected)
+def weights_of(example):
+    generator = torch.Generator().manual_seed(1)
+    shapes = example.latents.shape, example.latents.shape[:1], example.model_output.shape
+    # in half precision the gradient of the UNet's input is rounded before it is used
+    return [torch.randn(s, generator=generator).to(DEVICE, example.model_output.dtype).double() for s in shapes]
 
 
-def ops_constant() -> float:
-    return 0.5 * torch.log(torch.tensor(2 * torch.pi, dtype=torch.float64)).item()
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_against_fp64(backend, dtype, channels_last, guided, shape, poisoned_empty):
+    def example():
+        return step_example(shape, dtype, guided, channels_last)
+
+    weights = weights_of(example())
+    exact, exact_grads = with_gradients(plain, example().in_double(), weights)
+    usual, usual_grads = with_gradients(plain, example(), weights)
+    with force_backend(backend):
+        got, grads = with_gradients(lambda e: step_logprob(*e.arguments()), example(), weights)
+    assert got[2].stride() == example().model_output.stride()
+    assert_as_exact_as_plain(got, usual, exact)
+    assert_as_exact_as_plain(grads, usual_grads, exact_grads)
 
 
-@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
-def test_everything_after_a_half_precision_output_is_fp32(half):
-    m, x, following, c_x, c_m, sigma = example(torch.float32)
-    rounded = m.to(half)
-    log_prob = ops.step_logprob(rounded, x, following, c_x, c_m, sigma)
-    assert log_prob.dtype == torch.float32
-    torch.testing.assert_close(log_prob, ops.step_logprob(rounded.float(), x, following, c_x, c_m, sigma))
-    both = torch.cat([rounded, rounded + 1])
-    assert ops.guided(both, 5.0).dtype == torch.float32
-    torch.testing.assert_close(ops.guided(both, 5.0), ops.guided(both.float(), 5.0))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_real_size(backend, poisoned_empty):
+    example = step_example((2, 4, 64, 64), torch.float16, channels_last=True)
+    with force_backend(backend):
+        got = step_logprob(*example.arguments())
+    assert_as_exact_as_plain(got, plain(example), plain(example.in_double()))
 
 
-def test_guidance():
-    uncond, text = torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0], [2.5]])
-    torch.testing.assert_close(ops.guided(torch.cat([uncond, text]), 5.0), torch.tensor([[11.0], [4.5]]))
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_every_step_of_a_chain(backend, prediction_type):
+    table, chain = scheduler_table(prediction_type, steps=5)
+    example = step_example((2, 4, 8, 8), prediction_type=prediction_type)
+    for t in chain:
+        example.timesteps = t
+        with force_backend(backend):
+            got = step_logprob(*example.arguments())
+        assert_as_exact_as_plain(got, plain(example), plain(example.in_double()))
+        example.latents = got.latents
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.integers(0, 4), st.integers(1, 5), st.integers(1, 12), st.integers(1, 12), st.booleans(), st.booleans())
+def test_any_shape(images, channels, height, width, guided, channels_last):
+    example = step_example((images, channels, height, width), torch.float16, guided, channels_last)
+    for backend in BACKENDS:
+        with force_backend(backend):
+            got = step_logprob(*example.arguments())
+        assert_as_exact_as_plain(got, plain(example), plain(example.in_double()))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_latents_of_any_rank(backend):
+    example = step_example((3, 130))
+    with force_backend(backend):
+        assert_as_exact_as_plain(step_logprob(*example.arguments()), plain(example), plain(example.in_double()))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_in_its_image(backend, value):
+    example = step_example((3, 4, 8, 8))
+    clean = step_logprob(*example.arguments())
+    example.model_output[1, 2, 3, 4] = value
+    with force_backend(backend):
+        got = step_logprob(*example.arguments())
+    assert not torch.isfinite(got.latents[1, 2, 3, 4])
+    assert torch.isnan(got.log_probs[1])
+    for i in (0, 2):
+        torch.testing.assert_close(got.latents[i], clean.latents[i])
+        torch.testing.assert_close(got.log_probs[i], clean.log_probs[i])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_is_deterministic(backend):
+    example = step_example((3, 4, 16, 16), torch.float16)
+    with force_backend(backend):
+        first, second = (step_logprob(*example.arguments()) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_zero_sigma_takes_the_mean(backend):
+    example = step_example()
+    example.table = example.table.clone()
+    example.table[:, 2] = 0
+    with force_backend(backend):
+        got = step_logprob(*example.arguments())
+    torch.testing.assert_close(got.latents, plain(example)[0])
+    assert not torch.isfinite(got.log_probs).any()
+
+
+def test_gradient_in_fp64():
+    example = step_example((2, 4, 3, 2)).in_double()
+    m, x = example.model_output.requires_grad_(), example.latents.requires_grad_()
+    other = example.arguments()[2:]
+
+    # the log-prob's gradient is that at fixed next latents, which a finite difference cannot see
+    assert torch.autograd.gradcheck(lambda m, x: step_logprob(m, x, *other)[::2], (m, x))
+
+
+def test_custom_op_rules():
+    example = step_example((2, 4, 3, 2), channels_last=True)
+    example.model_output.requires_grad_()
+    arguments = example.arguments()
+    torch.library.opcheck(torch.ops.ddpo_fast.step_logprob, arguments)
+    following, scores, rows = (v.detach() for v in step_logprob(*arguments))
+    m, x, _, table, t, scale = arguments
+    backward = (m.detach(), x, following, table, t, scale, torch.ones_like(x), scores, rows)
+    torch.library.opcheck(torch.ops.ddpo_fast.step_logprob_backward, backward)
+
+
+def test_compiles_without_a_graph_break():
+    example = step_example((2, 4, 8, 8))
+
+    def run(m, x, z, table, t):
+        return step_logprob(m, x, z, table, t, GUIDANCE)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for a, b in zip(compiled(*example.arguments()[:-1]), run(*example.arguments()[:-1]), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"guidance_scale": None}, r"model_output has shape \(4, 4, 9, 7\) but must have \(2, 4, 9, 7\)"),
+        ({"noise": torch.zeros(2, 4, 9, 8)}, "noise has shape"),
+        ({"latents": torch.zeros(2, 4, 9, 7, dtype=torch.float16)}, "latents are torch.float16"),
+        ({"table": torch.zeros(10, 2)}, "table is"),
+        ({"timesteps": torch.zeros(3, dtype=torch.int64)}, "timesteps are"),
+        ({"timesteps": torch.zeros(2, dtype=torch.int32)}, "timesteps are"),
+    ],
+)
+def test_bad_input_is_refused(change, message):
+    example = step_example()
+    for name, value in change.items():
+        setattr(example, name, value)
+    with pytest.raises(ValueError, match=message):
+        step_logprob(*example.arguments())
+
+
+def test_a_copy_is_made_of_rows_that_are_not_dense():
+    example = step_example((2, 4, 8, 8))
+    expected = step_logprob(*example.arguments())
+    example.model_output = example.model_output.transpose(2, 3).contiguous().transpose(2, 3)
+    example.latents = in_layout(example.latents, channels_last=True)
+    for backend in BACKENDS:
+        with force_backend(backend):
+            for a, b in zip(step_logprob(*example.arguments()), expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

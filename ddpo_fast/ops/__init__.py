@@ -1,6 +1,21 @@
-"""The arithmetic of DDPO: the Gaussian denoising step with its log-prob, and the clipped PPO loss."""
+"""The one door to kernels: every op has a definition in plain PyTorch and backends that say why they cannot run."""
 
-from ddpo_fast.ops.ppo_loss import clipped_surrogate
-from ddpo_fast.ops.step_logprob import guided, step_logprob, take_step
+from ddpo_fast.ops.backend import BACKENDS, force_backend, status, use_backend
+from ddpo_fast.ops.gaussian import guided, score_step, take_step
+from ddpo_fast.ops.ppo_loss import PPOLoss, clipped_surrogate, ppo_loss
+from ddpo_fast.ops.step_logprob import Step, step_logprob
 
-__all__ = ["clipped_surrogate", "guided", "step_logprob", "take_step"]
+__all__ = [
+    "BACKENDS",
+    "PPOLoss",
+    "Step",
+    "clipped_surrogate",
+    "force_backend",
+    "guided",
+    "ppo_loss",
+    "score_step",
+    "status",
+    "step_logprob",
+    "take_step",
+    "use_backend",
+]

@@ -60,17 +60,21 @@ def build(device_type: str) -> Path:
         return library
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as work:
+        objects = [f"{work}/{source.stem}.o" for source in sources]
+        _run([[*command, "-c", str(s), "-o", o] for s, o in zip(sources, objects, strict=True)])
         made = Path(work) / library.name
-        done = subprocess.run(
-            [*command, *map(str, sources), "-shared", "-o", str(made), *_link_flags(device_type)],
-            capture_output=True,
-            text=True,
-            timeout=COMPILE_SECONDS,
-        )
-        if done.returncode != 0:
-            raise RuntimeError(f"{command[0]} failed: {done.stderr.strip()[:300]}")
+        _run([[*command, *objects, "-shared", "-o", str(made), *_link_flags(device_type)]])
         made.replace(library)
     return library
+
+
+def _run(commands: list[list[str]]) -> None:
+    """Runs compilers side by side. Raises `RuntimeError` with what the first that fails says."""
+    running = [subprocess.Popen(c, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for c in commands]
+    done = [(process, process.communicate(timeout=COMPILE_SECONDS)[1]) for process in running]
+    for process, said in done:
+        if process.returncode != 0:
+            raise RuntimeError(f"{commands[0][0]} failed: {said.strip()[:300]}")
 
 
 def include_flags() -> list[str]:

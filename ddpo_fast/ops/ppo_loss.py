@@ -1,11 +1,243 @@
-"""The clipped PPO objective (arXiv 1707.06347, eq. 7) as a loss."""
+"""The clipped PPO loss of (image, timestep) pairs, with its gradient: arXiv 1707.06347, eq. 7, and 2305.13301, eq. 6."""
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
+from torch import Tensor
+
+from ddpo_fast.ops.backend import Op
+from ddpo_fast.ops.gaussian import (
+    check_step,
+    check_table,
+    dense_rows,
+    guided,
+    log_density,
+    per_image,
+    step_mean,
+    table_rows,
+)
 
 
-def clipped_surrogate(advantages: torch.Tensor, clip_range: float, ratio: torch.Tensor) -> torch.Tensor:
+class PPOLoss(NamedTuple):
+    """Scalars but for `log_probs` [N]; only the loss carries a gradient."""
+
+    loss: Tensor
+    approx_kl: Tensor
+    clip_fraction: Tensor
+    ratio_drift: Tensor
+    reference_kl: Tensor
+    log_probs: Tensor
+
+
+def ppo_loss(
+    model_output: Tensor,
+    latents: Tensor,
+    next_latents: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    table: Tensor,
+    timesteps: Tensor,
+    guidance_scale: float | None = None,
+    *,
+    clip_range: float,
+    advantage_limit: float,
+    reference_output: Tensor | None = None,
+    reference_weight: float = 0.0,
+    grad_scale: Tensor | None = None,
+) -> PPOLoss:
+    """`mean(max(-A r, -A clip(r, 1 - c, 1 + c)) + w KL)` over N pairs, `r = exp(log_prob - old_log_prob)`.
+
+    Args:
+        model_output: [N, C, H, W], or [2N, C, H, W] with guidance, unconditional rows first; fp16, bf16 or fp32,
+            contiguous or channels_last. The loss has a gradient to it, computed in the forward pass.
+        latents, next_latents: [N, C, H, W] fp32 (fp64: everything is fp64), without gradient.
+        old_log_probs, advantages: [N]; advantages are clipped to +- `advantage_limit`.
+        table, timesteps, guidance_scale: as for `step_logprob`; timesteps are [N].
+        clip_range: c.
+        reference_output: another UNet's output for the same pairs. The loss then has `reference_weight` times
+            `mean_d((mean - reference mean)^2) / (2 sigma^2)`, the KL between the two steps divided by D.
+        grad_scale: [] fp32, the loss scale of fp16 training: the gradient is kept in the output's precision, times
+            this, and divided by it in backward, so that a scaled loss does not lose it to underflow.
+
+    `approx_kl` is `mean((log_prob - old)^2) / 2`, `ratio_drift` the largest |r - 1|. Raises `ValueError` for shapes
+    and dtypes that do not fit.
+    """
+    check_step("model_output", model_output, latents, guidance_scale)
+    check_table(table, timesteps, latents)
+    if next_latents.shape != latents.shape:
+        raise ValueError(f"next_latents have shape {tuple(next_latents.shape)} but latents have {tuple(latents.shape)}")
+    for name, value in (("old_log_probs", old_log_probs), ("advantages", advantages)):
+        if value.shape != (len(latents),):
+            raise ValueError(f"{name} have shape {tuple(value.shape)} but must have ({len(latents)},)")
+    if reference_output is not None:
+        check_step("reference_output", reference_output, latents, guidance_scale)
+        reference_output = torch.empty_like(model_output).copy_(reference_output.detach())
+    wide = torch.float64 in (model_output.dtype, latents.dtype)
+    results = _ppo_loss(
+        dense_rows(model_output.to(latents.dtype) if wide else model_output),
+        None if reference_output is None else reference_output.to(latents.dtype if wide else model_output.dtype),
+        latents.detach().contiguous(),
+        next_latents.detach().to(latents.dtype).contiguous(),
+        old_log_probs.detach().to(latents.dtype).contiguous(),
+        advantages.detach().to(latents.dtype).contiguous(),
+        table.to(latents.dtype).contiguous(),
+        timesteps.expand(len(latents)).contiguous(),
+        grad_scale,
+        guidance_scale,
+        clip_range,
+        advantage_limit,
+        reference_weight,
+    )
+    loss, metrics, log_probs, _ = results
+    return PPOLoss(loss, *metrics.detach().unbind(), log_probs.detach())
+
+
+def clipped_surrogate(advantages: Tensor, clip_range: float, ratio: Tensor) -> Tensor:
     """`mean(max(-A r, -A clip(r, 1 - c, 1 + c)))`; advantages and ratio are [N], the loss is a scalar."""
+    return _clipped(advantages, clip_range, ratio).mean()
+
+
+def _clipped(advantages: Tensor, clip_range: float, ratio: Tensor) -> Tensor:
     clipped = ratio.clamp(1.0 - clip_range, 1.0 + clip_range)
-    return torch.maximum(-advantages * ratio, -advantages * clipped).mean()
+    return torch.maximum(-advantages * ratio, -advantages * clipped)
+
+
+# the definition
+
+
+def _reference(
+    model_output: Tensor,
+    reference_output: Tensor | None,
+    latents: Tensor,
+    next_latents: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    table: Tensor,
+    timesteps: Tensor,
+    grad_scale: Tensor | None,
+    guidance_scale: float | None,
+    clip_range: float,
+    advantage_limit: float,
+    reference_weight: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    c_x, c_m, sigma = table_rows(table, timesteps, latents)
+    combined = model_output if guidance_scale is None else guided(model_output, guidance_scale)
+    difference = next_latents - step_mean(combined, latents, c_x, c_m)
+    log_probs = log_density(difference, sigma)
+    advantages = advantages.clamp(-advantage_limit, advantage_limit)
+    ratio = torch.exp(log_probs - old_log_probs)
+    terms = _clipped(advantages, clip_range, ratio)
+    beyond = ((advantages > 0) & (ratio > 1 + clip_range)) | ((advantages < 0) & (ratio < 1 - clip_range))
+    slope = torch.where(beyond, 0.0, -advantages * ratio)
+    variance = sigma.square()
+    # d log_prob / d mean = difference / (sigma^2 D), d mean / d combined = c_m
+    grad = per_image(slope * c_m / variance, latents) * difference
+    reference_kl = torch.zeros_like(log_probs)
+    if reference_output is not None:
+        other = reference_output if guidance_scale is None else guided(reference_output, guidance_scale)
+        apart = per_image(c_m, latents) * (combined.to(latents.dtype) - other.to(latents.dtype))
+        reference_kl = (apart.square() / per_image(2 * variance, latents)).flatten(1).mean(1)
+        terms = terms + reference_weight * reference_kl
+        grad = grad + per_image(reference_weight * c_m / variance, latents) * apart
+    grad = grad / latents.numel()
+    if grad_scale is not None:
+        grad = grad * grad_scale
+    if guidance_scale is not None:
+        grad = torch.cat([(1 - guidance_scale) * grad, guidance_scale * grad])
+    moved = (ratio - 1).abs()
+    drift = moved.max() if len(moved) else moved.sum()
+    metrics = torch.stack(
+        [
+            0.5 * (log_probs - old_log_probs).square().mean(),
+            (moved > clip_range).to(moved.dtype).mean(),
+            drift,
+            reference_kl.mean(),
+        ]
+    )
+    return terms.mean(), metrics, log_probs, torch.empty_like(model_output).copy_(grad)
+
+
+# the kernels fill what is allocated here
+
+
+def _empty(model_output: Tensor, latents: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    make = {"dtype": latents.dtype, "device": latents.device}
+    return (
+        torch.empty((), **make),
+        torch.empty(4, **make),
+        torch.empty(len(latents), **make),
+        torch.empty_like(model_output),
+    )
+
+
+def _triton(model_output: Tensor, reference_output: Tensor | None, latents: Tensor, *others: Any) -> Any:
+    from ddpo_fast_kernels.ppo_loss import ppo_loss
+
+    made = _empty(model_output, latents)
+    ppo_loss(model_output, reference_output, latents, *others, *made)
+    return made
+
+
+def _csrc(model_output: Tensor, reference_output: Tensor | None, latents: Tensor, *others: Any) -> Any:
+    made = _empty(model_output, latents)
+    torch.ops.ddpo_fast_csrc.ppo_loss(model_output, reference_output, latents, *others, *made)
+    return made
+
+
+FORWARD = Op("ppo_loss", _reference, _triton, _csrc)
+
+
+@torch.library.custom_op("ddpo_fast::ppo_loss", mutates_args=())
+def _ppo_loss(
+    model_output: Tensor,
+    reference_output: Tensor | None,
+    latents: Tensor,
+    next_latents: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    table: Tensor,
+    timesteps: Tensor,
+    grad_scale: Tensor | None,
+    guidance_scale: float | None,
+    clip_range: float,
+    advantage_limit: float,
+    reference_weight: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    # the mean of nothing is left to the definition
+    run = FORWARD if len(latents) else _reference
+    return run(
+        model_output,
+        reference_output,
+        latents,
+        next_latents,
+        old_log_probs,
+        advantages,
+        table,
+        timesteps,
+        grad_scale,
+        guidance_scale,
+        clip_range,
+        advantage_limit,
+        reference_weight,
+    )
+
+
+@_ppo_loss.register_fake
+def _(model_output: Tensor, reference_output: Tensor | None, latents: Tensor, *others: Any) -> Any:
+    return _empty(model_output, latents)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    grad_scale = inputs[8]
+    ctx.save_for_backward(output[3], *([] if grad_scale is None else [grad_scale]))
+
+
+def _differentiate(ctx: Any, grad_loss: Tensor, *others: Tensor) -> Any:
+    grad, *scale = ctx.saved_tensors
+    factor = grad_loss / scale[0] if scale else grad_loss
+    return grad * factor, *[None] * 12
+
+
+_ppo_loss.register_autograd(_differentiate, setup_context=_save)

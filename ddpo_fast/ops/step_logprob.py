@@ -1,60 +1,214 @@
-"""One denoising step as a Gaussian: its mean is linear in the latents and in the model's output.
-
-B images, C H W latent. Everything is computed in fp32, or in fp64 if the latents are fp64: the model's output may be
-half precision, what follows it never is.
-"""
+"""One denoising step: guidance, DDIM mean, next latents, their log-prob, and the UNet's next input."""
 
 from __future__ import annotations
 
-import math
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
-
-
-def guided(model_output: torch.Tensor, guidance_scale: float) -> torch.Tensor:
-    """Classifier-free guidance: [2B, ...] (unconditional rows first) -> [B, ...] in fp32 or fp64, u + s (t - u)."""
-    if model_output.dtype in (torch.float16, torch.bfloat16):
-        model_output = model_output.float()
-    uncond, text = model_output.chunk(2)
-    return uncond + guidance_scale * (text - uncond)
-
-
-def step_mean(model_output: torch.Tensor, latents: torch.Tensor, c_x: torch.Tensor, c_m: torch.Tensor) -> torch.Tensor:
-    """`c_x * latents + c_m * model_output`, [B, C, H, W]; the coefficients are [B]."""
-    return _per_image(c_x, latents) * latents + _per_image(c_m, latents) * model_output.to(latents.dtype)
+from ddpo_fast.ops.backend import Op
+from ddpo_fast.ops.gaussian import (
+    check_step,
+    check_table,
+    dense_rows,
+    guided,
+    log_density,
+    per_image,
+    step_mean,
+    table_rows,
+)
 
 
-def take_step(
-    model_output: torch.Tensor,
-    latents: torch.Tensor,
-    noise: torch.Tensor,
-    c_x: torch.Tensor,
-    c_m: torch.Tensor,
-    sigma: torch.Tensor,
-) -> torch.Tensor:
-    """The next latents, `mean + sigma * noise`: [B, C, H, W] in the latents' dtype."""
-    return step_mean(model_output, latents, c_x, c_m) + _per_image(sigma, latents) * noise.to(latents.dtype)
+class Step(NamedTuple):
+    """The next latents [B, C, H, W] in the latents' dtype, their log-prob [B], the UNet's next input."""
+
+    latents: Tensor
+    log_probs: Tensor
+    unet_input: Tensor
 
 
 def step_logprob(
-    model_output: torch.Tensor,
-    latents: torch.Tensor,
-    next_latents: torch.Tensor,
-    c_x: torch.Tensor,
-    c_m: torch.Tensor,
-    sigma: torch.Tensor,
-) -> torch.Tensor:
-    """Log-density of `next_latents` after a step from `latents`, averaged over the latent's elements: [B].
+    model_output: Tensor,
+    latents: Tensor,
+    noise: Tensor,
+    table: Tensor,
+    timesteps: Tensor,
+    guidance_scale: float | None = None,
+) -> Step:
+    """`x' = c_x x + c_m m + sigma noise` and the mean log-density of x' as it is stored.
 
-    `mean(-(x' - mean)^2 / (2 sigma^2)) - log sigma - log sqrt(2 pi)`. TRL averages; the paper's density (arXiv
-    2305.13301, eq. 4) is the sum, so ratios here are the paper's to the power 1/D. `next_latents` carry no gradient.
+    Args:
+        model_output: [B, C, H, W], or [2B, C, H, W] with guidance, unconditional rows first; fp16, bf16 or fp32,
+            contiguous or channels_last.
+        latents, noise: [B, C, H, W] fp32 (fp64: everything is fp64).
+        table: [K, 3] fp32, (c_x, c_m, sigma) of every timestep.
+        timesteps: [B] or [] int64 on the device, rows of `table`.
+        guidance_scale: s in `m = u + s (t - u)`, None for no guidance.
+
+    `unet_input` has the rows, dtype and layout of `model_output`. Model output and latents may carry
+    a gradient; the log-prob's is that of the density at a fixed x' (`gaussian.score_step`). Raises `ValueError` for shapes and dtypes that do not fit.
     """
-    difference = next_latents.detach() - step_mean(model_output, latents, c_x, c_m)
-    scaled = difference.square() / _per_image(2 * sigma.square(), latents)
-    return -scaled.flatten(1).mean(1) - sigma.log() - LOG_SQRT_2PI
+    check_step("model_output", model_output, latents, guidance_scale)
+    if noise.shape != latents.shape:
+        raise ValueError(f"noise has shape {tuple(noise.shape)} but latents have {tuple(latents.shape)}")
+    check_table(table, timesteps, latents)
+    wide = torch.float64 in (model_output.dtype, latents.dtype)
+    return Step(
+        *_step_logprob(
+            dense_rows(model_output.to(latents.dtype) if wide else model_output),
+            latents.contiguous(),
+            noise.to(latents.dtype).contiguous(),
+            table.to(latents.dtype).contiguous(),
+            timesteps.contiguous(),
+            guidance_scale,
+        )
+    )
 
 
-def _per_image(coefficient: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return coefficient.reshape(-1, *[1] * (like.ndim - 1))
+# the definition
+
+
+def _reference(
+    model_output: Tensor, latents: Tensor, noise: Tensor, table: Tensor, timesteps: Tensor, guidance_scale: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    c_x, c_m, sigma = table_rows(table, timesteps, latents)
+    combined = model_output if guidance_scale is None else guided(model_output, guidance_scale)
+    mean = step_mean(combined, latents, c_x, c_m)
+    following = mean + per_image(sigma, latents) * noise
+    rows = torch.cat([following] * (1 if guidance_scale is None else 2)).to(model_output.dtype)
+    return following, log_density(following - mean, sigma), torch.empty_like(model_output).copy_(rows)
+
+
+def _reference_backward(
+    model_output: Tensor,
+    latents: Tensor,
+    next_latents: Tensor,
+    table: Tensor,
+    timesteps: Tensor,
+    guidance_scale: float | None,
+    grad_next_latents: Tensor,
+    grad_log_probs: Tensor,
+    grad_next_input: Tensor,
+) -> tuple[Tensor, Tensor]:
+    c_x, c_m, sigma = table_rows(table, timesteps, latents)
+    combined = model_output if guidance_scale is None else guided(model_output, guidance_scale)
+    difference = next_latents - step_mean(combined, latents, c_x, c_m)
+    slope = grad_log_probs / (sigma.square() * latents.shape[1:].numel())
+    grad_input = grad_next_input.to(latents.dtype)
+    if guidance_scale is not None:
+        uncond, text = grad_input.chunk(2)
+        grad_input = uncond + text
+    grad_mean = grad_next_latents + per_image(slope, latents) * difference + grad_input
+    grad_output = per_image(c_m, latents) * grad_mean
+    if guidance_scale is not None:
+        grad_output = torch.cat([(1 - guidance_scale) * grad_output, guidance_scale * grad_output])
+    grad_latents = per_image(c_x, latents) * grad_mean
+    return torch.empty_like(model_output).copy_(grad_output), grad_latents
+
+
+# the kernels fill what is allocated here
+
+
+def _empty(model_output: Tensor, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    log_probs = torch.empty(len(latents), dtype=latents.dtype, device=latents.device)
+    return torch.empty_like(latents), log_probs, torch.empty_like(model_output)
+
+
+def _triton(model_output: Tensor, latents: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from ddpo_fast_kernels.step_logprob import step_logprob
+
+    made = _empty(model_output, latents)
+    step_logprob(model_output, latents, *others, *made)
+    return made
+
+
+def _triton_backward(model_output: Tensor, latents: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    from ddpo_fast_kernels.step_logprob import step_logprob_backward
+
+    made = torch.empty_like(model_output), torch.empty_like(latents)
+    step_logprob_backward(model_output, latents, *others, *made)
+    return made
+
+
+def _csrc(model_output: Tensor, latents: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    made = _empty(model_output, latents)
+    torch.ops.ddpo_fast_csrc.step_logprob(model_output, latents, *others, *made)
+    return made
+
+
+def _csrc_backward(model_output: Tensor, latents: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    made = torch.empty_like(model_output), torch.empty_like(latents)
+    torch.ops.ddpo_fast_csrc.step_logprob_backward(model_output, latents, *others, *made)
+    return made
+
+
+FORWARD = Op("step_logprob", _reference, _triton, _csrc)
+BACKWARD = Op("step_logprob_backward", _reference_backward, _triton_backward, _csrc_backward)
+
+
+@torch.library.custom_op("ddpo_fast::step_logprob", mutates_args=())
+def _step_logprob(
+    model_output: Tensor, latents: Tensor, noise: Tensor, table: Tensor, timesteps: Tensor, guidance_scale: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return FORWARD(model_output, latents, noise, table, timesteps, guidance_scale)
+
+
+@_step_logprob.register_fake
+def _(model_output: Tensor, latents: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty(model_output, latents)
+
+
+@torch.library.custom_op("ddpo_fast::step_logprob_backward", mutates_args=())
+def _step_logprob_backward(
+    model_output: Tensor,
+    latents: Tensor,
+    next_latents: Tensor,
+    table: Tensor,
+    timesteps: Tensor,
+    guidance_scale: float | None,
+    grad_next_latents: Tensor,
+    grad_log_probs: Tensor,
+    grad_next_input: Tensor,
+) -> tuple[Tensor, Tensor]:
+    return BACKWARD(
+        model_output,
+        latents,
+        next_latents,
+        table,
+        timesteps,
+        guidance_scale,
+        grad_next_latents,
+        grad_log_probs,
+        grad_next_input,
+    )
+
+
+@_step_logprob_backward.register_fake
+def _(model_output: Tensor, latents: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(model_output), torch.empty_like(latents)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    model_output, latents, _, table, timesteps, ctx.guidance_scale = inputs
+    ctx.save_for_backward(model_output, latents, output[0], table, timesteps)
+
+
+def _differentiate(ctx: Any, grad_next_latents: Tensor, grad_log_probs: Tensor, grad_next_input: Tensor) -> Any:
+    model_output, latents, next_latents, table, timesteps = ctx.saved_tensors
+    grad_rows = torch.empty_like(model_output).copy_(grad_next_input)  # the layout that the kernels index by
+    grad_output, grad_latents = _step_logprob_backward(
+        model_output,
+        latents,
+        next_latents,
+        table,
+        timesteps,
+        ctx.guidance_scale,
+        grad_next_latents.contiguous(),
+        grad_log_probs.contiguous(),
+        grad_rows,
+    )
+    return grad_output, grad_latents, None, None, None, None
+
+
+_step_logprob.register_autograd(_differentiate, setup_context=_save)

@@ -1,0 +1,99 @@
+"""Compiles every Triton kernel ahead of time, without a GPU, and prints what it takes of one.
+
+    python bench/compile_kernels.py [--output FILE.json] [--architectures 80 90] [--only STEM]
+
+Registers of a thread, shared memory of a block, and spills in bytes as `cuobjdump` reads them from the machine code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
+
+import ddpo_fast_kernels
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="write the rows there as JSON")
+    parser.add_argument("--architectures", type=int, nargs="+", default=[80, 90])
+    parser.add_argument("--only", default="", help="only the module of this name")
+    options = parser.parse_args()
+    rows = list(compile_all(options.architectures, options.only))
+    print(f"{'kernel':<72}{'sm':>4}{'warps':>7}{'registers':>11}{'shared':>8}{'spilled':>9}")
+    for row in rows:
+        name = f"{row['op']} {row['kernel']}"
+        print(
+            f"{name:<72}{row['sm']:>4}{row['warps']:>7}{row['registers']:>11}{row['shared_bytes']:>8}"
+            f"{row['spilled_bytes']:>9}"
+        )
+    if options.output:
+        options.output.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+
+
+def compile_all(architectures: list[int], only: str) -> Iterator[dict[str, Any]]:
+    for module_info in pkgutil.iter_modules(ddpo_fast_kernels.__path__):
+        module = importlib.import_module(f"ddpo_fast_kernels.{module_info.name}")
+        if hasattr(module, "ahead_of_time") and only in ("", module_info.name):
+            for architecture in architectures:
+                for case in module.ahead_of_time():
+                    yield {"op": module_info.name, "triton": triton.__version__, **compiled(architecture, *case)}
+
+
+def compiled(
+    architecture: int, name: str, kernel: Any, signature: dict[str, Any], constants: dict[str, Any], warps: int
+) -> dict[str, Any]:
+    """What one kernel takes: its case, architecture, warps, registers, shared and spilled bytes."""
+    made = triton.compile(
+        ASTSource(kernel, signature, constexprs=constants, attrs=aligned(signature)),
+        target=GPUTarget("cuda", architecture, 32),
+        options={"num_warps": warps},
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage)}
+    layouts = dict(re.findall(r"^(#\w+) = (.*)$", made.asm["ttgir"], re.MULTILINE))
+    sums = re.findall(r"\}\) : \(tensor<(\w+), (#\w+)>\) -> f32", made.asm["ttgir"])
+    return {
+        "kernel": name,
+        "sm": architecture,
+        "warps": warps,
+        "registers": found["REG"],
+        "shared_bytes": max(found["SHARED"], made.metadata.shared),
+        "spilled_bytes": found["STACK"] + found["LOCAL"],
+        "sums": [f"{shape} {layouts[layout]}" for shape, layout in sums],
+        "vector_loads": len(re.findall(r"ld\.global[.\w:]*\.v[24]", made.asm["ptx"])),
+    }
+
+
+def aligned(signature: dict[str, Any]) -> dict[tuple[int, ...], list[list[Any]]]:
+    """torch's pointers are multiples of 16, and so are the sizes here: what the just-in-time compiler finds out."""
+    paths = []
+    for i, kind in enumerate(signature.values()):
+        if isinstance(kind, tuple):
+            paths += [(i, j) for j, part in enumerate(kind) if part.startswith("*")]
+        elif kind.startswith(("*", "i32")):
+            paths.append((i,))
+    return {path: [["tt.divisibility", 16]] for path in paths}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+#include "gaussian.cuh"
+
+namespace ddpo_fast {
+namespace {
+
+struct Pairs {
+  const float* latents;
+  const float* next_latents;
+  const float* old_log_probs;
+  const float* advantages;
+  const float* table;
+  const int64_t* timesteps;
+  // null for no loss scale
+  const float* grad_scale;
+};
+
+struct Bounds {
+  float low;
+  float high;
+  float clip_range;
+  float advantage_limit;
+  float reference_weight;
+};
+
+// `scratch` holds what is averaged, [5, pairs], and behind it the ticket
+struct Results {
+  float* loss;
+  float* metrics;
+  float* log_probs;
+  float* scratch;
+  unsigned int* ticket;
+};
+
+// fminf and fmaxf drop NaN; a NaN advantage or ratio must reach the loss
+__device__ float clamp(float value, float low, float high) { return value < low ? low : (value > high ? high : value); }
+
+// Stores a pair's log-prob and its terms of the averages (one thread does); returns d loss / d log_prob.
+__device__ float settle_pair(
+    float log_prob, float reference_kl, const Pairs& pairs, const Bounds& bounds, const Results& results) {
+  const int64_t pair = blockIdx.x, count = gridDim.x;
+  const float advantage = clamp(pairs.advantages[pair], -bounds.advantage_limit, bounds.advantage_limit);
+  const float change = log_prob - pairs.old_log_probs[pair];
+  const float ratio = expf(change);
+  const float moved = fabsf(ratio - 1.0f);
+  const float plain = -advantage * ratio;
+  const float clipped = -advantage * clamp(ratio, bounds.low, bounds.high);
+  const bool beyond = (advantage > 0 && ratio > bounds.high) || (advantage < 0 && ratio < bounds.low);
+  if (threadIdx.x == 0) {
+    results.log_probs[pair] = log_prob;
+    results.scratch[pair] = __fmaf_rn(bounds.reference_weight, reference_kl, plain < clipped ? clipped : plain);
+    results.scratch[count + pair] = 0.5f * change * change;
+    results.scratch[2 * count + pair] = moved > bounds.clip_range ? 1.0f : 0.0f;
+    results.scratch[3 * count + pair] = moved;
+    results.scratch[4 * count + pair] = reference_kl;
+  }
+  return beyond ? 0.0f : plain;
+}
+
+__device__ float column_sum(const volatile float* column, int64_t count) {
+  float sum = 0;
+  for (int64_t i = threadIdx.x; i < count; i += THREADS) sum += column[i];
+  return block_sum(sum);
+}
+
+// Means over the pairs, always in the same order, and the largest |ratio - 1|.
+__device__ void average(const Results& results) {
+  const int64_t count = gridDim.x;
+  __shared__ float largest[THREADS];
+  const volatile float* moved = results.scratch + 3 * count;
+  float mine = 0;
+  for (int64_t i = threadIdx.x; i < count; i += THREADS) mine = fmaxf(mine, moved[i]);
+  largest[threadIdx.x] = mine;
+  float sums[5];
+  for (int i = 0; i < 5; ++i) sums[i] = column_sum(results.scratch + i * count, count);
+  if (threadIdx.x != 0) return;
+  for (int i = 1; i < THREADS; ++i) mine = fmaxf(mine, largest[i]);
+  *results.loss = sums[0] / count;
+  results.metrics[0] = sums[1] / count;
+  results.metrics[1] = sums[2] / count;
+  // a maximum passes over NaN, a sum does not
+  results.metrics[2] = isnan(sums[3]) ? sums[3] : mine;
+  results.metrics[3] = sums[4] / count;
+}
+
+// Whether all other blocks have drawn their tickets before; what they stored can then be read.
+__device__ bool is_last(unsigned int* ticket) {
+  __shared__ bool last;
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicAdd(ticket, 1u) == gridDim.x - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  return last;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(THREADS) ppo_loss_fwd_kernel(
+    const T* output, const T* reference, Pairs pairs, Bounds bounds, Layout layout, T* grad, Results results) {
+  const int64_t pair = blockIdx.x;
+  const int64_t row = pair * layout.elements;
+  const Coefficients c = coefficients(pairs.table, pairs.timesteps, true);
+  float squares = 0, apart_squares = 0;
+  for_fours(layout.elements, [&](int64_t d) {
+    float mean[4], x[4], following[4], other[4];
+    load_guided(output, layout, pair, d, mean);
+    if (reference) {
+      load_guided(reference, layout, pair, d, other);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float apart = c.c_m * (mean[j] - other[j]);
+        apart_squares = __fmaf_rn(apart, apart, apart_squares);
+      }
+    }
+    load_four(pairs.latents + row, layout, false, d, x);
+    load_four(pairs.next_latents + row, layout, false, d, following);
+    mean_four(c, x, mean);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float difference = following[j] - mean[j];
+      squares = __fmaf_rn(difference, difference, squares);
+    }
+  });
+  const float elements = static_cast<float>(layout.elements);
+  const float log_prob = log_density(block_sum(squares), layout.elements, c.sigma);
+  const float reference_kl = reference ? block_sum(apart_squares) / elements / (2.0f * c.sigma * c.sigma) : 0.0f;
+  // d log_prob / d mean = difference / (sigma^2 D), d mean / d guided = c_m
+  float share = c.c_m / (c.sigma * c.sigma) / (elements * static_cast<float>(gridDim.x));
+  if (pairs.grad_scale) share *= *pairs.grad_scale;
+  const float slope = share * settle_pair(log_prob, reference_kl, pairs, bounds, results);
+  const float reference_slope = share * bounds.reference_weight;
+  // the rows were read a moment ago: this pass reads them from the cache
+  for_fours(layout.elements, [&](int64_t d) {
+    float guided[4], mean[4], x[4], following[4], other[4], uncond[4], text[4];
+    load_guided(output, layout, pair, d, guided);
+    load_four(pairs.latents + row, layout, false, d, x);
+    load_four(pairs.next_latents + row, layout, false, d, following);
+    if (reference) load_guided(reference, layout, pair, d, other);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) mean[j] = guided[j];
+    mean_four(c, x, mean);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      float g = slope * (following[j] - mean[j]);
+      if (reference) g = __fmaf_rn(reference_slope * c.c_m, guided[j] - other[j], g);
+      uncond[j] = layout.guided ? (1.0f - layout.guidance) * g : g;
+      text[j] = layout.guidance * g;
+    }
+    store_four(uncond, layout, layout.channels_last, d, grad + row);
+    if (layout.guided)
+      store_four(text, layout, layout.channels_last, d, grad + row + layout.images * layout.elements);
+  });
+  if (is_last(results.ticket)) average(results);
+}
+
+void ppo_loss(
+    const Tensor& model_output,
+    std::optional<Tensor> reference_output,
+    const Tensor& latents,
+    const Tensor& next_latents,
+    const Tensor& old_log_probs,
+    const Tensor& advantages,
+    const Tensor& table,
+    const Tensor& timesteps,
+    std::optional<Tensor> grad_scale,
+    std::optional<double> guidance_scale,
+    double clip_range,
+    double advantage_limit,
+    double reference_weight,
+    const Tensor& loss,
+    const Tensor& metrics,
+    const Tensor& log_probs,
+    const Tensor& grad) {
+  check_step(latents, table, timesteps);
+  const int64_t count = latents.size(0);
+  CHECK_LATENTS(next_latents, latents);
+  CHECK_SHAPE(timesteps, count);
+  CHECK_SHAPE(old_log_probs, count);
+  CHECK_SHAPE(advantages, count);
+  CHECK_SHAPE(log_probs, count);
+  CHECK_SHAPE(metrics, 4);
+  check_same_rows("grad", grad, model_output);
+  if (reference_output) check_same_rows("reference_output", *reference_output, model_output);
+  const Rows rows = rows_of(model_output, latents, guidance_scale.has_value());
+  STD_TORCH_CHECK(latents.numel() > 0, "there must be pairs");
+  const cudaStream_t stream = current_stream(latents);
+  Tensor scratch = torch::stable::new_empty(log_probs, {5 * count + 1});
+  float* ticket = scratch.mutable_data_ptr<float>() + 5 * count;
+  STD_TORCH_CHECK(cudaMemsetAsync(ticket, 0, sizeof(unsigned int), stream) == cudaSuccess, "the ticket was not cleared");
+  const Bounds bounds{
+      static_cast<float>(1 - clip_range), static_cast<float>(1 + clip_range), static_cast<float>(clip_range),
+      static_cast<float>(advantage_limit), static_cast<float>(reference_weight)};
+  for_cuda_type(model_output, [&](auto* kind) {
+    using T = std::remove_pointer_t<decltype(kind)>;
+    ppo_loss_fwd_kernel<T><<<count, THREADS, 0, stream>>>(
+        static_cast<const T*>(model_output.const_data_ptr()),
+        reference_output ? static_cast<const T*>(reference_output->const_data_ptr()) : nullptr,
+        Pairs{latents.const_data_ptr<float>(), next_latents.const_data_ptr<float>(),
+              old_log_probs.const_data_ptr<float>(), advantages.const_data_ptr<float>(), table.const_data_ptr<float>(),
+              timesteps.const_data_ptr<int64_t>(), grad_scale ? grad_scale->const_data_ptr<float>() : nullptr},
+        bounds, layout_of(rows, guidance_scale), static_cast<T*>(grad.mutable_data_ptr()),
+        Results{loss.mutable_data_ptr<float>(), metrics.mutable_data_ptr<float>(), log_probs.mutable_data_ptr<float>(),
+                scratch.mutable_data_ptr<float>(), reinterpret_cast<unsigned int*>(ticket)});
+  });
+  check_launch();
+}
+
+}  // namespace
+}  // namespace ddpo_fast
+
+STABLE_TORCH_LIBRARY_IMPL(ddpo_fast_csrc, CUDA, m) { m.impl("ppo_loss", TORCH_BOX(&ddpo_fast::ppo_loss)); }

@@ -1,0 +1,17 @@
+// Every op fills tensors that its caller allocated; `ddpo_fast/ops/` says what they mean.
+#include "common.h"
+
+STABLE_TORCH_LIBRARY(ddpo_fast_csrc, m) {
+  m.def(
+      "step_logprob(Tensor model_output, Tensor latents, Tensor noise, Tensor table, Tensor timesteps, "
+      "float? guidance_scale, Tensor(a!) next_latents, Tensor(b!) log_probs, Tensor(c!) next_input) -> ()");
+  m.def(
+      "step_logprob_backward(Tensor model_output, Tensor latents, Tensor next_latents, Tensor table, "
+      "Tensor timesteps, float? guidance_scale, Tensor grad_next_latents, Tensor grad_log_probs, "
+      "Tensor grad_next_input, Tensor(a!) grad_output, Tensor(b!) grad_latents) -> ()");
+  m.def(
+      "ppo_loss(Tensor model_output, Tensor? reference_output, Tensor latents, Tensor next_latents, "
+      "Tensor old_log_probs, Tensor advantages, Tensor table, Tensor timesteps, Tensor? grad_scale, "
+      "float? guidance_scale, float clip_range, float advantage_limit, float reference_weight, Tensor(a!) loss, "
+      "Tensor(b!) metrics, Tensor(c!) log_probs, Tensor(d!) grad) -> ()");
+}

@@ -1,0 +1,231 @@
+"""The clipped PPO loss and its gradient in one launch: the gradient is known as soon as the ratio is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ddpo_fast_kernels.gaussian import coefficients, load_fp32, load_guided, log_density, mean, place
+from ddpo_fast_kernels.launch import block_and_warps, is_last, row_layout, ticket
+
+
+class Pairs(NamedTuple):
+    """What sampling left, of N pairs: latents [N, ...], the rest [N]; and the [K, 3] table."""
+
+    latents: Any
+    next_latents: Any
+    old_log_probs: Any
+    advantages: Any
+    table: Any
+    timesteps: Any
+
+
+class Bounds(NamedTuple):
+    """Smallest and largest ratio, the clip range, the largest advantage, the weight of the KL to the reference."""
+
+    low: Any
+    high: Any
+    clip_range: Any
+    advantage_limit: Any
+    reference_weight: Any
+
+
+class Results(NamedTuple):
+    """loss [], metrics [4], log_probs [N], the output's gradient, and scratch [5, N] for what is averaged."""
+
+    loss: Any
+    metrics: Any
+    log_probs: Any
+    grad: Any
+    scratch: Any
+
+
+@triton.jit
+def ppo_loss_fwd_kernel(
+    output,
+    reference,
+    pairs,
+    bounds,
+    results,
+    ticket,
+    grad_scale,
+    guidance,
+    D,
+    GUIDED: tl.constexpr,
+    REFERENCE: tl.constexpr,
+    SCALED: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PIXELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    pair = tl.program_id(0).to(tl.int64)
+    count = tl.num_programs(0)
+    c_x, c_m, sigma = coefficients(pairs.table, pairs.timesteps, pair, True)
+    squares = tl.zeros([BLOCK], tl.float32)
+    apart_squares = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, D, BLOCK):
+        d = start + tl.arange(0, BLOCK)
+        mask = d < D
+        at = place(d, CHANNELS, PIXELS)
+        guided = load_guided(output, pair, count, D, at, mask, guidance, GUIDED)
+        mu = mean(guided, load_fp32(pairs.latents, pair, D, d, mask), c_x, c_m)
+        difference = tl.where(mask, load_fp32(pairs.next_latents, pair, D, d, mask) - mu, 0.0)
+        squares = tl.fma(difference, difference, squares)
+        if REFERENCE:
+            apart = c_m * (guided - load_guided(reference, pair, count, D, at, mask, guidance, GUIDED))
+            apart_squares = tl.fma(apart, apart, apart_squares)
+    log_prob = log_density(tl.sum(squares, axis=0), D, sigma)
+    reference_kl = tl.sum(apart_squares, axis=0) / D / (2.0 * sigma * sigma)
+    slope = settle_pair(pair, count, log_prob, reference_kl, pairs, bounds, results)
+    # d log_prob / d mean = difference / (sigma^2 D), d mean / d guided = c_m
+    share = c_m / (sigma * sigma) / (D * count.to(tl.float32))
+    if SCALED:
+        share *= tl.load(grad_scale)
+    slope *= share
+    reference_slope = bounds.reference_weight * share
+    # the rows were read a moment ago: this pass reads them from the cache
+    for start in range(0, D, BLOCK):
+        d = start + tl.arange(0, BLOCK)
+        mask = d < D
+        at = place(d, CHANNELS, PIXELS)
+        guided = load_guided(output, pair, count, D, at, mask, guidance, GUIDED)
+        mu = mean(guided, load_fp32(pairs.latents, pair, D, d, mask), c_x, c_m)
+        grad = slope * (load_fp32(pairs.next_latents, pair, D, d, mask) - mu)
+        if REFERENCE:
+            other = load_guided(reference, pair, count, D, at, mask, guidance, GUIDED)
+            grad = tl.fma(reference_slope * c_m, guided - other, grad)
+        kind = results.grad.dtype.element_ty
+        if GUIDED:
+            tl.store(results.grad + pair * D + at, ((1.0 - guidance) * grad).to(kind), mask=mask)
+            tl.store(results.grad + (pair + count) * D + at, (guidance * grad).to(kind), mask=mask)
+        else:
+            tl.store(results.grad + pair * D + at, grad.to(kind), mask=mask)
+    if is_last(ticket):
+        average(results, count)
+
+
+@triton.jit
+def settle_pair(pair, count, log_prob, reference_kl, pairs, bounds, results):
+    """Stores a pair's log-prob and its terms of the averages; returns d loss / d log_prob."""
+    advantage = tl.load(pairs.advantages + pair)
+    advantage = tl.minimum(advantage, bounds.advantage_limit, propagate_nan=tl.PropagateNan.ALL)
+    advantage = tl.maximum(advantage, -bounds.advantage_limit, propagate_nan=tl.PropagateNan.ALL)
+    change = log_prob - tl.load(pairs.old_log_probs + pair)
+    ratio = tl.exp(change)
+    moved = tl.abs(ratio - 1.0)
+    clipped = tl.minimum(ratio, bounds.high, propagate_nan=tl.PropagateNan.ALL)
+    clipped = tl.maximum(clipped, bounds.low, propagate_nan=tl.PropagateNan.ALL)
+    term = tl.maximum(-advantage * ratio, -advantage * clipped, propagate_nan=tl.PropagateNan.ALL)
+    beyond = ((advantage > 0.0) & (ratio > bounds.high)) | ((advantage < 0.0) & (ratio < bounds.low))
+    tl.store(results.log_probs + pair, log_prob)
+    tl.store(results.scratch + pair, tl.fma(bounds.reference_weight, reference_kl, term))
+    tl.store(results.scratch + count + pair, 0.5 * change * change)
+    tl.store(results.scratch + 2 * count + pair, tl.where(moved > bounds.clip_range, 1.0, 0.0))
+    tl.store(results.scratch + 3 * count + pair, moved)
+    tl.store(results.scratch + 4 * count + pair, reference_kl)
+    return tl.where(beyond, 0.0, -advantage * ratio)
+
+
+@triton.jit
+def average(results, count):
+    """Means over the pairs, always in the same order, and the largest |ratio - 1|."""
+    tl.store(results.loss, column_sum(results.scratch, count) / count)
+    tl.store(results.metrics, column_sum(results.scratch + count, count) / count)
+    tl.store(results.metrics + 1, column_sum(results.scratch + 2 * count, count) / count)
+    moved = results.scratch + 3 * count
+    largest = tl.zeros([1024], tl.float32)
+    for start in range(0, count, 1024):
+        i = start + tl.arange(0, 1024)
+        largest = tl.maximum(largest, tl.load(moved + i, mask=i < count, other=0.0, volatile=True))
+    total = column_sum(moved, count)
+    # a maximum passes over NaN, a sum does not
+    tl.store(results.metrics + 2, tl.where(total != total, total, tl.max(largest, axis=0)))
+    tl.store(results.metrics + 3, column_sum(results.scratch + 4 * count, count) / count)
+
+
+@triton.jit
+def column_sum(column, count):
+    sums = tl.zeros([1024], tl.float32)
+    for start in range(0, count, 1024):
+        i = start + tl.arange(0, 1024)
+        # volatile: other programs wrote these during the launch
+        sums += tl.load(column + i, mask=i < count, other=0.0, volatile=True)
+    return tl.sum(sums, axis=0)
+
+
+def ppo_loss(
+    model_output: torch.Tensor,
+    reference_output: torch.Tensor | None,
+    latents: torch.Tensor,
+    next_latents: torch.Tensor,
+    old_log_probs: torch.Tensor,
+    advantages: torch.Tensor,
+    table: torch.Tensor,
+    timesteps: torch.Tensor,
+    grad_scale: torch.Tensor | None,
+    guidance_scale: float | None,
+    clip_range: float,
+    advantage_limit: float,
+    reference_weight: float,
+    loss: torch.Tensor,
+    metrics: torch.Tensor,
+    log_probs: torch.Tensor,
+    grad: torch.Tensor,
+) -> None:
+    """Fills `loss` [], `metrics` [4], `log_probs` [N] and `grad`, of the rows and layout of `model_output`; N > 0."""
+    elements = latents[0].numel()
+    block, warps = block_and_warps(elements)
+    channels, pixels = row_layout(model_output)
+    scratch = torch.empty(5, len(latents), dtype=torch.float32, device=latents.device)
+    ppo_loss_fwd_kernel[(len(latents),)](
+        model_output,
+        model_output if reference_output is None else reference_output,
+        Pairs(latents, next_latents, old_log_probs, advantages, table, timesteps),
+        Bounds(1.0 - clip_range, 1.0 + clip_range, clip_range, advantage_limit, reference_weight),
+        Results(loss, metrics, log_probs, grad, scratch),
+        ticket(latents.device),
+        loss if grad_scale is None else grad_scale,
+        1.0 if guidance_scale is None else guidance_scale,
+        elements,
+        GUIDED=guidance_scale is not None,
+        REFERENCE=reference_output is not None,
+        SCALED=grad_scale is not None,
+        CHANNELS=channels,
+        PIXELS=pixels,
+        BLOCK=block,
+        num_warps=warps,
+    )
+
+
+def ahead_of_time() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, Any], int]]:
+    """(name, kernel, signature, constants, warps) of what Stable Diffusion's latents launch."""
+    block, warps = block_and_warps(4 * 64 * 64)
+    for dtype in ("fp16", "bf16", "fp32"):
+        for guided, reference, channels in ((True, False, 0), (True, False, 4), (True, True, 4), (False, False, 0)):
+            constants = {
+                "GUIDED": guided,
+                "REFERENCE": reference,
+                "SCALED": dtype == "fp16",
+                "CHANNELS": channels,
+                "PIXELS": 4096 if channels else 0,
+                "BLOCK": block,
+            }
+            signature = {
+                "output": f"*{dtype}",
+                "reference": f"*{dtype}",
+                "pairs": Pairs(*["*fp32"] * 5, "*i64"),
+                "bounds": Bounds(*["fp32"] * 5),
+                "results": Results("*fp32", "*fp32", "*fp32", f"*{dtype}", "*fp32"),
+                "ticket": "*i32",
+                "grad_scale": "*fp32",
+                "guidance": "fp32",
+                "D": "i32",
+                **dict.fromkeys(constants, "constexpr"),
+            }
+            kind = f"{'guided' if guided else 'plain'}{' reference' if reference else ''}"
+            name = f"fwd {dtype} {kind} {'channels_last' if channels else 'contiguous'}"
+            yield name, ppo_loss_fwd_kernel, signature, constants, warps

@@ -1,0 +1,88 @@
+"""Every kernel compiles for sm_80 and sm_90 without a GPU, spills nothing, and sums in one order."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ddpo_fast.ops import extension
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> list[dict]:
+    output = tmp_path_factory.mktemp("compiled") / "kernels.json"
+    # kernels that are decorated for the interpreter cannot be compiled
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "bench" / "compile_kernels.py"), "--output", str(output)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    print(done.stdout)
+    return [json.loads(line) for line in output.read_text().splitlines()]
+
+
+def test_every_kernel_is_compiled_for_both_architectures(rows):
+    kernels = set()
+    for path in (ROOT / "kernels" / "ddpo_fast_kernels").glob("*.py"):
+        kernels |= {(path.stem, kind) for kind in re.findall(r"def \w+_(fwd|bwd)_kernel", path.read_text())}
+    assert len(kernels) >= 7
+    for architecture in (80, 90):
+        assert {(r["op"], r["kernel"].split()[0]) for r in rows if r["sm"] == architecture} == kernels
+
+
+def test_nothing_spills(rows):
+    assert [r for r in rows if r["spilled_bytes"]] == []
+
+
+def test_blocks_fit_the_hardware(rows):
+    for row in rows:
+        assert row["registers"] * row["warps"] * 32 <= 65536, row
+        assert row["shared_bytes"] <= 160 * 1024, row
+
+
+def test_sampling_and_training_sum_in_the_same_order(rows):
+    """The layout of the summed tensor decides the order: equal layouts give equal bits."""
+
+    def orders(op, kind):
+        return {
+            (r["sm"], *re.search(r"(fp\d+|bf16) (guided|plain).*?(contiguous|channels_last)", r["kernel"]).groups()): r[
+                "sums"
+            ][0]
+            for r in rows
+            if r["op"] == op and kind in r["kernel"]
+        }
+
+    sampling, training = orders("step_logprob", "fwd"), orders("ppo_loss", "fwd")
+    shared = sampling.keys() & training.keys()
+    assert len(shared) >= 8
+    assert {k: sampling[k] for k in shared} == {k: training[k] for k in shared}
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+@pytest.mark.parametrize("source", sorted(extension.CSRC.glob("*.cu")), ids=lambda p: p.stem)
+def test_cuda_sources_compile(source, tmp_path):
+    architectures = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in (80, 90)]
+    command = ["nvcc", "-std=c++20", *architectures, extension.STABLE_ABI, *extension.CUDA_FLAGS]
+    done = subprocess.run(
+        [*command, *extension.include_flags(), "-Xptxas", "-v", "-c", str(source), "-o", str(tmp_path / "made.o")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    spills = re.findall(r"(\d+) bytes spill stores", done.stderr)
+    assert len(spills) >= 2 * 3, "every dtype for both architectures"
+    assert set(spills) == {"0"}
