@@ -1,4 +1,4 @@
-"""The command line: `ddpo-fast train` and `ddpo-fast sample`."""
+"""The command line: `ddpo-fast train`, `ddpo-fast sample` and `ddpo-fast info`."""
 
 from __future__ import annotations
 
@@ -6,21 +6,23 @@ import argparse
 import json
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import HfArgumentParser
 
-from ddpo_fast import checkpoint, report, rewards
+from ddpo_fast import checkpoint, ops, report, rewards
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.pipeline import DefaultDDPOStableDiffusionPipeline, model_folder
 from ddpo_fast.prompts import PROMPT_LISTS, PromptFunction, draw_prompts, load_prompts
 from ddpo_fast.run_log import folder_problem
 from ddpo_fast.trainer import DDPOTrainer
+from ddpo_fast.version import __version__
 
 BEFORE = "before.pt"
 SHOWN_PROMPTS = 8
@@ -65,11 +67,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="ddpo-fast", description="Fine-tune Stable Diffusion with reinforcement learning."
     )
-    parser.add_argument("command", choices=["train", "sample"], help="`ddpo-fast COMMAND --help` lists its options")
+    parser.add_argument(
+        "command", choices=["train", "sample", "info"], help="`ddpo-fast COMMAND --help` lists its options"
+    )
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     command = parser.parse_args(arguments[:1]).command
     try:
-        {"train": train, "sample": sample}[command](arguments[1:])
+        {"train": train, "sample": sample, "info": info}[command](arguments[1:])
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"ddpo-fast {command}: error: {error}")
 
@@ -240,6 +244,37 @@ def sample(arguments: Sequence[str]) -> None:
     path = options.output or checkpoint.run_folder(found) / "samples.png"
     report.draw_before_after(prompts, [("base", base, None), ("trained", draw(), None)], path)
     print(f"drew {path}")
+
+
+# info
+
+
+def info(arguments: Sequence[str]) -> None:
+    """Prints what runs on this machine, and why the rest does not."""
+    argparse.ArgumentParser(
+        prog="ddpo-fast info", description="Print which kernels run on this machine, and why the others do not."
+    ).parse_args(list(arguments))
+    versions = ", ".join(
+        f"{name} {version}" for name, version in installed(("torch", "triton", "diffusers", "xformers"))
+    )
+    print(f"ddpo_fast {__version__}, {versions}")
+    for device in ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",):
+        print(
+            f"\n{device}: {torch.cuda.get_device_name() if device == 'cuda' else f'{torch.get_num_threads()} threads'}"
+        )
+        for op, running, reasons in ops.status(device):
+            print(f"  {op:<26}{running}")
+            for backend, reason in reasons.items():
+                print(f"  {'':<26}not {backend}: {reason}")
+
+
+def installed(names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Names and versions; 'not installed' where it is."""
+    for name in names:
+        try:
+            yield name, metadata.version(name)
+        except metadata.PackageNotFoundError:
+            yield name, "not installed"
 
 
 if __name__ == "__main__":

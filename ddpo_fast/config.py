@@ -91,6 +91,19 @@ class DDPOConfig:
         False, "Score the samples again with training's own forward pass before the first update of an epoch."
     )
 
+    kernel_backend: str = _option(
+        "auto",
+        "Kernels to use where an op has them, else the next best (default: the fastest that run here, or what the "
+        "environment's DDPO_FAST_BACKEND says). `ddpo-fast info` lists them.",
+        choices=["auto", "triton", "csrc", "reference"],
+    )
+    attention: str = _option(
+        "auto", "Attention of the UNet; auto is xformers where it has kernels.", choices=["auto", "sdpa", "xformers"]
+    )
+    fuse_unet: bool = _option(
+        False, "Swap the UNet's normalisations, GEGLUs, adapters and frozen layers for fused ones; same numbers."
+    )
+
     def __post_init__(self) -> None:
         for name in ("tracker_kwargs", "accelerator_kwargs", "project_kwargs"):
             setattr(self, name, _parsed_mapping(name, getattr(self, name)))
@@ -218,7 +231,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("train_micro_batch_size", lambda v: v is None or _whole(1)(v), "None or a whole number of at least 1"),
     (
         "allow_tf32 train_use_8bit_adam train_cfg per_prompt_stat_tracking async_reward_computation push_to_hub "
-        "train_recompute_log_probs",
+        "train_recompute_log_probs fuse_unet",
         lambda v: isinstance(v, bool),
         "True or False",
     ),
@@ -240,6 +253,12 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "a number above 0",
     ),
     ("mixed_precision", lambda v: v in ("no", "fp16", "bf16", None), "'no', 'fp16' or 'bf16'"),
+    (
+        "kernel_backend",
+        lambda v: v in ("auto", "triton", "csrc", "reference"),
+        "'auto', 'triton', 'csrc' or 'reference'",
+    ),
+    ("attention", lambda v: v in ("auto", "sdpa", "xformers"), "'auto', 'sdpa' or 'xformers'"),
     (
         "log_with",
         lambda v: v is None or not isinstance(v, str) or v in ("wandb", "tensorboard", "all"),

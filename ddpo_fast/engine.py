@@ -62,6 +62,12 @@ class Engine:
         dtype = compute_dtype(self.accelerator)
         return torch.autocast(self.accelerator.device.type, dtype=dtype, enabled=dtype != torch.float32)
 
+    def loss_scale(self) -> torch.Tensor | None:
+        """What `backward` multiplies a loss by, [] on the device; None if nothing."""
+        if not self._scaler.is_enabled():
+            return None
+        return self._scaler.scale(torch.ones((), device=self.accelerator.device))
+
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradient of `loss`, which carries its share of the update's pairs already."""
         self._scaler.scale(loss).backward()

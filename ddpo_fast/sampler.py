@@ -140,22 +140,20 @@ def _generate(
             return_dict=False,
         )[0]
 
-    def guided_prediction(latents_BCHW: torch.Tensor, t: torch.Tensor, i: int) -> torch.Tensor:
-        rows = pipe.scheduler.scale_model_input(torch.cat([latents_BCHW] * 2) if guide else latents_BCHW, t)
-        output = predict_rows(rows, t, i)
-        if not guide:
-            return output
-        combined = ops.guided(output, guidance_scale)
-        if guidance_rescale > 0:
-            combined = rescale_noise_cfg(combined, output.chunk(2)[1], guidance_rescale=guidance_rescale)
-        return combined
-
     def after_step(i: int, t: torch.Tensor, latents_BCHW: torch.Tensor) -> None:
         if callback is not None and i % callback_steps == 0:
             callback(i, t, latents_BCHW)
 
-    predict_rows = wrap(predict)
-    trail, log_probs = denoise(pipe, guided_prediction, latents, eta, generator, after_step)
+    trail, log_probs = denoise(
+        pipe,
+        wrap(predict),
+        latents,
+        guidance_scale if guide else None,
+        guidance_rescale,
+        eta,
+        generator,
+        after_step,
+    )
     return DDPOPipelineOutput(decode(pipe, trail[-1], output_type), trail, log_probs)
 
 
@@ -163,23 +161,36 @@ def denoise(
     pipe: Any,
     predict: Predict,
     latents: torch.Tensor,
+    guidance_scale: float | None,
+    guidance_rescale: float,
     eta: float,
     generator: torch.Generator | list[torch.Generator] | None,
     after_step: Callable[[int, torch.Tensor, torch.Tensor], None],
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """The T-step Gaussian chain from noise `latents` [B, C, H, W]: (T + 1 latents, T log-probs [B])."""
-    schedule = NoiseSchedule.of(pipe.scheduler, eta, latents.device)
+    """The T-step Gaussian chain from noise `latents` [B, C, H, W]: (T + 1 latents, T log-probs [B]).
+
+    `predict` is given [B, C, H, W] rows, or twice as many with guidance.
+    """
+    table = NoiseSchedule.of(pipe.scheduler, eta, latents.device).table
+    copies = 1 if guidance_scale is None else 2
+    rows = torch.cat([latents] * copies)
     trail, log_probs = [latents], []
     with pipe.progress_bar(total=len(pipe.scheduler.timesteps)) as progress:
         for i, t in enumerate(pipe.scheduler.timesteps):
-            step = schedule.at(t)
-            output = predict(latents, t, i)
-            noise = randn_tensor(output.shape, generator=generator, device=output.device, dtype=latents.dtype)
-            following = ops.take_step(output, latents, noise, *step)
-            if eta > 0:
-                log_probs.append(ops.step_logprob(output, latents, following, *step))
-            latents = following
+            output = predict(pipe.scheduler.scale_model_input(rows, t), t, i)
+            noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
+            if guidance_scale is not None and guidance_rescale > 0:
+                combined = ops.guided(output, guidance_scale)
+                combined = rescale_noise_cfg(combined, output.chunk(2)[1], guidance_rescale=guidance_rescale)
+                step = ops.step_logprob(combined, latents, noise, table, t)
+                rows = torch.cat([step.unet_input] * copies)
+            else:
+                step = ops.step_logprob(output, latents, noise, table, t, guidance_scale)
+                rows = step.unet_input
+            latents = step.latents
             trail.append(latents)
+            if eta > 0:
+                log_probs.append(step.log_probs)
             progress.update()
             after_step(i, t, latents)
     return trail, log_probs

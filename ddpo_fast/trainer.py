@@ -28,7 +28,8 @@ from ddpo_fast.config import DDPOConfig
 from ddpo_fast.engine import Engine, compute_dtype, make_optimizer
 from ddpo_fast.hub import HubModel
 from ddpo_fast.metrics import UpdateMetrics, first_tracker
-from ddpo_fast.pipeline import DDPOStableDiffusionPipeline
+from ddpo_fast.noise_schedule import NoiseSchedule
+from ddpo_fast.pipeline import DDPOStableDiffusionPipeline, DefaultDDPOStableDiffusionPipeline
 from ddpo_fast.prompts import PromptFunction, draw_prompts
 from ddpo_fast.run_log import RunLog, output_folder
 from ddpo_fast.trajectory import Trajectory, micro_batches, training_batches
@@ -363,6 +364,41 @@ class DDPOTrainer(HubModel):
         Latents are [N, C, H, W]; timesteps, log-probs and advantages [N]; embeds [2N, L, D] with the negative
         prompts first if training is guided, else [N, L, D].
         """
+        if self._has_own_objective():
+            return self._own_loss(latents, timesteps, next_latents, log_probs, advantages, embeds)
+        scored = ops.ppo_loss(
+            self._unet_output(latents, timesteps, embeds),
+            latents,
+            next_latents,
+            log_probs,
+            advantages,
+            NoiseSchedule.of(self.sd_pipeline.scheduler, self.config.sample_eta, latents.device).table,
+            timesteps,
+            self.config.sample_guidance_scale if self.config.guides_training else None,
+            clip_range=self.config.train_clip_range,
+            advantage_limit=self.config.train_adv_clip_max,
+            grad_scale=self.engine.loss_scale(),
+        )
+        self._update_metrics.at_least("ratio_drift", scored.ratio_drift)
+        return scored.loss, scored.approx_kl, scored.clip_fraction
+
+    def _has_own_objective(self) -> bool:
+        """Whether `loss` or the pipeline's `scheduler_step` are someone's own: the fused loss knows neither."""
+        steps = getattr(self.sd_pipeline.scheduler_step, "__func__", None)
+        return (
+            getattr(self.loss, "__func__", None) is not DDPOTrainer.loss
+            or steps is not DefaultDDPOStableDiffusionPipeline.scheduler_step
+        )
+
+    def _own_loss(
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        next_latents: torch.Tensor,
+        log_probs: torch.Tensor,
+        advantages: torch.Tensor,
+        embeds: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         log_prob = self._log_prob(latents, timesteps, next_latents, embeds)
         limit = self.config.train_adv_clip_max
         ratio = torch.exp(log_prob - log_probs)
@@ -372,17 +408,16 @@ class DDPOTrainer(HubModel):
         clipfrac = ((ratio - 1).abs() > self.config.train_clip_range).float().mean()
         return loss, approx_kl, clipfrac
 
+    def _unet_output(self, latents: torch.Tensor, timesteps: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+        copies = 2 if self.config.guides_training else 1
+        with self._compute():
+            return self.sd_pipeline.unet(torch.cat([latents] * copies), torch.cat([timesteps] * copies), embeds).sample
+
     def _log_prob(
         self, latents: torch.Tensor, timesteps: torch.Tensor, next_latents: torch.Tensor, embeds: torch.Tensor
     ) -> torch.Tensor:
-        guide = self.config.guides_training
-        with self._compute():
-            output = self.sd_pipeline.unet(
-                torch.cat([latents] * 2) if guide else latents,
-                torch.cat([timesteps] * 2) if guide else timesteps,
-                embeds,
-            ).sample
-        if guide:
+        output = self._unet_output(latents, timesteps, embeds)
+        if self.config.guides_training:
             output = ops.guided(output, self.config.sample_guidance_scale)
         scored = self.sd_pipeline.scheduler_step(
             output, timesteps, latents, eta=self.config.sample_eta, prev_sample=next_latents
