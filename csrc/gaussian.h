@@ -135,22 +135,22 @@ inline double sum_of_squares(const float* values, int64_t n) {
   return sum;
 }
 
-// Mean over an image's elements of a Gaussian's log-density, from the sums of squares of its tiles.
-inline float log_density(const double* tile_sums, int64_t tiles, int64_t elements, double sigma) {
-  double sum = 0;
-  for (int64_t t = 0; t < tiles; ++t) sum += tile_sums[t];
-  return static_cast<float>(-(sum / elements) / (2 * sigma * sigma) - std::log(sigma) - LOG_SQRT_2PI);
+// Mean over an image's elements of a Gaussian's log-density, from the squared differences to its mean.
+inline float log_density(double sum_of_squares, int64_t elements, double sigma) {
+  return static_cast<float>(-(sum_of_squares / elements) / (2 * sigma * sigma) - std::log(sigma) - LOG_SQRT_2PI);
 }
 
-// Calls f(image, tile, start, n) for all tiles of all images, in parallel.
+// Calls f(start, n) for the tiles of an image, in order: a sum over them does not depend on the number of threads.
 template <typename F>
 void for_tiles(const Rows& rows, const F& f) {
-  const int64_t tiles = (rows.elements + TILE - 1) / TILE;
-  torch::stable::parallel_for(0, rows.images * tiles, 4, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t start = i % tiles * TILE;
-      f(i / tiles, i % tiles, start, std::min(TILE, rows.elements - start));
-    }
+  for (int64_t start = 0; start < rows.elements; start += TILE) f(start, std::min(TILE, rows.elements - start));
+}
+
+// Calls f(image) for all images, in parallel.
+template <typename F>
+void for_images(const Rows& rows, const F& f) {
+  torch::stable::parallel_for(0, rows.images, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t image = begin; image < end; ++image) f(image);
   });
 }
 

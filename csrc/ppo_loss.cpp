@@ -1,6 +1,5 @@
 #include "gaussian.h"
 
-#include <memory>
 #include <vector>
 
 namespace ddpo_fast {
@@ -91,62 +90,58 @@ void ppo_loss(
   const Bounds bounds{
       static_cast<float>(1 - clip_range), static_cast<float>(1 + clip_range), static_cast<float>(clip_range),
       static_cast<float>(advantage_limit), static_cast<float>(reference_weight)};
-  const int64_t tiles = (rows.elements + TILE - 1) / TILE;
   const float* x = latents.const_data_ptr<float>();
   const float* following = next_latents.const_data_ptr<float>();
-  // differences of the first pass, for the gradient: a cache of the second; they need not be cleared
-  const std::unique_ptr<float[]> differences(new float[latents.numel()]);
-  const std::unique_ptr<float[]> apart(new float[reference_output ? latents.numel() : 0]);
-  std::vector<double> sums(count * tiles), apart_sums(count * tiles);
+  const double scale = grad_scale ? static_cast<double>(*grad_scale->const_data_ptr<float>()) : 1.0;
   std::vector<Terms> pairs(count);
   for_dtype(model_output, [&](auto kind) {
     using T = decltype(kind);
     const T* output = static_cast<const T*>(model_output.const_data_ptr());
     const T* reference = reference_output ? static_cast<const T*>(reference_output->const_data_ptr()) : nullptr;
-    for_tiles(rows, [&](int64_t pair, int64_t tile, int64_t start, int64_t n) {
-      alignas(64) float mean[TILE];
-      const Coefficients c = coefficients(table, timesteps, pair);
-      const int64_t at = pair * rows.elements + start;
-      float* difference = differences.get() + at;
-      load_guided(output, rows, pair, start, n, guidance, mean);
-      if (reference) {
-        float* distance = apart.get() + at;
-        load_guided(reference, rows, pair, start, n, guidance, distance);
-        for (int64_t i = 0; i < n; ++i) distance[i] = c.c_m * (mean[i] - distance[i]);
-        apart_sums[pair * tiles + tile] = sum_of_squares(distance, n);
-      }
-      mean_tile(c, x + at, n, mean);
-      for (int64_t i = 0; i < n; ++i) difference[i] = following[at + i] - mean[i];
-      sums[pair * tiles + tile] = sum_of_squares(difference, n);
-    });
-    for (int64_t pair = 0; pair < count; ++pair) {
-      const double sigma = coefficients(table, timesteps, pair).sigma;
-      double apart_sum = 0;
-      for (int64_t t = 0; t < tiles; ++t) apart_sum += apart_sums[pair * tiles + t];
-      const float log_prob = log_density(&sums[pair * tiles], tiles, rows.elements, sigma);
-      log_probs.mutable_data_ptr<float>()[pair] = log_prob;
-      pairs[pair] = settle_pair(
-          log_prob, old_log_probs.const_data_ptr<float>()[pair], advantages.const_data_ptr<float>()[pair],
-          static_cast<float>(apart_sum / rows.elements / (2 * sigma * sigma)), bounds);
-    }
-    const double scale = grad_scale ? static_cast<double>(*grad_scale->const_data_ptr<float>()) : 1.0;
     T* gradient = static_cast<T*>(grad.mutable_data_ptr());
-    for_tiles(rows, [&](int64_t pair, int64_t, int64_t start, int64_t n) {
-      alignas(64) float uncond[TILE], text[TILE];
-      const Coefficients c = coefficients(table, timesteps, pair);
-      const int64_t at = pair * rows.elements + start;
-      // d log_prob / d mean = difference / (sigma^2 D), d mean / d guided = c_m
-      const double share = scale * c.c_m / (static_cast<double>(c.sigma) * c.sigma) / latents.numel();
-      const float slope = static_cast<float>(share * pairs[pair].slope);
-      const float reference_slope = static_cast<float>(share * bounds.reference_weight);
-      for (int64_t i = 0; i < n; ++i) {
-        float g = slope * differences[at + i];
-        if (reference) g = __builtin_fmaf(reference_slope, apart[at + i], g);
-        uncond[i] = rows.guided ? (1 - guidance) * g : g;
-        text[i] = guidance * g;
+    // a thread takes whole pairs: its differences are still in its cache when they become the gradient
+    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      std::vector<float> difference(rows.elements), apart(reference ? rows.elements : 0);
+      for (int64_t pair = begin; pair < end; ++pair) {
+        const Coefficients c = coefficients(table, timesteps, pair);
+        const float* x_pair = x + pair * rows.elements;
+        const float* following_pair = following + pair * rows.elements;
+        double sum = 0, apart_sum = 0;
+        for_tiles(rows, [&](int64_t start, int64_t n) {
+          alignas(64) float mean[TILE];
+          load_guided(output, rows, pair, start, n, guidance, mean);
+          if (reference) {
+            float* distance = &apart[start];
+            load_guided(reference, rows, pair, start, n, guidance, distance);
+            for (int64_t i = 0; i < n; ++i) distance[i] = c.c_m * (mean[i] - distance[i]);
+            apart_sum += sum_of_squares(distance, n);
+          }
+          mean_tile(c, x_pair + start, n, mean);
+          for (int64_t i = 0; i < n; ++i) difference[start + i] = following_pair[start + i] - mean[i];
+          sum += sum_of_squares(&difference[start], n);
+        });
+        const double variance = static_cast<double>(c.sigma) * c.sigma;
+        const float log_prob = log_density(sum, rows.elements, c.sigma);
+        log_probs.mutable_data_ptr<float>()[pair] = log_prob;
+        pairs[pair] = settle_pair(
+            log_prob, old_log_probs.const_data_ptr<float>()[pair], advantages.const_data_ptr<float>()[pair],
+            static_cast<float>(apart_sum / rows.elements / (2 * variance)), bounds);
+        // d log_prob / d mean = difference / (sigma^2 D), d mean / d guided = c_m
+        const double share = scale * c.c_m / variance / latents.numel();
+        const float slope = static_cast<float>(share * pairs[pair].slope);
+        const float reference_slope = static_cast<float>(share * bounds.reference_weight);
+        for_tiles(rows, [&](int64_t start, int64_t n) {
+          alignas(64) float uncond[TILE], text[TILE];
+          for (int64_t i = 0; i < n; ++i) {
+            float g = slope * difference[start + i];
+            if (reference) g = __builtin_fmaf(reference_slope, apart[start + i], g);
+            uncond[i] = rows.guided ? (1 - guidance) * g : g;
+            text[i] = guidance * g;
+          }
+          store_tile(uncond, rows, pair, start, n, gradient);
+          if (rows.guided) store_tile(text, rows, pair + rows.images, start, n, gradient);
+        });
       }
-      store_tile(uncond, rows, pair, start, n, gradient);
-      if (rows.guided) store_tile(text, rows, pair + rows.images, start, n, gradient);
     });
   });
   average(pairs, bounds, loss.mutable_data_ptr<float>(), metrics.mutable_data_ptr<float>());

@@ -1,7 +1,5 @@
 #include "gaussian.h"
 
-#include <vector>
-
 namespace ddpo_fast {
 namespace {
 
@@ -23,8 +21,6 @@ void step_logprob(
   check_same_rows("next_input", next_input, model_output);
   const Rows rows = rows_of(model_output, latents, guidance_scale.has_value());
   const float guidance = guidance_scale.value_or(1.0);
-  const int64_t tiles = (rows.elements + TILE - 1) / TILE;
-  std::vector<double> sums(rows.images * tiles);
   const float* x = latents.const_data_ptr<float>();
   const float* z = noise.const_data_ptr<float>();
   float* stored = next_latents.mutable_data_ptr<float>();
@@ -32,26 +28,27 @@ void step_logprob(
     using T = decltype(kind);
     const T* output = static_cast<const T*>(model_output.const_data_ptr());
     T* input = static_cast<T*>(next_input.mutable_data_ptr());
-    for_tiles(rows, [&](int64_t image, int64_t tile, int64_t start, int64_t n) {
-      alignas(64) float mean[TILE];
+    for_images(rows, [&](int64_t image) {
       const Coefficients c = coefficients(table, timesteps, image);
-      const int64_t at = image * rows.elements + start;
-      load_guided(output, rows, image, start, n, guidance, mean);
-      mean_tile(c, x + at, n, mean);
-      for (int64_t i = 0; i < n; ++i) {
-        const float following = __builtin_fmaf(c.sigma, z[at + i], mean[i]);
-        stored[at + i] = following;
-        // what is stored is scored: the rounded sum, not sigma * noise
-        mean[i] = following - mean[i];
-      }
-      store_tile(stored + at, rows, image, start, n, input);
-      if (rows.guided) store_tile(stored + at, rows, image + rows.images, start, n, input);
-      sums[image * tiles + tile] = sum_of_squares(mean, n);
+      double sum = 0;
+      for_tiles(rows, [&](int64_t start, int64_t n) {
+        alignas(64) float mean[TILE];
+        const int64_t at = image * rows.elements + start;
+        load_guided(output, rows, image, start, n, guidance, mean);
+        mean_tile(c, x + at, n, mean);
+        for (int64_t i = 0; i < n; ++i) {
+          const float following = __builtin_fmaf(c.sigma, z[at + i], mean[i]);
+          stored[at + i] = following;
+          // what is stored is scored: the rounded sum, not sigma * noise
+          mean[i] = following - mean[i];
+        }
+        store_tile(stored + at, rows, image, start, n, input);
+        if (rows.guided) store_tile(stored + at, rows, image + rows.images, start, n, input);
+        sum += sum_of_squares(mean, n);
+      });
+      log_probs.mutable_data_ptr<float>()[image] = log_density(sum, rows.elements, c.sigma);
     });
   });
-  for (int64_t image = 0; image < rows.images; ++image)
-    log_probs.mutable_data_ptr<float>()[image] =
-        log_density(&sums[image * tiles], tiles, rows.elements, coefficients(table, timesteps, image).sigma);
 }
 
 void step_logprob_backward(
@@ -86,26 +83,28 @@ void step_logprob_backward(
     const T* output = static_cast<const T*>(model_output.const_data_ptr());
     const T* grad_input = static_cast<const T*>(grad_next_input.const_data_ptr());
     T* grad = static_cast<T*>(grad_output.mutable_data_ptr());
-    for_tiles(rows, [&](int64_t image, int64_t, int64_t start, int64_t n) {
-      alignas(64) float mean[TILE], uncond[TILE], text[TILE] = {};
+    for_images(rows, [&](int64_t image) {
       const Coefficients c = coefficients(table, timesteps, image);
-      const int64_t at = image * rows.elements + start;
-      load_guided(output, rows, image, start, n, guidance, mean);
-      mean_tile(c, x + at, n, mean);
-      load_tile(grad_input, rows, image, start, n, uncond);
-      if (rows.guided) load_tile(grad_input, rows, image + rows.images, start, n, text);
       // d log_prob / d mean = difference / (sigma^2 D)
       const float slope = grad_scores[image] / (c.sigma * c.sigma * rows.elements);
-      for (int64_t i = 0; i < n; ++i) {
-        const float difference = following[at + i] - mean[i];
-        const float grad_mean = __builtin_fmaf(slope, difference, grad_following[at + i]) + (uncond[i] + text[i]);
-        grad_x[at + i] = c.c_x * grad_mean;
-        const float grad_guided = c.c_m * grad_mean;
-        uncond[i] = rows.guided ? (1 - guidance) * grad_guided : grad_guided;
-        text[i] = guidance * grad_guided;
-      }
-      store_tile(uncond, rows, image, start, n, grad);
-      if (rows.guided) store_tile(text, rows, image + rows.images, start, n, grad);
+      for_tiles(rows, [&](int64_t start, int64_t n) {
+        alignas(64) float mean[TILE], uncond[TILE], text[TILE] = {};
+        const int64_t at = image * rows.elements + start;
+        load_guided(output, rows, image, start, n, guidance, mean);
+        mean_tile(c, x + at, n, mean);
+        load_tile(grad_input, rows, image, start, n, uncond);
+        if (rows.guided) load_tile(grad_input, rows, image + rows.images, start, n, text);
+        for (int64_t i = 0; i < n; ++i) {
+          const float difference = following[at + i] - mean[i];
+          const float grad_mean = __builtin_fmaf(slope, difference, grad_following[at + i]) + (uncond[i] + text[i]);
+          grad_x[at + i] = c.c_x * grad_mean;
+          const float grad_guided = c.c_m * grad_mean;
+          uncond[i] = rows.guided ? (1 - guidance) * grad_guided : grad_guided;
+          text[i] = guidance * grad_guided;
+        }
+        store_tile(uncond, rows, image, start, n, grad);
+        if (rows.guided) store_tile(text, rows, image + rows.images, start, n, grad);
+      });
     });
   });
 }

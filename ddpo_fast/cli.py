@@ -17,6 +17,7 @@ import torch
 from transformers import HfArgumentParser
 
 from ddpo_fast import checkpoint, ops, report, rewards
+from ddpo_fast.attention import attention_problem
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.pipeline import DefaultDDPOStableDiffusionPipeline, model_folder
 from ddpo_fast.prompts import PROMPT_LISTS, PromptFunction, draw_prompts, load_prompts
@@ -26,6 +27,8 @@ from ddpo_fast.version import __version__
 
 BEFORE = "before.pt"
 SHOWN_PROMPTS = 8
+# of Stable Diffusion 1.x; 2.x and XL have 64
+SD_HEAD_DIMS = (40, 80, 160, 64)
 TRL_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
 
 
@@ -67,13 +70,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="ddpo-fast", description="Fine-tune Stable Diffusion with reinforcement learning."
     )
-    parser.add_argument(
-        "command", choices=["train", "sample", "info"], help="`ddpo-fast COMMAND --help` lists its options"
-    )
+    commands = {"train": train, "sample": sample, "info": info}
+    parser.add_argument("command", choices=list(commands), help="`ddpo-fast COMMAND --help` lists its options")
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     command = parser.parse_args(arguments[:1]).command
     try:
-        {"train": train, "sample": sample, "info": info}[command](arguments[1:])
+        commands[command](arguments[1:])
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"ddpo-fast {command}: error: {error}")
 
@@ -165,6 +167,12 @@ def check_before_loading(
 ) -> None:
     """What can be found wrong without the model, found now; the reward function scores two gray images."""
     model_folder(run.pretrained_model)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ops.use_backend(config.kernel_backend)
+    if problem := ops.backend_problem(device):
+        raise ValueError(problem)
+    if config.attention == "xformers" and (problem := attention_problem("xformers", (), device)):
+        raise ValueError(f"attention is 'xformers', which cannot run: {problem}")
     folder = Path(config.output_dir or "").expanduser()
     if not checkpoint.goes_on_in(folder, config.resume_from) and (problem := folder_problem(folder)):
         raise ValueError(problem)
@@ -254,18 +262,18 @@ def info(arguments: Sequence[str]) -> None:
     argparse.ArgumentParser(
         prog="ddpo-fast info", description="Print which kernels run on this machine, and why the others do not."
     ).parse_args(list(arguments))
-    versions = ", ".join(
-        f"{name} {version}" for name, version in installed(("torch", "triton", "diffusers", "xformers"))
-    )
-    print(f"ddpo_fast {__version__}, {versions}")
+    versions = [f"{name} {version}" for name, version in installed(("torch", "triton", "diffusers", "xformers"))]
+    print(f"ddpo_fast {__version__}, {', '.join(versions)}")
     for device in ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",):
-        print(
-            f"\n{device}: {torch.cuda.get_device_name() if device == 'cuda' else f'{torch.get_num_threads()} threads'}"
-        )
+        print(f"\n{torch.cuda.get_device_name() if device == 'cuda' else 'CPU'}")
         for op, running, reasons in ops.status(device):
             print(f"  {op:<26}{running}")
             for backend, reason in reasons.items():
                 print(f"  {'':<26}not {backend}: {reason}")
+        problem = attention_problem("xformers", SD_HEAD_DIMS, device)
+        print(f"  {'attention':<26}{'sdpa' if problem else 'xformers'}")
+        if problem:
+            print(f"  {'':<26}not xformers: {problem}")
 
 
 def installed(names: Sequence[str]) -> Iterator[tuple[str, str]]:

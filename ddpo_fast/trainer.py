@@ -24,8 +24,10 @@ from tqdm.auto import tqdm
 
 from ddpo_fast import checkpoint, ops, rewards
 from ddpo_fast.advantages import PerPromptStatTracker, batch_advantages
+from ddpo_fast.attention import set_attention
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.engine import Engine, compute_dtype, make_optimizer
+from ddpo_fast.fuse_unet import fuse_unet
 from ddpo_fast.hub import HubModel
 from ddpo_fast.metrics import UpdateMetrics, first_tracker
 from ddpo_fast.noise_schedule import NoiseSchedule
@@ -71,6 +73,9 @@ class DDPOTrainer(HubModel):
         state = checkpoint.read_state(resume) if resume else {}
         self.output_dir = output_folder(config)
         self.accelerator = self._make_accelerator()
+        ops.use_backend(config.kernel_backend)
+        if problem := ops.backend_problem(self.accelerator.device.type):
+            raise ValueError(problem)
         okay, message = self._config_check()
         if not okay:
             raise ValueError(message)
@@ -138,6 +143,9 @@ class DDPOTrainer(HubModel):
         layers = pipeline.get_trainable_layers()
         for parameter in self.trainable_parameters(layers):
             parameter.data = parameter.data.to(device, torch.float32)
+        set_attention(pipeline.unet, self.config.attention, device, dtype)
+        if self.config.fuse_unet:
+            fuse_unet(pipeline.unet.to(memory_format=torch.channels_last))
         return layers
 
     @staticmethod

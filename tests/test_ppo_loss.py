@@ -145,7 +145,7 @@ def test_any_shape(pairs, channels, height, width, channels_last):
 )
 def test_one_pair(backend, advantage, change, live):
     example = LossExample((1, 4, 8, 8))
-    m, x, _, table, t, scale = example.step.arguments()
+    _, x, _, table, t, scale = example.step.arguments()
     log_prob = step_logprob(*example.step.arguments()).log_probs
     example.old, example.advantages = log_prob - change, torch.full((1,), advantage, device=DEVICE)
     with force_backend(backend):

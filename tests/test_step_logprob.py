@@ -71,7 +71,7 @@ def test_a_real_size(backend, poisoned_empty):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_every_step_of_a_chain(backend, prediction_type):
-    table, chain = scheduler_table(prediction_type, steps=5)
+    _, chain = scheduler_table(prediction_type, steps=5)
     example = step_example((2, 4, 8, 8), prediction_type=prediction_type)
     for t in chain:
         example.timesteps = t

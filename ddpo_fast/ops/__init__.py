@@ -1,7 +1,11 @@
 """The one door to kernels: every op has a definition in plain PyTorch and backends that say why they cannot run."""
 
-from ddpo_fast.ops.backend import BACKENDS, force_backend, status, use_backend
+from ddpo_fast.ops.backend import BACKENDS, backend_problem, force_backend, status, use_backend
+from ddpo_fast.ops.frozen import frozen_conv2d
 from ddpo_fast.ops.gaussian import guided, score_step, take_step
+from ddpo_fast.ops.geglu import geglu
+from ddpo_fast.ops.groupnorm_silu import groupnorm_silu
+from ddpo_fast.ops.lora_linear import lora_linear
 from ddpo_fast.ops.ppo_loss import PPOLoss, clipped_surrogate, ppo_loss
 from ddpo_fast.ops.step_logprob import Step, step_logprob
 
@@ -9,9 +13,14 @@ __all__ = [
     "BACKENDS",
     "PPOLoss",
     "Step",
+    "backend_problem",
     "clipped_surrogate",
     "force_backend",
+    "frozen_conv2d",
+    "geglu",
+    "groupnorm_silu",
     "guided",
+    "lora_linear",
     "ppo_loss",
     "score_step",
     "status",

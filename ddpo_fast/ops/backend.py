@@ -89,7 +89,7 @@ def triton_reasons(device_type: str, forced: bool = False) -> str:
 
 
 def chosen_backend() -> str:
-    """'auto' or the name of a backend: `use_backend`'s, else the environment's. Raises `ValueError` for another name."""
+    """'auto' or a backend's name: `use_backend`'s, else the environment's. Raises `ValueError` for another name."""
     choice = _choice or os.environ.get(VARIABLE) or "auto"
     if choice not in ("auto", *BACKENDS):
         raise ValueError(f"{VARIABLE} is {choice!r} but must be 'auto', {', '.join(map(repr, BACKENDS))}")
@@ -97,11 +97,11 @@ def chosen_backend() -> str:
 
 
 def use_backend(name: str | None) -> None:
-    """Makes this process use a backend wherever an op has it; None leaves the choice to the environment."""
+    """Makes this process use a backend wherever an op has it; 'auto' and None leave the choice to the environment."""
     global _choice
     if name not in (None, "auto", *BACKENDS):
         raise ValueError(f"backend is {name!r} but must be 'auto', {', '.join(map(repr, BACKENDS))}")
-    _choice = name
+    _choice = None if name == "auto" else name
 
 
 @contextmanager
@@ -113,6 +113,16 @@ def force_backend(name: str) -> Iterator[None]:
         yield
     finally:
         use_backend(before)
+
+
+def backend_problem(device_type: str) -> str:
+    """Why the chosen backend cannot compute an op that it has, for fp32 tensors on the device, or ''."""
+    choice = chosen_backend()
+    if choice == "auto":
+        return ""
+    having = (op for op in OPS.values() if op.implementations[choice] is not None)
+    reasons = next(filter(None, (op.reasons(choice, device_type, torch.float32, forced=True) for op in having)), "")
+    return f"kernel_backend is {choice!r}, which cannot run: {reasons}" if reasons else ""
 
 
 def status(device_type: str) -> Iterator[tuple[str, str, dict[str, str]]]:

@@ -1,4 +1,4 @@
-"""The clipped PPO loss of (image, timestep) pairs, with its gradient: arXiv 1707.06347, eq. 7, and 2305.13301, eq. 6."""
+"""The clipped PPO loss of (image, timestep) pairs with its gradient (arXiv 1707.06347, eq. 7, and 2305.13301)."""
 
 from __future__ import annotations
 
@@ -91,7 +91,8 @@ def ppo_loss(
         reference_weight,
     )
     loss, metrics, log_probs, _ = results
-    return PPOLoss(loss, *metrics.detach().unbind(), log_probs.detach())
+    approx_kl, clip_fraction, ratio_drift, reference_kl = metrics.detach().unbind()
+    return PPOLoss(loss, approx_kl, clip_fraction, ratio_drift, reference_kl, log_probs.detach())
 
 
 def clipped_surrogate(advantages: Tensor, clip_range: float, ratio: Tensor) -> Tensor:
@@ -163,19 +164,16 @@ def _reference(
 
 
 def _empty(model_output: Tensor, latents: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    make = {"dtype": latents.dtype, "device": latents.device}
-    return (
-        torch.empty((), **make),
-        torch.empty(4, **make),
-        torch.empty(len(latents), **make),
-        torch.empty_like(model_output),
+    scalar, four, each = (
+        torch.empty(shape, dtype=latents.dtype, device=latents.device) for shape in ((), (4,), latents.shape[:1])
     )
+    return scalar, four, each, torch.empty_like(model_output)
 
 
 def _triton(model_output: Tensor, reference_output: Tensor | None, latents: Tensor, *others: Any) -> Any:
     from ddpo_fast_kernels.ppo_loss import ppo_loss
 
-    made = _empty(model_output, latents)
+    made: Any = _empty(model_output, latents)
     ppo_loss(model_output, reference_output, latents, *others, *made)
     return made
 
@@ -231,10 +229,14 @@ def _(model_output: Tensor, reference_output: Tensor | None, latents: Tensor, *o
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     grad_scale = inputs[8]
+    # else every backward pass would fill zeros as large as the output for gradients that there are not
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[3], *([] if grad_scale is None else [grad_scale]))
 
 
-def _differentiate(ctx: Any, grad_loss: Tensor, *others: Tensor) -> Any:
+def _differentiate(ctx: Any, grad_loss: Tensor | None, *others: None) -> Any:
+    if grad_loss is None:
+        return (None,) * 13
     grad, *scale = ctx.saved_tensors
     factor = grad_loss / scale[0] if scale else grad_loss
     return grad * factor, *[None] * 12

@@ -46,8 +46,9 @@ def step_logprob(
         timesteps: [B] or [] int64 on the device, rows of `table`.
         guidance_scale: s in `m = u + s (t - u)`, None for no guidance.
 
-    `unet_input` has the rows, dtype and layout of `model_output`. Model output and latents may carry
-    a gradient; the log-prob's is that of the density at a fixed x' (`gaussian.score_step`). Raises `ValueError` for shapes and dtypes that do not fit.
+    `unet_input` has the rows, dtype and layout of `model_output`. Model output and latents may carry a gradient; the
+    log-prob's is that of the density at a fixed x' (`gaussian.score_step`). Raises `ValueError` for shapes and dtypes
+    that do not fit.
     """
     check_step("model_output", model_output, latents, guidance_scale)
     if noise.shape != latents.shape:
@@ -118,7 +119,7 @@ def _empty(model_output: Tensor, latents: Tensor) -> tuple[Tensor, Tensor, Tenso
 def _triton(model_output: Tensor, latents: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     from ddpo_fast_kernels.step_logprob import step_logprob
 
-    made = _empty(model_output, latents)
+    made: Any = _empty(model_output, latents)
     step_logprob(model_output, latents, *others, *made)
     return made
 
@@ -126,7 +127,7 @@ def _triton(model_output: Tensor, latents: Tensor, *others: Any) -> tuple[Tensor
 def _triton_backward(model_output: Tensor, latents: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     from ddpo_fast_kernels.step_logprob import step_logprob_backward
 
-    made = torch.empty_like(model_output), torch.empty_like(latents)
+    made: Any = torch.empty_like(model_output), torch.empty_like(latents)
     step_logprob_backward(model_output, latents, *others, *made)
     return made
 

@@ -181,24 +181,25 @@ def ppo_loss(
     block, warps = block_and_warps(elements)
     channels, pixels = row_layout(model_output)
     scratch = torch.empty(5, len(latents), dtype=torch.float32, device=latents.device)
-    ppo_loss_fwd_kernel[(len(latents),)](
-        model_output,
-        model_output if reference_output is None else reference_output,
-        Pairs(latents, next_latents, old_log_probs, advantages, table, timesteps),
-        Bounds(1.0 - clip_range, 1.0 + clip_range, clip_range, advantage_limit, reference_weight),
-        Results(loss, metrics, log_probs, grad, scratch),
-        ticket(latents.device),
-        loss if grad_scale is None else grad_scale,
-        1.0 if guidance_scale is None else guidance_scale,
-        elements,
-        GUIDED=guidance_scale is not None,
-        REFERENCE=reference_output is not None,
-        SCALED=grad_scale is not None,
-        CHANNELS=channels,
-        PIXELS=pixels,
-        BLOCK=block,
-        num_warps=warps,
-    )
+    with torch.cuda.device_of(latents):
+        ppo_loss_fwd_kernel[(len(latents),)](
+            model_output,
+            model_output if reference_output is None else reference_output,
+            Pairs(latents, next_latents, old_log_probs, advantages, table, timesteps),
+            Bounds(1.0 - clip_range, 1.0 + clip_range, clip_range, advantage_limit, reference_weight),
+            Results(loss, metrics, log_probs, grad, scratch),
+            ticket(latents.device),
+            loss if grad_scale is None else grad_scale,
+            1.0 if guidance_scale is None else guidance_scale,
+            elements,
+            GUIDED=guidance_scale is not None,
+            REFERENCE=reference_output is not None,
+            SCALED=grad_scale is not None,
+            CHANNELS=channels,
+            PIXELS=pixels,
+            BLOCK=block,
+            num_warps=warps,
+        )
 
 
 def ahead_of_time() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, Any], int]]:
@@ -217,7 +218,7 @@ def ahead_of_time() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, Any], 
             signature = {
                 "output": f"*{dtype}",
                 "reference": f"*{dtype}",
-                "pairs": Pairs(*["*fp32"] * 5, "*i64"),
+                "pairs": Pairs("*fp32", "*fp32", "*fp32", "*fp32", "*fp32", "*i64"),
                 "bounds": Bounds(*["fp32"] * 5),
                 "results": Results("*fp32", "*fp32", "*fp32", f"*{dtype}", "*fp32"),
                 "ticket": "*i32",

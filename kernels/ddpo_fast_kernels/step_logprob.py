@@ -148,17 +148,18 @@ def _launch(kernel: Any, latents: torch.Tensor, arguments: tuple[Any, ...], guid
     elements = latents[0].numel()
     block, warps = block_and_warps(elements)
     channels, pixels = row_layout(model_output)
-    kernel[(len(latents),)](
-        *arguments,
-        1.0 if guidance_scale is None else guidance_scale,
-        elements,
-        GUIDED=guidance_scale is not None,
-        PER_IMAGE=timesteps.ndim > 0,
-        CHANNELS=channels,
-        PIXELS=pixels,
-        BLOCK=block,
-        num_warps=warps,
-    )
+    with torch.cuda.device_of(latents):
+        kernel[(len(latents),)](
+            *arguments,
+            1.0 if guidance_scale is None else guidance_scale,
+            elements,
+            GUIDED=guidance_scale is not None,
+            PER_IMAGE=timesteps.ndim > 0,
+            CHANNELS=channels,
+            PIXELS=pixels,
+            BLOCK=block,
+            num_warps=warps,
+        )
 
 
 def ahead_of_time() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, Any], int]]:

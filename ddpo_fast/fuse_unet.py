@@ -1,0 +1,187 @@
+"""Makes a diffusers UNet compute the same with fewer and cheaper kernels, without touching its parameters or names.
+
+Modules change their class to a small subclass that is found again by import, so a fused UNet is copied, pickled, saved
+and hooked like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers.models.activations import GEGLU
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.resnet import ResnetBlock2D
+from peft.tuners import lora
+from torch import nn
+
+from ddpo_fast.attention import SDPAProcessor, is_plain
+from ddpo_fast.ops.frozen import frozen_conv2d
+from ddpo_fast.ops.geglu import geglu
+from ddpo_fast.ops.groupnorm_silu import groupnorm_silu
+from ddpo_fast.ops.lora_linear import lora_linear
+
+
+class FusedGroupNorm(nn.GroupNorm):
+    """A group norm of images."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.ndim != 4:
+            return super().forward(x)
+        return groupnorm_silu(x, self.weight, self.bias, self.num_groups, self.eps, False)
+
+
+class GroupNormSiLU(nn.GroupNorm):
+    """A group norm of images that does the work of the SiLU behind it too."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return groupnorm_silu(x, self.weight, self.bias, self.num_groups, self.eps, True)
+
+
+class SiLUDoneBefore(nn.SiLU):
+    """What is left of the SiLU behind a `GroupNormSiLU`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+class FusedResnetBlock2D(ResnetBlock2D):
+    """A residual block that neither resizes nor scales by the time embedding; its norms are `GroupNormSiLU`."""
+
+    def forward(self, input_tensor: torch.Tensor, temb: torch.Tensor | None, *args: Any, **kwargs: Any) -> torch.Tensor:
+        hidden = self.conv1(self.norm1(input_tensor))
+        if self.time_emb_proj is not None:
+            assert temb is not None
+            temb = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))[:, :, None, None]
+        if temb is not None:
+            hidden = hidden + temb
+        hidden = self.conv2(self.dropout(self.norm2(hidden)))
+        residual = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
+        total = residual + hidden
+        return total if self.output_scale_factor == 1.0 else total / self.output_scale_factor
+
+
+class FusedGEGLU(GEGLU):
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return geglu(self.proj(hidden_states))
+
+
+class FrozenConv2d(nn.Conv2d):
+    """A convolution that does not keep its input while its weights are frozen."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not (torch.is_grad_enabled() and x.requires_grad) or _any_requires_grad(self):
+            return super().forward(x)
+        # padding is a tuple in every layer that `_fits_conv`
+        padding: Any = self.padding
+        return frozen_conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
+
+
+class FusedLoraLinear(lora.Linear):
+    """A linear layer with an adapter; one in another state than training or sampling leaves it goes peft's way."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        adapter = None if args or kwargs else self._only_adapter()
+        if adapter is None:
+            return super().forward(x, *args, **kwargs)
+        base: Any = self.base_layer
+        low: Any = self.lora_A[adapter]
+        high: Any = self.lora_B[adapter]
+        return lora_linear(x, base.weight, base.bias, low.weight, high.weight, float(self.scaling[adapter]))
+
+    def _only_adapter(self) -> str | None:
+        """The adapter, if there is just one to add and it is a plain one on a frozen layer."""
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        if len(active) != 1 or self.merged or self.disable_adapters:
+            return None
+        adapter, base = active[0], self.base_layer
+        low, high, dropout = (part[adapter] for part in (self.lora_A, self.lora_B, self.lora_dropout))
+        plain = (
+            adapter not in self.lora_variant
+            and not self.fan_in_fan_out
+            and high.bias is None
+            and not (self.training and getattr(dropout, "p", 0.0) > 0)
+            and type(base) is nn.Linear
+            and not _any_requires_grad(base)
+            and not any(map(_is_hooked, (base, low, high)))
+        )
+        return adapter if plain else None
+
+
+def _any_requires_grad(layer: nn.Linear | nn.Conv2d) -> bool:
+    return layer.weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad)
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether somebody expects the module to be called, accelerate's offloading for instance."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or _is_patched(module)
+
+
+def _is_patched(module: nn.Module) -> bool:
+    """Whether the module has a `forward` of its own, which a change of class would not reach."""
+    return "forward" in vars(module)
+
+
+def _are_plain(norm: Any, activation: Any) -> bool:
+    unchanged = type(norm) is nn.GroupNorm and type(activation) is nn.SiLU
+    return unchanged and norm.affine and not _is_patched(norm) and not _is_patched(activation)
+
+
+def _fits_resnet(block: ResnetBlock2D) -> bool:
+    return (
+        block.upsample is None
+        and block.downsample is None
+        and block.time_embedding_norm == "default"
+        and all(_are_plain(norm, block.nonlinearity) for norm in (block.norm1, block.norm2))
+    )
+
+
+def _fits_conv(conv: nn.Conv2d) -> bool:
+    return conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+
+
+FUSED: dict[type[nn.Module], tuple[type[nn.Module], Callable[[Any], bool]]] = {
+    ResnetBlock2D: (FusedResnetBlock2D, _fits_resnet),
+    nn.GroupNorm: (FusedGroupNorm, lambda norm: norm.affine),
+    GEGLU: (FusedGEGLU, lambda _: True),
+    nn.Conv2d: (FrozenConv2d, _fits_conv),
+    lora.Linear: (FusedLoraLinear, lambda _: True),
+}
+PLAIN: dict[type[nn.Module], type[nn.Module]] = {
+    **{fused: plain for plain, (fused, _) in FUSED.items()},
+    GroupNormSiLU: nn.GroupNorm,
+    SiLUDoneBefore: nn.SiLU,
+}
+
+
+def fuse_unet(unet: Any) -> Any:
+    """Speeds up a `UNet2DConditionModel` in place and returns it; what it computes stays the same up to rounding.
+
+    Group norms take the SiLU behind them along, GEGLU and linear layers with an adapter are one operator each,
+    convolutions do not keep their input while they are frozen (which is looked up at every call), and nothing is
+    divided by 1. A module that does not fit stays as it is. Call it again after adding an adapter: layers that are
+    fused already do not change.
+    """
+    if _are_plain(unet.conv_norm_out, unet.conv_act):
+        unet.conv_norm_out.__class__, unet.conv_act.__class__ = GroupNormSiLU, SiLUDoneBefore
+    # parents come before their children: a block claims its norms before they count as norms without a SiLU
+    for module in unet.modules():
+        fused, fits = FUSED.get(type(module), (None, None))
+        if fused is not None and fits is not None and not _is_patched(module) and fits(module):
+            module.__class__ = fused
+        if isinstance(module, FusedResnetBlock2D):
+            module.norm1.__class__ = module.norm2.__class__ = GroupNormSiLU
+        if isinstance(module, Attention) and type(module.processor) is AttnProcessor2_0 and is_plain(module):
+            module.set_processor(SDPAProcessor())
+    return unet
+
+
+def unfuse_unet(unet: Any) -> Any:
+    """Undoes `fuse_unet` in place and returns the UNet. What `set_attention` chose beyond PyTorch's attention stays."""
+    for module in unet.modules():
+        module.__class__ = PLAIN.get(type(module), type(module))
+        if isinstance(module, Attention) and type(module.processor) is SDPAProcessor:
+            module.set_processor(AttnProcessor2_0())
+    return unet

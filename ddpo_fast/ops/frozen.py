@@ -1,0 +1,105 @@
+"""A convolution with frozen weights that does not keep its input for the backward pass.
+
+PyTorch's keeps it although only the weight's gradient would need it. (PyTorch's linear layer does not.) The results are
+PyTorch's to the bit: the same library calls compute them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ddpo_fast.ops.backend import Op
+
+
+def frozen_conv2d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+) -> torch.Tensor:
+    """`torch.nn.functional.conv2d` with a gradient for x only: [B, I, H, W] -> [B, O, H', W'].
+
+    Computes and answers in autocast's dtype where autocast is on, else in the weight's; the other operands are cast to
+    it. Raises `ValueError` if the weight or the bias requires a gradient.
+    """
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        raise ValueError("frozen_conv2d is for frozen weights, but the weight or the bias requires a gradient")
+    device_type = x.device.type
+    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
+    bias = None if bias is None else bias.to(dtype)
+    return _frozen_conv2d(x.to(dtype), weight.to(dtype), bias, stride, padding, dilation, groups)
+
+
+def _backward(
+    grad: torch.Tensor,
+    weight: torch.Tensor,
+    shape: Sequence[int],
+    channels_last: bool,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> torch.Tensor:
+    if channels_last:
+        # The stand-in below has no layout, so the weight's decides, and a 1x1 kernel's own strides pass for NCHW.
+        _, i, h, w = weight.shape
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        weight = weight.as_strided(weight.shape, (h * w * i, 1, w * i, i), weight.storage_offset())
+    stand_in = grad.new_empty(1).expand(shape)
+    only_input = (True, False, False)
+    return torch.ops.aten.convolution_backward(
+        grad, stand_in, weight, None, stride, padding, dilation, False, (0, 0), groups, only_input
+    )[0]
+
+
+_forward_op = Op("frozen_conv2d", reference=torch.conv2d)
+_backward_op = Op("frozen_conv2d_backward", reference=_backward)
+
+
+@torch.library.custom_op("ddpo_fast::frozen_conv2d", mutates_args=())
+def _frozen_conv2d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> torch.Tensor:
+    return _forward_op(x, weight, bias, stride, padding, dilation, groups)
+
+
+@torch.library.custom_op("ddpo_fast::frozen_conv2d_backward", mutates_args=())
+def _frozen_conv2d_backward(
+    grad: torch.Tensor,
+    weight: torch.Tensor,
+    shape: Sequence[int],
+    channels_last: bool,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> torch.Tensor:
+    return _backward_op(grad, weight, shape, channels_last, stride, padding, dilation, groups)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    x, weight, _, *geometry = inputs
+    channels_last = output.is_contiguous(memory_format=torch.channels_last) and not output.is_contiguous()
+    ctx.others = (x.shape, channels_last, *geometry)
+    ctx.save_for_backward(weight)
+
+
+def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    return _frozen_conv2d_backward(grad, *ctx.saved_tensors, *ctx.others), *[None] * 6
+
+
+_frozen_conv2d.register_fake(torch.conv2d)
+_frozen_conv2d_backward.register_fake(_backward)
+_frozen_conv2d.register_autograd(_gradients, setup_context=_save)

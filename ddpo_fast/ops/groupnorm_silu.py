@@ -1,0 +1,185 @@
+"""GroupNorm and the SiLU that follows it, as one op that keeps its input's memory format."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ddpo_fast.ops.backend import Op
+
+
+def groupnorm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool = True) -> Tensor:
+    """`y = silu(z)` with `z = (x - mean) / sqrt(var + eps) * weight + bias`; `silu=False`: `y = z`.
+
+    Args:
+        x: [N, C, ...] fp16, bf16 or fp32 (fp64: by the reference), channels_last or contiguous; another layout is made
+            contiguous. mean and var are those of an image's group of C / groups channels, in fp32.
+        weight, bias: [C], of the dtype of `x` or wider.
+        groups: how many groups the channels form.
+        eps: added to the variance.
+
+    Returns `y` of the shape, dtype and memory format of `x`. The backward pass saves `x` and no activation. Raises
+    `ValueError` for shapes that do not fit.
+    """
+    if x.ndim < 2 or x.shape[1] % groups:
+        raise ValueError(f"x has shape {tuple(x.shape)} but must be [N, C, ...] with C divisible by {groups} groups")
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter.shape != x.shape[1:2]:
+            raise ValueError(f"{name} has shape {tuple(parameter.shape)} but x has {x.shape[1]} channels")
+    y, _, _ = _groupnorm_silu(_dense(x), weight, bias, groups, eps, silu)
+    return y
+
+
+def _dense(x: Tensor) -> Tensor:
+    """`x` as the kernels can index it: contiguous, or so with the channels moved to the end."""
+    return x if x.is_contiguous() or x.movedim(1, -1).is_contiguous() else x.contiguous()
+
+
+def _laid_out_as(x: Tensor, tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride() == x.stride() else torch.empty_like(x).copy_(tensor)
+
+
+# the definition
+
+
+def _sizes(x: Tensor) -> tuple[int, int, int]:
+    return x.shape[0], x.shape[1], math.prod(x.shape[2:])
+
+
+def _norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    # F.group_norm gives no statistics and refuses groups of a single value. The layout is contiguous because PyTorch
+    # takes the variance of channels_last on a CPU from E[x^2] - E[x]^2, which a large mean cancels.
+    x, weight, bias = (tensor.to(x.dtype).contiguous() for tensor in (x, weight, bias))
+    images, channels, pixels = _sizes(x)
+    return torch.native_group_norm(x, weight, bias, images, channels, pixels, groups, eps)
+
+
+def _reference(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    z, mean, rstd = _norm(x, weight, bias, groups, eps)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return _laid_out_as(x, F.silu(z) if silu else z), mean.to(wide), rstd.to(wide)
+
+
+def _reference_backward(
+    x: Tensor,
+    grad: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    eps: float,
+    silu: bool,
+    affine: bool,
+) -> list[Tensor]:
+    groups = mean.shape[1]
+    z, mean, rstd = _norm(x, weight, bias, groups, eps)
+    grad = grad.contiguous()
+    if silu:
+        grad = torch.ops.aten.silu_backward(grad, z)
+    narrow = weight.to(x.dtype).contiguous()
+    dx, dweight, dbias = torch.ops.aten.native_group_norm_backward(
+        grad, x.contiguous(), mean, rstd, narrow, *_sizes(x), groups, [True, affine, affine]
+    )
+    dx = _laid_out_as(x, dx)
+    return [dx, dweight.to(weight.dtype), dbias.to(bias.dtype)] if affine else [dx]
+
+
+# the kernels fill what is allocated here
+
+
+def _empty(x: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    mean, rstd = (torch.empty((x.shape[0], groups), dtype=wide, device=x.device) for _ in range(2))
+    return torch.empty_like(x), mean, rstd
+
+
+def _triton(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    from ddpo_fast_kernels.groupnorm_silu import groupnorm_silu
+
+    made = _empty(x, groups)
+    groupnorm_silu(x, weight, bias, eps, silu, *made)
+    return made
+
+
+def _triton_backward(
+    x: Tensor,
+    grad: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    eps: float,
+    silu: bool,
+    affine: bool,
+) -> list[Tensor]:
+    from ddpo_fast_kernels.groupnorm_silu import groupnorm_silu_backward
+
+    dx = torch.empty_like(x)
+    partials = torch.empty((2, *x.shape[:2]), dtype=torch.float32, device=x.device) if affine else None
+    groupnorm_silu_backward(x, grad, weight, bias, mean, rstd, silu, dx, partials)
+    if partials is None:
+        return [dx]
+    dweight, dbias = (partial.sum(0) for partial in partials)
+    return [dx, dweight.to(weight.dtype), dbias.to(bias.dtype)]
+
+
+FORWARD = Op("groupnorm_silu", _reference, _triton)
+BACKWARD = Op("groupnorm_silu_backward", _reference_backward, _triton_backward)
+
+
+@torch.library.custom_op("ddpo_fast::groupnorm_silu", mutates_args=())
+def _groupnorm_silu(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return FORWARD(x, weight, bias, groups, eps, silu)
+
+
+@_groupnorm_silu.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty(x, groups)
+
+
+@torch.library.custom_op("ddpo_fast::groupnorm_silu_backward", mutates_args=())
+def _groupnorm_silu_backward(
+    x: Tensor,
+    grad: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    eps: float,
+    silu: bool,
+    affine: bool,
+) -> list[Tensor]:
+    return BACKWARD(x, grad, weight, bias, mean, rstd, eps, silu, affine)
+
+
+@_groupnorm_silu_backward.register_fake
+def _(x: Tensor, grad: Tensor, weight: Tensor, bias: Tensor, *others: Any) -> list[Tensor]:
+    affine = others[-1]
+    return [torch.empty_like(like) for like in ((x, weight, bias) if affine else (x,))]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, weight, bias, _, ctx.eps, ctx.silu = inputs
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(x, weight, bias, mean, rstd)
+
+
+def _differentiate(ctx: Any, grad: Tensor, *unused: Tensor) -> Any:
+    x, *norm = ctx.saved_tensors
+    affine = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+    grads = _groupnorm_silu_backward(x, _laid_out_as(x, grad), *norm, ctx.eps, ctx.silu, affine)
+    return (*(grads if affine else (grads[0], None, None)), None, None, None)
+
+
+_groupnorm_silu.register_autograd(_differentiate, setup_context=_save)

@@ -1,0 +1,124 @@
+"""A linear layer with a low-rank adapter in three matrix products forward and five backward, and nothing between them.
+
+M rows of x, I inputs, O outputs, rank r. The reference is already the fast version: all the work is in library GEMMs,
+whose epilogues (`beta`, `alpha`) do the additions and the scaling.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ddpo_fast.ops.backend import Op
+
+
+def lora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: float,
+) -> torch.Tensor:
+    """`x W^T + b + scaling (x A^T) B^T`: [..., I] -> [..., O]; the gradient flows to x, A and B.
+
+    `weight` [O, I] and `bias` [O] are frozen; `lora_a` is [r, I], `lora_b` [O, r]. Computes and answers in autocast's
+    dtype where autocast is on, else in the weight's; the other operands are cast to it, and gradients come back in the
+    dtypes that the operands came in. Raises `ValueError` if the weight or the bias requires a gradient.
+    """
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        raise ValueError("lora_linear is for frozen weights, but the weight or the bias requires a gradient")
+    device_type = x.device.type
+    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
+    bias = None if bias is None else bias.to(dtype)
+    return _lora_linear(x.to(dtype), weight.to(dtype), bias, lora_a.to(dtype), lora_b.to(dtype), scaling)[0]
+
+
+def _forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = x.reshape(-1, x.shape[-1])
+    y = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
+    low = rows @ lora_a.t()
+    y.addmm_(low, lora_b.t(), alpha=scaling)
+    return y.view(*x.shape[:-1], len(weight)), low
+
+
+def _backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    low: torch.Tensor,
+    scaling: float,
+    needs_x: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    grad_rows, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+    grad_low = grad_rows @ lora_b
+    # an operator may not answer None
+    grad_x = x.new_empty(0)
+    if needs_x:
+        grad_x = (grad_rows @ weight).addmm_(grad_low, lora_a, alpha=scaling).view(x.shape)
+    # beta=0 ignores the first operand: this is scaling * product in one launch
+    grad_a = torch.addmm(lora_a, grad_low.t(), rows, beta=0, alpha=scaling)
+    grad_b = torch.addmm(lora_b, grad_rows.t(), low, beta=0, alpha=scaling)
+    return grad_x, grad_a, grad_b
+
+
+_forward_op = Op("lora_linear", reference=_forward)
+_backward_op = Op("lora_linear_backward", reference=_backward)
+
+
+@torch.library.custom_op("ddpo_fast::lora_linear", mutates_args=())
+def _lora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _forward_op(x, weight, bias, lora_a, lora_b, scaling)
+
+
+@torch.library.custom_op("ddpo_fast::lora_linear_backward", mutates_args=())
+def _lora_linear_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    low: torch.Tensor,
+    scaling: float,
+    needs_x: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _backward_op(grad, x, weight, lora_a, lora_b, low, scaling, needs_x)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    x, weight, _, lora_a, lora_b, ctx.scaling = inputs
+    _, low = output
+    ctx.mark_non_differentiable(low)
+    # else every backward pass would fill zeros for the gradient of `low`
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, lora_a, lora_b, low)
+
+
+def _gradients(ctx: Any, grad: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 6
+    needs_x, _, _, needs_a, needs_b, _ = ctx.needs_input_grad
+    grad_x, grad_a, grad_b = _lora_linear_backward(grad, *ctx.saved_tensors, ctx.scaling, needs_x)
+    return grad_x if needs_x else None, None, None, grad_a if needs_a else None, grad_b if needs_b else None, None
+
+
+_lora_linear.register_fake(_forward)
+_lora_linear_backward.register_fake(_backward)
+_lora_linear.register_autograd(_gradients, setup_context=_save)

@@ -1,0 +1,289 @@
+"""GroupNorm followed by SiLU, forward and backward, in one launch each and in place of NCHW and channels_last alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+# two programs for each of an H100's 132 multiprocessors
+FULL_GRID = 264
+# what a program works on at a time: two 16-byte loads of half precision for each thread of 8 warps
+TILE = 4096
+
+
+class Norm(NamedTuple):
+    """What normalises: weight [C], bias [C], and fp32 mean [N, G] and rstd [N, G]."""
+
+    weight: Any
+    bias: Any
+    mean: Any
+    rstd: Any
+
+
+@triton.jit
+def _lanes(
+    channels,
+    pixels,
+    GROUPS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+):
+    """Of a program's channels: which lanes are real, their indices, the offsets of their first pixels, the step to the
+    next pixel, and [GROUPS, BLOCK_C] which group a lane is in."""
+    lane = tl.arange(0, BLOCK_C)
+    channel = tl.program_id(0) * (GROUPS * GROUP_SIZE) + lane
+    # the batch may hold more elements than an int32 counts, an image does not
+    image = tl.program_id(1).to(tl.int64) * channels * pixels
+    member = (lane // GROUP_SIZE)[None, :] == tl.arange(0, GROUPS)[:, None]
+    if CHANNELS_LAST:
+        return lane < GROUPS * GROUP_SIZE, channel, image + channel, channels, member
+    return lane < GROUPS * GROUP_SIZE, channel, image + channel * pixels, 1, member
+
+
+@triton.jit
+def _per_group(member, values):
+    # `where` and not a product: a NaN stays in its group
+    return tl.sum(tl.where(member, values[None, :], 0.0), axis=1)
+
+
+@triton.jit
+def _per_channel(member, values):
+    return tl.sum(tl.where(member, values[:, None], 0.0), axis=0)
+
+
+@triton.jit
+def groupnorm_silu_fwd_kernel(
+    x_ptr,
+    y_ptr,
+    norm,
+    channels,
+    pixels,
+    eps,
+    GROUP_SIZE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    SILU: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    real, channel, first, step, member = _lanes(channels, pixels, GROUPS, GROUP_SIZE, BLOCK_C, CHANNELS_LAST)
+    row = tl.arange(0, BLOCK_P)
+
+    # Welford's recurrence in every element of the tile: E[x^2] - E[x]^2 cancels where the mean is large
+    mean = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    squares = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for start in range(0, pixels, BLOCK_P):
+        pixel = start + row
+        mask = (pixel < pixels)[:, None] & real[None, :]
+        x = tl.load(x_ptr + first[None, :] + pixel[:, None] * step, mask=mask, other=0.0).to(tl.float32)
+        delta = tl.where(mask, x - mean, 0.0)
+        mean += delta * (1.0 / (start // BLOCK_P + 1))
+        squares += delta * (x - mean)
+
+    # Chan's merge: of rows, which saw different numbers of pixels, then of the channels of a group
+    count = ((pixels - row + BLOCK_P - 1) // BLOCK_P).to(tl.float32)[:, None]
+    channel_mean = tl.sum(count * mean, axis=0) / pixels
+    difference = mean - channel_mean[None, :]
+    channel_squares = tl.sum(squares + count * difference * difference, axis=0)
+    group_mean = _per_group(member, channel_mean) / GROUP_SIZE
+    centre = _per_channel(member, group_mean)
+    distance = channel_mean - centre
+    variance = _per_group(member, channel_squares + pixels * distance * distance) / (GROUP_SIZE * pixels)
+    rstd = 1.0 / tl.sqrt(variance + eps)
+    statistic = tl.program_id(1) * (channels // GROUP_SIZE) + tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
+    tl.store(norm.mean + statistic, group_mean)
+    tl.store(norm.rstd + statistic, rstd)
+
+    weight = tl.load(norm.weight + channel, mask=real, other=0.0).to(tl.float32)
+    bias = tl.load(norm.bias + channel, mask=real, other=0.0).to(tl.float32)
+    scale = weight * _per_channel(member, rstd)
+    # backwards: the caches still hold the end of the slab
+    for done in range(0, pixels, BLOCK_P):
+        pixel = (pixels - 1) // BLOCK_P * BLOCK_P - done + row
+        mask = (pixel < pixels)[:, None] & real[None, :]
+        offset = first[None, :] + pixel[:, None] * step
+        x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        y = (x - centre[None, :]) * scale[None, :] + bias[None, :]
+        if SILU:
+            y *= tl.sigmoid(y)
+        tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _normalised(x_ptr, grad_ptr, offset, mask, mean, rstd, weight, bias, SILU: tl.constexpr):
+    """xhat, and the gradient of the normalised, scaled and shifted x: of what SiLU takes."""
+    x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    grad = tl.load(grad_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    xhat = (x - mean[None, :]) * rstd[None, :]
+    if SILU:
+        z = xhat * weight[None, :] + bias[None, :]
+        sigmoid = tl.sigmoid(z)
+        grad *= sigmoid * (1.0 + z * (1.0 - sigmoid))
+    return xhat, grad
+
+
+@triton.jit
+def groupnorm_silu_bwd_kernel(
+    x_ptr,
+    grad_ptr,
+    dx_ptr,
+    partial_ptr,
+    norm,
+    channels,
+    pixels,
+    GROUP_SIZE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    SILU: tl.constexpr,
+    AFFINE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    real, channel, first, step, member = _lanes(channels, pixels, GROUPS, GROUP_SIZE, BLOCK_C, CHANNELS_LAST)
+    row = tl.arange(0, BLOCK_P)
+    image = tl.program_id(1)
+    statistic = image * (channels // GROUP_SIZE) + tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
+    mean = _per_channel(member, tl.load(norm.mean + statistic))
+    rstd = _per_channel(member, tl.load(norm.rstd + statistic))
+    weight = tl.load(norm.weight + channel, mask=real, other=0.0).to(tl.float32)
+    bias = tl.load(norm.bias + channel, mask=real, other=0.0).to(tl.float32)
+
+    sums = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    products = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for start in range(0, pixels, BLOCK_P):
+        pixel = start + row
+        mask = (pixel < pixels)[:, None] & real[None, :]
+        offset = first[None, :] + pixel[:, None] * step
+        xhat, grad = _normalised(x_ptr, grad_ptr, offset, mask, mean, rstd, weight, bias, SILU)
+        sums += grad
+        products += grad * xhat
+    channel_sum = tl.sum(sums, axis=0)
+    channel_product = tl.sum(products, axis=0)
+    if AFFINE:
+        at = partial_ptr + image * channels + channel
+        tl.store(at, channel_product, mask=real)
+        tl.store(at + tl.num_programs(1) * channels, channel_sum, mask=real)
+
+    count = GROUP_SIZE * pixels
+    along_one = _per_channel(member, _per_group(member, weight * channel_sum) / count)
+    along_x = _per_channel(member, _per_group(member, weight * channel_product) / count)
+    # backwards: the caches still hold the end of the slab
+    for done in range(0, pixels, BLOCK_P):
+        pixel = (pixels - 1) // BLOCK_P * BLOCK_P - done + row
+        mask = (pixel < pixels)[:, None] & real[None, :]
+        offset = first[None, :] + pixel[:, None] * step
+        xhat, grad = _normalised(x_ptr, grad_ptr, offset, mask, mean, rstd, weight, bias, SILU)
+        dx = (grad * weight[None, :] - along_one[None, :] - xhat * along_x[None, :]) * rstd[None, :]
+        tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+def groupnorm_silu(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    silu: bool,
+    y: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+) -> None:
+    """Fills `y`, of the dense layout of `x` [N, C, ...], and the fp32 `mean` and `rstd` [N, G]."""
+    if x.numel() == 0:
+        return
+    images, channels, pixels = x.shape[0], x.shape[1], math.prod(x.shape[2:])
+    grid, tile, warps = _tiling(images, channels, pixels, mean.shape[1], x.element_size(), not x.is_contiguous())
+    norm = Norm(weight.contiguous(), bias.contiguous(), mean, rstd)
+    with torch.cuda.device_of(x):
+        groupnorm_silu_fwd_kernel[grid](x, y, norm, channels, pixels, eps, SILU=silu, **tile, num_warps=warps)
+
+
+def groupnorm_silu_backward(
+    x: torch.Tensor,
+    grad: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    silu: bool,
+    dx: torch.Tensor,
+    partials: torch.Tensor | None,
+) -> None:
+    """Fills `dx`, and if given `partials` [2, N, C] fp32: the gradients of weight and bias by image.
+
+    `x`, `grad` and `dx` share one dense layout.
+    """
+    if x.numel() == 0:
+        return
+    images, channels, pixels = x.shape[0], x.shape[1], math.prod(x.shape[2:])
+    grid, tile, warps = _tiling(images, channels, pixels, mean.shape[1], x.element_size(), not x.is_contiguous())
+    norm = Norm(weight.contiguous(), bias.contiguous(), mean, rstd)
+    affine = partials is not None
+    with torch.cuda.device_of(x):
+        groupnorm_silu_bwd_kernel[grid](
+            x,
+            grad,
+            dx,
+            partials if affine else mean,
+            norm,
+            channels,
+            pixels,
+            SILU=silu,
+            AFFINE=affine,
+            **tile,
+            num_warps=warps,
+        )
+
+
+def _tiling(
+    images: int, channels: int, pixels: int, groups: int, itemsize: int, channels_last: bool
+) -> tuple[tuple[int, int], dict[str, Any], int]:
+    """The grid, the kernels' constants and the warps: a program owns some whole groups of an image."""
+    group_size = channels // groups
+    owned = 1
+    if channels_last:
+        # In channels_last, memory holds a group in short segments, one a pixel: 20 bytes for 10 channels of half
+        # precision. Neighbouring groups in one program make whole 32-byte sectors and 16-byte loads of them, as long
+        # as there are programs for the whole GPU.
+        while groups % (2 * owned) == 0 and images * groups >= 2 * owned * FULL_GRID:
+            segment = owned * group_size * itemsize
+            if segment >= 64 and segment % 16 == 0:
+                break
+            owned *= 2
+    block_c = triton.next_power_of_2(owned * group_size)
+    block_p = min(triton.next_power_of_2(pixels), max(1, TILE // block_c))
+    constants = {
+        "GROUP_SIZE": group_size,
+        "GROUPS": owned,
+        "CHANNELS_LAST": channels_last,
+        "BLOCK_P": block_p,
+        "BLOCK_C": block_c,
+    }
+    return (groups // owned, images), constants, min(8, max(1, block_p * block_c // 512))
+
+
+def ahead_of_time() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, Any], int]]:
+    """(name, kernel, signature, constants, warps) of Stable Diffusion 1.5's norms for 24 images."""
+    shapes = [(4096, 320), (4096, 640), (4096, 960), (1024, 1280), (256, 1920), (64, 2560)]
+    for dtype, itemsize in (("fp16", 2), ("bf16", 2), ("fp32", 4)):
+        x = f"*{dtype}"
+        norm = Norm(x, x, "*fp32", "*fp32")
+        sizes = {"channels": "i32", "pixels": "i32"}
+        for pixels, channels in shapes:
+            _, tile, warps = _tiling(24, channels, pixels, 32, itemsize, channels_last=True)
+            name = f"{dtype} {channels} channels, {pixels} pixels"
+            forward = {**tile, "SILU": True}
+            signature = {"x_ptr": x, "y_ptr": x, "norm": norm, **sizes, "eps": "fp32"}
+            signature |= dict.fromkeys(forward, "constexpr")
+            yield f"fwd {name}", groupnorm_silu_fwd_kernel, signature, forward, warps
+            for affine in (True, False):
+                backward = {**forward, "AFFINE": affine}
+                signature = {"x_ptr": x, "grad_ptr": x, "dx_ptr": x, "partial_ptr": "*fp32", "norm": norm, **sizes}
+                signature |= dict.fromkeys(backward, "constexpr")
+                kind = "with weights" if affine else "frozen"
+                yield f"bwd {name}, {kind}", groupnorm_silu_bwd_kernel, signature, backward, warps

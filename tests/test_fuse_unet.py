@@ -1,0 +1,395 @@
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor2_0
+from op_checks import DEVICE, assert_as_exact_as_plain
+from peft import LoraConfig
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ddpo_fast import fuse_unet as fusing
+from ddpo_fast.attention import SDPAProcessor
+from ddpo_fast.fuse_unet import fuse_unet, unfuse_unet
+from ddpo_fast.tiny_sd import MODEL
+
+SD15 = {
+    "block_out_channels": (32, 64, 128, 128),
+    "layers_per_block": 1,
+    "cross_attention_dim": 24,
+    "attention_head_dim": 8,
+}
+SDXL = {
+    "block_out_channels": (32, 64, 128),
+    "layers_per_block": 1,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 2),
+    "attention_head_dim": (4, 8, 16),
+    "use_linear_projection": True,
+    "cross_attention_dim": 24,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 6 * 8 + 16,
+}
+KINDS = ("bundled", "sd15", "sdxl")
+
+
+def make_unet(kind: str, lora: bool = False, dtype: torch.dtype = torch.float32, **settings) -> UNet2DConditionModel:
+    """A UNet in training mode; with `lora` frozen and with a trained adapter."""
+    torch.manual_seed(0)
+    if kind == "bundled":
+        unet = UNet2DConditionModel.from_pretrained(MODEL / "unet", torch_dtype=torch.float32)
+    else:
+        unet = UNet2DConditionModel(**{**(SD15 if kind == "sd15" else SDXL), "sample_size": 8, **settings})
+    if lora:
+        add_adapter(unet)
+    return unet.to(DEVICE, dtype).train()
+
+
+def add_adapter(unet: UNet2DConditionModel, name: str = "default", **settings) -> None:
+    unet.requires_grad_(False)
+    targets = ["to_k", "to_q", "to_v", "to_out.0"]
+    unet.add_adapter(LoraConfig(r=3, lora_alpha=5, target_modules=targets, **settings), name)
+    for parameter_name, parameter in unet.named_parameters():
+        if "lora_B" in parameter_name:
+            torch.nn.init.normal_(parameter, std=0.2)
+
+
+def inputs_of(unet: UNet2DConditionModel, dtype: torch.dtype | None = None) -> dict:
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator).to(DEVICE, dtype or unet.dtype)
+
+    added = {"text_embeds": draw(2, 16), "time_ids": draw(2, 6)}
+    return {
+        "sample": draw(2, 4, 8, 8),
+        "timestep": torch.tensor([3, 700], device=DEVICE),
+        "encoder_hidden_states": draw(2, 7, unet.config.cross_attention_dim),
+        "added_cond_kwargs": added if unet.config.addition_embed_type else None,
+    }
+
+
+def predict(unet: UNet2DConditionModel, **others) -> torch.Tensor:
+    return unet(**{**inputs_of(unet), **others}).sample
+
+
+def trained(unet: UNet2DConditionModel) -> dict[str, torch.nn.Parameter]:
+    return {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
+
+
+def output_and_gradients(unet: UNet2DConditionModel, **others) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    output = predict(unet, **others)
+    weights = torch.linspace(-1, 1, output.numel(), device=DEVICE, dtype=torch.float64).view_as(output)
+    parameters = trained(unet)
+    gradients = torch.autograd.grad((output * weights).sum(), list(parameters.values()))
+    return output, dict(zip(parameters, gradients, strict=True))
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_output_and_gradients(kind, lora):
+    unet = make_unet(kind, lora, torch.float64)
+    plain, plain_gradients = output_and_gradients(unet)
+    fused, fused_gradients = output_and_gradients(fuse_unet(unet))
+    torch.testing.assert_close(fused, plain, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(fused_gradients, plain_gradients, rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_as_exact_as_the_plain_unet_in_fp32(kind, lora):
+    unet = make_unet(kind, lora)
+
+    def everything(unet):
+        output, gradients = output_and_gradients(unet)
+        return output, torch.cat([gradient.flatten() for gradient in gradients.values()])
+
+    exact = everything(copy.deepcopy(unet).double())
+    assert_as_exact_as_plain(everything(fuse_unet(copy.deepcopy(unet))), everything(unet), exact)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_half_precision(lora):
+    """Full training autocasts over fp32 weights; an adapter is fp32 on a frozen UNet in half precision."""
+    unet = make_unet("bundled", lora)
+    exact, exact_gradients = output_and_gradients(copy.deepcopy(unet).double())
+    fused = fuse_unet(copy.deepcopy(unet))
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        runs = [output_and_gradients(model) for model in (fused, unet)]
+    if lora:
+        for parameter in fused.parameters():
+            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else torch.bfloat16)
+        runs[0] = output_and_gradients(fused, **inputs_of(fused, torch.bfloat16))
+    errors = [(output.double() - exact).norm() / exact.norm() for output, _ in runs]
+    assert errors[0] <= 2 * errors[1]
+    for _, gradients in runs:
+        assert {gradient.dtype for gradient in gradients.values()} == {torch.float32}
+    errors = [sum((g[name] - e).square().sum() for name, e in exact_gradients.items()) for _, g in runs]
+    assert errors[0] <= 4 * errors[1]
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_sampling_and_training_compute_the_same_bits(lora):
+    unet = fuse_unet(make_unet("sd15", lora))
+    with torch.no_grad():
+        sampled = predict(unet)
+    assert torch.equal(predict(unet), sampled)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_undone_without_a_trace(kind, lora):
+    unet = make_unet(kind, lora)
+    classes = [type(module) for module in unet.modules()]
+    names, bits = list(unet.state_dict()), predict(unet)
+    fuse_unet(unet)
+    fused_classes = [type(module) for module in unet.modules()]
+    assert list(unet.state_dict()) == names
+    assert isinstance(unet.mid_block.resnets[0], fusing.ResnetBlock2D)
+    assert fuse_unet(unet) is unet
+    assert [type(module) for module in unet.modules()] == fused_classes
+    assert unfuse_unet(unet) is unet
+    assert [type(module) for module in unet.modules()] == classes
+    assert {type(processor) for processor in unet.attn_processors.values()} == {AttnProcessor2_0}
+    assert torch.equal(predict(unet), bits)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_everything_that_can_be_is_fused(kind):
+    unet = fuse_unet(make_unet(kind, lora=True))
+    left = {type(module) for module in unet.modules()} & set(fusing.FUSED)
+    assert not left
+    assert {type(processor) for processor in unet.attn_processors.values()} == {SDPAProcessor}
+    assert type(unet) is UNet2DConditionModel
+
+
+class DivisionsByOne(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.div, torch.ops.aten.div_):
+            divisor = args[1]
+            self.count += isinstance(divisor, (int, float)) and divisor == 1
+            self.count += isinstance(divisor, torch.Tensor) and divisor.numel() == 1 and divisor.item() == 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_divided_by_one(kind):
+    unet = make_unet(kind)
+    counts = []
+    for model in (unet, fuse_unet(copy.deepcopy(unet))):
+        with DivisionsByOne() as divisions:
+            output_and_gradients(model)
+        counts.append(divisions.count)
+    blocks = sum(isinstance(m, (fusing.ResnetBlock2D, fusing.Attention)) for m in unet.modules())
+    assert counts[0] >= blocks
+    assert counts[1] == 0
+
+
+def saved_bytes(unet: UNet2DConditionModel) -> int:
+    """What the forward pass keeps for the backward pass, weights not counted."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in unet.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = predict(unet)
+    assert output.requires_grad
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def test_fewer_activations_are_kept():
+    full, adapted = make_unet("sd15"), make_unet("sd15", lora=True)
+    before = saved_bytes(full), saved_bytes(adapted)
+    after = saved_bytes(fuse_unet(full)), saved_bytes(fuse_unet(adapted))
+    assert after[0] < 0.9 * before[0]
+    assert after[1] < 0.7 * before[1]
+
+
+def test_requires_grad_may_change_afterwards():
+    unet = fuse_unet(make_unet("bundled"))
+    everything = saved_bytes(unet)
+    unet.requires_grad_(False)
+    unet.conv_in.bias.requires_grad_()
+    assert saved_bytes(unet) < 0.9 * everything
+    (name,) = trained(unet)
+    _, gradients = output_and_gradients(unet)
+    unfuse_unet(unet).requires_grad_()
+    torch.testing.assert_close(gradients[name], output_and_gradients(unet)[1][name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_saved_as_the_plain_unet_is(tmp_path, lora):
+    unet = make_unet("sd15", lora)
+    unet.save_pretrained(tmp_path / "plain")
+    fuse_unet(unet).save_pretrained(tmp_path / "fused")
+    files = sorted(path.name for path in (tmp_path / "plain").iterdir())
+    assert files == sorted(path.name for path in (tmp_path / "fused").iterdir())
+    for name in files:
+        assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "fused" / name).read_bytes()
+    if not lora:
+        loaded = UNet2DConditionModel.from_pretrained(tmp_path / "fused").to(DEVICE)
+        torch.testing.assert_close(loaded.state_dict(), unet.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda unet: pickle.loads(pickle.dumps(unet))])
+def test_copies(copied):
+    unet = fuse_unet(make_unet("bundled", lora=True))
+    twin = copied(unet)
+    assert [type(module) for module in twin.modules()] == [type(module) for module in unet.modules()]
+    assert torch.equal(predict(twin), predict(unet))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"act_fn": "gelu"},
+        {"resnet_time_scale_shift": "scale_shift"},
+        {"dropout": 0.5},
+        {"mid_block_scale_factor": 1.5},
+        {"resnet_skip_time_act": True},
+        {
+            "down_block_types": ("ResnetDownsampleBlock2D", "CrossAttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "UpBlock2D", "CrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        },
+        {"down_block_types": ("AttnDownBlock2D",) * 4, "up_block_types": ("AttnUpBlock2D",) * 4},
+        {"only_cross_attention": True, "class_embed_type": "timestep"},
+        {"norm_eps": 1e-2, "conv_out_kernel": 1},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_other_unets_compute_the_same(settings):
+    unet = make_unet("sd15", dtype=torch.float64, **settings)
+    labels = torch.tensor([1.0, 5.0], dtype=torch.float64, device=DEVICE)
+    results = []
+    for model in (unet, fuse_unet(copy.deepcopy(unet))):
+        torch.manual_seed(2)
+        results.append(output_and_gradients(model, class_labels=labels if unet.config.class_embed_type else None))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-7, atol=1e-9)
+
+
+def test_masks():
+    unet = make_unet("sd15", lora=True, dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 1, 0, 0, 0, 0], [1] * 7], device=DEVICE)
+    plain = predict(unet, encoder_attention_mask=mask)
+    assert not torch.allclose(plain, predict(unet))
+    torch.testing.assert_close(predict(fuse_unet(unet), encoder_attention_mask=mask), plain, rtol=1e-9, atol=1e-10)
+
+
+TINY = {
+    "block_out_channels": (32, 32),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
+
+
+def scaled(unet):
+    for module in unet.modules():
+        if isinstance(module, fusing.lora.Linear):
+            module.scale_layer(0.3)
+
+
+def hooked(unet):
+    """Twice what B answers, as seen by a hook that only a call of the module runs."""
+    for module in unet.modules():
+        if isinstance(module, fusing.lora.Linear):
+            module.lora_B["default"].register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+CHANGES = {
+    "off": lambda unet: unet.disable_adapters(),
+    "merged": lambda unet: unet.fuse_lora(),
+    "two": lambda unet: (add_adapter(unet, "other"), unet.set_adapters(["default", "other"], [0.5, 2.0])),
+    "other of two": lambda unet: (add_adapter(unet, "other"), unet.set_adapter("other")),
+    "dora": lambda unet: (add_adapter(unet, "dora", use_dora=True), unet.set_adapter("dora")),
+    "dropout": lambda unet: (add_adapter(unet, "dropout", lora_dropout=0.5), unet.set_adapter("dropout")),
+    "bias": lambda unet: (add_adapter(unet, "bias", lora_bias=True), unet.set_adapter("bias")),
+    "scaled": scaled,
+    "hooked": hooked,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_adapters_in_every_state(change):
+    """On a fused UNet and before fusing: an adapter that is not the plain case goes peft's way."""
+    plain = make_unet("sd15", lora=True, dtype=torch.float64, **TINY)
+    before = predict(plain)
+    fused = fuse_unet(copy.deepcopy(plain))
+    results = []
+    for unet in (plain, fused):
+        torch.manual_seed(3)
+        change(unet)
+        unet.double().train()
+        torch.manual_seed(4)
+        results.append(predict(unet))
+    assert torch.allclose(results[0], before) == (change is CHANGES["merged"])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-10)
+    torch.manual_seed(4)
+    torch.testing.assert_close(predict(fuse_unet(plain)), results[0], rtol=1e-9, atol=1e-10)
+
+
+def test_adapters_train_the_layer_below_too():
+    plain = make_unet("sd15", lora=True, dtype=torch.float64).requires_grad_()
+    expected = output_and_gradients(plain)[1]
+    torch.testing.assert_close(output_and_gradients(fuse_unet(plain))[1], expected, rtol=1e-7, atol=1e-10)
+
+
+def test_a_module_with_a_forward_of_its_own_is_left_alone():
+    """accelerate's offloading replaces `forward` in the instance, where a change of class would not show."""
+    unet = make_unet("sd15", dtype=torch.float64)
+    expected = predict(unet)
+    calls = []
+    for module in (unet.mid_block.resnets[0].norm1, unet.conv_act, unet.conv_in):
+
+        def forward(x, own=module.forward):
+            calls.append(own)
+            return own(x)
+
+        module.forward = forward
+    torch.testing.assert_close(predict(fuse_unet(unet)), expected, rtol=1e-9, atol=1e-10)
+    assert len(calls) == 3
+    assert type(unet.mid_block.resnets[0]) is fusing.ResnetBlock2D
+    assert type(unet.mid_block.resnets[1]) is fusing.FusedResnetBlock2D
+
+
+def test_hooks_stay():
+    unet = make_unet("bundled")
+    seen = []
+    unet.mid_block.resnets[0].norm1.register_forward_hook(lambda *_: seen.append("norm"))
+    unet.conv_out.register_forward_hook(lambda *_: seen.append("conv"))
+    predict(fuse_unet(unet))
+    assert seen == ["norm", "conv"]
+
+
+def test_gradient_checkpointing():
+    unet = make_unet("bundled", lora=True, dtype=torch.float64)
+    expected = output_and_gradients(fuse_unet(unet))[1]
+    unet.enable_gradient_checkpointing()
+    torch.testing.assert_close(output_and_gradients(unet)[1], expected)
+
+
+def test_channels_last_stays():
+    unet = fuse_unet(make_unet("sd15", lora=True)).to(memory_format=torch.channels_last)
+    layouts = []
+    for module in unet.modules():
+        if isinstance(module, (fusing.GroupNormSiLU, fusing.FrozenConv2d)):
+            module.register_forward_hook(
+                lambda module, inputs, output: layouts.append(output.is_contiguous(memory_format=torch.channels_last))
+            )
+    sample = inputs_of(unet)["sample"].contiguous(memory_format=torch.channels_last)
+    predict(unet, sample=sample)
+    assert len(layouts) > 30
+    assert all(layouts)

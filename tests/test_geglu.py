@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from diffusers.models.activations import GEGLU
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from op_checks import DEVICE, DTYPES, assert_as_exact_as_plain, name_of
+
+from ddpo_fast.ops.backend import force_backend
+from ddpo_fast.ops.geglu import geglu
+
+BACKENDS = ("reference", "triton")
+
+
+class WithoutProjection(GEGLU):
+    """diffusers' GEGLU of what its projection would give."""
+
+    def __init__(self) -> None:
+        torch.nn.Module.__init__(self)
+        self.proj = torch.nn.Identity()
+
+
+plain = WithoutProjection()
+
+
+def example(shape, dtype=torch.float32, seed=0):
+    """x [..., 2I] and the gradient of y [..., I]."""
+    generator = torch.Generator().manual_seed(seed)
+    x = 2 * torch.randn(shape, generator=generator, dtype=torch.float64)
+    grad = torch.randn((*shape[:-1], shape[-1] // 2), generator=generator, dtype=torch.float64)
+    return x.to(DEVICE, dtype), grad.to(DEVICE, dtype)
+
+
+def with_gradient(function, x, grad):
+    x = x.detach().requires_grad_()
+    y = function(x)
+    return y.detach(), *torch.autograd.grad(y, x, grad)
+
+
+def check(backend, x, grad):
+    with force_backend(backend):
+        actual = with_gradient(geglu, x, grad)
+    expected = with_gradient(plain, x, grad)
+    assert_as_exact_as_plain(actual, expected, with_gradient(plain, x.double(), grad.double()))
+    return actual
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("shape", [(2,), (1, 2), (63, 10), (3, 41, 246), (2, 9, 2560), (5, 1, 514)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_value_and_gradient(backend, dtype, shape):
+    y, dx = check(backend, *example(shape, dtype))
+    assert y.is_contiguous()
+    assert dx.is_contiguous()
+
+
+# a failure is not made smaller: that takes minutes of interpreted kernels
+@settings(deadline=None, max_examples=12, derandomize=True, phases=[Phase.generate])
+@given(shape=st.lists(st.integers(1, 9), max_size=3), inner=st.integers(1, 300), seed=st.integers(0, 99))
+def test_any_shape(shape, inner, seed):
+    check("triton", *example((*shape, 2 * inner), seed=seed))
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gates_from_far_below_to_far_above_zero(backend):
+    gates = torch.linspace(-30, 30, 1201, device=DEVICE)
+    x, grad = example((1, 2402))
+    x[:, 1201:] = gates
+    check(backend, x, grad)
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layouts_that_no_kernel_reads(backend):
+    x, grad = example((6, 5, 24))
+    check(backend, x.transpose(0, 1), grad.transpose(0, 1))
+    check(backend, x[..., ::2], grad[..., ::2])
+    check(backend, x, grad[:1].expand_as(grad))
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_not_finite_stays_in_its_place(backend, value):
+    x, grad = example((3, 40), torch.float16)
+    with force_backend(backend):
+        y, dx = with_gradient(geglu, x, grad)
+        x[1, 27] = value
+        hit, dhit = with_gradient(geglu, x, grad)
+    assert not hit[1, 7].isfinite()
+    assert not dhit[1, [7, 27]].isfinite().all()
+    hit[1, 7], dhit[1, 7], dhit[1, 27] = y[1, 7], dx[1, 7], dx[1, 27]
+    assert torch.equal(hit, y)
+    assert torch.equal(dhit, dx)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_runs_are_equal_to_the_last_bit(backend):
+    x, grad = example((7, 50), torch.float16)
+    with force_backend(backend):
+        first, second = with_gradient(geglu, x, grad), with_gradient(geglu, x, grad)
+    assert all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize("shape", [(0, 10), (3, 0)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing(backend, shape):
+    x, grad = example(shape)
+    with force_backend(backend):
+        y, dx = with_gradient(geglu, x, grad)
+    assert y.shape == grad.shape
+    assert dx.shape == x.shape
+
+
+def test_gradcheck():
+    x, _ = example((3, 8), torch.float64)
+    assert torch.autograd.gradcheck(geglu, x.requires_grad_())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(backend):
+    x, grad = example((3, 8))
+    with force_backend(backend):
+        torch.library.opcheck(torch.ops.ddpo_fast.geglu_backward.default, (grad, x))
+        torch.library.opcheck(torch.ops.ddpo_fast.geglu.default, (x.requires_grad_(),))
+
+
+def test_compiles_without_a_graph_break():
+    inputs = example((3, 8))
+    compiled = torch.compile(geglu, fullgraph=True, backend="aot_eager")
+    assert all(map(torch.equal, with_gradient(compiled, *inputs), with_gradient(geglu, *inputs)))
+
+
+def test_an_odd_width():
+    with pytest.raises(ValueError, match="must be even"):
+        geglu(torch.zeros(3, 5))

@@ -1,0 +1,272 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ddpo_fast_kernels import groupnorm_silu as kernels
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from op_checks import DEVICE, DTYPES, HALVES, assert_as_exact_as_plain, in_layout, name_of
+
+from ddpo_fast.ops.backend import force_backend
+from ddpo_fast.ops.groupnorm_silu import groupnorm_silu
+
+BACKENDS = ("reference", "triton")
+EPS = 1e-5
+
+# (N, C, H, W), groups, channels_last: 1, 10, 20, 30, 40, 60, 80 channels a group; 1, 63, 123, 4096 pixels. Interpreted
+# programs take tens of milliseconds each, so there are few.
+CASES = [
+    ((2, 8, 7, 9), 8, True),
+    ((2, 8, 7, 9), 8, False),
+    ((1, 320, 1, 1), 32, True),
+    ((1, 40, 64, 64), 4, True),
+    ((1, 20, 64, 64), 2, False),
+    ((1, 160, 3, 41), 8, True),
+    ((1, 80, 3, 41), 2, False),
+    ((1, 240, 9, 7), 8, True),
+    ((2, 320, 8, 8), 8, True),
+    ((1, 120, 5, 5), 2, False),
+    ((1, 320, 3, 3), 4, True),
+]
+
+
+@pytest.fixture
+def several_groups(monkeypatch):
+    """A program takes several groups of a channels_last image, as with a large batch."""
+    monkeypatch.setattr(kernels, "FULL_GRID", 1)
+
+
+def example(shape, dtype=torch.float32, channels_last=True, seed=0):
+    """x, weight, bias and the gradient of y."""
+    generator = torch.Generator().manual_seed(seed)
+    x, grad = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    weight, bias = (torch.randn(shape[1], generator=generator, dtype=torch.float64) for _ in range(2))
+    x = 2 * x + 0.5
+    if x.ndim == 4:
+        x, grad = in_layout(x, channels_last), in_layout(grad, channels_last)
+    return [tensor.to(DEVICE, dtype) for tensor in (x, weight, bias, grad)]
+
+
+def plain(x, weight, bias, groups, eps, silu=True):
+    # F.group_norm refuses a group of one value; in channels_last, PyTorch's kernel for CPUs is inexact
+    z = torch.group_norm(x.contiguous(), groups, weight, bias, eps)
+    return F.silu(z) if silu else z
+
+
+def with_gradients(function, x, weight, bias, grad, groups, silu=True, eps=EPS):
+    """y, dx, dweight and dbias."""
+    inputs = [tensor.detach().requires_grad_() for tensor in (x, weight, bias)]
+    y = function(*inputs, groups, eps, silu)
+    return y.detach(), *torch.autograd.grad(y, inputs, grad)
+
+
+def check(backend, inputs, groups, silu=True, eps=EPS):
+    with force_backend(backend):
+        actual = with_gradients(groupnorm_silu, *inputs, groups, silu, eps)
+    x = inputs[0]
+    same = [tensor.to(x.dtype) for tensor in inputs]
+    exact = with_gradients(plain, *(tensor.double() for tensor in inputs), groups, silu, eps)
+    expected = list(with_gradients(plain, *same, groups, silu, eps))
+    for i, parameter in enumerate(inputs[1:3], start=2):
+        expected[i] = expected[i].to(parameter.dtype)
+    assert_as_exact_as_plain(actual, expected, exact)
+    return actual
+
+
+@pytest.mark.usefixtures("poisoned_empty", "several_groups")
+@pytest.mark.parametrize(("shape", "groups", "channels_last"), CASES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_value_and_gradients(backend, dtype, shape, groups, channels_last):
+    x, *others = example(shape, dtype, channels_last)
+    y, dx, *_ = check(backend, (x, *others), groups)
+    assert y.stride() == x.stride()
+    assert dx.stride() == x.stride()
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_silu_and_with_another_eps(backend, dtype):
+    check(backend, example((2, 32, 5, 7), dtype), groups=4, silu=False, eps=0.1)
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("dtype", HALVES, ids=name_of)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_fp32_parameters_of_a_half_precision_input(backend, dtype):
+    x, weight, bias, grad = example((2, 32, 5, 7), dtype)
+    check(backend, (x, weight.float(), bias.float(), grad), groups=4)
+
+
+# a failure is not made smaller: that takes minutes of interpreted kernels
+@settings(
+    deadline=None,
+    max_examples=8,
+    derandomize=True,
+    phases=[Phase.generate],
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    images=st.integers(1, 2),
+    groups=st.sampled_from([2, 3, 4, 6]),
+    group_size=st.integers(2, 17),
+    pixels=st.lists(st.integers(4, 23), min_size=1, max_size=2),
+    channels_last=st.booleans(),
+    full_grid=st.sampled_from([1, 4, 264]),
+    seed=st.integers(0, 99),
+)
+def test_any_shape(poisoned_empty, images, groups, group_size, pixels, channels_last, full_grid, seed):
+    shape = (images, groups * group_size, *pixels)
+    x, weight, bias, grad = example(shape, channels_last=channels_last, seed=seed)
+    if channels_last:
+        x, grad = (tensor.movedim(1, -1).contiguous().movedim(-1, 1) for tensor in (x, grad))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "FULL_GRID", full_grid)
+        y, *_ = check("triton", (x, weight, bias, grad), groups)
+    assert y.stride() == x.stride()
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("shape", [(2, 16, 40, 40), (2, 16, 3, 5)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_large_mean_cancels_nothing(backend, shape):
+    x, weight, bias, grad = example(shape)
+    x = x + 1000
+    y, *_ = check(backend, (x, weight, bias, grad), groups=2)
+    # x holds 2^-14 and the statistics are no worse
+    torch.testing.assert_close(y.double(), plain(*(t.double() for t in (x, weight, bias)), 2, EPS), atol=2e-4, rtol=0)
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_channels_of_one_group_that_differ_in_mean(backend):
+    x, *others = example((2, 24, 5, 7))
+    offsets = torch.arange(24, device=DEVICE, dtype=x.dtype).sub(12).mul(30)[:, None, None]
+    check(backend, (x + offsets, *others), groups=2)
+
+
+@pytest.mark.usefixtures("poisoned_empty", "several_groups")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_frozen_parameters_get_no_gradient_and_change_no_other(backend):
+    x, weight, bias, grad = example((2, 40, 5, 7), torch.float16)
+    x.requires_grad_()
+    with force_backend(backend):
+        _, dx, *_ = with_gradients(groupnorm_silu, x, weight, bias, grad, 4)
+        y = groupnorm_silu(x, weight, bias, 4, EPS)
+        y.backward(grad)
+        assert torch.equal(x.grad, dx)
+        # of two parameters one may learn
+        x.grad = None
+        bias.requires_grad_()
+        groupnorm_silu(x, weight, bias, 4, EPS).backward(grad)
+    assert torch.equal(x.grad, dx)
+    assert weight.grad is None
+    assert bias.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_runs_are_equal_to_the_last_bit(backend):
+    inputs = example((3, 40, 5, 7), torch.float16)
+    with force_backend(backend):
+        first, second = (with_gradients(groupnorm_silu, *inputs, 4) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.usefixtures("poisoned_empty", "several_groups")
+@pytest.mark.parametrize(("value", "channels_last"), [(math.inf, True), (math.nan, True), (math.nan, False)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_not_finite_stays_in_its_image_and_group(backend, value, channels_last):
+    inputs = example((3, 40, 5, 7), torch.float16, channels_last)
+    with force_backend(backend):
+        clean = with_gradients(groupnorm_silu, *inputs, 4)[:2]
+        inputs[0][1, 23, 2, 3] = value
+        hit = with_gradients(groupnorm_silu, *inputs, 4)[:2]
+    for before, after in zip(clean, hit, strict=True):
+        assert not after[1, 20:30].isfinite().any()
+        after[1, 20:30] = before[1, 20:30]
+        assert torch.equal(before, after)
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layouts_that_no_kernel_reads(backend):
+    x, weight, bias, grad = example((2, 32, 5, 14))
+    check(backend, (x[..., ::2], weight, bias, grad[..., ::2]), groups=2)
+    # the gradient in another layout than x
+    check(backend, (x, weight, bias, grad.contiguous()), groups=2)
+    check(backend, (x.contiguous(), weight, bias, grad[:1].expand_as(x)), groups=2)
+    # parameters that are columns
+    columns = torch.stack([weight, bias], dim=1)
+    check(backend, (x, columns[:, 0], columns[:, 1], grad), groups=2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_empty_batch(backend):
+    x, weight, bias, grad = example((0, 32, 5, 7))
+    with force_backend(backend):
+        y, dx, dweight, dbias = with_gradients(groupnorm_silu, x, weight, bias, grad, 8)
+    assert y.shape == dx.shape == x.shape
+    assert not dweight.any()
+    assert not dbias.any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_group_of_one_value_is_the_bias(backend):
+    x, weight, bias, _ = example((2, 8, 1, 1))
+    with force_backend(backend):
+        y = groupnorm_silu(x, weight, bias, 8, EPS)
+    # plain PyTorch scales x and the mean before it subtracts
+    torch.testing.assert_close(y, F.silu(bias)[None, :, None, None].expand_as(y), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "contiguous"])
+@pytest.mark.parametrize("silu", [True, False])
+def test_gradcheck(silu, channels_last):
+    x, weight, bias, _ = example((2, 4, 2, 3), torch.float64, channels_last)
+    inputs = [tensor.requires_grad_() for tensor in (x, weight, bias)]
+    assert torch.autograd.gradcheck(lambda *inputs: groupnorm_silu(*inputs, 2, EPS, silu), inputs)
+
+
+@pytest.mark.parametrize(("backend", "channels_last"), [("reference", True), ("reference", False), ("triton", True)])
+def test_opcheck(backend, channels_last):
+    x, weight, bias, grad = example((2, 8, 2, 3), torch.float32, channels_last)
+    inputs = [tensor.requires_grad_() for tensor in (x, weight, bias)]
+    with force_backend(backend):
+        torch.library.opcheck(torch.ops.ddpo_fast.groupnorm_silu.default, (*inputs, 2, EPS, True))
+        saved = torch.ops.ddpo_fast.groupnorm_silu(*inputs, 2, EPS, True)[1:]
+        arguments = [tensor.detach() for tensor in (x, grad, weight, bias, *saved)]
+        for affine in (True, False):
+            backward = torch.ops.ddpo_fast.groupnorm_silu_backward.default
+            torch.library.opcheck(backward, (*arguments, EPS, True, affine))
+
+
+def test_compiles_without_a_graph_break():
+    inputs = example((2, 8, 2, 3))
+    compiled = torch.compile(groupnorm_silu, fullgraph=True, backend="aot_eager")
+    expected = with_gradients(groupnorm_silu, *inputs, 2)
+    assert all(map(torch.equal, with_gradients(compiled, *inputs, 2), expected))
+
+
+def test_shapes_that_do_not_fit():
+    x, weight, bias, _ = example((2, 8, 2, 3))
+    with pytest.raises(ValueError, match="divisible by 3 groups"):
+        groupnorm_silu(x, weight, bias, 3, EPS)
+    with pytest.raises(ValueError, match="bias has shape"):
+        groupnorm_silu(x, weight, bias[:4], 2, EPS)
+
+
+@pytest.mark.parametrize("channels", [320, 640, 960, 1280, 1920, 2560])
+@pytest.mark.parametrize(("images", "itemsize"), [(2, 2), (24, 2), (96, 2), (96, 4)])
+def test_programs_fill_a_gpu_before_they_take_several_groups(images, channels, itemsize):
+    (blocks, _), tile, _ = kernels._tiling(images, channels, 4096, 32, itemsize, channels_last=True)
+    owned = tile["GROUPS"]
+    assert blocks * owned == 32
+    assert owned == 1 or blocks * images >= kernels.FULL_GRID
+    if images == 96:
+        segment = owned * tile["GROUP_SIZE"] * itemsize
+        assert segment >= 64
+        assert segment % 16 == 0
