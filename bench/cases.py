@@ -1,0 +1,254 @@
+"""What is timed: every op at Stable Diffusion 1.5's sizes, beside the plain PyTorch that it replaces."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ddpo_fast.ops import clipped_surrogate, guided, ppo_loss, score_step, step_logprob, take_step
+from ddpo_fast.ops.backend import OPS, Op
+from ddpo_fast.ops.frozen import frozen_conv2d
+from ddpo_fast.ops.gaussian import table_rows
+from ddpo_fast.ops.geglu import geglu
+from ddpo_fast.ops.groupnorm_silu import groupnorm_silu
+from ddpo_fast.ops.lora_linear import lora_linear
+
+Function = Callable[..., Any]
+HALF, BF16, FULL = torch.float16, torch.bfloat16, torch.float32
+GUIDANCE, GROUPS, EPS, SCALING = 5.0, 32, 1e-5, 1.0
+
+
+@dataclass
+class Case:
+    """An op at a size. `moved` has the bytes that each direction moves at least: 'fwd', 'bwd', 'fwd+bwd'."""
+
+    op: Op
+    shape: str
+    dtype: torch.dtype
+    eager: Function
+    fused: Function
+    arguments: tuple[Any, ...]
+    leaves: tuple[Tensor, ...]
+    moved: dict[str, int]
+    others: dict[str, Function] = field(default_factory=dict)
+
+
+def nbytes(*tensors: Tensor) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def normal(*shape: int, dtype: torch.dtype, device: str, channels_last: bool = False) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    made = torch.randn(shape, generator=generator).to(device, dtype)
+    return made.contiguous(memory_format=torch.channels_last) if channels_last else made
+
+
+def size_of(device: str, size: str) -> str:
+    return "tiny" if size == "tiny" else device
+
+
+# images, edge of a latent, dtype and layout of the UNet's output
+STEP_SIZES = {
+    "tiny": [(2, 8, FULL, False)],
+    "cpu": [(12, 64, FULL, False), (12, 64, BF16, False), (12, 64, BF16, True)],
+    "cuda": [(24, 64, HALF, True), (24, 64, HALF, False), (24, 64, FULL, False), (6, 64, HALF, True)],
+}
+
+
+def _step_inputs(device: str, size: str) -> Iterator[tuple[str, torch.dtype, Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    for images, edge, dtype, channels_last in STEP_SIZES[size_of(device, size)]:
+        shape = (images, 4, edge, edge)
+        output = normal(2 * images, *shape[1:], dtype=dtype, device=device, channels_last=channels_last)
+        latents = normal(*shape, dtype=FULL, device=device)
+        noise = latents.flip(0)
+        table = torch.tensor([[1.0, -0.05, 0.05]], device=device).expand(50, 3).contiguous()
+        timesteps = torch.arange(images, device=device)
+        name = f"{images} x 4 x {edge} x {edge} {'channels_last' if channels_last else 'contiguous'}"
+        yield name, dtype, output.requires_grad_(), latents, noise, table, timesteps
+
+
+def step_logprob_cases(device: str, size: str) -> Iterator[Case]:
+    def eager(output: Tensor, latents: Tensor, noise: Tensor, table: Tensor, timesteps: Tensor) -> tuple[Tensor, ...]:
+        combined = guided(output, GUIDANCE)
+        rows = table_rows(table, timesteps, latents)
+        following = take_step(combined, latents, noise, *rows)
+        log_probs = score_step(combined, latents, following, *rows)
+        return following, log_probs, torch.cat([following] * 2).to(output.dtype)
+
+    def fused(*arguments: Tensor) -> tuple[Tensor, ...]:
+        return step_logprob(*arguments, GUIDANCE)
+
+    for name, dtype, output, latents, noise, table, timesteps in _step_inputs(device, size):
+        latents.requires_grad_()
+        step = nbytes(output, latents, timesteps)
+        moved = {"fwd": 2 * step + nbytes(noise), "bwd": 3 * step + nbytes(latents)}
+        arguments = (output, latents, noise, table, timesteps)
+        yield Case(OPS["step_logprob"], name, dtype, eager, fused, arguments, (output, latents), moved)
+
+
+def ppo_loss_cases(device: str, size: str) -> Iterator[Case]:
+    clip_range, limit = 1e-4, 5.0
+
+    def eager(
+        output: Tensor, latents: Tensor, following: Tensor, old: Tensor, advantages: Tensor, table: Tensor, t: Tensor
+    ) -> Tensor:
+        log_probs = score_step(guided(output, GUIDANCE), latents, following, *table_rows(table, t, latents))
+        ratio = torch.exp(log_probs - old)
+        with torch.no_grad():
+            moved = (ratio - 1).abs()
+            _ = 0.5 * (log_probs - old).square().mean(), (moved > clip_range).float().mean(), moved.max()
+        return clipped_surrogate(advantages.clamp(-limit, limit), clip_range, ratio)
+
+    def fused(*arguments: Tensor) -> Tensor:
+        return ppo_loss(*arguments, GUIDANCE, clip_range=clip_range, advantage_limit=limit).loss
+
+    for name, dtype, output, latents, noise, table, timesteps in _step_inputs(device, size):
+        with torch.no_grad():
+            rows = table_rows(table, timesteps, latents)
+            combined = guided(output, GUIDANCE)
+            following = take_step(combined, latents, noise, *rows)
+            old = score_step(combined, latents, following, *rows)
+        arguments = (output, latents, following, old, torch.ones_like(old), table, timesteps)
+        # the gradient can be had in the pass that computes the loss, which is why there is one direction
+        moved = {"fwd+bwd": 2 * nbytes(output) + nbytes(latents, following, old, old, old, timesteps)}
+        yield Case(OPS["ppo_loss"], name, dtype, eager, fused, arguments, (output,), moved)
+
+
+# images, channels, edge, dtype: the five largest shapes of the UNet
+GROUPNORM_SIZES = {
+    "tiny": [(2, 64, 8, FULL)],
+    "cpu": [(2, 320, 64, FULL), (2, 640, 32, FULL), (2, 320, 64, BF16), (2, 640, 32, BF16)],
+    "cuda": [(24, c, edge, HALF) for edge, c in ((64, 960), (64, 640), (64, 320), (32, 1920), (32, 1280))],
+}
+
+
+def groupnorm_silu_cases(device: str, size: str) -> Iterator[Case]:
+    def eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.silu(F.group_norm(x, GROUPS, weight, bias, EPS))
+
+    def fused(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return groupnorm_silu(x, weight, bias, GROUPS, EPS)
+
+    for images, channels, edge, dtype in GROUPNORM_SIZES[size_of(device, size)]:
+        x = normal(images, channels, edge, edge, dtype=dtype, device=device, channels_last=True).requires_grad_()
+        weight = torch.ones(channels, dtype=dtype, device=device, requires_grad=True)
+        bias = torch.zeros_like(weight, requires_grad=True)
+        name = f"{images} x {channels} x {edge} x {edge} channels_last"
+        moved = with_both(2 * nbytes(x) + nbytes(weight, bias), 3 * nbytes(x) + nbytes(weight, weight, bias))
+        leaves = (x, weight, bias)
+        others = _liger_groupnorm(device)
+        yield Case(OPS["groupnorm_silu"], name, dtype, eager, fused, leaves, leaves, moved, others)
+
+
+# rows, width of the projection (values and gates), dtype
+GEGLU_SIZES = {
+    "tiny": [(64, 64, FULL)],
+    "cpu": [(2048, 2560, FULL), (2048, 2560, BF16)],
+    "cuda": [(4096 * 24, 2560, HALF), (1024 * 24, 5120, HALF)],
+}
+
+
+def geglu_cases(device: str, size: str) -> Iterator[Case]:
+    def eager(x: Tensor) -> Tensor:
+        values, gates = x.chunk(2, -1)
+        return values * F.gelu(gates)
+
+    for rows, width, dtype in GEGLU_SIZES[size_of(device, size)]:
+        x = normal(rows, width, dtype=dtype, device=device).requires_grad_()
+        moved = {"fwd": nbytes(x) * 3 // 2, "bwd": nbytes(x) * 5 // 2}
+        others = _liger_geglu(device)
+        yield Case(OPS["geglu"], f"{rows} x {width}", dtype, eager, geglu, (x,), (x,), moved, others)
+
+
+# rows, channels, rank, dtype
+LORA_SIZES = {
+    "tiny": [(64, 32, 4, FULL)],
+    "cpu": [(2048, 320, 4, FULL), (2048, 320, 4, BF16)],
+    "cuda": [(4096 * 24, 320, 4, HALF)],
+}
+
+
+def lora_linear_cases(device: str, size: str) -> Iterator[Case]:
+    def eager(x: Tensor, weight: Tensor, bias: Tensor, lora_a: Tensor, lora_b: Tensor) -> Tensor:
+        low = F.linear(x, lora_a.to(x.dtype))
+        return F.linear(x, weight, bias) + F.linear(low, lora_b.to(x.dtype)) * SCALING
+
+    def fused(*arguments: Tensor) -> Tensor:
+        return lora_linear(*arguments, SCALING)
+
+    for rows, channels, rank, dtype in LORA_SIZES[size_of(device, size)]:
+        x = normal(rows, channels, dtype=dtype, device=device).requires_grad_()
+        weight = normal(channels, channels, dtype=dtype, device=device)
+        bias = torch.zeros(channels, dtype=dtype, device=device)
+        # adapters are trained in fp32
+        lora_a = normal(rank, channels, dtype=FULL, device=device).requires_grad_()
+        lora_b = normal(channels, rank, dtype=FULL, device=device).requires_grad_()
+        operands = nbytes(x, weight, lora_a, lora_b)
+        moved = {"fwd+bwd": operands + nbytes(bias, x) + operands + nbytes(x, x, lora_a, lora_b)}
+        arguments = (x, weight, bias, lora_a, lora_b)
+        name = f"{rows} x {channels}, rank {rank}"
+        yield Case(OPS["lora_linear"], name, dtype, eager, fused, arguments, (x, lora_a, lora_b), moved)
+
+
+# images, channels, edge, dtype
+CONV_SIZES = {
+    "tiny": [(2, 8, 8, FULL)],
+    "cpu": [(2, 320, 32, FULL)],
+    "cuda": [(24, 320, 64, HALF), (24, 640, 32, HALF)],
+}
+
+
+def frozen_cases(device: str, size: str) -> Iterator[Case]:
+    def eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.conv2d(x, weight, bias, padding=1)
+
+    def fused(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return frozen_conv2d(x, weight, bias, padding=(1, 1))
+
+    for images, channels, edge, dtype in CONV_SIZES[size_of(device, size)]:
+        x = normal(images, channels, edge, edge, dtype=dtype, device=device, channels_last=True).requires_grad_()
+        weight = normal(channels, channels, 3, 3, dtype=dtype, device=device, channels_last=True)
+        bias = torch.zeros(channels, dtype=dtype, device=device)
+        name = f"{images} x {channels} x {edge} x {edge}, 3 x 3 channels_last"
+        moved = {"fwd+bwd": 4 * nbytes(x) + nbytes(weight, weight, bias)}
+        yield Case(OPS["frozen_conv2d"], name, dtype, eager, fused, (x, weight, bias), (x,), moved)
+
+
+CASES: dict[str, Callable[[str, str], Iterator[Case]]] = {
+    "step_logprob": step_logprob_cases,
+    "ppo_loss": ppo_loss_cases,
+    "groupnorm_silu": groupnorm_silu_cases,
+    "geglu": geglu_cases,
+    "lora_linear": lora_linear_cases,
+    "frozen": frozen_cases,
+}
+
+
+def with_both(forward: int, backward: int) -> dict[str, int]:
+    return {"fwd": forward, "bwd": backward, "fwd+bwd": forward + backward}
+
+
+def _liger_groupnorm(device: str) -> dict[str, Function]:
+    if device != "cuda" or importlib.util.find_spec("liger_kernel") is None:
+        return {}
+    from liger_kernel.ops.group_norm import LigerGroupNormFunction
+
+    def liger(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.silu(LigerGroupNormFunction.apply(x.contiguous(), weight, bias, x.shape[1], GROUPS, EPS))
+
+    return {"liger": liger}
+
+
+def _liger_geglu(device: str) -> dict[str, Function]:
+    if device != "cuda" or importlib.util.find_spec("liger_kernel") is None:
+        return {}
+    from liger_kernel.ops.geglu import LigerGELUMulFunction
+
+    # the tanh approximation, which is not what Stable Diffusion was trained with
+    return {"liger": lambda x: LigerGELUMulFunction.apply(*x.chunk(2, -1)[::-1])}
