@@ -81,7 +81,7 @@ def step_logprob_cases(device: str, size: str) -> Iterator[Case]:
         log_probs = score_step(combined, latents, following, *rows)
         return following, log_probs, torch.cat([following] * 2).to(output.dtype)
 
-    def fused(*arguments: Tensor) -> tuple[Tensor, ...]:
+    def fused(*arguments: Any) -> tuple[Tensor, ...]:
         return step_logprob(*arguments, GUIDANCE)
 
     for name, dtype, output, latents, noise, table, timesteps in _step_inputs(device, size):
@@ -105,7 +105,7 @@ def ppo_loss_cases(device: str, size: str) -> Iterator[Case]:
             _ = 0.5 * (log_probs - old).square().mean(), (moved > clip_range).float().mean(), moved.max()
         return clipped_surrogate(advantages.clamp(-limit, limit), clip_range, ratio)
 
-    def fused(*arguments: Tensor) -> Tensor:
+    def fused(*arguments: Any) -> Tensor:
         return ppo_loss(*arguments, GUIDANCE, clip_range=clip_range, advantage_limit=limit).loss
 
     for name, dtype, output, latents, noise, table, timesteps in _step_inputs(device, size):
@@ -179,7 +179,7 @@ def lora_linear_cases(device: str, size: str) -> Iterator[Case]:
         low = F.linear(x, lora_a.to(x.dtype))
         return F.linear(x, weight, bias) + F.linear(low, lora_b.to(x.dtype)) * SCALING
 
-    def fused(*arguments: Tensor) -> Tensor:
+    def fused(*arguments: Any) -> Tensor:
         return lora_linear(*arguments, SCALING)
 
     for rows, channels, rank, dtype in LORA_SIZES[size_of(device, size)]:

@@ -2,50 +2,68 @@
 # Every figure that needs a GPU, in one command for an offline machine, most valuable first.
 #   OUT=FOLDER bench/on_gpu.sh        stages that are in FOLDER already are skipped
 #   DRY_RUN=1 bench/on_gpu.sh         every stage at tiny sizes on a CPU
+# PYTHON is the interpreter, LIMIT a stage's seconds, ONLY a regular expression for the stages to run.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-export OUT=${OUT:-bench/records/gpu} PYTHONPATH="$PWD:$PWD/kernels:${PYTHONPATH:-}"
-python=${PYTHON:-python3}
+export OUT=${OUT:-bench/records/gpu} PYTHONPATH="$PWD:$PWD/kernels:${PYTHONPATH:-}" KINETO_LOG_LEVEL=${KINETO_LOG_LEVEL:-99}
+python=${PYTHON:-python3} limit=${LIMIT:-170}
 mkdir -p "$OUT"
-size=full device=cuda quick=()
-if [[ ${DRY_RUN:-} ]]; then size=tiny device=cpu quick=(-k "determin or opcheck or custom_op or library"); else unset TRITON_INTERPRET; fi
-failed=0
+size=full device=cuda quick=() kernels=() compiler=(--compile --rounds 9)
+if [[ ${DRY_RUN:-} ]]; then
+    size=tiny device=cpu quick=(-k "determin or last_bit or refuse or unknown_names") compiler=()
+    kernels=(--only geglu --architectures 90)
+fi
+# interpreted kernels are neither timed nor compiled; the tests' own settings interpret them where there is no GPU
+unset TRITON_INTERPRET
+failed=0 summary=""
 
 # stage NAME RESULT COMMAND...: the command writes RESULT.part, which takes its name when the stage has passed
 stage() {
     local name=$1 result=$OUT/$2 begun=$SECONDS
     shift 2
-    if [[ -e $result ]]; then echo "$name: done before"; return; fi
+    [[ $name =~ ${ONLY:-.} ]] || return
+    if [[ -e $result ]]; then report "$name" "done before"; return; fi
     rm -f "$result.part"
-    if timeout 170 "$@" >"$OUT/$name.log" 2>&1 && [[ -e $result.part ]]; then
+    if timeout "$limit" "$@" >"$OUT/$name.log" 2>&1 && [[ -e $result.part ]]; then
         mv "$result.part" "$result"
-        echo "$name: $((SECONDS - begun)) s"
+        report "$name" "$((SECONDS - begun)) s"
     else
         failed=1
-        echo "$name: FAILED after $((SECONDS - begun)) s"
+        report "$name" "FAILED after $((SECONDS - begun)) s"
         tail -n 15 "$OUT/$name.log"
     fi
 }
+report() {
+    echo "$1: $2"
+    summary+=$(printf '%-24s%s' "$1" "$2")$'\n'
+}
 tests() { stage "tests-$1" "tests-$1.xml" "$python" -m pytest -q "${quick[@]}" "--junitxml=$OUT/tests-$1.xml.part" "${@:2}"; }
+
+# times NAME TESTS OPTION...: a few quick tests prove nothing, so a dry run's records say that they are unverified
 times() {
-    [[ -e $OUT/tests-$1.xml ]] || { echo "ops-$2: skipped, its tests have not passed"; failed=1; return; }
-    stage "ops-$2" "ops-$2.jsonl" "$python" bench/ops.py --op "$2" --device $device --size $size --skip-tests \
-        --output "$OUT/ops-$2.jsonl.part"
+    local name=ops-$1 tests=$OUT/tests-$2.xml gate=(--tested "$OUT/tests-$2.xml")
+    [[ $name =~ ${ONLY:-.} ]] || return
+    [[ -e $tests ]] || { failed=1; report "$name" "skipped, its tests have not passed"; return; }
+    [[ -z ${DRY_RUN:-} ]] || gate=(--skip-tests)
+    stage "$name" "$name.jsonl" "$python" bench/ops.py --device $device --size $size "${gate[@]}" \
+        --output "$OUT/$name.jsonl.part" --plot "$OUT/$name.png" "${@:3}"
 }
 
 tests steps tests/test_step_logprob.py tests/test_ppo_loss.py
-times steps step_logprob
-times steps ppo_loss
+times step_logprob steps --op step_logprob
+times ppo_loss steps --op ppo_loss
 tests norms tests/test_groupnorm_silu.py
-times norms groupnorm_silu
+times groupnorm_silu norms --op groupnorm_silu
 tests gates tests/test_geglu.py
-times gates geglu
-quick=()
+times geglu gates --op geglu
 tests layers tests/test_lora_linear.py tests/test_frozen.py
-times layers lora_linear
-times layers frozen
-[[ ${DRY_RUN:-} ]] || tests unet tests/test_fuse_unet.py tests/test_attention.py
-[[ ${DRY_RUN:-} ]] || stage kernels kernels.jsonl "$python" bench/compile_kernels.py --output "$OUT/kernels.jsonl.part"
+times lora_linear layers --op lora_linear
+times frozen layers --op frozen
+tests unet tests/test_fuse_unet.py tests/test_attention.py
+times compiled_steps steps --op step_logprob ppo_loss "${compiler[@]}"
+times compiled_norms norms --op groupnorm_silu "${compiler[@]}"
+times compiled_gates gates --op geglu "${compiler[@]}"
+stage kernels kernels.jsonl "$python" bench/compile_kernels.py "${kernels[@]}" --output "$OUT/kernels.jsonl.part"
 
 "$python" - "$OUT" <<'PY'
 import json, pathlib, sys
@@ -53,6 +71,7 @@ for path in sorted(pathlib.Path(sys.argv[1]).glob("ops-*.jsonl")):
     for row in map(json.loads, path.read_text().splitlines()):
         print(f"{row['op']:<15}{row['direction']:<8}{row['dtype']:<9}{row['shape']:<38}{row['contender']:<14}"
               f"{row['us_p50']:>10.1f} us{row['share_of_copy']:>7.0%} of copy"
-              f"{row['speed_up']:>7.2f}x{row['launches']:>5} {row['launches_are']}")
+              f"{row['speed_up']:>7.2f}x{row['launches'] or '':>5} {row['launches_are']}")
 PY
+echo "$summary"
 exit $failed

@@ -9,33 +9,23 @@ the bytes that the op must move at least, over the op's time.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import subprocess
 import sys
-import types
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
+from xml.etree import ElementTree
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
-if "ddpo_fast" not in sys.modules:
-    # the package imports diffusers and transformers: seconds for nothing, its ops need torch only
-    package = types.ModuleType("ddpo_fast")
-    package.__path__ = [str(ROOT / "ddpo_fast")]
-    sys.modules["ddpo_fast"] = package
-
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+import paths
 import record
 import timing
 import torch
 from cases import CASES, Case, Function
+from matplotlib.figure import Figure
 
 from ddpo_fast.ops.backend import BACKENDS, force_backend
 
@@ -45,7 +35,7 @@ Row = dict[str, Any]
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     facts = record.facts(options.device)
-    output = options.output or ROOT / "bench" / "records" / f"ops-{record.slug(facts['device'])}.jsonl"
+    output = options.output or paths.ROOT / "bench" / "records" / f"ops-{record.slug(facts['device'])}.jsonl"
     facts["large_copy_gb_per_s"] = record.copy_bandwidth(2**20 if options.size == "tiny" else 2**28, options.device)
     rows, refused = [], []
     for stem in options.op:
@@ -79,7 +69,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="default: 21, or 3 for tiny sizes")
     parser.add_argument("--compile", action="store_true", help="torch.compile is a contender too (takes long)")
     parser.add_argument("--skip-tests", action="store_true", help="the records say that they are unverified")
-    parser.add_argument("--tested", type=Path, help="run_tests.py's records: what passed there is not tested again")
+    parser.add_argument(
+        "--tested", type=Path, help="pytest's --junitxml report: ops that passed there are not tested again"
+    )
     parser.add_argument("--test-command", default=f"{shlex.quote(sys.executable)} -m pytest -q tests/test_{{op}}.py")
     options = parser.parse_args(arguments)
     options.rounds = options.rounds or (3 if options.size == "tiny" else 21)
@@ -92,17 +84,21 @@ def say(text: str) -> None:
 
 def failed_tests(stem: str, options: argparse.Namespace) -> str:
     """The end of what an op's failing tests print, or '' if they pass."""
-    if options.tested and options.tested.exists():
-        done = [json.loads(line) for line in options.tested.read_text(encoding="utf-8").splitlines()]
-        if any(row["file"] == f"tests/test_{stem}.py" and row["all_passed"] for row in done):
-            return ""
+    if options.tested and all_passed(stem, options.tested):
+        return ""
     environment = dict(os.environ)
     if options.device == "cuda":
         environment.pop("TRITON_INTERPRET", None)
     command = shlex.split(options.test_command.format(op=stem))
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=paths.ROOT, env=environment, capture_output=True, text=True)
     said = (done.stdout + done.stderr)[-2000:]
     return "" if done.returncode == 0 else said or f"{command[0]} ended with status {done.returncode}"
+
+
+def all_passed(stem: str, report: Path) -> bool:
+    """Whether pytest's JUnit report has the op's tests and no failure or error among them."""
+    tests = [test for test in ElementTree.parse(report).iter("testcase") if f"test_{stem}" in test.get("classname", "")]
+    return bool(tests) and not any(test.find(kind) is not None for test in tests for kind in ("failure", "error"))
 
 
 def contenders(case: Case, options: argparse.Namespace) -> Iterator[tuple[str, Function, str]]:
@@ -139,9 +135,8 @@ def measured(case: Case, direction: str, options: argparse.Namespace) -> Iterato
     for name, function, backend in contenders(case, options):
         try:
             runs[name] = with_backend(prepared(function, case, direction), backend)
-            costs[name] = cost(
-                runs[name], with_backend(lambda f=function: f(*case.arguments), backend), direction, options
-            )
+            forward = with_backend(partial(function, *case.arguments), backend)
+            costs[name] = cost(name, runs[name], forward, direction, options.device)
         except Exception as error:
             if name not in ("torch.compile", "liger"):
                 raise
@@ -163,12 +158,14 @@ def with_backend(run: timing.Run, backend: str) -> timing.Run:
     return forced
 
 
-def cost(run: timing.Run, forward: timing.Run, direction: str, options: argparse.Namespace) -> Row:
+def cost(name: str, run: timing.Run, forward: timing.Run, direction: str, device: str) -> Row:
     """What a call costs besides time."""
     run()
+    # ops are counted by a mode under which compiled code falls back to eager, and stays so afterwards
+    uncounted = name == "torch.compile" and device == "cpu"
     return {
-        **timing.launches(run, options.device),
-        "peak_bytes": timing.peak_bytes(run, options.device),
+        **(timing.NO_LAUNCHES if uncounted else timing.launches(run, device)),
+        "peak_bytes": timing.peak_bytes(run, device),
         "kept_bytes": None if direction == "fwd" else timing.kept_bytes(forward),
     }
 
@@ -220,45 +217,38 @@ def print_table(rows: list[Row]) -> None:
             f"{r['op'] + ' ' + r['direction'] + ' ' + r['dtype']:<34}{r['shape']:<46}{r['contender']:<14}"
             f"{r['us_p20']:>9.1f}{r['us_p50']:>9.1f}{r['us_p80']:>9.1f}   {r['gb_per_s']:>7.1f}"
             f"{r['share_of_copy']:>9.0%}"
-            f"{r['peak_bytes'] / 1e6:>9.2f}{kept:>9}{r['launches']:>16}{r['speed_up']:>10.2f}"
+            f"{r['peak_bytes'] / 1e6:>9.2f}{kept:>9}{r['launches'] or '':>16}{r['speed_up']:>10.2f}"
         )
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Speed-up over eager with its p20 and p80, a panel for each op; beside the bar the share of the copy's speed."""
-    ops = {
-        op: [r for r in rows if r["op"] == op and r["contender"] != "eager"]
-        for op in dict.fromkeys(r["op"] for r in rows)
-    }
-    names = sorted({r["contender"] for shown in ops.values() for r in shown})
-    heights = [max(len(shown), 2) for shown in ops.values()]
-    figure, panels = plt.subplots(
-        len(ops),
-        squeeze=False,
-        figsize=(11, 0.28 * sum(heights) + len(ops)),
-        height_ratios=heights,
-        layout="constrained",
-    )
-    for axis, (op, shown) in zip(panels[:, 0], ops.items(), strict=True):
-        shown = shown[::-1]
-        values = [r["speed_up"] for r in shown]
-        beyond = [
-            [r["speed_up"] - r["speed_up_p20"] for r in shown],
-            [r["speed_up_p80"] - r["speed_up"] for r in shown],
-        ]
-        colours = [f"C{names.index(r['contender'])}" for r in shown]
-        axis.barh(range(len(shown)), values, xerr=beyond, color=colours, ecolor="grey")
-        labels = [f"{r['contender']}: {r['direction']} {r['dtype']}, {r['shape']}" for r in shown]
-        axis.set_yticks(range(len(shown)), labels, fontsize=7)
-        for i, r in enumerate(shown):
-            axis.text(r["speed_up_p80"], i, f" {r['speed_up']:.2f} ({r['share_of_copy']:.0%})", va="center", fontsize=7)
-        axis.axvline(1, color="black", linewidth=0.8)
-        axis.set_title(op, fontsize=9)
-        axis.set_xlim(0, 1.2 * max(r["speed_up_p80"] for r in shown))
-    panels[-1, 0].set_xlabel("speed-up over eager PyTorch (share of a copy's bandwidth)")
+    """Speed-ups over eager with their p20 and p80, a panel for each op; beside a bar, its share of a copy's speed."""
+    shown = [row for row in rows if row["contender"] != "eager"]
+    ops = {name: [row for row in shown if row["op"] == name][::-1] for name in dict.fromkeys(r["op"] for r in shown)}
+    colours = {name: f"C{i}" for i, name in enumerate(sorted({row["contender"] for row in shown}))}
+    heights = [max(len(bars), 2) + 1 for bars in ops.values()]
+    figure = Figure(figsize=(11, 0.25 * sum(heights) + 1), layout="constrained")
+    panels = figure.subplots(len(ops), squeeze=False, height_ratios=heights)[:, 0]
+    for axis, (name, bars) in zip(panels, ops.items(), strict=True):
+        draw(axis, bars, colours)
+        axis.set_title(name, fontsize=9)
+    panels[-1].set_xlabel("speed-up over eager PyTorch (in brackets: share of a copy's bandwidth)")
     figure.suptitle(f"{rows[0]['device']}, torch {rows[0]['torch']}", fontsize=9)
     figure.savefig(path, dpi=130)
-    plt.close(figure)
+
+
+def draw(axis: Any, bars: list[Row], colours: dict[str, str]) -> None:
+    places, values = range(len(bars)), [bar["speed_up"] for bar in bars]
+    below = [bar["speed_up"] - bar["speed_up_p20"] for bar in bars]
+    above = [bar["speed_up_p80"] - bar["speed_up"] for bar in bars]
+    axis.barh(places, values, xerr=[below, above], color=[colours[bar["contender"]] for bar in bars], ecolor="grey")
+    labels = [f"{bar['contender']}: {bar['direction']} {bar['dtype']}, {bar['shape']}" for bar in bars]
+    axis.set_yticks(places, labels, fontsize=7)
+    for place, bar in zip(places, bars, strict=True):
+        text = f" {bar['speed_up']:.2f} ({bar['share_of_copy']:.0%})"
+        axis.text(bar["speed_up_p80"], place, text, va="center", fontsize=7)
+    axis.axvline(1, color="black", linewidth=0.8)
+    axis.set_xlim(0, 1.2 * max(1, *(bar["speed_up_p80"] for bar in bars)))
 
 
 if __name__ == "__main__":

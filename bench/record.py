@@ -13,19 +13,18 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import paths
 import torch
 from timing import Clock
-
-ROOT = Path(__file__).parents[1]
 
 
 def facts(device_type: str) -> dict[str, Any]:
     """The commit, the date, the machine and the versions."""
     # records themselves do not make a tree dirty: the first one would make all that follow it so
-    changes = _said("git", "-C", str(ROOT), "status", "--porcelain", "--", ".", ":!bench/records")
+    changes = _said("git", "-C", str(paths.ROOT), "status", "--porcelain", "--", ".", ":!bench/records")
     power, driver = _power_and_driver() if device_type == "cuda" else (None, None)
     return {
-        "commit": _said("git", "-C", str(ROOT), "rev-parse", "HEAD"),
+        "commit": _said("git", "-C", str(paths.ROOT), "rev-parse", "HEAD"),
         "dirty": None if changes is None else bool(changes),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": device_name(device_type),

@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 Run = Callable[[], Any]
+NO_LAUNCHES = {"launches": None, "launches_are": "dispatched ops", "kernel_us": None}
 
 
 class Clock:
@@ -81,7 +82,7 @@ def launches(run: Run, device_type: str) -> dict[str, Any]:
     if device_type == "cpu":
         with _DispatchedOps() as ops:
             run()
-        return {"launches": ops.count, "launches_are": "dispatched ops", "kernel_us": None}
+        return {**NO_LAUNCHES, "launches": ops.count}
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
         run()
         torch.cuda.synchronize()

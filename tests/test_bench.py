@@ -36,3 +36,31 @@ def test_an_op_whose_tests_fail_is_not_timed(tmp_path):
     assert done.returncode != 0
     assert "geglu" in done.stdout + done.stderr
     assert not output.exists() or not output.read_text()
+
+
+def test_a_report_of_passed_tests_opens_the_gate(tmp_path):
+    output, report = tmp_path / "ops.jsonl", tmp_path / "tests.xml"
+    options = ["--op", "geglu", "--device", "cpu", "--size", "tiny", "--output", str(output), "--tested", str(report)]
+    options += ["--test-command", "false"]
+    suite = '<testsuites><testsuite><testcase classname="tests.test_geglu">{}</testcase></testsuite></testsuites>'
+    report.write_text(suite.format("<failure/>"))
+    assert run(sys.executable, "bench/ops.py", *options).returncode != 0
+    assert not output.exists()
+    report.write_text(suite.format(""))
+    assert run(sys.executable, "bench/ops.py", *options).returncode == 0
+    assert not any(json.loads(line)["unverified"] for line in output.read_text().splitlines())
+
+
+def test_a_failed_stage_stops_no_other_and_runs_again(tmp_path):
+    broken = tmp_path / "python"
+    broken.write_text(f'#!/bin/sh\ncase "$*" in *--op\\ lora_linear*) exit 1;; esac\nexec {sys.executable} "$@"\n')
+    broken.chmod(0o755)
+    settings = {"DRY_RUN": "1", "OUT": str(tmp_path / "out"), "ONLY": "layers|lora|frozen|kernels"}
+    first = run("bash", "bench/on_gpu.sh", **settings, PYTHON=str(broken))
+    assert first.returncode == 1, first.stderr
+    results = {path.name for path in (tmp_path / "out").iterdir() if path.suffix in (".jsonl", ".xml")}
+    assert results == {"tests-layers.xml", "ops-frozen.jsonl", "kernels.jsonl"}
+    second = run("bash", "bench/on_gpu.sh", **settings)
+    assert second.returncode == 0, second.stdout
+    assert (tmp_path / "out" / "ops-lora_linear.jsonl").exists()
+    assert second.stdout.count("done before") == 2 * 3, second.stdout
