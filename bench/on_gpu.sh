@@ -65,13 +65,7 @@ times compiled_norms norms --op groupnorm_silu "${compiler[@]}"
 times compiled_gates gates --op geglu "${compiler[@]}"
 stage kernels kernels.jsonl "$python" bench/compile_kernels.py "${kernels[@]}" --output "$OUT/kernels.jsonl.part"
 
-"$python" - "$OUT" <<'PY'
-import json, pathlib, sys
-for path in sorted(pathlib.Path(sys.argv[1]).glob("ops-*.jsonl")):
-    for row in map(json.loads, path.read_text().splitlines()):
-        print(f"{row['op']:<15}{row['direction']:<8}{row['dtype']:<9}{row['shape']:<38}{row['contender']:<14}"
-              f"{row['us_p50']:>10.1f} us{row['share_of_copy']:>7.0%} of copy"
-              f"{row['speed_up']:>7.2f}x{row['launches'] or '':>5} {row['launches_are']}")
-PY
+records=("$OUT"/ops-*.jsonl)
+[[ ! -e ${records[0]} ]] || "$python" bench/ops.py --show "${records[@]}"
 echo "$summary"
 exit $failed

@@ -9,6 +9,7 @@ the bytes that the op must move at least, over the op's time.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import subprocess
@@ -34,6 +35,9 @@ Row = dict[str, Any]
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    if options.show:
+        print_table([json.loads(line) for file in options.show for line in file.read_text("utf-8").splitlines()])
+        return 0
     facts = record.facts(options.device)
     output = options.output or paths.ROOT / "bench" / "records" / f"ops-{record.slug(facts['device'])}.jsonl"
     facts["large_copy_gb_per_s"] = record.copy_bandwidth(2**20 if options.size == "tiny" else 2**28, options.device)
@@ -72,6 +76,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--tested", type=Path, help="pytest's --junitxml report: ops that passed there are not tested again"
     )
+    parser.add_argument("--show", type=Path, nargs="+", help="print these records and time nothing")
     parser.add_argument("--test-command", default=f"{shlex.quote(sys.executable)} -m pytest -q tests/test_{{op}}.py")
     options = parser.parse_args(arguments)
     options.rounds = options.rounds or (3 if options.size == "tiny" else 21)

@@ -104,6 +104,21 @@ __device__ void load_guided(const T* output, const Layout& layout, int64_t image
   for (int j = 0; j < 4; ++j) out[j] = __fmaf_rn(layout.guidance, text[j] - out[j], out[j]);
 }
 
+// The gradient to the model's output from that to the guided one: what `load_guided` combines.
+template <typename T>
+__device__ void store_guided(const float grad[4], const Layout& layout, int64_t image, int64_t d, T* output) {
+  T* row = output + image * layout.elements;
+  if (!layout.guided) return store_four(grad, layout, layout.channels_last, d, row);
+  float uncond[4], text[4];
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    uncond[j] = (1.0f - layout.guidance) * grad[j];
+    text[j] = layout.guidance * grad[j];
+  }
+  store_four(uncond, layout, layout.channels_last, d, row);
+  store_four(text, layout, layout.channels_last, d, row + layout.images * layout.elements);
+}
+
 struct Coefficients {
   float c_x;
   float c_m;

@@ -106,6 +106,19 @@ inline void check_timesteps(const Tensor& timesteps, const Tensor& table) {
   }
 }
 
+// The gradient to the model's output from that to the guided one: what `load_guided` combines. Overwrites the tile.
+template <typename T>
+void store_guided(float* tile, const Rows& rows, int64_t image, int64_t start, int64_t n, float guidance, T* data) {
+  if (!rows.guided) return store_tile(tile, rows, image, start, n, data);
+  alignas(64) float text[TILE];
+  for (int64_t i = 0; i < n; ++i) {
+    text[i] = guidance * tile[i];
+    tile[i] = (1 - guidance) * tile[i];
+  }
+  store_tile(tile, rows, image, start, n, data);
+  store_tile(text, rows, image + rows.images, start, n, data);
+}
+
 struct Coefficients {
   float c_x;
   float c_m;

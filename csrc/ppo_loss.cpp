@@ -1,17 +1,10 @@
 #include "gaussian.h"
+#include "ppo_loss.h"
 
 #include <vector>
 
 namespace ddpo_fast {
 namespace {
-
-struct Bounds {
-  float low;
-  float high;
-  float clip_range;
-  float advantage_limit;
-  float reference_weight;
-};
 
 struct Terms {
   float loss;
@@ -73,23 +66,13 @@ void ppo_loss(
     const Tensor& metrics,
     const Tensor& log_probs,
     const Tensor& grad) {
-  check_step(latents, table, timesteps);
+  const Rows rows = check_pairs(
+      model_output, reference_output, latents, next_latents, old_log_probs, advantages, table, timesteps,
+      guidance_scale.has_value(), metrics, log_probs, grad);
+  const int64_t count = rows.images;
   check_timesteps(timesteps, table);
-  const int64_t count = latents.size(0);
-  CHECK_LATENTS(next_latents, latents);
-  CHECK_SHAPE(timesteps, count);
-  CHECK_SHAPE(old_log_probs, count);
-  CHECK_SHAPE(advantages, count);
-  CHECK_SHAPE(log_probs, count);
-  CHECK_SHAPE(metrics, 4);
-  check_same_rows("grad", grad, model_output);
-  if (reference_output) check_same_rows("reference_output", *reference_output, model_output);
-  const Rows rows = rows_of(model_output, latents, guidance_scale.has_value());
-  STD_TORCH_CHECK(latents.numel() > 0, "there must be pairs");
   const float guidance = guidance_scale.value_or(1.0);
-  const Bounds bounds{
-      static_cast<float>(1 - clip_range), static_cast<float>(1 + clip_range), static_cast<float>(clip_range),
-      static_cast<float>(advantage_limit), static_cast<float>(reference_weight)};
+  const Bounds bounds = bounds_of(clip_range, advantage_limit, reference_weight);
   const float* x = latents.const_data_ptr<float>();
   const float* following = next_latents.const_data_ptr<float>();
   const double scale = grad_scale ? static_cast<double>(*grad_scale->const_data_ptr<float>()) : 1.0;
@@ -131,15 +114,12 @@ void ppo_loss(
         const float slope = static_cast<float>(share * pairs[pair].slope);
         const float reference_slope = static_cast<float>(share * bounds.reference_weight);
         for_tiles(rows, [&](int64_t start, int64_t n) {
-          alignas(64) float uncond[TILE], text[TILE];
+          alignas(64) float tile[TILE];
           for (int64_t i = 0; i < n; ++i) {
-            float g = slope * difference[start + i];
-            if (reference) g = __builtin_fmaf(reference_slope, apart[start + i], g);
-            uncond[i] = rows.guided ? (1 - guidance) * g : g;
-            text[i] = guidance * g;
+            tile[i] = slope * difference[start + i];
+            if (reference) tile[i] = __builtin_fmaf(reference_slope, apart[start + i], tile[i]);
           }
-          store_tile(uncond, rows, pair, start, n, gradient);
-          if (rows.guided) store_tile(text, rows, pair + rows.images, start, n, gradient);
+          store_guided(tile, rows, pair, start, n, guidance, gradient);
         });
       }
     });

@@ -1,4 +1,5 @@
 #include "gaussian.cuh"
+#include "ppo_loss.h"
 
 namespace ddpo_fast {
 namespace {
@@ -12,14 +13,6 @@ struct Pairs {
   const int64_t* timesteps;
   // null for no loss scale
   const float* grad_scale;
-};
-
-struct Bounds {
-  float low;
-  float high;
-  float clip_range;
-  float advantage_limit;
-  float reference_weight;
 };
 
 // `scratch` holds what is averaged, [5, pairs], and behind it the ticket
@@ -131,7 +124,7 @@ __global__ void __launch_bounds__(THREADS) ppo_loss_fwd_kernel(
   const float reference_slope = share * bounds.reference_weight;
   // the rows were read a moment ago: this pass reads them from the cache
   for_fours(layout.elements, [&](int64_t d) {
-    float guided[4], mean[4], x[4], following[4], other[4], uncond[4], text[4];
+    float guided[4], mean[4], x[4], following[4], other[4], grads[4];
     load_guided(output, layout, pair, d, guided);
     load_four(pairs.latents + row, layout, false, d, x);
     load_four(pairs.next_latents + row, layout, false, d, following);
@@ -141,14 +134,10 @@ __global__ void __launch_bounds__(THREADS) ppo_loss_fwd_kernel(
     mean_four(c, x, mean);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      float g = slope * (following[j] - mean[j]);
-      if (reference) g = __fmaf_rn(reference_slope * c.c_m, guided[j] - other[j], g);
-      uncond[j] = layout.guided ? (1.0f - layout.guidance) * g : g;
-      text[j] = layout.guidance * g;
+      grads[j] = slope * (following[j] - mean[j]);
+      if (reference) grads[j] = __fmaf_rn(reference_slope * c.c_m, guided[j] - other[j], grads[j]);
     }
-    store_four(uncond, layout, layout.channels_last, d, grad + row);
-    if (layout.guided)
-      store_four(text, layout, layout.channels_last, d, grad + row + layout.images * layout.elements);
+    store_guided(grads, layout, pair, d, grad);
   });
   if (is_last(results.ticket)) average(results);
 }
@@ -171,25 +160,15 @@ void ppo_loss(
     const Tensor& metrics,
     const Tensor& log_probs,
     const Tensor& grad) {
-  check_step(latents, table, timesteps);
-  const int64_t count = latents.size(0);
-  CHECK_LATENTS(next_latents, latents);
-  CHECK_SHAPE(timesteps, count);
-  CHECK_SHAPE(old_log_probs, count);
-  CHECK_SHAPE(advantages, count);
-  CHECK_SHAPE(log_probs, count);
-  CHECK_SHAPE(metrics, 4);
-  check_same_rows("grad", grad, model_output);
-  if (reference_output) check_same_rows("reference_output", *reference_output, model_output);
-  const Rows rows = rows_of(model_output, latents, guidance_scale.has_value());
-  STD_TORCH_CHECK(latents.numel() > 0, "there must be pairs");
+  const Rows rows = check_pairs(
+      model_output, reference_output, latents, next_latents, old_log_probs, advantages, table, timesteps,
+      guidance_scale.has_value(), metrics, log_probs, grad);
+  const int64_t count = rows.images;
   const cudaStream_t stream = current_stream(latents);
   Tensor scratch = torch::stable::new_empty(log_probs, {5 * count + 1});
   float* ticket = scratch.mutable_data_ptr<float>() + 5 * count;
   STD_TORCH_CHECK(cudaMemsetAsync(ticket, 0, sizeof(unsigned int), stream) == cudaSuccess, "the ticket was not cleared");
-  const Bounds bounds{
-      static_cast<float>(1 - clip_range), static_cast<float>(1 + clip_range), static_cast<float>(clip_range),
-      static_cast<float>(advantage_limit), static_cast<float>(reference_weight)};
+  const Bounds bounds = bounds_of(clip_range, advantage_limit, reference_weight);
   for_cuda_type(model_output, [&](auto* kind) {
     using T = std::remove_pointer_t<decltype(kind)>;
     ppo_loss_fwd_kernel<T><<<count, THREADS, 0, stream>>>(

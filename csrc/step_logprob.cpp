@@ -1,4 +1,5 @@
 #include "gaussian.h"
+#include "step_logprob.h"
 
 namespace ddpo_fast {
 namespace {
@@ -13,13 +14,9 @@ void step_logprob(
     const Tensor& next_latents,
     const Tensor& log_probs,
     const Tensor& next_input) {
-  check_step(latents, table, timesteps);
+  const Rows rows = check_forward(
+      model_output, latents, noise, table, timesteps, guidance_scale.has_value(), next_latents, log_probs, next_input);
   check_timesteps(timesteps, table);
-  CHECK_LATENTS(noise, latents);
-  CHECK_LATENTS(next_latents, latents);
-  CHECK_SHAPE(log_probs, latents.size(0));
-  check_same_rows("next_input", next_input, model_output);
-  const Rows rows = rows_of(model_output, latents, guidance_scale.has_value());
   const float guidance = guidance_scale.value_or(1.0);
   const float* x = latents.const_data_ptr<float>();
   const float* z = noise.const_data_ptr<float>();
@@ -63,15 +60,10 @@ void step_logprob_backward(
     const Tensor& grad_next_input,
     const Tensor& grad_output,
     const Tensor& grad_latents) {
-  check_step(latents, table, timesteps);
+  const Rows rows = check_backward(
+      model_output, latents, next_latents, table, timesteps, guidance_scale.has_value(), grad_next_latents,
+      grad_log_probs, grad_next_input, grad_output, grad_latents);
   check_timesteps(timesteps, table);
-  CHECK_LATENTS(next_latents, latents);
-  CHECK_LATENTS(grad_next_latents, latents);
-  CHECK_LATENTS(grad_latents, latents);
-  CHECK_SHAPE(grad_log_probs, latents.size(0));
-  check_same_rows("grad_next_input", grad_next_input, model_output);
-  check_same_rows("grad_output", grad_output, model_output);
-  const Rows rows = rows_of(model_output, latents, guidance_scale.has_value());
   const float guidance = guidance_scale.value_or(1.0);
   const float* x = latents.const_data_ptr<float>();
   const float* following = next_latents.const_data_ptr<float>();
@@ -98,12 +90,9 @@ void step_logprob_backward(
           const float difference = following[at + i] - mean[i];
           const float grad_mean = __builtin_fmaf(slope, difference, grad_following[at + i]) + (uncond[i] + text[i]);
           grad_x[at + i] = c.c_x * grad_mean;
-          const float grad_guided = c.c_m * grad_mean;
-          uncond[i] = rows.guided ? (1 - guidance) * grad_guided : grad_guided;
-          text[i] = guidance * grad_guided;
+          uncond[i] = c.c_m * grad_mean;
         }
-        store_tile(uncond, rows, image, start, n, grad);
-        if (rows.guided) store_tile(text, rows, image + rows.images, start, n, grad);
+        store_guided(uncond, rows, image, start, n, guidance, grad);
       });
     });
   });

@@ -1,4 +1,5 @@
 #include "gaussian.cuh"
+#include "step_logprob.h"
 
 namespace ddpo_fast {
 namespace {
@@ -75,13 +76,10 @@ __global__ void __launch_bounds__(THREADS) step_logprob_bwd_kernel(
     for (int j = 0; j < 4; ++j) {
       const float grad_mean = __fmaf_rn(slope, following[j] - mean[j], grad[j]) + (uncond[j] + text[j]);
       grad[j] = c.c_x * grad_mean;
-      const float grad_guided = c.c_m * grad_mean;
-      uncond[j] = layout.guided ? (1.0f - layout.guidance) * grad_guided : grad_guided;
-      text[j] = layout.guidance * grad_guided;
+      uncond[j] = c.c_m * grad_mean;
     }
     store_four(grad, layout, false, d, grad_latents + row);
-    store_four(uncond, layout, layout.channels_last, d, grad_output + row);
-    if (layout.guided) store_four(text, layout, layout.channels_last, d, grad_output + text_row);
+    store_guided(uncond, layout, image, d, grad_output);
   });
 }
 
@@ -95,12 +93,8 @@ void step_logprob(
     const Tensor& next_latents,
     const Tensor& log_probs,
     const Tensor& next_input) {
-  check_step(latents, table, timesteps);
-  CHECK_LATENTS(noise, latents);
-  CHECK_LATENTS(next_latents, latents);
-  CHECK_SHAPE(log_probs, latents.size(0));
-  check_same_rows("next_input", next_input, model_output);
-  const Rows rows = rows_of(model_output, latents, guidance_scale.has_value());
+  const Rows rows = check_forward(
+      model_output, latents, noise, table, timesteps, guidance_scale.has_value(), next_latents, log_probs, next_input);
   if (latents.numel() == 0) return;
   for_cuda_type(model_output, [&](auto* kind) {
     using T = std::remove_pointer_t<decltype(kind)>;
@@ -125,14 +119,9 @@ void step_logprob_backward(
     const Tensor& grad_next_input,
     const Tensor& grad_output,
     const Tensor& grad_latents) {
-  check_step(latents, table, timesteps);
-  CHECK_LATENTS(next_latents, latents);
-  CHECK_LATENTS(grad_next_latents, latents);
-  CHECK_LATENTS(grad_latents, latents);
-  CHECK_SHAPE(grad_log_probs, latents.size(0));
-  check_same_rows("grad_next_input", grad_next_input, model_output);
-  check_same_rows("grad_output", grad_output, model_output);
-  const Rows rows = rows_of(model_output, latents, guidance_scale.has_value());
+  const Rows rows = check_backward(
+      model_output, latents, next_latents, table, timesteps, guidance_scale.has_value(), grad_next_latents,
+      grad_log_probs, grad_next_input, grad_output, grad_latents);
   if (latents.numel() == 0) return;
   for_cuda_type(model_output, [&](auto* kind) {
     using T = std::remove_pointer_t<decltype(kind)>;

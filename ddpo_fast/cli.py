@@ -168,9 +168,7 @@ def check_before_loading(
     """What can be found wrong without the model, found now; the reward function scores two gray images."""
     model_folder(run.pretrained_model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    ops.use_backend(config.kernel_backend)
-    if problem := ops.backend_problem(device):
-        raise ValueError(problem)
+    ops.require_backend(config.kernel_backend, device)
     if config.attention == "xformers" and (problem := attention_problem("xformers", (), device)):
         raise ValueError(f"attention is 'xformers', which cannot run: {problem}")
     folder = Path(config.output_dir or "").expanduser()

@@ -73,9 +73,7 @@ class DDPOTrainer(HubModel):
         state = checkpoint.read_state(resume) if resume else {}
         self.output_dir = output_folder(config)
         self.accelerator = self._make_accelerator()
-        ops.use_backend(config.kernel_backend)
-        if problem := ops.backend_problem(self.accelerator.device.type):
-            raise ValueError(problem)
+        ops.require_backend(config.kernel_backend, self.accelerator.device.type)
         okay, message = self._config_check()
         if not okay:
             raise ValueError(message)

@@ -1,6 +1,6 @@
 """The one door to kernels: every op has a definition in plain PyTorch and backends that say why they cannot run."""
 
-from ddpo_fast.ops.backend import BACKENDS, backend_problem, force_backend, status, use_backend
+from ddpo_fast.ops.backend import BACKENDS, force_backend, require_backend, status, use_backend
 from ddpo_fast.ops.frozen import frozen_conv2d
 from ddpo_fast.ops.gaussian import guided, score_step, take_step
 from ddpo_fast.ops.geglu import geglu
@@ -13,7 +13,6 @@ __all__ = [
     "BACKENDS",
     "PPOLoss",
     "Step",
-    "backend_problem",
     "clipped_surrogate",
     "force_backend",
     "frozen_conv2d",
@@ -22,6 +21,7 @@ __all__ = [
     "guided",
     "lora_linear",
     "ppo_loss",
+    "require_backend",
     "score_step",
     "status",
     "step_logprob",

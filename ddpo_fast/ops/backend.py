@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
@@ -25,11 +26,12 @@ _choice: str | None = None
 
 
 class Op:
-    """An op and its implementations, which take the same arguments; the first is a tensor that decides.
+    """A torch custom op `ddpo_fast::NAME` with several implementations; its first argument is a tensor that decides.
 
     Args:
         name: the op's stem.
-        reference: plain PyTorch, the definition.
+        reference: plain PyTorch, the definition: its annotations are the op's schema.
+        empty: what the op returns, allocated only, for the same arguments; the op's fake.
         triton, csrc: the kernels, where there are any. They import what they need when they are called.
     """
 
@@ -37,15 +39,27 @@ class Op:
         self,
         name: str,
         reference: Callable[..., Any],
+        empty: Callable[..., Any],
         triton: Callable[..., Any] | None = None,
         csrc: Callable[..., Any] | None = None,
     ) -> None:
         self.name = name
         self.implementations = {"triton": triton, "csrc": csrc, "reference": reference}
+        schema = torch.library.infer_schema(reference, mutates_args=())
+        self._torch_op = torch.library.custom_op(f"ddpo_fast::{name}", self._run, mutates_args=(), schema=schema)
+        self._torch_op.register_fake(empty)
         OPS[name] = self
 
-    def __call__(self, first: torch.Tensor, *others: Any) -> Any:
-        implementation = self.implementations[self.backend(first.device.type, first.dtype)]
+    def __call__(self, *arguments: Any) -> Any:
+        return self._torch_op(*arguments)
+
+    def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
+        self._torch_op.register_autograd(backward, setup_context=setup_context)
+
+    def _run(self, first: torch.Tensor, *others: Any) -> Any:
+        # no kernel launches without elements, and the mean of nothing is the definition's
+        backend = self.backend(first.device.type, first.dtype) if first.numel() else "reference"
+        implementation = self.implementations[backend]
         assert implementation is not None
         return implementation(first, *others)
 
@@ -70,6 +84,26 @@ class Op:
         if dtype not in KERNEL_DTYPES:
             return f"{str(dtype).removeprefix('torch.')} is computed by the reference only"
         return triton_reasons(device_type, forced) if backend == "triton" else extension.reasons(device_type)
+
+
+def triton_kernel(name: str, empty: Callable[..., Any]) -> Callable[..., Any]:
+    """An implementation that allocates with `empty` what the launcher `name` of its Triton module fills."""
+    module = f"ddpo_fast_kernels.{name.removesuffix('_backward')}"
+    return _filled(empty, lambda: getattr(importlib.import_module(module), name))
+
+
+def csrc_kernel(name: str, empty: Callable[..., Any]) -> Callable[..., Any]:
+    """An implementation that allocates with `empty` what the op `name` of `csrc/` fills."""
+    return _filled(empty, lambda: getattr(torch.ops.ddpo_fast_csrc, name))
+
+
+def _filled(empty: Callable[..., Any], launcher: Callable[[], Callable[..., None]]) -> Callable[..., Any]:
+    def run(*arguments: Any) -> Any:
+        made = empty(*arguments)
+        launcher()(*arguments, *(made if isinstance(made, tuple) else (made,)))
+        return made
+
+    return run
 
 
 @functools.cache
@@ -115,14 +149,16 @@ def force_backend(name: str) -> Iterator[None]:
         use_backend(before)
 
 
-def backend_problem(device_type: str) -> str:
-    """Why the chosen backend cannot compute an op that it has, for fp32 tensors on the device, or ''."""
+def require_backend(name: str, device_type: str) -> None:
+    """`use_backend`, if it can compute every op that it has, for fp32 tensors on the device; else `ValueError`."""
+    use_backend(name)
     choice = chosen_backend()
     if choice == "auto":
-        return ""
+        return
     having = (op for op in OPS.values() if op.implementations[choice] is not None)
     reasons = next(filter(None, (op.reasons(choice, device_type, torch.float32, forced=True) for op in having)), "")
-    return f"kernel_backend is {choice!r}, which cannot run: {reasons}" if reasons else ""
+    if reasons:
+        raise ValueError(f"kernel_backend is {choice!r}, which cannot run: {reasons}")
 
 
 def status(device_type: str) -> Iterator[tuple[str, str, dict[str, str]]]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ddpo_fast.ops.backend import Op
+from ddpo_fast.ops.operands import with_frozen
 
 
 def frozen_conv2d(
@@ -28,12 +29,20 @@ def frozen_conv2d(
     Computes and answers in autocast's dtype where autocast is on, else in the weight's; the other operands are cast to
     it. Raises `ValueError` if the weight or the bias requires a gradient.
     """
-    if weight.requires_grad or (bias is not None and bias.requires_grad):
-        raise ValueError("frozen_conv2d is for frozen weights, but the weight or the bias requires a gradient")
-    device_type = x.device.type
-    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
-    bias = None if bias is None else bias.to(dtype)
-    return _frozen_conv2d(x.to(dtype), weight.to(dtype), bias, stride, padding, dilation, groups)
+    x, weight, bias = with_frozen("frozen_conv2d", x, weight, bias)
+    return FORWARD(x, weight, bias, stride, padding, dilation, groups)
+
+
+def _forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> torch.Tensor:
+    return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
 
 def _backward(
@@ -58,35 +67,8 @@ def _backward(
     )[0]
 
 
-_forward_op = Op("frozen_conv2d", reference=torch.conv2d)
-_backward_op = Op("frozen_conv2d_backward", reference=_backward)
-
-
-@torch.library.custom_op("ddpo_fast::frozen_conv2d", mutates_args=())
-def _frozen_conv2d(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> torch.Tensor:
-    return _forward_op(x, weight, bias, stride, padding, dilation, groups)
-
-
-@torch.library.custom_op("ddpo_fast::frozen_conv2d_backward", mutates_args=())
-def _frozen_conv2d_backward(
-    grad: torch.Tensor,
-    weight: torch.Tensor,
-    shape: Sequence[int],
-    channels_last: bool,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> torch.Tensor:
-    return _backward_op(grad, weight, shape, channels_last, stride, padding, dilation, groups)
+FORWARD = Op("frozen_conv2d", _forward, _forward)
+BACKWARD = Op("frozen_conv2d_backward", _backward, _backward)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -97,9 +79,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
 
 
 def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    return _frozen_conv2d_backward(grad, *ctx.saved_tensors, *ctx.others), *[None] * 6
+    return BACKWARD(grad, *ctx.saved_tensors, *ctx.others), *[None] * 6
 
 
-_frozen_conv2d.register_fake(torch.conv2d)
-_frozen_conv2d_backward.register_fake(_backward)
-_frozen_conv2d.register_autograd(_gradients, setup_context=_save)
+FORWARD.register_autograd(_gradients, setup_context=_save)

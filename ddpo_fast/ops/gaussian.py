@@ -75,13 +75,6 @@ def table_rows(
     return c_x, c_m, sigma
 
 
-def dense_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself if its rows are contiguous or channels_last, else a contiguous copy."""
-    if tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
-        return tensor
-    return tensor.contiguous()
-
-
 def check_step(name: str, model_output: torch.Tensor, latents: torch.Tensor, guidance_scale: float | None) -> None:
     """Raises `ValueError` unless an output of the UNet fits the latents."""
     if latents.dtype not in (torch.float32, torch.float64):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddpo_fast.ops.backend import Op
+from ddpo_fast.ops.backend import Op, triton_kernel
 
 
 def geglu(x: Tensor) -> Tensor:
@@ -22,7 +22,7 @@ def geglu(x: Tensor) -> Tensor:
     """
     if x.shape[-1] % 2:
         raise ValueError(f"x has shape {tuple(x.shape)}, but its last dimension must be even: values, then gates")
-    return _geglu(x.contiguous())
+    return FORWARD(x.contiguous())
 
 
 # the definition
@@ -45,44 +45,12 @@ def _empty(x: Tensor) -> Tensor:
     return torch.empty((*x.shape[:-1], x.shape[-1] // 2), dtype=x.dtype, device=x.device)
 
 
-def _triton(x: Tensor) -> Tensor:
-    from ddpo_fast_kernels.geglu import geglu
-
-    y = _empty(x)
-    geglu(x, y)
-    return y
-
-
-def _triton_backward(grad: Tensor, x: Tensor) -> Tensor:
-    from ddpo_fast_kernels.geglu import geglu_backward
-
-    dx = torch.empty_like(x)
-    geglu_backward(grad, x, dx)
-    return dx
-
-
-FORWARD = Op("geglu", _reference, _triton)
-BACKWARD = Op("geglu_backward", _reference_backward, _triton_backward)
-
-
-@torch.library.custom_op("ddpo_fast::geglu", mutates_args=())
-def _geglu(x: Tensor) -> Tensor:
-    return FORWARD(x)
-
-
-@_geglu.register_fake
-def _(x: Tensor) -> Tensor:
-    return _empty(x)
-
-
-@torch.library.custom_op("ddpo_fast::geglu_backward", mutates_args=())
-def _geglu_backward(grad: Tensor, x: Tensor) -> Tensor:
-    return BACKWARD(grad, x)
-
-
-@_geglu_backward.register_fake
-def _(grad: Tensor, x: Tensor) -> Tensor:
+def _empty_backward(grad: Tensor, x: Tensor) -> Tensor:
     return torch.empty_like(x)
+
+
+FORWARD = Op("geglu", _reference, _empty, triton_kernel("geglu", _empty))
+BACKWARD = Op("geglu_backward", _reference_backward, _empty_backward, triton_kernel("geglu_backward", _empty_backward))
 
 
 def _save(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -90,7 +58,7 @@ def _save(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> Tensor:
-    return _geglu_backward(grad.contiguous(), *ctx.saved_tensors)
+    return BACKWARD(grad.contiguous(), *ctx.saved_tensors)
 
 
-_geglu.register_autograd(_differentiate, setup_context=_save)
+FORWARD.register_autograd(_differentiate, setup_context=_save)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddpo_fast.ops.backend import Op
+from ddpo_fast.ops.operands import laid_out_as
 
 
 def groupnorm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool = True) -> Tensor:
@@ -30,17 +31,13 @@ def groupnorm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: fl
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter.shape != x.shape[1:2]:
             raise ValueError(f"{name} has shape {tuple(parameter.shape)} but x has {x.shape[1]} channels")
-    y, _, _ = _groupnorm_silu(_dense(x), weight, bias, groups, eps, silu)
+    y, _, _ = FORWARD(_dense(x), weight, bias, groups, eps, silu)
     return y
 
 
 def _dense(x: Tensor) -> Tensor:
     """`x` as the kernels can index it: contiguous, or so with the channels moved to the end."""
     return x if x.is_contiguous() or x.movedim(1, -1).is_contiguous() else x.contiguous()
-
-
-def _laid_out_as(x: Tensor, tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride() == x.stride() else torch.empty_like(x).copy_(tensor)
 
 
 # the definition
@@ -63,7 +60,7 @@ def _reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     z, mean, rstd = _norm(x, weight, bias, groups, eps)
     wide = torch.promote_types(x.dtype, torch.float32)
-    return _laid_out_as(x, F.silu(z) if silu else z), mean.to(wide), rstd.to(wide)
+    return laid_out_as(x, F.silu(z) if silu else z), mean.to(wide), rstd.to(wide)
 
 
 def _reference_backward(
@@ -86,14 +83,14 @@ def _reference_backward(
     dx, dweight, dbias = torch.ops.aten.native_group_norm_backward(
         grad, x.contiguous(), mean, rstd, narrow, *_sizes(x), groups, [True, affine, affine]
     )
-    dx = _laid_out_as(x, dx)
+    dx = laid_out_as(x, dx)
     return [dx, dweight.to(weight.dtype), dbias.to(bias.dtype)] if affine else [dx]
 
 
 # the kernels fill what is allocated here
 
 
-def _empty(x: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+def _empty(x: Tensor, weight: Tensor, bias: Tensor, groups: int, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     wide = torch.promote_types(x.dtype, torch.float32)
     mean, rstd = (torch.empty((x.shape[0], groups), dtype=wide, device=x.device) for _ in range(2))
     return torch.empty_like(x), mean, rstd
@@ -104,7 +101,7 @@ def _triton(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from ddpo_fast_kernels.groupnorm_silu import groupnorm_silu
 
-    made = _empty(x, groups)
+    made = _empty(x, weight, bias, groups)
     groupnorm_silu(x, weight, bias, eps, silu, *made)
     return made
 
@@ -131,41 +128,13 @@ def _triton_backward(
     return [dx, dweight.to(weight.dtype), dbias.to(bias.dtype)]
 
 
-FORWARD = Op("groupnorm_silu", _reference, _triton)
-BACKWARD = Op("groupnorm_silu_backward", _reference_backward, _triton_backward)
-
-
-@torch.library.custom_op("ddpo_fast::groupnorm_silu", mutates_args=())
-def _groupnorm_silu(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return FORWARD(x, weight, bias, groups, eps, silu)
-
-
-@_groupnorm_silu.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty(x, groups)
-
-
-@torch.library.custom_op("ddpo_fast::groupnorm_silu_backward", mutates_args=())
-def _groupnorm_silu_backward(
-    x: Tensor,
-    grad: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    eps: float,
-    silu: bool,
-    affine: bool,
-) -> list[Tensor]:
-    return BACKWARD(x, grad, weight, bias, mean, rstd, eps, silu, affine)
-
-
-@_groupnorm_silu_backward.register_fake
-def _(x: Tensor, grad: Tensor, weight: Tensor, bias: Tensor, *others: Any) -> list[Tensor]:
+def _empty_backward(x: Tensor, grad: Tensor, weight: Tensor, bias: Tensor, *others: Any) -> list[Tensor]:
     affine = others[-1]
     return [torch.empty_like(like) for like in ((x, weight, bias) if affine else (x,))]
+
+
+FORWARD = Op("groupnorm_silu", _reference, _empty, _triton)
+BACKWARD = Op("groupnorm_silu_backward", _reference_backward, _empty_backward, _triton_backward)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -178,8 +147,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 def _differentiate(ctx: Any, grad: Tensor, *unused: Tensor) -> Any:
     x, *norm = ctx.saved_tensors
     affine = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-    grads = _groupnorm_silu_backward(x, _laid_out_as(x, grad), *norm, ctx.eps, ctx.silu, affine)
+    grads = BACKWARD(x, laid_out_as(x, grad), *norm, ctx.eps, ctx.silu, affine)
     return (*(grads if affine else (grads[0], None, None)), None, None, None)
 
 
-_groupnorm_silu.register_autograd(_differentiate, setup_context=_save)
+FORWARD.register_autograd(_differentiate, setup_context=_save)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ddpo_fast.ops.backend import Op
+from ddpo_fast.ops.operands import with_frozen
 
 
 def lora_linear(
@@ -27,12 +28,8 @@ def lora_linear(
     dtype where autocast is on, else in the weight's; the other operands are cast to it, and gradients come back in the
     dtypes that the operands came in. Raises `ValueError` if the weight or the bias requires a gradient.
     """
-    if weight.requires_grad or (bias is not None and bias.requires_grad):
-        raise ValueError("lora_linear is for frozen weights, but the weight or the bias requires a gradient")
-    device_type = x.device.type
-    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
-    bias = None if bias is None else bias.to(dtype)
-    return _lora_linear(x.to(dtype), weight.to(dtype), bias, lora_a.to(dtype), lora_b.to(dtype), scaling)[0]
+    x, weight, bias = with_frozen("lora_linear", x, weight, bias)
+    return FORWARD(x, weight, bias, lora_a.to(x.dtype), lora_b.to(x.dtype), scaling)[0]
 
 
 def _forward(
@@ -72,34 +69,8 @@ def _backward(
     return grad_x, grad_a, grad_b
 
 
-_forward_op = Op("lora_linear", reference=_forward)
-_backward_op = Op("lora_linear_backward", reference=_backward)
-
-
-@torch.library.custom_op("ddpo_fast::lora_linear", mutates_args=())
-def _lora_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    scaling: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return _forward_op(x, weight, bias, lora_a, lora_b, scaling)
-
-
-@torch.library.custom_op("ddpo_fast::lora_linear_backward", mutates_args=())
-def _lora_linear_backward(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    low: torch.Tensor,
-    scaling: float,
-    needs_x: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _backward_op(grad, x, weight, lora_a, lora_b, low, scaling, needs_x)
+FORWARD = Op("lora_linear", _forward, _forward)
+BACKWARD = Op("lora_linear_backward", _backward, _backward)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -115,10 +86,8 @@ def _gradients(ctx: Any, grad: torch.Tensor | None, _: None) -> tuple[torch.Tens
     if grad is None:
         return (None,) * 6
     needs_x, _, _, needs_a, needs_b, _ = ctx.needs_input_grad
-    grad_x, grad_a, grad_b = _lora_linear_backward(grad, *ctx.saved_tensors, ctx.scaling, needs_x)
+    grad_x, grad_a, grad_b = BACKWARD(grad, *ctx.saved_tensors, ctx.scaling, needs_x)
     return grad_x if needs_x else None, None, None, grad_a if needs_a else None, grad_b if needs_b else None, None
 
 
-_lora_linear.register_fake(_forward)
-_lora_linear_backward.register_fake(_backward)
-_lora_linear.register_autograd(_gradients, setup_context=_save)
+FORWARD.register_autograd(_gradients, setup_context=_save)

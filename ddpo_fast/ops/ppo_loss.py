@@ -7,17 +7,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ddpo_fast.ops.backend import Op
+from ddpo_fast.ops.backend import Op, csrc_kernel, triton_kernel
 from ddpo_fast.ops.gaussian import (
     check_step,
     check_table,
-    dense_rows,
     guided,
     log_density,
     per_image,
     step_mean,
     table_rows,
 )
+from ddpo_fast.ops.operands import dense_rows, laid_out_as
 
 
 class PPOLoss(NamedTuple):
@@ -73,11 +73,11 @@ def ppo_loss(
             raise ValueError(f"{name} have shape {tuple(value.shape)} but must have ({len(latents)},)")
     if reference_output is not None:
         check_step("reference_output", reference_output, latents, guidance_scale)
-        reference_output = torch.empty_like(model_output).copy_(reference_output.detach())
     wide = torch.float64 in (model_output.dtype, latents.dtype)
-    results = _ppo_loss(
-        dense_rows(model_output.to(latents.dtype) if wide else model_output),
-        None if reference_output is None else reference_output.to(latents.dtype if wide else model_output.dtype),
+    model_output = dense_rows(model_output.to(latents.dtype) if wide else model_output)
+    loss, metrics, log_probs, _ = FORWARD(
+        model_output,
+        None if reference_output is None else laid_out_as(model_output, reference_output.detach()),
         latents.detach().contiguous(),
         next_latents.detach().to(latents.dtype).contiguous(),
         old_log_probs.detach().to(latents.dtype).contiguous(),
@@ -90,7 +90,6 @@ def ppo_loss(
         advantage_limit,
         reference_weight,
     )
-    loss, metrics, log_probs, _ = results
     approx_kl, clip_fraction, ratio_drift, reference_kl = metrics.detach().unbind()
     return PPOLoss(loss, approx_kl, clip_fraction, ratio_drift, reference_kl, log_probs.detach())
 
@@ -157,74 +156,22 @@ def _reference(
             reference_kl.mean(),
         ]
     )
-    return terms.mean(), metrics, log_probs, torch.empty_like(model_output).copy_(grad)
+    return terms.mean(), metrics, log_probs, laid_out_as(model_output, grad)
 
 
 # the kernels fill what is allocated here
 
 
-def _empty(model_output: Tensor, latents: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _empty(
+    model_output: Tensor, reference_output: Tensor | None, latents: Tensor, *others: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     scalar, four, each = (
         torch.empty(shape, dtype=latents.dtype, device=latents.device) for shape in ((), (4,), latents.shape[:1])
     )
     return scalar, four, each, torch.empty_like(model_output)
 
 
-def _triton(model_output: Tensor, reference_output: Tensor | None, latents: Tensor, *others: Any) -> Any:
-    from ddpo_fast_kernels.ppo_loss import ppo_loss
-
-    made: Any = _empty(model_output, latents)
-    ppo_loss(model_output, reference_output, latents, *others, *made)
-    return made
-
-
-def _csrc(model_output: Tensor, reference_output: Tensor | None, latents: Tensor, *others: Any) -> Any:
-    made = _empty(model_output, latents)
-    torch.ops.ddpo_fast_csrc.ppo_loss(model_output, reference_output, latents, *others, *made)
-    return made
-
-
-FORWARD = Op("ppo_loss", _reference, _triton, _csrc)
-
-
-@torch.library.custom_op("ddpo_fast::ppo_loss", mutates_args=())
-def _ppo_loss(
-    model_output: Tensor,
-    reference_output: Tensor | None,
-    latents: Tensor,
-    next_latents: Tensor,
-    old_log_probs: Tensor,
-    advantages: Tensor,
-    table: Tensor,
-    timesteps: Tensor,
-    grad_scale: Tensor | None,
-    guidance_scale: float | None,
-    clip_range: float,
-    advantage_limit: float,
-    reference_weight: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    # the mean of nothing is left to the definition
-    run = FORWARD if len(latents) else _reference
-    return run(
-        model_output,
-        reference_output,
-        latents,
-        next_latents,
-        old_log_probs,
-        advantages,
-        table,
-        timesteps,
-        grad_scale,
-        guidance_scale,
-        clip_range,
-        advantage_limit,
-        reference_weight,
-    )
-
-
-@_ppo_loss.register_fake
-def _(model_output: Tensor, reference_output: Tensor | None, latents: Tensor, *others: Any) -> Any:
-    return _empty(model_output, latents)
+FORWARD = Op("ppo_loss", _reference, _empty, triton_kernel("ppo_loss", _empty), csrc_kernel("ppo_loss", _empty))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -242,4 +189,4 @@ def _differentiate(ctx: Any, grad_loss: Tensor | None, *others: None) -> Any:
     return grad * factor, *[None] * 12
 
 
-_ppo_loss.register_autograd(_differentiate, setup_context=_save)
+FORWARD.register_autograd(_differentiate, setup_context=_save)

@@ -7,17 +7,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ddpo_fast.ops.backend import Op
+from ddpo_fast.ops.backend import Op, csrc_kernel, triton_kernel
 from ddpo_fast.ops.gaussian import (
     check_step,
     check_table,
-    dense_rows,
     guided,
     log_density,
     per_image,
     step_mean,
     table_rows,
 )
+from ddpo_fast.ops.operands import dense_rows, laid_out_as
 
 
 class Step(NamedTuple):
@@ -56,7 +56,7 @@ def step_logprob(
     check_table(table, timesteps, latents)
     wide = torch.float64 in (model_output.dtype, latents.dtype)
     return Step(
-        *_step_logprob(
+        *FORWARD(
             dense_rows(model_output.to(latents.dtype) if wide else model_output),
             latents.contiguous(),
             noise.to(latents.dtype).contiguous(),
@@ -78,7 +78,7 @@ def _reference(
     mean = step_mean(combined, latents, c_x, c_m)
     following = mean + per_image(sigma, latents) * noise
     rows = torch.cat([following] * (1 if guidance_scale is None else 2)).to(model_output.dtype)
-    return following, log_density(following - mean, sigma), torch.empty_like(model_output).copy_(rows)
+    return following, log_density(following - mean, sigma), laid_out_as(model_output, rows)
 
 
 def _reference_backward(
@@ -105,89 +105,28 @@ def _reference_backward(
     if guidance_scale is not None:
         grad_output = torch.cat([(1 - guidance_scale) * grad_output, guidance_scale * grad_output])
     grad_latents = per_image(c_x, latents) * grad_mean
-    return torch.empty_like(model_output).copy_(grad_output), grad_latents
+    return laid_out_as(model_output, grad_output), grad_latents
 
 
 # the kernels fill what is allocated here
 
 
-def _empty(model_output: Tensor, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _empty(model_output: Tensor, latents: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     log_probs = torch.empty(len(latents), dtype=latents.dtype, device=latents.device)
     return torch.empty_like(latents), log_probs, torch.empty_like(model_output)
 
 
-def _triton(model_output: Tensor, latents: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from ddpo_fast_kernels.step_logprob import step_logprob
-
-    made: Any = _empty(model_output, latents)
-    step_logprob(model_output, latents, *others, *made)
-    return made
-
-
-def _triton_backward(model_output: Tensor, latents: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    from ddpo_fast_kernels.step_logprob import step_logprob_backward
-
-    made: Any = torch.empty_like(model_output), torch.empty_like(latents)
-    step_logprob_backward(model_output, latents, *others, *made)
-    return made
-
-
-def _csrc(model_output: Tensor, latents: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    made = _empty(model_output, latents)
-    torch.ops.ddpo_fast_csrc.step_logprob(model_output, latents, *others, *made)
-    return made
-
-
-def _csrc_backward(model_output: Tensor, latents: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    made = torch.empty_like(model_output), torch.empty_like(latents)
-    torch.ops.ddpo_fast_csrc.step_logprob_backward(model_output, latents, *others, *made)
-    return made
-
-
-FORWARD = Op("step_logprob", _reference, _triton, _csrc)
-BACKWARD = Op("step_logprob_backward", _reference_backward, _triton_backward, _csrc_backward)
-
-
-@torch.library.custom_op("ddpo_fast::step_logprob", mutates_args=())
-def _step_logprob(
-    model_output: Tensor, latents: Tensor, noise: Tensor, table: Tensor, timesteps: Tensor, guidance_scale: float | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    return FORWARD(model_output, latents, noise, table, timesteps, guidance_scale)
-
-
-@_step_logprob.register_fake
-def _(model_output: Tensor, latents: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty(model_output, latents)
-
-
-@torch.library.custom_op("ddpo_fast::step_logprob_backward", mutates_args=())
-def _step_logprob_backward(
-    model_output: Tensor,
-    latents: Tensor,
-    next_latents: Tensor,
-    table: Tensor,
-    timesteps: Tensor,
-    guidance_scale: float | None,
-    grad_next_latents: Tensor,
-    grad_log_probs: Tensor,
-    grad_next_input: Tensor,
-) -> tuple[Tensor, Tensor]:
-    return BACKWARD(
-        model_output,
-        latents,
-        next_latents,
-        table,
-        timesteps,
-        guidance_scale,
-        grad_next_latents,
-        grad_log_probs,
-        grad_next_input,
-    )
-
-
-@_step_logprob_backward.register_fake
-def _(model_output: Tensor, latents: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+def _empty_backward(model_output: Tensor, latents: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(model_output), torch.empty_like(latents)
+
+
+FORWARD, BACKWARD = (
+    Op(name, reference, empty, triton_kernel(name, empty), csrc_kernel(name, empty))
+    for name, reference, empty in (
+        ("step_logprob", _reference, _empty),
+        ("step_logprob_backward", _reference_backward, _empty_backward),
+    )
+)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -197,8 +136,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 def _differentiate(ctx: Any, grad_next_latents: Tensor, grad_log_probs: Tensor, grad_next_input: Tensor) -> Any:
     model_output, latents, next_latents, table, timesteps = ctx.saved_tensors
-    grad_rows = torch.empty_like(model_output).copy_(grad_next_input)  # the layout that the kernels index by
-    grad_output, grad_latents = _step_logprob_backward(
+    grad_output, grad_latents = BACKWARD(
         model_output,
         latents,
         next_latents,
@@ -207,9 +145,9 @@ def _differentiate(ctx: Any, grad_next_latents: Tensor, grad_log_probs: Tensor, 
         ctx.guidance_scale,
         grad_next_latents.contiguous(),
         grad_log_probs.contiguous(),
-        grad_rows,
+        laid_out_as(model_output, grad_next_input),
     )
     return grad_output, grad_latents, None, None, None, None
 
 
-_step_logprob.register_autograd(_differentiate, setup_context=_save)
+FORWARD.register_autograd(_differentiate, setup_context=_save)

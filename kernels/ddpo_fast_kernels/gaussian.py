@@ -36,6 +36,17 @@ def load_guided(output, image, images, D, at, mask, guidance, GUIDED: tl.constex
 
 
 @triton.jit
+def store_guided(rows, image, images, D, at, mask, grad, guidance, GUIDED: tl.constexpr):
+    """The gradient to the model's output from that to the guided one: what `load_guided` combines."""
+    kind = rows.dtype.element_ty
+    if GUIDED:
+        tl.store(rows + image * D + at, ((1.0 - guidance) * grad).to(kind), mask=mask)
+        tl.store(rows + (image + images) * D + at, (guidance * grad).to(kind), mask=mask)
+    else:
+        tl.store(rows + image * D + at, grad.to(kind), mask=mask)
+
+
+@triton.jit
 def coefficients(table, timesteps, image, PER_IMAGE: tl.constexpr):
     """(c_x, c_m, sigma) of an image's timestep; without PER_IMAGE there is one timestep for all."""
     row = tl.load(timesteps + image) if PER_IMAGE else tl.load(timesteps)

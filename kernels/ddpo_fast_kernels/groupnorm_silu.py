@@ -193,9 +193,7 @@ def groupnorm_silu(
     mean: torch.Tensor,
     rstd: torch.Tensor,
 ) -> None:
-    """Fills `y`, of the dense layout of `x` [N, C, ...], and the fp32 `mean` and `rstd` [N, G]."""
-    if x.numel() == 0:
-        return
+    """Fills `y`, of the dense layout of `x` [N, C, ...] (not empty), and the fp32 `mean` and `rstd` [N, G]."""
     images, channels, pixels = x.shape[0], x.shape[1], math.prod(x.shape[2:])
     grid, tile, warps = _tiling(images, channels, pixels, mean.shape[1], x.element_size(), not x.is_contiguous())
     norm = Norm(weight.contiguous(), bias.contiguous(), mean, rstd)
@@ -218,8 +216,6 @@ def groupnorm_silu_backward(
 
     `x`, `grad` and `dx` share one dense layout.
     """
-    if x.numel() == 0:
-        return
     images, channels, pixels = x.shape[0], x.shape[1], math.prod(x.shape[2:])
     grid, tile, warps = _tiling(images, channels, pixels, mean.shape[1], x.element_size(), not x.is_contiguous())
     norm = Norm(weight.contiguous(), bias.contiguous(), mean, rstd)

@@ -32,9 +32,7 @@ def ticket(device: torch.device) -> torch.Tensor:
 
     A graph gets counters of its own: it may run on another stream than it was captured on.
     """
-    if device.type != "cuda":
-        return torch.zeros(1, dtype=torch.int32, device=device)
-    if torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return torch.zeros(1, dtype=torch.int32, device=device)
     key = device, torch.cuda.current_stream(device).cuda_stream
     if key not in _TICKETS:

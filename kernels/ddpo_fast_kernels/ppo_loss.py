@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ddpo_fast_kernels.gaussian import coefficients, load_fp32, load_guided, log_density, mean, place
+from ddpo_fast_kernels.gaussian import coefficients, load_fp32, load_guided, log_density, mean, place, store_guided
 from ddpo_fast_kernels.launch import block_and_warps, is_last, row_layout, ticket
 
 
@@ -98,12 +98,7 @@ def ppo_loss_fwd_kernel(
         if REFERENCE:
             other = load_guided(reference, pair, count, D, at, mask, guidance, GUIDED)
             grad = tl.fma(reference_slope * c_m, guided - other, grad)
-        kind = results.grad.dtype.element_ty
-        if GUIDED:
-            tl.store(results.grad + pair * D + at, ((1.0 - guidance) * grad).to(kind), mask=mask)
-            tl.store(results.grad + (pair + count) * D + at, (guidance * grad).to(kind), mask=mask)
-        else:
-            tl.store(results.grad + pair * D + at, grad.to(kind), mask=mask)
+        store_guided(results.grad, pair, count, D, at, mask, grad, guidance, GUIDED)
     if is_last(ticket):
         average(results, count)
 

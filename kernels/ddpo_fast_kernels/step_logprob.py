@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ddpo_fast_kernels.gaussian import coefficients, load_fp32, load_guided, log_density, mean, place
+from ddpo_fast_kernels.gaussian import coefficients, load_fp32, load_guided, log_density, mean, place, store_guided
 from ddpo_fast_kernels.launch import block_and_warps, row_layout
 
 
@@ -89,13 +89,7 @@ def step_logprob_bwd_kernel(
         if GUIDED:
             grad_mean += load_fp32(grad_next_input, image + images, D, at, mask)
         tl.store(grad_latents + image * D + d, c_x * grad_mean, mask=mask)
-        grad_guided = c_m * grad_mean
-        kind = grad_output.dtype.element_ty
-        if GUIDED:
-            tl.store(grad_output + image * D + at, ((1.0 - guidance) * grad_guided).to(kind), mask=mask)
-            tl.store(grad_output + (image + images) * D + at, (guidance * grad_guided).to(kind), mask=mask)
-        else:
-            tl.store(grad_output + image * D + at, grad_guided.to(kind), mask=mask)
+        store_guided(grad_output, image, images, D, at, mask, c_m * grad_mean, guidance, GUIDED)
 
 
 def step_logprob(
@@ -142,8 +136,6 @@ def step_logprob_backward(
 
 
 def _launch(kernel: Any, latents: torch.Tensor, arguments: tuple[Any, ...], guidance_scale: float | None) -> None:
-    if latents.numel() == 0:
-        return
     model_output, timesteps = arguments[0], arguments[4]
     elements = latents[0].numel()
     block, warps = block_and_warps(elements)
