@@ -84,13 +84,25 @@ class DDPOConfig:
         None, "Folder that the run writes to (default: project_kwargs['project_dir'], or a new one under `logdir`)."
     )
     train_micro_batch_size: Optional[int] = _option(  # noqa: UP045
-        None, "(image, timestep) pairs per UNet call; the gradient does not depend on it (default: train_batch_size)."
+        None, "(image, timestep) pairs per UNet call; the gradient does not depend on it (default: what memory allows)."
+    )
+    train_skip_dead_pairs: bool = _option(
+        True, "Leave out pairs whose gradient is exactly zero: no advantage, or clipped where looking first pays."
     )
     train_warmup_steps: int = _option(0, "Updates over which the learning rate rises linearly.")
     train_recompute_log_probs: bool = _option(
         False, "Score the samples again with training's own forward pass before the first update of an epoch."
     )
 
+    sample_merge_batches: Optional[int] = _option(  # noqa: UP045
+        None, "Sampling batches drawn together (default: as many as fit, unless the reward is slow enough to overlap)."
+    )
+    sample_cache: bool = _option(
+        True, "Compute prompt embeddings, their keys and values, and time embeddings once and not at every step."
+    )
+    reward_overlap: bool = _option(
+        True, "Score a batch in a thread of its own while the next one is sampled, one call of the reward at a time."
+    )
     kernel_backend: str = _option(
         "auto",
         "Kernels to use where an op has them, else the next best (default: the fastest that run here, or what the "
@@ -101,7 +113,11 @@ class DDPOConfig:
         "auto", "Attention of the UNet; auto is xformers where it has kernels.", choices=["auto", "sdpa", "xformers"]
     )
     fuse_unet: bool = _option(
-        False, "Swap the UNet's normalisations, GEGLUs, adapters and frozen layers for fused ones; same numbers."
+        True, "Swap layers of the UNet for fused ones where they are faster on the device; same numbers."
+    )
+    compile_unet: bool = _option(False, "Compile the UNet by torch.compile at its first calls.")
+    cuda_graphs: bool = _option(
+        False, "Record the sampling step and the training micro-batch as CUDA graphs, which saves the launches."
     )
 
     def __post_init__(self) -> None:
@@ -165,7 +181,7 @@ class DDPOConfig:
             f"{processes}), {self.sample_num_steps} denoising steps each\n"
             f"{per_update * self.num_train_timesteps} (image, timestep) pairs per update "
             f"({per_update} images x {self.num_train_timesteps} timesteps), "
-            f"{self.micro_batch_size} pairs per UNet call\n"
+            f"{self.train_micro_batch_size or 'as many as fit'} per UNet call\n"
             f"{updates} updates per epoch, {self.num_epochs} epochs: {images * self.num_epochs} images, "
             f"{updates * self.num_epochs} updates"
         )
@@ -177,8 +193,9 @@ class DDPOConfig:
         return images // (self.train_batch_size * self.train_gradient_accumulation_steps)
 
     @property
-    def micro_batch_size(self) -> int:
-        return self.train_micro_batch_size or self.train_batch_size
+    def pairs_per_update(self) -> int:
+        """(image, timestep) pairs that make one update on a process."""
+        return self.train_batch_size * self.train_gradient_accumulation_steps * self.num_train_timesteps
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, nested mappings flattened with `/` between the keys, as trackers want them."""
@@ -228,10 +245,15 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         _whole(1),
         "a whole number of at least 1",
     ),
-    ("train_micro_batch_size", lambda v: v is None or _whole(1)(v), "None or a whole number of at least 1"),
+    (
+        "train_micro_batch_size sample_merge_batches",
+        lambda v: v is None or _whole(1)(v),
+        "None or a whole number of at least 1",
+    ),
     (
         "allow_tf32 train_use_8bit_adam train_cfg per_prompt_stat_tracking async_reward_computation push_to_hub "
-        "train_recompute_log_probs fuse_unet",
+        "train_recompute_log_probs train_skip_dead_pairs sample_cache reward_overlap fuse_unet compile_unet "
+        "cuda_graphs",
         lambda v: isinstance(v, bool),
         "True or False",
     ),

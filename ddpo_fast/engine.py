@@ -1,8 +1,8 @@
-"""From losses to weights: precision, gradient accumulation, the sum over processes, clipping and the optimizer."""
+"""From losses to weights: loss scaling, the sum over processes, clipping and the optimizer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -11,7 +11,10 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 from ddpo_fast.config import DDPOConfig
+from ddpo_fast.master_weights import MasterWeights
 
+# elements of an all-reduce: each message costs its way through all processes, and 100 MB hide that
+BUCKET = 25_000_000
 COMPUTE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -22,51 +25,73 @@ def compute_dtype(accelerator: Accelerator) -> torch.dtype:
 def make_optimizer(parameters: Iterable[torch.nn.Parameter], config: DDPOConfig) -> torch.optim.Optimizer:
     """AdamW over `parameters`; bitsandbytes' 8-bit one if the config says so."""
     optimizer_class: Any = torch.optim.AdamW
+    options: dict[str, Any] = {"fused": True}
     if config.train_use_8bit_adam:
         import bitsandbytes
 
-        optimizer_class = bitsandbytes.optim.AdamW8bit
+        optimizer_class, options = bitsandbytes.optim.AdamW8bit, {}
     return optimizer_class(
         parameters,
         lr=config.train_learning_rate,
         betas=(config.train_adam_beta1, config.train_adam_beta2),
         weight_decay=config.train_adam_weight_decay,
         eps=config.train_adam_epsilon,
+        **options,
     )
 
 
+def _buckets(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """The tensors in order, in groups of at most `BUCKET` elements, or of one that is larger."""
+    bucket: list[torch.Tensor] = []
+    for tensor in tensors:
+        if bucket and sum(t.numel() for t in bucket) + tensor.numel() > BUCKET:
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket
+
+
 class Engine:
-    """Owns backward and step. The parameters are fp32 whatever the precision of the forward pass.
+    """Owns backward and step. What the optimizer trains is fp32 whatever the precision of the forward pass.
 
     Gradients are summed over micro-batches and averaged over processes once per update, so the forward may use the
     bare UNet and no wrapper can be bypassed.
+
+    Args:
+        weights: the trained weights; `optimizer` trains its masters.
     """
 
-    def __init__(self, accelerator: Accelerator, optimizer: torch.optim.Optimizer, config: DDPOConfig) -> None:
+    def __init__(
+        self, accelerator: Accelerator, optimizer: torch.optim.Optimizer, weights: MasterWeights, config: DDPOConfig
+    ) -> None:
         self.accelerator = accelerator
         self.optimizer = optimizer
+        self.weights = weights
         self.max_grad_norm = config.train_max_grad_norm
         self.warmup_steps = config.train_warmup_steps
+        # recorded graphs write to the gradients where they were
+        self.keeps_gradients = config.cuda_graphs
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.updates = 0
+        self.zero = torch.zeros((), device=accelerator.device)
         self._peak_rates = [group["lr"] for group in optimizer.param_groups]
         self._scaler = torch.amp.GradScaler(
             accelerator.device.type, enabled=accelerator.mixed_precision == "fp16", init_scale=2.0**16
         )
+        if self.keeps_gradients:
+            self._fill_gradients()
         if accelerator.num_processes > 1:
             for parameter in self.parameters:
                 dist.broadcast(parameter.data, src=0)
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        """Half-precision compute over fp32 weights; nothing for fp32."""
-        dtype = compute_dtype(self.accelerator)
-        return torch.autocast(self.accelerator.device.type, dtype=dtype, enabled=dtype != torch.float32)
+    def computing(self) -> AbstractContextManager[None]:
+        """The network's trained weights are in the compute precision."""
+        return self.weights.computing()
 
-    def loss_scale(self) -> torch.Tensor | None:
-        """What `backward` multiplies a loss by, [] on the device; None if nothing."""
-        if not self._scaler.is_enabled():
-            return None
-        return self._scaler.scale(torch.ones((), device=self.accelerator.device))
+    def loss_scale(self) -> torch.Tensor:
+        """What losses are multiplied by before a backward pass, [] on the device: 1 except for fp16."""
+        return self._scaler.scale(self.zero + 1)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradient of `loss`, which carries its share of the update's pairs already."""
@@ -81,18 +106,33 @@ class Engine:
             group["lr"] = rate * min(1.0, (self.updates + 1) / max(1, self.warmup_steps))
         self._scaler.step(self.optimizer)
         self._scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.zero_gradients()
+        self.weights.refresh()
         self.updates += 1
         return norm
 
+    def zero_gradients(self) -> None:
+        """Forgets the gradients since the last update, or sets them to zero where they must stay in place."""
+        self.optimizer.zero_grad(set_to_none=not self.keeps_gradients)
+
     def _average_over_processes(self) -> None:
-        if self.accelerator.num_processes == 1:
+        many = self.accelerator.num_processes > 1
+        # with several processes all must have something to add; no gradient at all means a step on zero
+        if many or all(parameter.grad is None for parameter in self.parameters):
+            self._fill_gradients()
+        if not many:
             return
+        for grads in _buckets([parameter.grad for parameter in self.parameters if parameter.grad is not None]):
+            flat = torch.cat([grad.flatten() for grad in grads])
+            dist.all_reduce(flat)
+            flat /= self.accelerator.num_processes
+            parts = flat.split([grad.numel() for grad in grads])
+            torch._foreach_copy_(grads, [part.view(grad.shape) for part, grad in zip(parts, grads, strict=True)])
+
+    def _fill_gradients(self) -> None:
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad)
-            parameter.grad /= self.accelerator.num_processes
 
     def state_dict(self) -> dict[str, Any]:
         return {

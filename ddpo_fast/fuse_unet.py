@@ -6,7 +6,7 @@ and hooked like any other.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from ddpo_fast.attention import SDPAProcessor, is_plain
 from ddpo_fast.ops.frozen import frozen_conv2d
 from ddpo_fast.ops.geglu import geglu
 from ddpo_fast.ops.groupnorm_silu import groupnorm_silu
+from ddpo_fast.ops.linear import linear, onednn_is_faster
 from ddpo_fast.ops.lora_linear import lora_linear
 
 
@@ -78,6 +79,15 @@ class FrozenConv2d(nn.Conv2d):
         return frozen_conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
 
 
+class FusedLinear(nn.Linear):
+    """A linear layer by the faster of a CPU's two libraries."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype == self.weight.dtype and onednn_is_faster(x.device.type, x.dtype):
+            return linear(x, self.weight, self.bias)
+        return super().forward(x)
+
+
 class FusedLoraLinear(lora.Linear):
     """A linear layer with an adapter; one in another state than training or sampling leaves it goes peft's way."""
 
@@ -102,7 +112,7 @@ class FusedLoraLinear(lora.Linear):
             and not self.fan_in_fan_out
             and high.bias is None
             and not (self.training and getattr(dropout, "p", 0.0) > 0)
-            and type(base) is nn.Linear
+            and type(base) in (nn.Linear, FusedLinear)
             and not _any_requires_grad(base)
             and not any(map(_is_hooked, (base, low, high)))
         )
@@ -147,6 +157,7 @@ FUSED: dict[type[nn.Module], tuple[type[nn.Module], Callable[[Any], bool]]] = {
     nn.GroupNorm: (FusedGroupNorm, lambda norm: norm.affine),
     GEGLU: (FusedGEGLU, lambda _: True),
     nn.Conv2d: (FrozenConv2d, _fits_conv),
+    nn.Linear: (FusedLinear, lambda _: True),
     lora.Linear: (FusedLoraLinear, lambda _: True),
 }
 PLAIN: dict[type[nn.Module], type[nn.Module]] = {
@@ -156,19 +167,32 @@ PLAIN: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def fuse_unet(unet: Any) -> Any:
+def faster_layers(device: torch.device | str) -> frozenset[type[nn.Module]]:
+    """The layers whose fused version is faster on a device.
+
+    On a CPU, group norms and GEGLU have no kernel of ours, and keeping less for the backward pass is all they would do.
+    """
+    if torch.device(device).type == "cpu":
+        return frozenset((nn.Linear, lora.Linear, nn.Conv2d))
+    return frozenset(FUSED) - {nn.Linear}
+
+
+def fuse_unet(unet: Any, layers: Collection[type[nn.Module]] = frozenset(FUSED)) -> Any:
     """Speeds up a `UNet2DConditionModel` in place and returns it; what it computes stays the same up to rounding.
+
+    Args:
+        layers: the classes to swap, of those in `FUSED`.
 
     Group norms take the SiLU behind them along, GEGLU and linear layers with an adapter are one operator each,
     convolutions do not keep their input while they are frozen (which is looked up at every call), and nothing is
     divided by 1. A module that does not fit stays as it is. Call it again after adding an adapter: layers that are
     fused already do not change.
     """
-    if _are_plain(unet.conv_norm_out, unet.conv_act):
+    if nn.GroupNorm in layers and _are_plain(unet.conv_norm_out, unet.conv_act):
         unet.conv_norm_out.__class__, unet.conv_act.__class__ = GroupNormSiLU, SiLUDoneBefore
     # parents come before their children: a block claims its norms before they count as norms without a SiLU
     for module in unet.modules():
-        fused, fits = FUSED.get(type(module), (None, None))
+        fused, fits = FUSED[type(module)] if type(module) in layers else (None, None)
         if fused is not None and fits is not None and not _is_patched(module) and fits(module):
             module.__class__ = fused
         if isinstance(module, FusedResnetBlock2D):

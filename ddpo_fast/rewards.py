@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from typing import Any
 
 import torch
@@ -77,11 +77,51 @@ def score(
     return rewards, result[1]
 
 
-def score_all(
-    reward_function: RewardFunction, batches: Sequence[Sequence[Any]], executor: Executor | None = None
-) -> list[tuple[torch.Tensor, Any]]:
-    """`score` of every (images, prompts, metadata) in order, in the executor's threads if there is one."""
-    calls = [(reward_function, *batch[:3]) for batch in batches]
-    if executor is None:
-        return [score(*call) for call in calls]
-    return [future.result() for future in [executor.submit(score, *call) for call in calls]]
+class Scoring:
+    """Scores batches in worker threads while the caller goes on, each call as `score`.
+
+    On a GPU the calls queue their work in a stream of their own, behind what made their images: they do not wait for
+    what the caller has queued since.
+    """
+
+    def __init__(self, reward_function: RewardFunction, executor: Executor) -> None:
+        self.reward_function = reward_function
+        self.executor = executor
+        # the batches are kept too, as their `id` is theirs only while they live
+        self._begun: dict[int, tuple[Sequence[Any], Future[tuple[torch.Tensor, Any]]]] = {}
+
+    def begin(self, batch: Sequence[Any]) -> None:
+        """Starts scoring (images, prompts, metadata). Raises what an earlier batch raised, if it is known by now."""
+        for _, earlier in self._begun.values():
+            if earlier.done():
+                earlier.result()
+        images, ready = batch[0], None
+        if isinstance(images, torch.Tensor) and images.is_cuda:
+            ready = torch.cuda.Event()
+            ready.record()
+        self._begun[id(batch)] = batch, self.executor.submit(self._score, ready, *batch[:3])
+
+    def results(self, batches: Sequence[Sequence[Any]]) -> list[tuple[torch.Tensor, Any]]:
+        """The scores of batches in order; waits for them, and starts those that were not begun."""
+        for batch in batches:
+            if id(batch) not in self._begun:
+                self.begin(batch)
+        futures = [self._begun[id(batch)][1] for batch in batches]
+        try:
+            return [future.result() for future in futures]
+        finally:
+            # after an error nobody waits for the rest
+            for future in futures:
+                future.cancel()
+
+    def _score(self, ready: torch.cuda.Event | None, images: torch.Tensor, *others: Any) -> tuple[torch.Tensor, Any]:
+        if ready is None:
+            return score(self.reward_function, images, *others)
+        stream = torch.cuda.Stream(images.device)
+        stream.wait_event(ready)
+        images.record_stream(stream)
+        with torch.cuda.stream(stream):
+            rewards, metadata = score(self.reward_function, images, *others)
+        # this thread has nothing else to do, and whoever reads the rewards is in another stream
+        stream.synchronize()
+        return rewards, metadata

@@ -75,11 +75,14 @@ class RunLog:
         means = {"reward_mean": float(values.mean()), "reward_std": float(values.std())}
         self.accelerator.log({"reward": values, "epoch": epoch, **means}, step=global_step)
 
-    def updates(self, updates: list[dict[str, torch.Tensor]], epoch: int, inner_epoch: int, global_step: int) -> None:
-        """Writes an inner epoch's updates, from the device after its last one was queued.
+    def updates(
+        self, updates: list[dict[str, torch.Tensor]], epoch: int, inner_epoch: int, global_step: int
+    ) -> list[dict[str, float]]:
+        """Writes an inner epoch's updates, from the device after its last one was queued, and returns them.
 
         Raises `RuntimeError` if a loss is not finite: the weights are lost, and the last checkpoint must stay so.
         """
+        infos = []
         for at, update in enumerate(updates, start=global_step):
             averaged = self.accelerator.reduce(update, reduction="mean")
             info = {name: float(value) for name, value in averaged.items()}
@@ -92,6 +95,8 @@ class RunLog:
             self._write({"kind": "update", "update": at, "epoch": epoch, "inner_epoch": inner_epoch, **info})
             self._watch_drift(info.get("ratio_drift", 0.0))
             self._last_update = info
+            infos.append(info)
+        return infos
 
     def epoch(self, epoch: int, global_step: int, all_rewards: torch.Tensor, timings: dict[str, float]) -> None:
         means = {"reward_mean": all_rewards.mean().item(), "reward_std": all_rewards.std(correction=0).item()}

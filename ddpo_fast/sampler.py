@@ -18,6 +18,9 @@ from torch.utils.checkpoint import checkpoint
 from ddpo_fast import ops
 from ddpo_fast.noise_schedule import NoiseSchedule
 
+# An image of 512 x 512 takes about a gigabyte while it is decoded in half precision, and eight keep a GPU busy.
+DECODED_AT_ONCE = 8 * 64 * 64
+
 # `pipe` is a diffusers StableDiffusionPipeline, whose parts diffusers does not declare as attributes
 
 
@@ -46,6 +49,8 @@ class DDPOSchedulerOutput:
 
 # (latents of all rows, timestep, index of the step) -> the UNet's output
 Predict = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
+# (latents of all rows, latents [B, C, H, W], noise [B, C, H, W], timestep, index of the step) -> the step taken
+TakeStep = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int], ops.Step]
 
 
 @torch.no_grad()
@@ -124,7 +129,7 @@ def _generate(
             negative_prompt_embeds=negative_prompt_embeds,
             lora_scale=(cross_attention_kwargs or {}).get("scale"),
         )
-        embeds = torch.cat([negative, text]) if guide else text
+        embeds = (torch.cat([negative, text]) if guide else text).to(pipe.unet.dtype)
         pipe.scheduler.set_timesteps(num_inference_steps, device=device)
         # fp32 whatever the networks' precision: the log-prob is that of the latents as they are stored
         latents = pipe.prepare_latents(
@@ -144,61 +149,67 @@ def _generate(
         if callback is not None and i % callback_steps == 0:
             callback(i, t, latents_BCHW)
 
-    trail, log_probs = denoise(
-        pipe,
-        wrap(predict),
-        latents,
-        guidance_scale if guide else None,
-        guidance_rescale,
-        eta,
-        generator,
-        after_step,
-    )
-    return DDPOPipelineOutput(decode(pipe, trail[-1], output_type), trail, log_probs)
+    def draw_noise(_i: int) -> torch.Tensor:
+        return randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
+
+    take_step = step_taker(pipe, wrap(predict), guidance_scale if guide else None, guidance_rescale, eta)
+    trail, log_probs = denoise(pipe, take_step, latents, draw_noise, 2 if guide else 1, after_step)
+    return DDPOPipelineOutput(decode(pipe, trail[-1], output_type), trail, log_probs if eta > 0 else [])
+
+
+def step_taker(
+    pipe: Any, predict: Predict, guidance_scale: float | None, guidance_rescale: float, eta: float
+) -> TakeStep:
+    """A step of the chain with the UNet's call in it.
+
+    `predict` is given [B, C, H, W] rows, or twice as many with guidance.
+    """
+    table = NoiseSchedule.of(pipe.scheduler, eta, pipe._execution_device).table
+
+    def take_step(rows: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, i: int) -> ops.Step:
+        output = predict(pipe.scheduler.scale_model_input(rows, t), t, i)
+        if guidance_scale is None or guidance_rescale <= 0:
+            return ops.step_logprob(output, latents, noise, table, t, guidance_scale)
+        combined = ops.guided(output, guidance_scale)
+        combined = rescale_noise_cfg(combined, output.chunk(2)[1], guidance_rescale=guidance_rescale)
+        step = ops.step_logprob(combined, latents, noise, table, t)
+        return step._replace(unet_input=torch.cat([step.unet_input] * 2))
+
+    return take_step
 
 
 def denoise(
     pipe: Any,
-    predict: Predict,
+    take_step: TakeStep,
     latents: torch.Tensor,
-    guidance_scale: float | None,
-    guidance_rescale: float,
-    eta: float,
-    generator: torch.Generator | list[torch.Generator] | None,
-    after_step: Callable[[int, torch.Tensor, torch.Tensor], None],
+    draw_noise: Callable[[int], torch.Tensor],
+    copies: int,
+    after_step: Callable[[int, torch.Tensor, torch.Tensor], None] = lambda i, t, latents: None,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """The T-step Gaussian chain from noise `latents` [B, C, H, W]: (T + 1 latents, T log-probs [B]).
 
-    `predict` is given [B, C, H, W] rows, or twice as many with guidance.
+    Args:
+        draw_noise: the noise [B, C, H, W] of a step's index.
+        copies: rows of the UNet for an image.
     """
-    table = NoiseSchedule.of(pipe.scheduler, eta, latents.device).table
-    copies = 1 if guidance_scale is None else 2
-    rows = torch.cat([latents] * copies)
+    rows = torch.cat([latents] * copies).to(pipe.unet.dtype)
     trail, log_probs = [latents], []
     with pipe.progress_bar(total=len(pipe.scheduler.timesteps)) as progress:
         for i, t in enumerate(pipe.scheduler.timesteps):
-            output = predict(pipe.scheduler.scale_model_input(rows, t), t, i)
-            noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
-            if guidance_scale is not None and guidance_rescale > 0:
-                combined = ops.guided(output, guidance_scale)
-                combined = rescale_noise_cfg(combined, output.chunk(2)[1], guidance_rescale=guidance_rescale)
-                step = ops.step_logprob(combined, latents, noise, table, t)
-                rows = torch.cat([step.unet_input] * copies)
-            else:
-                step = ops.step_logprob(output, latents, noise, table, t, guidance_scale)
-                rows = step.unet_input
-            latents = step.latents
+            step = take_step(rows, latents, draw_noise(i), t, i)
+            rows, latents = step.unet_input, step.latents
             trail.append(latents)
-            if eta > 0:
-                log_probs.append(step.log_probs)
+            log_probs.append(step.log_probs)
             progress.update()
             after_step(i, t, latents)
     return trail, log_probs
 
 
 def decode(pipe: Any, latents: torch.Tensor, output_type: str) -> Any:
-    """Latents to images of diffusers' `output_type` ('pil', 'np', 'pt' or 'latent')."""
+    """Latents to images of diffusers' `output_type` ('pil', 'np', 'pt' or 'latent'), a few at a time."""
     if output_type == "latent":
         return latents
-    pixels = pipe.vae.decode((latents / pipe.vae.config.scaling_factor).to(pipe.vae.dtype), return_dict=False)[0]
+    at_once = max(1, DECODED_AT_ONCE // latents.shape[-2:].numel())
+    parts = (latents / pipe.vae.config.scaling_factor).to(pipe.vae.dtype).split(at_once)
+    pixels = torch.cat([pipe.vae.decode(part, return_dict=False)[0] for part in parts])
     return pipe.image_processor.postprocess(pixels, output_type=output_type, do_denormalize=[True] * len(pixels))

@@ -11,8 +11,9 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,19 +23,23 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, set_seed
 from tqdm.auto import tqdm
 
-from ddpo_fast import checkpoint, ops, rewards
+from ddpo_fast import checkpoint, cuda_graphs, memory, ops, rewards
 from ddpo_fast.advantages import PerPromptStatTracker, batch_advantages
 from ddpo_fast.attention import set_attention
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.engine import Engine, compute_dtype, make_optimizer
-from ddpo_fast.fuse_unet import fuse_unet
+from ddpo_fast.fuse_unet import faster_layers, fuse_unet
 from ddpo_fast.hub import HubModel
-from ddpo_fast.metrics import UpdateMetrics, first_tracker
+from ddpo_fast.master_weights import MasterWeights
+from ddpo_fast.metrics import first_tracker
 from ddpo_fast.noise_schedule import NoiseSchedule
 from ddpo_fast.pipeline import DDPOStableDiffusionPipeline, DefaultDDPOStableDiffusionPipeline
+from ddpo_fast.ppo import LOOKING_PAYS, PPO
+from ddpo_fast.prompt_embeddings import PromptEmbeddings
 from ddpo_fast.prompts import PromptFunction, draw_prompts
+from ddpo_fast.rollout import Rollout
 from ddpo_fast.run_log import RunLog, output_folder
-from ddpo_fast.trajectory import Trajectory, micro_batches, training_batches
+from ddpo_fast.trajectory import Trajectory, micro_batches, pair_index, training_batches
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +79,8 @@ class DDPOTrainer(HubModel):
         self.output_dir = output_folder(config)
         self.accelerator = self._make_accelerator()
         ops.require_backend(config.kernel_backend, self.accelerator.device.type)
+        if config.cuda_graphs and (problem := cuda_graphs.problem(self.accelerator.device)):
+            raise ValueError(f"cuda_graphs is True, but {problem}: leave it out")
         okay, message = self._config_check()
         if not okay:
             raise ValueError(message)
@@ -83,17 +90,28 @@ class DDPOTrainer(HubModel):
         self.run_log.start_trackers(state.get("global_step"))
         set_seed(config.seed, device_specific=True)
         layers = self._prepare_models()
-        self.optimizer = self._setup_optimizer(self.trainable_parameters(layers))
-        self.engine = Engine(self.accelerator, self.optimizer, config)
+        # a pipeline with an autocast of its own computes in that, from fp32 weights
+        own_precision = sd_pipeline.autocast is not None
+        self.weights = MasterWeights(
+            self.trainable_parameters(layers), torch.float32 if own_precision else compute_dtype(self.accelerator)
+        )
+        self.optimizer = self._setup_optimizer(self.weights.masters)
+        self.engine = Engine(self.accelerator, self.optimizer, self.weights, config)
         self.trainable_layers = layers
-        self.autocast = sd_pipeline.autocast or self.accelerator.autocast
-        self.neg_prompt_embed = self._embed(self._tokenize([config.negative_prompts or ""]))
+        self.autocast = sd_pipeline.autocast or nullcontext
+        self.embed_prompts = PromptEmbeddings(
+            sd_pipeline.tokenizer, sd_pipeline.text_encoder, self.accelerator.device, config.sample_cache
+        )
+        self.neg_prompt_embed = self.embed_prompts([config.negative_prompts or ""])[1]
         self.stat_tracker = PerPromptStatTracker(
             config.per_prompt_stat_tracking_buffer_size, config.per_prompt_stat_tracking_min_count
         )
-        self.executor = ThreadPoolExecutor(config.max_workers) if config.async_reward_computation else None
+        # one call at a time unless the reward may be called from several threads
+        self.executor = ThreadPoolExecutor(config.max_workers if config.async_reward_computation else 1, "reward")
         self.first_epoch, self._global_step = 0, 0
-        self._update_metrics, self._epoch_start_update = UpdateMetrics(), 0
+        self.rollout = self._make_rollout()
+        self.ppo = PPO(config, self.engine, self._unet_output, self._noise_table)
+        self._dead_shares: list[float] = []
         if config.resume_from:
             self._resume(resume, state)
         self.run_settings = self._run_settings()
@@ -134,16 +152,21 @@ class DDPOTrainer(HubModel):
             desc="Timestep",
             dynamic_ncols=True,
         )
+        own_precision = pipeline.autocast is not None
         pipeline.vae.to(device, dtype=dtype)
         pipeline.text_encoder.to(device, dtype=dtype)
-        # all weights of the UNet stay fp32 when all are trained: half-precision weights would round updates away
-        pipeline.unet.to(device, dtype=dtype if getattr(pipeline, "use_lora", False) else torch.float32)
+        pipeline.unet.to(device)
         layers = pipeline.get_trainable_layers()
-        for parameter in self.trainable_parameters(layers):
-            parameter.data = parameter.data.to(device, torch.float32)
+        trained = {id(parameter) for parameter in self.trainable_parameters(layers)}
+        for parameter in [*pipeline.unet.parameters(), *self.trainable_parameters(layers)]:
+            # half-precision weights would round small updates away
+            exact = id(parameter) in trained or own_precision
+            parameter.data = parameter.data.to(device, torch.float32 if exact else dtype)
         set_attention(pipeline.unet, self.config.attention, device, dtype)
         if self.config.fuse_unet:
-            fuse_unet(pipeline.unet.to(memory_format=torch.channels_last))
+            fuse_unet(pipeline.unet.to(memory_format=torch.channels_last), faster_layers(device))
+        if self.config.compile_unet:
+            pipeline.unet.compile()
         return layers
 
     @staticmethod
@@ -161,44 +184,55 @@ class DDPOTrainer(HubModel):
 
     # sampling
 
-    def _tokenize(self, prompts: Sequence[str]) -> torch.Tensor:
-        tokenizer = self.sd_pipeline.tokenizer
-        ids = tokenizer(
-            list(prompts),
-            return_tensors="pt",
-            padding="max_length",
-            truncation=True,
-            max_length=tokenizer.model_max_length,
-        ).input_ids
-        return ids.to(self.accelerator.device)
-
-    @torch.no_grad()
-    def _embed(self, prompt_ids: torch.Tensor) -> torch.Tensor:
-        return self.sd_pipeline.text_encoder(prompt_ids)[0]
-
-    def _compute(self) -> ExitStack:
-        """The precision of the networks: the pipeline's own context, then the engine's."""
+    def _computing(self) -> ExitStack:
+        """The precision of the networks: the engine's, in the pipeline's own context."""
         stack = ExitStack()
+        stack.enter_context(self.engine.computing())
         stack.enter_context(self.autocast())
-        stack.enter_context(self.engine.autocast())
         return stack
 
-    def _generate_samples(self, iterations: int, batch_size: int) -> tuple[list[Trajectory], list[list[Any]]]:
-        """`iterations` batches of trajectories, and for each `[images, prompts, metadata]`."""
+    def _make_rollout(self) -> Rollout | None:
+        """None for a pipeline whose call is its own."""
+        if type(self.sd_pipeline).__call__ is not DefaultDDPOStableDiffusionPipeline.__call__:
+            return None
+        return Rollout(
+            self.sd_pipeline.sd_pipeline, self.config, self.embed_prompts, self.neg_prompt_embed, self._computing
+        )
+
+    def _generate_samples(
+        self, iterations: int, batch_size: int, when_decoded: Callable[[list[Any]], None] = lambda batch: None
+    ) -> tuple[list[Trajectory], list[list[Any]]]:
+        """`iterations` batches of trajectories, and for each `[images, prompts, metadata]`.
+
+        `when_decoded` is called with each of the latter as soon as its images are there.
+        """
         self.sd_pipeline.unet.eval()
         samples, prompt_image_pairs = [], []
-        for _ in range(iterations):
-            prompts, metadata = draw_prompts(self.prompt_fn, batch_size)
-            trajectory, images = self._sample(prompts)
+        for trajectory, images, metadata in self._sampled(iterations, batch_size):
             samples.append(trajectory)
-            prompt_image_pairs.append([images, prompts, metadata])
+            prompt_image_pairs.append([images, trajectory.prompts, metadata])
+            when_decoded(prompt_image_pairs[-1])
         return samples, prompt_image_pairs
 
+    def _sampled(self, iterations: int, batch_size: int) -> Iterator[tuple[Trajectory, torch.Tensor, tuple[Any, ...]]]:
+        """Trajectories, images and the prompts' metadata of one batch after the other."""
+        if self.rollout is None:
+            for _ in range(iterations):
+                prompts, metadata = draw_prompts(self.prompt_fn, batch_size)
+                yield *self._sample(prompts), metadata
+            return
+        # everything is drawn before the first image is scored: a reward may use the same random generators
+        draws = [self.rollout.draw(self.prompt_fn, batch_size) for _ in range(iterations)]
+        while draws:
+            together, draws = draws[: self.merged_batches], draws[self.merged_batches :]
+            for draw, sampled in zip(together, self.rollout.sample(together), strict=True):
+                yield *sampled, draw.metadata
+
     def _sample(self, prompts: tuple[str, ...]) -> tuple[Trajectory, torch.Tensor]:
-        prompt_ids = self._tokenize(prompts)
-        prompt_embeds = self._embed(prompt_ids)
+        """A batch from the pipeline's own call."""
+        prompt_ids, prompt_embeds = self.embed_prompts(prompts)
         negative_prompt_embeds = self.neg_prompt_embed.expand(len(prompts), -1, -1)
-        with self._compute():
+        with self._computing():
             output = self.sd_pipeline(
                 prompt_embeds=prompt_embeds,
                 negative_prompt_embeds=negative_prompt_embeds,
@@ -218,6 +252,48 @@ class DDPOTrainer(HubModel):
         )
         return trajectory, output.images
 
+    # sizes
+
+    @cached_property
+    def merged_batches(self) -> int:
+        """Sampling batches that are drawn together."""
+        config = self.config
+        if config.sample_merge_batches is not None:
+            return config.sample_merge_batches
+        rows = 2 if config.sample_guidance_scale > 1 else 1
+        images_that_fit = self._free_bytes() // (self._bytes_per_row * rows)
+        return memory.batches_to_merge(config.sample_batch_size, rows, images_that_fit)
+
+    @cached_property
+    def micro_batch_size(self) -> int:
+        """(image, timestep) pairs of a training forward: parts of an update that are as equal as they can be."""
+        config = self.config
+        if config.train_micro_batch_size is not None:
+            return config.train_micro_batch_size
+        rows = 2 if config.guides_training else 1
+        fit = memory.pairs_that_fit(self._bytes_per_row * rows, self._free_bytes(), rows)
+        parts = -(-config.pairs_per_update // fit)
+        return -(-config.pairs_per_update // parts)
+
+    def _free_bytes(self) -> int:
+        return memory.free_bytes(self.accelerator.device, self.accelerator.state.num_processes)
+
+    @cached_property
+    def _bytes_per_row(self) -> int:
+        """What a row of a training forward keeps for its backward pass."""
+        unet, device = self.sd_pipeline.unet, self.accelerator.device
+        config = unet.config
+        latents = torch.zeros(1, config.in_channels, config.sample_size, config.sample_size, device=device)
+        copies = 2 if self.config.guides_training else 1
+        embeds = self.neg_prompt_embed.repeat(copies, 1, 1)
+        with self._computing():
+            there_anyway = {p.untyped_storage().data_ptr() for p in unet.parameters()}
+            kept = memory.kept_bytes(
+                lambda: self._unet_output(latents, torch.zeros(1, dtype=torch.int64, device=device), embeds),
+                there_anyway,
+            )
+        return max(1, kept // copies)
+
     @torch.no_grad()
     def evaluate(
         self, prompts: tuple[str, ...], metadata: tuple[Any, ...], seed: int = 0
@@ -228,7 +304,7 @@ class DDPOTrainer(HubModel):
         """
         random_state = checkpoint.random_state()
         self.sd_pipeline.unet.eval()
-        with self._compute():
+        with self._computing():
             images = self.sd_pipeline(
                 prompt=list(prompts),
                 negative_prompt=[self.config.negative_prompts or ""] * len(prompts),
@@ -246,20 +322,46 @@ class DDPOTrainer(HubModel):
 
     def compute_rewards(self, prompt_image_pairs: Sequence[Sequence[Any]], is_async: bool = False) -> Any:
         """(rewards [B] of each batch, their metadata), as two tuples; in worker threads if `is_async`."""
-        executor = self.executor or ThreadPoolExecutor(self.config.max_workers) if is_async else None
-        scored = rewards.score_all(self.reward_fn, prompt_image_pairs, executor)
+        if is_async:
+            return self._collected(rewards.Scoring(self.reward_fn, self.executor).results(prompt_image_pairs))
+        return self._collected([rewards.score(self.reward_fn, *batch[:3]) for batch in prompt_image_pairs])
+
+    def _collected(self, scored: list[tuple[torch.Tensor, Any]]) -> Any:
         return zip(*[(reward.to(self.accelerator.device), metadata) for reward, metadata in scored], strict=True)
 
+    def _sample_and_score(self) -> tuple[list[Trajectory], list[list[Any]], Any, float]:
+        """Trajectories, `[images, prompts, metadata]`, what `compute_rewards` returns, and the time between the two."""
+        sizes = self.config.sample_num_batches_per_epoch, self.config.sample_batch_size
+        if not self._overlaps_rewards:
+            samples, batches = self._generate_samples(*sizes)
+            sampled = self._now()
+            return samples, batches, self.compute_rewards(batches, self.config.async_reward_computation), sampled
+        scoring = rewards.Scoring(self.reward_fn, self.executor)
+        samples, batches = self._generate_samples(*sizes, when_decoded=scoring.begin)
+        sampled = self._now()
+        return samples, batches, self._collected(scoring.results(batches)), sampled
+
+    @property
+    def _overlaps_rewards(self) -> bool:
+        """Whether batches are scored while others are sampled: not if either is somebody's own way of doing it."""
+        own = type(self).compute_rewards is not DDPOTrainer.compute_rewards or self.rollout is None
+        return self.config.reward_overlap and not own
+
+    def _now(self) -> float:
+        """Seconds, when the device is done with what it was given."""
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize(self.accelerator.device)
+        return time.monotonic()
+
     def _advantages(self, prompts: tuple[str, ...], all_rewards: torch.Tensor) -> torch.Tensor:
-        """Advantages of this process's images from the rewards of all processes."""
+        """Advantages of this process's images from the rewards of all processes, on the CPU."""
         values = all_rewards.cpu().numpy()
         if self.config.per_prompt_stat_tracking:
             gathered = list(prompts) if self.accelerator.num_processes == 1 else gather_object(list(prompts))
             advantages = self.stat_tracker.update(gathered, values)
         else:
             advantages = batch_advantages(values)
-        mine = torch.as_tensor(advantages).reshape(self.accelerator.num_processes, -1)[self.accelerator.process_index]
-        return mine.to(self.accelerator.device)
+        return torch.as_tensor(advantages).reshape(self.accelerator.num_processes, -1)[self.accelerator.process_index]
 
     # one epoch
 
@@ -269,13 +371,7 @@ class DDPOTrainer(HubModel):
         Returns the number of updates so far, `global_step` plus this epoch's.
         """
         started = time.monotonic()
-        samples, prompt_image_data = self._generate_samples(
-            self.config.sample_num_batches_per_epoch, self.config.sample_batch_size
-        )
-        sampled = time.monotonic()
-        batch_rewards, rewards_metadata = self.compute_rewards(
-            prompt_image_data, is_async=self.config.async_reward_computation
-        )
+        samples, prompt_image_data, (batch_rewards, rewards_metadata), sampled = self._sample_and_score()
         for data, reward, metadata in zip(prompt_image_data, batch_rewards, rewards_metadata, strict=True):
             data.extend([reward, metadata])
         if self.image_samples_callback is not None:
@@ -286,7 +382,7 @@ class DDPOTrainer(HubModel):
         trajectory = trajectory.with_advantages(self._advantages(trajectory.prompts, all_rewards))
         scored = time.monotonic()
         global_step = self._train_on(trajectory, epoch, global_step)
-        ended = time.monotonic()
+        ended = self._now()
         timings = {
             "sample_s": sampled - started,
             "reward_s": scored - sampled,
@@ -303,11 +399,13 @@ class DDPOTrainer(HubModel):
         """The inner epochs; returns the number of updates so far."""
         if self.config.train_recompute_log_probs:
             trajectory = self._rescored(trajectory)
-        self._epoch_start_update = self.engine.updates
+        dead_shares: list[float] = []
         inner_epochs = training_batches(trajectory, self.config.train_batch_size, self.config.train_num_inner_epochs)
         for inner_epoch, batches in enumerate(inner_epochs):
             self.sd_pipeline.unet.train()
-            global_step = self._train_batched_samples(inner_epoch, epoch, global_step, batches)
+            global_step, infos = self._train(inner_epoch, epoch, global_step, batches)
+            dead_shares += [info.get("dead", 0.0) for info in infos]
+        self._dead_shares = dead_shares
         return global_step
 
     def _train_batched_samples(
@@ -317,44 +415,42 @@ class DDPOTrainer(HubModel):
 
         Every `train_gradient_accumulation_steps` batches make one update, from the first S steps of each image.
         """
+        return self._train(inner_epoch, epoch, global_step, batched_samples)[0]
+
+    def _train(
+        self, inner_epoch: int, epoch: int, global_step: int, batched_samples: Iterable[Any]
+    ) -> tuple[int, list[dict[str, float]]]:
+        """`_train_batched_samples`, and the metrics of each update."""
         updates = []
-        progress = tqdm(
+        first = inner_epoch * self.config.updates_per_inner_epoch
+        groups = _grouped(iter(batched_samples), self.config.train_gradient_accumulation_steps)
+        bar = tqdm(
+            groups,
             total=self.config.updates_per_inner_epoch,
             desc="Training",
             position=1,
             leave=False,
             disable=self._hides_bars,
         )
-        with progress:
-            for batches in _grouped(iter(batched_samples), self.config.train_gradient_accumulation_steps):
-                updates.append(self._update(batches))
-                progress.update()
-        self.run_log.updates(updates, epoch, inner_epoch, global_step)
-        return global_step + len(updates)
+        with self.engine.computing():
+            for at, batches in enumerate(bar, start=first):
+                metrics = self._update(batches, self._looks_first(at))
+                if at > 0:
+                    # a distance from 1 is drift only while the weights are still those that sampled
+                    metrics.pop("ratio_drift", None)
+                updates.append(metrics)
+        return global_step + len(updates), self.run_log.updates(updates, epoch, inner_epoch, global_step)
 
-    def _update(self, batches: list[Any]) -> dict[str, torch.Tensor]:
+    def _looks_first(self, at: int) -> bool:
+        """Whether so many pairs were dead in the last epoch, after as many updates, that looking for them pays."""
+        shares = self._dead_shares[at : at + 1]
+        return self.config.train_skip_dead_pairs and any(share > LOOKING_PAYS for share in shares)
+
+    def _update(self, batches: list[Any], looks_first: bool = False) -> dict[str, torch.Tensor]:
         """One optimizer step from the pairs of `batches`; its metrics, still on the device."""
         trained = [_first_steps(batch, self.num_train_timesteps) for batch in batches]
-        total = sum(batch["timesteps"].numel() for batch in trained)
-        self._update_metrics = metrics = UpdateMetrics()
-        for pairs in micro_batches(trained, self.config.micro_batch_size):
-            loss, approx_kl, clipfrac = self.calculate_loss(
-                pairs.latents,
-                pairs.timesteps,
-                pairs.next_latents,
-                pairs.log_probs,
-                pairs.advantages,
-                pairs.embeds(self.config.guides_training),
-            )
-            share = len(pairs) / total
-            self.engine.backward(loss * share)
-            metrics.add(share, approx_kl=approx_kl, clipfrac=clipfrac, loss=loss)
-        first = self.engine.updates == self._epoch_start_update
-        norm = self.engine.step()
-        means = {**metrics.means(), "grad_norm": norm.detach()}
-        drift = means.pop("ratio_drift", None)
-        # the distance is drift only while the weights are still those that sampled
-        return {**means, "ratio_drift": drift} if first and drift is not None else means
+        own_loss = self.calculate_loss if self._has_own_objective() else None
+        return self.ppo.update(trained, self.micro_batch_size, looks_first, own_loss)
 
     def calculate_loss(
         self,
@@ -370,54 +466,34 @@ class DDPOTrainer(HubModel):
         Latents are [N, C, H, W]; timesteps, log-probs and advantages [N]; embeds [2N, L, D] with the negative
         prompts first if training is guided, else [N, L, D].
         """
-        if self._has_own_objective():
-            return self._own_loss(latents, timesteps, next_latents, log_probs, advantages, embeds)
-        scored = ops.ppo_loss(
-            self._unet_output(latents, timesteps, embeds),
-            latents,
-            next_latents,
-            log_probs,
-            advantages,
-            NoiseSchedule.of(self.sd_pipeline.scheduler, self.config.sample_eta, latents.device).table,
-            timesteps,
-            self.config.sample_guidance_scale if self.config.guides_training else None,
-            clip_range=self.config.train_clip_range,
-            advantage_limit=self.config.train_adv_clip_max,
-            grad_scale=self.engine.loss_scale(),
-        )
-        self._update_metrics.at_least("ratio_drift", scored.ratio_drift)
-        return scored.loss, scored.approx_kl, scored.clip_fraction
-
-    def _has_own_objective(self) -> bool:
-        """Whether `loss` or the pipeline's `scheduler_step` are someone's own: the fused loss knows neither."""
-        steps = getattr(self.sd_pipeline.scheduler_step, "__func__", None)
-        return (
-            getattr(self.loss, "__func__", None) is not DDPOTrainer.loss
-            or steps is not DefaultDDPOStableDiffusionPipeline.scheduler_step
-        )
-
-    def _own_loss(
-        self,
-        latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        next_latents: torch.Tensor,
-        log_probs: torch.Tensor,
-        advantages: torch.Tensor,
-        embeds: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         log_prob = self._log_prob(latents, timesteps, next_latents, embeds)
         limit = self.config.train_adv_clip_max
         ratio = torch.exp(log_prob - log_probs)
-        self._update_metrics.at_least("ratio_drift", (ratio - 1).detach().abs().max())
+        self.ppo.metrics.at_least("ratio_drift", (ratio - 1).detach().abs().max())
         loss = self.loss(advantages.clamp(-limit, limit), self.config.train_clip_range, ratio)
         approx_kl = 0.5 * (log_prob - log_probs).square().mean()
         clipfrac = ((ratio - 1).abs() > self.config.train_clip_range).float().mean()
         return loss, approx_kl, clipfrac
 
+    def _has_own_objective(self) -> bool:
+        """Whether the loss or the pipeline's step are someone's own, which the fused loss knows nothing of."""
+        steps = getattr(self.sd_pipeline.scheduler_step, "__func__", None)
+        return (
+            getattr(self.loss, "__func__", None) is not DDPOTrainer.loss
+            or getattr(self.calculate_loss, "__func__", None) is not DDPOTrainer.calculate_loss
+            or steps is not DefaultDDPOStableDiffusionPipeline.scheduler_step
+        )
+
+    def _noise_table(self) -> torch.Tensor:
+        scheduler, device = self.sd_pipeline.scheduler, self.accelerator.device
+        return NoiseSchedule.of(scheduler, self.config.sample_eta, device).table
+
     def _unet_output(self, latents: torch.Tensor, timesteps: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
         copies = 2 if self.config.guides_training else 1
-        with self._compute():
-            return self.sd_pipeline.unet(torch.cat([latents] * copies), torch.cat([timesteps] * copies), embeds).sample
+        with self._computing():
+            unet = self.sd_pipeline.unet
+            rows = torch.cat([latents] * copies).to(unet.dtype)
+            return unet(rows, torch.cat([timesteps] * copies), embeds.to(unet.dtype)).sample
 
     def _log_prob(
         self, latents: torch.Tensor, timesteps: torch.Tensor, next_latents: torch.Tensor, embeds: torch.Tensor
@@ -435,7 +511,7 @@ class DDPOTrainer(HubModel):
     def _rescored(self, trajectory: Trajectory) -> Trajectory:
         """The trajectory with the log-probs that training's forward pass gives it under the current weights."""
         scores = []
-        for pairs in micro_batches([trajectory], self.config.micro_batch_size):
+        for pairs in micro_batches([trajectory], pair_index([trajectory]), self.micro_batch_size):
             embeds = pairs.embeds(self.config.guides_training)
             scores.append(self._log_prob(pairs.latents, pairs.timesteps, pairs.next_latents, embeds))
         return replace(trajectory, log_probs=torch.cat(scores).reshape(trajectory.log_probs.T.shape).T.contiguous())
@@ -502,6 +578,7 @@ class DDPOTrainer(HubModel):
         training = {
             "engine": self.engine.state_dict(),
             "stat_tracker": self.stat_tracker.state_dict(),
+            "dead_shares": self._dead_shares,
             **{name: function.state_dict() for name, function in self._stateful_functions().items()},
         }
         checkpoint.save(
@@ -527,6 +604,7 @@ class DDPOTrainer(HubModel):
         self._load_model_hook([self._model()], str(resume))
         self.engine.load_state_dict(training["engine"])
         self.stat_tracker.load_state_dict(training["stat_tracker"])
+        self._dead_shares = training["dead_shares"]
         for name, function in self._stateful_functions().items():
             if name in training:
                 function.load_state_dict(training[name])
@@ -555,6 +633,7 @@ def _grouped(batches: Iterator[Any], size: int) -> Iterator[list[Any]]:
         yield group
 
 
-def _first_steps(batch: Any, count: int) -> dict[str, torch.Tensor]:
+def _first_steps(batch: Any, count: int) -> dict[str, Any]:
     per_step = {name: batch[name][:, :count] for name in ("timesteps", "latents", "next_latents", "log_probs")}
-    return {name: batch[name] for name in ("prompt_embeds", "negative_prompt_embeds", "advantages")} | per_step
+    per_image = {name: batch[name] for name in ("prompt_embeds", "negative_prompt_embeds", "advantages")}
+    return {**per_image, **per_step, "live": batch.get("live")}

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import repeat
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -16,6 +18,9 @@ class _Keyed:
     """Fields readable as `sample["latents"]` too: TRL's samples are dicts."""
 
     _views: tuple[str, ...] = ()
+
+    def get(self, key: str) -> Any:
+        return getattr(self, key) if key in self.keys() else None
 
     def keys(self) -> list[str]:
         return [f.name for f in fields(self)] + list(self._views)  # type: ignore[arg-type]
@@ -42,6 +47,7 @@ class Trajectory(_Keyed):
     trail: torch.Tensor  # [B, T + 1, C, H, W]
     log_probs: torch.Tensor  # [B, T]
     advantages: torch.Tensor | None = None  # [B]
+    live: torch.Tensor | None = None  # [B] on the CPU: which images have an advantage; None: all
 
     _views = ("latents", "next_latents")
 
@@ -63,10 +69,21 @@ class Trajectory(_Keyed):
         joined = {name: torch.cat([part[name] for part in parts]) for name in _TENSORS}
         return cls(prompts=tuple(p for part in parts for p in part.prompts), **joined)
 
-    def with_advantages(self, advantages: torch.Tensor) -> Trajectory:
-        return replace(self, advantages=advantages)
+    def split(self, sizes: Sequence[int]) -> Iterator[Trajectory]:
+        """The trajectories of so many images each, in order; views of these."""
+        start = 0
+        for size in sizes:
+            rows = slice(start, start + size)
+            parts = {name: getattr(self, name)[rows] for name in _TENSORS}
+            yield Trajectory(prompts=self.prompts[rows], **parts)
+            start += size
 
-    def transitions(self, rows: torch.Tensor, steps: torch.Tensor) -> Transitions:
+    def with_advantages(self, advantages: torch.Tensor) -> Trajectory:
+        """With the advantages of its images, [B] on the CPU."""
+        live = advantages != 0
+        return replace(self, advantages=advantages.to(self.trail.device), live=None if live.all() else live)
+
+    def transitions(self, rows: torch.Tensor, steps: torch.Tensor, live: torch.Tensor | None) -> Transitions:
         """The steps `steps` [b, S] of the images `rows` [b], each image with its own order of steps."""
         assert self.advantages is not None, "transitions are for training: set advantages first"
         pick = rows[:, None], steps
@@ -78,6 +95,7 @@ class Trajectory(_Keyed):
             next_latents=self.next_latents[pick],
             log_probs=self.log_probs[pick],
             advantages=self.advantages[rows],
+            live=live,
         )
 
 
@@ -94,7 +112,8 @@ def training_batches(trajectory: Trajectory, batch_size: int, inner_epochs: int)
         order = torch.randperm(count, device=device)
         rows, steps = rows[order], steps[order]
         steps = steps.gather(1, torch.stack([torch.randperm(num_steps, device=device) for _ in range(count)]))
-        parts = zip(rows.split(batch_size), steps.split(batch_size), strict=True)
+        live = None if trajectory.live is None else trajectory.live[rows.cpu()].split(batch_size)
+        parts = zip(rows.split(batch_size), steps.split(batch_size), live or repeat(None), strict=False)
         yield (trajectory.transitions(*part) for part in parts)
 
 
@@ -112,6 +131,7 @@ class Transitions(_Keyed):
     next_latents: torch.Tensor  # [b, S, C, H, W]
     log_probs: torch.Tensor  # [b, S]
     advantages: torch.Tensor  # [b]
+    live: torch.Tensor | None = None  # [b] on the CPU, as in `Trajectory`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,25 +154,24 @@ class Pairs:
         return torch.cat([self.negative_prompt_embeds, self.prompt_embeds]) if guided else self.prompt_embeds
 
 
-def micro_batches(batches: Sequence[Any], size: int) -> Iterator[Pairs]:
-    """All pairs of the training batches in chunks of at most `size`.
+def pair_index(batches: Sequence[Any]) -> np.ndarray:
+    """(batch, step, row) of all pairs of the training batches, [M, 3].
 
     TRL's order: batch by batch, in each the first step of every image, then the second. `batches` hold what
     `Transitions` hold (TRL's dicts do).
     """
-    tables = [batch["timesteps"] for batch in batches]
-    index = torch.cat(
-        [
-            torch.stack(torch.meshgrid(torch.tensor(i), torch.arange(t.shape[1]), torch.arange(len(t)), indexing="ij"))
-            .flatten(1)
-            .T
-            for i, t in enumerate(tables)
-        ]
-    )
-    for chunk in index.split(size):
+    shapes = [batch["timesteps"].shape for batch in batches]
+    return np.array([(i, t, b) for i, (rows, steps) in enumerate(shapes) for t in range(steps) for b in range(rows)])
+
+
+def micro_batches(batches: Sequence[Any], index: np.ndarray, size: int) -> Iterator[Pairs]:
+    """The pairs that a `pair_index` of the training batches names, in chunks of at most `size`."""
+    for start in range(0, len(index), size):
+        chunk = index[start : start + size]
         parts = []
-        for i in chunk[:, 0].unique_consecutive().tolist():
-            _, steps, rows = chunk[chunk[:, 0] == i].T.to(tables[i].device)
+        for i in dict.fromkeys(chunk[:, 0].tolist()):
+            mine = torch.from_numpy(chunk[chunk[:, 0] == i].T.copy())
+            _, steps, rows = mine.to(batches[i]["timesteps"].device, non_blocking=True)
             parts.append(_pairs(batches[i], rows, steps))
         yield Pairs(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Pairs)})
 

@@ -176,7 +176,7 @@ def test_24_metrics_hold_no_graph(make_trainer, monkeypatch):
 
     def keep(updates, *rest):
         seen.extend(updates)
-        write(updates, *rest)
+        return write(updates, *rest)
 
     monkeypatch.setattr(trainer.run_log, "updates", keep)
     trainer.train()
@@ -186,7 +186,7 @@ def test_24_metrics_hold_no_graph(make_trainer, monkeypatch):
 @pytest.mark.parametrize("scale", [1.0, 0.0])
 def test_guidance_of_one_or_less_means_none(make_trainer, scale):
     """TRL stops with a shape error; without guidance there is no second half to compute."""
-    trainer = make_trainer(sample_guidance_scale=scale)
+    trainer = make_trainer(sample_guidance_scale=scale, sample_merge_batches=1, train_micro_batch_size=2)
     rows = []
     trainer.sd_pipeline.unet.register_forward_pre_hook(lambda _m, inputs: rows.append(len(inputs[0])))
     trainer.train(1)

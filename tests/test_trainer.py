@@ -13,6 +13,9 @@ from transformers import HfArgumentParser
 
 from ddpo_fast import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
 
+# pairs of a UNet call in TRL's order: one timestep of a training batch
+PLAIN = 2
+
 
 def weights(trainer) -> dict[str, torch.Tensor]:
     return {n: p.detach().clone() for n, p in trainer.sd_pipeline.unet.named_parameters() if p.requires_grad}
@@ -23,7 +26,7 @@ def weights(trainer) -> dict[str, torch.Tensor]:
 def test_packing_does_not_change_the_gradient(make_trainer, monkeypatch, tmp_path, micro_batch_size, fraction):
     """The whole accumulated gradient, in fp64, against TRL's order of one timestep of one batch at a time."""
     gradients = {}
-    for size in (None, micro_batch_size):
+    for size in (PLAIN, micro_batch_size):
         trainer = make_trainer(
             train_micro_batch_size=size, train_timestep_fraction=fraction, output_dir=str(tmp_path / f"{size}")
         )
@@ -58,7 +61,7 @@ def test_packing_does_not_change_the_gradient(make_trainer, monkeypatch, tmp_pat
         monkeypatch.setattr(trainer.engine, "step", lambda: torch.tensor(0.0))
         trainer._update(batches)
         gradients[size] = torch.cat([p.grad.flatten() for p in trainer.engine.parameters])
-    expected, packed = gradients[None], gradients[micro_batch_size]
+    expected, packed = gradients[PLAIN], gradients[micro_batch_size]
     assert expected.norm() > 0
     assert (packed - expected).norm() < 1e-12 * expected.norm()
 
@@ -66,7 +69,7 @@ def test_packing_does_not_change_the_gradient(make_trainer, monkeypatch, tmp_pat
 @pytest.mark.parametrize("use_lora", [False, True])
 def test_packed_run_ends_where_the_plain_one_does(make_trainer, tmp_path, use_lora):
     ends = []
-    for size in (None, 16):
+    for size in (PLAIN, 16):
         trainer = make_trainer(use_lora=use_lora, train_micro_batch_size=size, output_dir=str(tmp_path / f"{size}"))
         before = weights(trainer)
         trainer.train()
@@ -270,7 +273,7 @@ def test_users_pipeline_subclass(make_trainer, model_dir):
     pipeline = CountingPipeline(model_dir, use_lora=False)
     frozen = pipeline.unet.conv_in.weight.detach().clone()
     head = pipeline.unet.conv_out.weight.detach().clone()
-    make_trainer(pipeline=pipeline).train()
+    make_trainer(pipeline=pipeline, train_micro_batch_size=2).train()
     assert pipeline.scored == 2 * 4 * 5  # epochs x training batches x timesteps
     assert torch.equal(pipeline.unet.conv_in.weight, frozen)
     assert not torch.equal(pipeline.unet.conv_out.weight, head)

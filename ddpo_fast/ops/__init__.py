@@ -5,6 +5,7 @@ from ddpo_fast.ops.frozen import frozen_conv2d
 from ddpo_fast.ops.gaussian import guided, score_step, take_step
 from ddpo_fast.ops.geglu import geglu
 from ddpo_fast.ops.groupnorm_silu import groupnorm_silu
+from ddpo_fast.ops.linear import linear
 from ddpo_fast.ops.lora_linear import lora_linear
 from ddpo_fast.ops.ppo_loss import PPOLoss, clipped_surrogate, ppo_loss
 from ddpo_fast.ops.step_logprob import Step, step_logprob
@@ -19,6 +20,7 @@ __all__ = [
     "geglu",
     "groupnorm_silu",
     "guided",
+    "linear",
     "lora_linear",
     "ppo_loss",
     "require_backend",

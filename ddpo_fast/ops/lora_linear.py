@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ddpo_fast.ops.backend import Op
+from ddpo_fast.ops.linear import product
 from ddpo_fast.ops.operands import with_frozen
 
 
@@ -41,7 +42,7 @@ def _forward(
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows = x.reshape(-1, x.shape[-1])
-    y = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
+    y = product(rows, weight, bias)
     low = rows @ lora_a.t()
     y.addmm_(low, lora_b.t(), alpha=scaling)
     return y.view(*x.shape[:-1], len(weight)), low
@@ -62,7 +63,7 @@ def _backward(
     # an operator may not answer None
     grad_x = x.new_empty(0)
     if needs_x:
-        grad_x = (grad_rows @ weight).addmm_(grad_low, lora_a, alpha=scaling).view(x.shape)
+        grad_x = product(grad_rows, weight.t()).addmm_(grad_low, lora_a, alpha=scaling).view(x.shape)
     # beta=0 ignores the first operand: this is scaling * product in one launch
     grad_a = torch.addmm(lora_a, grad_low.t(), rows, beta=0, alpha=scaling)
     grad_b = torch.addmm(lora_b, grad_rows.t(), low, beta=0, alpha=scaling)

@@ -21,7 +21,11 @@ from ddpo_fast.ops.operands import dense_rows, laid_out_as
 
 
 class PPOLoss(NamedTuple):
-    """Scalars but for `log_probs` [N]; only the loss carries a gradient."""
+    """Scalars but for `log_probs` [N] and `gradient`; only the loss carries a gradient.
+
+    `gradient` is that of the loss to the model's output, times `grad_scale`, in the output's shape, dtype and layout.
+    `model_output.backward(gradient)` saves the launch that `loss.backward()` needs to multiply it by 1.
+    """
 
     loss: Tensor
     approx_kl: Tensor
@@ -29,6 +33,7 @@ class PPOLoss(NamedTuple):
     ratio_drift: Tensor
     reference_kl: Tensor
     log_probs: Tensor
+    gradient: Tensor
 
 
 def ppo_loss(
@@ -75,7 +80,7 @@ def ppo_loss(
         check_step("reference_output", reference_output, latents, guidance_scale)
     wide = torch.float64 in (model_output.dtype, latents.dtype)
     model_output = dense_rows(model_output.to(latents.dtype) if wide else model_output)
-    loss, metrics, log_probs, _ = FORWARD(
+    loss, metrics, log_probs, gradient = FORWARD(
         model_output,
         None if reference_output is None else laid_out_as(model_output, reference_output.detach()),
         latents.detach().contiguous(),
@@ -91,7 +96,7 @@ def ppo_loss(
         reference_weight,
     )
     approx_kl, clip_fraction, ratio_drift, reference_kl = metrics.detach().unbind()
-    return PPOLoss(loss, approx_kl, clip_fraction, ratio_drift, reference_kl, log_probs.detach())
+    return PPOLoss(loss, approx_kl, clip_fraction, ratio_drift, reference_kl, log_probs.detach(), gradient.detach())
 
 
 def clipped_surrogate(advantages: Tensor, clip_range: float, ratio: Tensor) -> Tensor:

@@ -1,0 +1,94 @@
+"""A linear layer by the faster of the two libraries that PyTorch has on a CPU.
+
+PyTorch gives fp32 matrix products to MKL, which keeps to 256-bit vectors on processors that are not Intel's, and
+convolutions to oneDNN, which uses all 512 bits. M rows of x, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpo_fast.ops.backend import Op
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x W^T + b`: [..., I] -> [..., O], with gradients; fp32 on a CPU. `weight` is [O, I], `bias` [O]."""
+    return FORWARD(x, weight, bias)
+
+
+def product(x_MI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """`x W^T + b` of matrices of any strides, without a graph: by oneDNN where that is faster."""
+    if onednn_is_faster(x_MI.device.type, x_MI.dtype) and x_MI.numel():
+        return torch.ops.mkldnn._linear_pointwise(x_MI, weight_OI, bias_O, "none", [], "")
+    return x_MI @ weight_OI.t() if bias_O is None else torch.addmm(bias_O, x_MI, weight_OI.t())
+
+
+@functools.cache
+def onednn_is_faster(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether oneDNN has wider vectors than MKL here."""
+    return (
+        (device_type, dtype) == ("cpu", torch.float32)
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkl.is_available()
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and not _is_intel()
+    )
+
+
+def _is_intel() -> bool:
+    try:
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        # nobody's word for it: PyTorch's own choice stays
+        return True
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return product(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], len(weight))
+
+
+def _backward(grad: Tensor, x: Tensor | None, weight: Tensor, needs: Sequence[bool]) -> list[Tensor]:
+    """The gradients that are needed, in the order of x, weight and bias; x is for the weight's."""
+    grad_MO = grad.reshape(-1, grad.shape[-1])
+    grads = []
+    if needs[0]:
+        grads.append(product(grad_MO, weight.t()).view(*grad.shape[:-1], weight.shape[1]))
+    if needs[1]:
+        assert x is not None
+        grads.append(product(grad_MO.t(), x.reshape(-1, x.shape[-1]).t()))
+    if needs[2]:
+        grads.append(grad_MO.sum(0))
+    return grads
+
+
+def _empty(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], len(weight))
+
+
+def _empty_backward(grad: Tensor, x: Tensor | None, weight: Tensor, needs: Sequence[bool]) -> list[Tensor]:
+    shapes = ((*grad.shape[:-1], weight.shape[1]), weight.shape, weight.shape[:1])
+    return [grad.new_empty(shape) for shape, needed in zip(shapes, needs, strict=True) if needed]
+
+
+FORWARD = Op("linear", _forward, _empty)
+BACKWARD = Op("linear_backward", _backward, _empty_backward)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+    x, weight, _ = inputs
+    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    found = iter(BACKWARD(grad, *ctx.saved_tensors, list(ctx.needs_input_grad)))
+    return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
+
+
+FORWARD.register_autograd(_gradients, setup_context=_save)

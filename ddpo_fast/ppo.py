@@ -1,0 +1,179 @@
+"""One update of the weights: which pairs it needs, their losses and gradients, and what is logged about them.
+
+Shapes: N pairs in a UNet call, C H W latent, L tokens, D width of the text embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddpo_fast import ops
+from ddpo_fast.config import DDPOConfig
+from ddpo_fast.cuda_graphs import Recorded
+from ddpo_fast.engine import Engine
+from ddpo_fast.metrics import UpdateMetrics
+from ddpo_fast.trajectory import Pairs, micro_batches, pair_index
+
+# A look costs a forward pass, a third of a pair's work, and saves all three thirds of a dead one.
+LOOKING_PAYS = 0.4
+
+# (latents [N, C, H, W], timesteps [N], embeds [N or 2N, L, D]) -> the UNet's output
+UNetOutput = Callable[[Tensor, Tensor, Tensor], Tensor]
+# (latents, timesteps, next latents, old log-probs, advantages, embeds) -> (loss, approximate KL, clip fraction)
+Loss = Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+class PPO:
+    """Updates by the clipped loss of `ops.ppo_loss`, whose gradient goes straight into the UNet's backward pass.
+
+    Args:
+        unet_output: calls the UNet.
+        table: the noise schedule's.
+    """
+
+    def __init__(
+        self,
+        config: DDPOConfig,
+        engine: Engine,
+        unet_output: UNetOutput,
+        table: Callable[[], Tensor],
+    ) -> None:
+        self.config = config
+        self.engine = engine
+        self.unet_output = unet_output
+        self.table = table
+        self.metrics = UpdateMetrics()
+        self._recorded = Recorded(self._learn, engine.zero_gradients) if config.cuda_graphs else None
+
+    def update(
+        self,
+        batches: Sequence[Any],
+        micro_batch_size: int,
+        looks_first: bool = False,
+        own_loss: Loss | None = None,
+    ) -> dict[str, Tensor]:
+        """One optimizer step from the pairs of training batches; its metrics, still on the device.
+
+        Args:
+            looks_first: score all pairs without a graph and then train on those that have a gradient. The gradient is
+                the same; the host waits for the device once.
+            own_loss: somebody's objective in place of `ops.ppo_loss`; it is given all pairs.
+        """
+        self.metrics = UpdateMetrics()
+        every = pair_index(batches)
+        if own_loss is not None:
+            self._learn_own(own_loss, micro_batches(batches, every, micro_batch_size), len(every))
+        else:
+            self._learn_live(batches, every, micro_batch_size, looks_first)
+        return {**self.metrics.means(), "grad_norm": self.engine.step().detach()}
+
+    def _learn_own(self, own_loss: Loss, parts: Iterable[Pairs], total: int) -> None:
+        for pairs in parts:
+            share = len(pairs) / total
+            loss, approx_kl, clipfrac = own_loss(*self._operands(pairs))
+            self.engine.backward(loss * share)
+            self.metrics.add(share, loss=loss, approx_kl=approx_kl, clipfrac=clipfrac)
+
+    def _learn_live(self, batches: Sequence[Any], every: np.ndarray, size: int, looks_first: bool) -> None:
+        """Adds the gradients of all pairs, from those that have one as far as that is known."""
+        zero = self.engine.zero
+        scored = index = _with_advantage(batches, every) if self.config.train_skip_dead_pairs else every
+        # the losses of the others are zero; whatever else is logged is of those that were scored
+        self.metrics.add(1.0, loss=zero, approx_kl=zero, clipfrac=zero)
+        if looks_first and len(scored):
+            index = scored[self._look(batches, scored, size, len(every))]
+        for pairs in micro_batches(batches, index, size):
+            found = self._learn_from(pairs, len(pairs) / len(every), len(pairs) == size)
+            if not looks_first:
+                self._note(pairs, len(pairs) / len(every), len(pairs) / len(scored), *found)
+        self.metrics.add(1.0, skipped=zero + (1 - len(index) / len(every)))
+
+    def _look(self, batches: Sequence[Any], index: np.ndarray, size: int, total: int) -> np.ndarray:
+        """Which pairs have a gradient, [M]."""
+        dead = []
+        with torch.no_grad():
+            for pairs in micro_batches(batches, index, size):
+                _, scored = self._score(*self._operands(pairs))
+                dead.append(self._note(pairs, len(pairs) / total, len(pairs) / len(index), *_logged(scored)))
+        return ~torch.cat(dead).cpu().numpy()
+
+    def _learn_from(self, pairs: Pairs, share: float, is_full: bool) -> Sequence[Tensor]:
+        scale = self.engine.loss_scale().to(pairs.latents.dtype) * share
+        learn = self._recorded if self._recorded is not None and is_full else self._learn
+        return learn(*self._operands(pairs), scale)
+
+    def _learn(self, *operands: Tensor) -> Sequence[Tensor]:
+        """Adds the gradient of pairs, times the last of the operands."""
+        output, scored = self._score(*operands)
+        output.backward(scored.gradient)
+        return _logged(scored)
+
+    def _score(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        next_latents: Tensor,
+        log_probs: Tensor,
+        advantages: Tensor,
+        embeds: Tensor,
+        scale: Tensor | None = None,
+    ) -> tuple[Tensor, ops.PPOLoss]:
+        output = self.unet_output(latents, timesteps, embeds)
+        scored = ops.ppo_loss(
+            output.detach(),
+            latents,
+            next_latents,
+            log_probs,
+            advantages,
+            self.table(),
+            timesteps,
+            self.config.sample_guidance_scale if self.config.guides_training else None,
+            clip_range=self.config.train_clip_range,
+            advantage_limit=self.config.train_adv_clip_max,
+            grad_scale=scale,
+        )
+        return output, scored
+
+    def _operands(self, pairs: Pairs) -> tuple[Tensor, ...]:
+        """Pairs as `Loss` takes them."""
+        embeds = pairs.embeds(self.config.guides_training)
+        return pairs.latents, pairs.timesteps, pairs.next_latents, pairs.log_probs, pairs.advantages, embeds
+
+    def _note(
+        self,
+        pairs: Pairs,
+        share: float,
+        share_of_scored: float,
+        loss: Tensor,
+        approx_kl: Tensor,
+        clipfrac: Tensor,
+        ratio_drift: Tensor,
+        log_probs: Tensor,
+    ) -> Tensor:
+        """Adds to the metrics; which of the pairs have no gradient, [N]."""
+        edge = self.config.train_clip_range
+        ratio = torch.exp(log_probs - pairs.log_probs)
+        dead = torch.where(pairs.advantages > 0, ratio > 1 + edge, ratio < 1 - edge) | (pairs.advantages == 0)
+        self.metrics.add(share, loss=loss)
+        self.metrics.add(share_of_scored, approx_kl=approx_kl, clipfrac=clipfrac, dead=dead.float().mean())
+        self.metrics.at_least("ratio_drift", ratio_drift)
+        return dead
+
+
+def _logged(scored: ops.PPOLoss) -> tuple[Tensor, ...]:
+    return scored.loss, scored.approx_kl, scored.clip_fraction, scored.ratio_drift, scored.log_probs
+
+
+def _with_advantage(batches: Sequence[Any], index: np.ndarray) -> np.ndarray:
+    """The pairs of a `pair_index` whose images have an advantage, as far as the host knows."""
+    live = np.ones(len(index), dtype=bool)
+    for i, batch in enumerate(batches):
+        if batch.get("live") is not None:
+            mine = index[:, 0] == i
+            live[mine] = batch["live"].numpy()[index[mine, 2]]
+    return index[live]

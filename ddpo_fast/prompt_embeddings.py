@@ -1,0 +1,56 @@
+"""Text embeddings of prompts, computed once for each: the text encoder is frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+# The encoder always sees this many prompts, so that an embedding's bits do not depend on which prompts came with it: a
+# resumed run, which has seen others, gets the same.
+ENCODED_AT_ONCE = 8
+MOST_KEPT = 4096
+
+
+class PromptEmbeddings:
+    """Token ids and embeddings of prompts on the device.
+
+    Args:
+        tokenizer, text_encoder: a pipeline's.
+        remembers: keep what was computed; a text encoder that is trained forgets it all.
+    """
+
+    def __init__(self, tokenizer: Any, text_encoder: Any, device: torch.device, remembers: bool) -> None:
+        self.tokenizer = tokenizer
+        self.text_encoder = text_encoder
+        self.device = device
+        self.remembers = remembers and not any(p.requires_grad for p in text_encoder.parameters())
+        self._known: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(ids [B, L], embeddings [B, L, D])."""
+        if not self.remembers:
+            ids = self.tokenize(prompts)
+            return ids, self.text_encoder(ids)[0]
+        if len(self._known) > MOST_KEPT:
+            self._known.clear()
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]
+        for start in range(0, len(new), ENCODED_AT_ONCE):
+            few = new[start : start + ENCODED_AT_ONCE]
+            ids = self.tokenize(few + few[-1:] * (ENCODED_AT_ONCE - len(few)))
+            self._known.update(zip(few, zip(ids, self.text_encoder(ids)[0], strict=True), strict=False))
+        known = [self._known[prompt] for prompt in prompts]
+        return torch.stack([ids for ids, _ in known]), torch.stack([embedding for _, embedding in known])
+
+    def tokenize(self, prompts: Sequence[str]) -> torch.Tensor:
+        """Ids [B, L], cut or filled up to the tokenizer's length."""
+        ids: Any = self.tokenizer(
+            list(prompts),
+            return_tensors="pt",
+            padding="max_length",
+            truncation=True,
+            max_length=self.tokenizer.model_max_length,
+        ).input_ids
+        return ids.to(self.device)

@@ -1,0 +1,132 @@
+"""An epoch's images: prompts and noise drawn in TRL's order, sampling batches drawn together, each handed on decoded.
+
+Shapes: B images of a sampling batch or of the batches drawn together, T denoising steps, C H W latent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+
+from ddpo_fast import ops, sampler
+from ddpo_fast.config import DDPOConfig
+from ddpo_fast.cuda_graphs import Recorded
+from ddpo_fast.prompt_embeddings import PromptEmbeddings
+from ddpo_fast.prompts import PromptFunction, draw_prompts
+from ddpo_fast.trajectory import Trajectory
+from ddpo_fast.unet_cache import UNetCache, cache_problem, kept_in_place
+
+
+@dataclass(frozen=True)
+class Draw:
+    """All that is random about a sampling batch."""
+
+    prompts: tuple[str, ...]
+    metadata: tuple[Any, ...]
+    noise: list[torch.Tensor]  # T + 1 of [B, C, H, W], the initial latents first
+
+
+class Rollout:
+    """Samples from a diffusers pipeline `pipe`, as `DefaultDDPOStableDiffusionPipeline` has one.
+
+    Args:
+        embed: the text embeddings.
+        negative_embed: [1, L, D], those of the negative prompt.
+        computing: the context of the networks' calls.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        config: DDPOConfig,
+        embed: PromptEmbeddings,
+        negative_embed: torch.Tensor,
+        computing: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        self.pipe = pipe
+        self.config = config
+        self.embed = embed
+        self.negative_embed = negative_embed
+        self.computing = computing
+        self.guidance = config.sample_guidance_scale if config.sample_guidance_scale > 1 else None
+        # a compiled UNet would be compiled anew for every rollout's answers
+        uses_cache = config.sample_cache and not config.compile_unet and not cache_problem(pipe.unet)
+        self._cache = UNetCache(pipe.unet) if uses_cache else None
+        self._embeds = torch.empty(0)
+        self._recorded = Recorded(self._recordable_step) if config.cuda_graphs else None
+
+    def draw(self, prompt_function: PromptFunction, batch_size: int) -> Draw:
+        """Draws for a batch what TRL draws, in its order: the prompts, the latents, the noise of each step."""
+        prompts, metadata = draw_prompts(prompt_function, batch_size)
+        unet, device = self.pipe.unet, self.embed.device
+        shape = (batch_size, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+        noise = [randn_tensor(shape, device=device) for _ in range(self.config.sample_num_steps + 1)]
+        return Draw(prompts, metadata, noise)
+
+    def sample(self, draws: Sequence[Draw]) -> Iterator[tuple[Trajectory, torch.Tensor]]:
+        """The trajectories and images [B, 3, height, width] of batches that are denoised together."""
+        for trajectory in self._trajectories(draws).split([len(draw.prompts) for draw in draws]):
+            with torch.no_grad(), self.computing():
+                images = sampler.decode(self.pipe, trajectory.trail[:, -1], "pt")
+            yield trajectory, images
+
+    @torch.no_grad()
+    def _trajectories(self, draws: Sequence[Draw]) -> Trajectory:
+        prompts = tuple(prompt for draw in draws for prompt in draw.prompts)
+        noise = [torch.cat(step) for step in zip(*(draw.noise for draw in draws), strict=True)]
+        with self.computing():
+            ids, embeds = self.embed(prompts)
+            trail, log_probs = self._denoise(noise, embeds)
+        return Trajectory(
+            prompts=prompts,
+            prompt_ids=ids,
+            prompt_embeds=embeds,
+            negative_prompt_embeds=self.negative_embed.expand_as(embeds),
+            timesteps=self.pipe.scheduler.timesteps.repeat(len(prompts), 1),
+            trail=torch.stack(trail, dim=1),
+            log_probs=torch.stack(log_probs, dim=1),
+        )
+
+    def _denoise(
+        self, noise: list[torch.Tensor], embeds: torch.Tensor
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        pipe, config = self.pipe, self.config
+        if self.guidance is not None:
+            embeds = torch.cat([self.negative_embed.expand_as(embeds), embeds])
+        pipe.scheduler.set_timesteps(config.sample_num_steps, device=self.embed.device)
+        # a recorded step reads the embeddings where they were
+        self._embeds = kept_in_place(self._embeds, embeds.to(pipe.unet.dtype))
+        if self._cache is not None:
+            self._cache.fill(self._embeds, pipe.scheduler.timesteps)
+        take_step = self._replayed_step if self._recorded is not None else self._step_taker()
+        latents, *steps = noise
+        with self._cache.in_use() if self._cache is not None else nullcontext():
+            return sampler.denoise(pipe, take_step, latents, steps.__getitem__, 1 if self.guidance is None else 2)
+
+    def _step_taker(self) -> sampler.TakeStep:
+        def predict(rows: torch.Tensor, t: torch.Tensor, i: int) -> torch.Tensor:
+            if self._cache is not None and self._recorded is None:
+                self._cache.at(i)
+            return self.pipe.unet(rows, t, encoder_hidden_states=self._embeds, return_dict=False)[0]
+
+        return sampler.step_taker(self.pipe, predict, self.guidance, 0.0, self.config.sample_eta)
+
+    def _recordable_step(
+        self, rows: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor
+    ) -> ops.Step:
+        return self._step_taker()(rows, latents, noise, t, 0)
+
+    def _replayed_step(
+        self, rows: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, i: int
+    ) -> ops.Step:
+        if self._cache is not None:
+            self._cache.at(i)
+        assert self._recorded is not None
+        following, log_probs, unet_input = self._recorded(rows, latents, noise, t)
+        # the next replay writes over what stays
+        return ops.Step(following.clone(), log_probs.clone(), unet_input)

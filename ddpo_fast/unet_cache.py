@@ -1,0 +1,94 @@
+"""What a UNet computes alike at every step of a rollout, computed once while its weights stay as they are.
+
+The keys and values of the prompts, and what each residual block adds for a timestep. B rows, T steps, L tokens, D
+width of the text embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor
+
+# what a UNet may have that makes its embeddings depend on more than the timestep, or its context on more than the text
+UNCACHED = ("class_embedding", "add_embedding", "time_embed_act", "encoder_hid_proj")
+
+
+def cache_problem(unet: Any) -> str:
+    """Why nothing can be cached for a UNet, or ''."""
+    if not isinstance(unet, UNet2DConditionModel):
+        return f"{type(unet).__name__} is no UNet2DConditionModel"
+    modules: Any = unet.modules()  # type: ignore[attr-defined]
+    if extra := next((name for name in UNCACHED if getattr(unet, name, None) is not None), None):
+        return f"the UNet has {extra}"
+    other = next((m for m in modules if hasattr(m, "time_emb_proj") and not isinstance(m, ResnetBlock2D)), None)
+    return f"{type(other).__name__} uses the time embedding in a way of its own" if other is not None else ""
+
+
+class UNetCache:
+    """Stands in for layers of a UNet that `cache_problem` has nothing against.
+
+    The buffers stay where they are from rollout to rollout of one size, as recorded CUDA graphs read from there.
+    """
+
+    def __init__(self, unet: Any) -> None:
+        self.unet = unet
+        attentions = [m for m in unet.modules() if isinstance(m, Attention) and m.is_cross_attention]
+        self.projections = [projection for attention in attentions for projection in (attention.to_k, attention.to_v)]
+        self.blocks: list[Any] = [
+            m for m in unet.modules() if isinstance(m, ResnetBlock2D) and m.time_emb_proj is not None
+        ]
+        self._context: list[Tensor] = []
+        self._steps = torch.empty(0)
+        self._row = torch.empty(0)
+
+    @torch.no_grad()
+    def fill(self, embeds_BLD: Tensor, timesteps_T: Tensor) -> None:
+        """Computes everything for the text of a rollout's rows and for its timesteps."""
+        context = [projection(embeds_BLD) for projection in self.projections]
+        self._context = [kept_in_place(old, new) for old, new in zip(self._context or context, context, strict=True)]
+        emb = self.unet.time_embedding(self.unet.time_proj(timesteps_T).to(embeds_BLD.dtype))
+        added = [block.time_emb_proj(emb if block.skip_time_act else block.nonlinearity(emb)) for block in self.blocks]
+        self._steps = torch.cat(added, dim=1)
+        self._row = kept_in_place(self._row, self._steps[:1])
+
+    def at(self, step: int) -> None:
+        """The next call of the UNet is for this step."""
+        self._row.copy_(self._steps[step : step + 1])
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """The cached layers answer without computing."""
+        nothing = self._row.new_empty(1, 0)
+        stand_ins: list[tuple[Any, Tensor]] = [(self.unet.time_proj, nothing), (self.unet.time_embedding, nothing)]
+        stand_ins += zip(self.projections, self._context, strict=True)
+        projections = [block.time_emb_proj for block in self.blocks]
+        rows = self._row.split([projection.out_features for projection in projections], dim=1)
+        stand_ins += zip(projections, rows, strict=True)
+        # somebody's hook may have put a `forward` of its own there
+        before = [vars(module).get("forward") for module, _ in stand_ins]
+        for module, answer in stand_ins:
+            module.forward = _answers(answer)
+        try:
+            yield
+        finally:
+            for (module, _), forward in zip(stand_ins, before, strict=True):
+                del module.forward
+                if forward is not None:
+                    module.forward = forward
+
+
+def _answers(answer: Tensor) -> Callable[..., Tensor]:
+    return lambda *_args, **_kwargs: answer
+
+
+def kept_in_place(buffer: Tensor, values: Tensor) -> Tensor:
+    """The buffer with these values in it; a new one where it has another shape, dtype or device."""
+    same = (buffer.shape, buffer.dtype, buffer.device) == (values.shape, values.dtype, values.device)
+    return buffer.copy_(values) if same else values.clone()

@@ -1,0 +1,82 @@
+"""Recording and replaying: the bookkeeping with a stand-in for CUDA, which a GPU machine replaces by the real thing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ddpo_fast import cuda_graphs
+from ddpo_fast.cuda_graphs import WARM_UPS, Recorded, Recording
+
+on_a_gpu = torch.cuda.is_available()
+
+
+@pytest.fixture(autouse=True)
+def recorder(monkeypatch):
+    """On a CPU a replay calls the function again and writes its outputs where those of the recording were."""
+    if on_a_gpu:
+        return
+
+    def record(function, arguments):
+        inputs = [argument.clone() for argument in arguments]
+        for _ in range(WARM_UPS):
+            function(*inputs)
+        outputs = [torch.empty_like(output) for output in function(*inputs)]
+
+        def replay():
+            for static, output in zip(outputs, function(*inputs), strict=True):
+                static.copy_(output)
+
+        return Recording(inputs, replay, outputs)
+
+    monkeypatch.setattr(cuda_graphs, "record", record)
+    monkeypatch.setattr(cuda_graphs, "problem", lambda device: "")
+
+
+def test_replays_read_new_arguments_and_undo_warm_ups():
+    device = "cuda" if on_a_gpu else "cpu"
+    total = torch.zeros((), device=device)
+
+    def add(x, y):
+        total.add_(x.sum())
+        return [x + y]
+
+    recorded = Recorded(add, total.zero_)
+    ones = torch.ones(3, device=device)
+    for i in range(1, 4):
+        assert torch.equal(recorded(ones, i * ones)[0], (1 + i) * ones)
+        if not on_a_gpu and i == 1:
+            total.fill_(3.0)  # the stand-in's own recording counts, a captured graph's does not
+        assert total.item() == 3 * i
+    assert torch.equal(recorded(ones[:2], ones[:2])[0], 2 * ones[:2])
+
+
+@pytest.mark.parametrize("use_lora", [False, True])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_recorded_run_ends_where_the_plain_one_does(make_trainer, tmp_path, use_lora, precision):
+    ends = []
+    for graphs in (False, True):
+        trainer = make_trainer(
+            use_lora=use_lora,
+            mixed_precision=precision,
+            cuda_graphs=graphs,
+            train_micro_batch_size=8,  # 20 pairs an update: two that are recorded and a rest that is not
+            sample_merge_batches=1,
+            output_dir=str(tmp_path / f"{graphs}"),
+        )
+        trainer.train()
+        ends.append({n: p.detach().clone() for n, p in trainer.sd_pipeline.unet.named_parameters() if p.requires_grad})
+        updates = [r for r in trainer.run_log.metrics.read() if r["kind"] == "update"]
+        assert updates[0]["ratio_drift"] < (1e-6 if precision == "no" else 5e-3)
+    if on_a_gpu:
+        return
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_without_a_gpu_there_is_a_reason(make_trainer, monkeypatch):
+    if on_a_gpu:
+        pytest.skip("there is a GPU")
+    monkeypatch.undo()
+    assert "needs" in cuda_graphs.problem(torch.device("cpu")) or "need" in cuda_graphs.problem(torch.device("cpu"))
+    with pytest.raises(ValueError, match="cuda_graphs is True, but CUDA graphs need a CUDA device"):
+        make_trainer(cuda_graphs=True)

@@ -1,0 +1,67 @@
+"""What is trained is fp32, what computes is half, and whoever looks sees fp32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from ddpo_fast.master_weights import MasterWeights
+
+
+def make(dtype: torch.dtype) -> tuple[nn.Linear, MasterWeights]:
+    torch.manual_seed(0)
+    layer = nn.Linear(8, 4)
+    return layer, MasterWeights(list(layer.parameters()), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_network_computes_in_half_and_is_fp32_outside(dtype):
+    layer, weights = make(dtype)
+    exact = layer.weight.detach().clone()
+    with weights.computing(), weights.computing():
+        assert layer.weight.dtype == dtype
+        assert torch.equal(layer.weight, exact.to(dtype))
+        assert layer(torch.ones(1, 8, dtype=dtype)).dtype == dtype
+    assert layer.weight.dtype == torch.float32
+    assert torch.equal(layer.weight, exact)
+    assert layer.weight.data_ptr() == weights.masters[0].data_ptr(), "one set of fp32 weights"
+
+
+def test_gradients_add_up_in_fp32():
+    """256 times 1 and then 256 times 2^-9 of it: a bf16 sum would stay where it was."""
+    layer, weights = make(torch.bfloat16)
+    with weights.computing():
+        for scale in [1.0] * 4 + [2.0**-9] * 256:
+            layer(torch.full((1, 8), scale, dtype=torch.bfloat16)).sum().backward()
+        assert layer.weight.grad is None, "half gradients are freed as soon as they are added"
+    assert weights.masters[0].grad.dtype == torch.float32
+    assert torch.equal(weights.masters[0].grad, torch.full((4, 8), 4.5))
+
+
+def test_small_updates_are_kept():
+    """A bf16 weight of 1 does not change by 1e-4; the fp32 truth under it does, 100 times, and then its copy too."""
+    layer, weights = make(torch.bfloat16)
+    with torch.no_grad():
+        layer.weight.fill_(1.0)
+        for _ in range(100):
+            with weights.computing():
+                for master in weights.masters:
+                    master.add_(1e-4)
+    torch.testing.assert_close(layer.weight, torch.full((4, 8), 1.01))
+    with weights.computing():
+        assert layer.weight[0, 0].item() == torch.tensor(1.01).bfloat16().item()
+
+
+def test_changes_from_outside_are_seen():
+    layer, weights = make(torch.float16)
+    layer.load_state_dict({"weight": torch.full((4, 8), 0.3), "bias": torch.zeros(4)})
+    with weights.computing():
+        assert torch.equal(layer.weight, torch.full((4, 8), 0.3).half())
+
+
+def test_fp32_has_one_set_of_weights():
+    layer, weights = make(torch.float32)
+    assert all(master is parameter for master, parameter in zip(weights.masters, layer.parameters(), strict=True))
+    with weights.computing():
+        assert layer.weight.dtype == torch.float32

@@ -1,0 +1,234 @@
+"""Sampling: batches drawn together, layers computed once, rewards under way meanwhile; what is drawn stays the same."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from tiny_run import Prompts, brightness
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ddpo_fast import sampler
+from ddpo_fast.prompt_embeddings import ENCODED_AT_ONCE, PromptEmbeddings
+from ddpo_fast.unet_cache import UNetCache, cache_problem
+
+
+def rows_seen(trainer) -> list[int]:
+    rows = []
+    trainer.sd_pipeline.unet.register_forward_pre_hook(lambda _module, inputs: rows.append(len(inputs[0])))
+    return rows
+
+
+@pytest.mark.parametrize("guidance", [5.0, 1.0])
+def test_batches_drawn_together_are_those_drawn_alone(make_trainer, tmp_path, guidance):
+    samples, rows = [], []
+    for merge in (1, 3):
+        trainer = make_trainer(
+            sample_merge_batches=merge, sample_guidance_scale=guidance, output_dir=str(tmp_path / f"{merge}")
+        )
+        seen = rows_seen(trainer)
+        samples.append(trainer._generate_samples(4, 2))
+        rows.append(seen)
+    copies = 2 if guidance > 1 else 1
+    # four batches of two images: one after the other, or three and then one
+    assert rows == [[2 * copies] * 20, [6 * copies] * 5 + [2 * copies] * 5]
+    pairs = zip(*(zip(*s, strict=True) for s in samples), strict=True)
+    for (alone, (images, prompts, metadata)), (merged, others) in pairs:
+        assert alone.prompts == merged.prompts == prompts == others[1]
+        assert metadata == others[2]
+        assert torch.equal(alone.trail[:, 0], merged.trail[:, 0]), "the same noise"
+        # the UNet's GEMMs have other sizes, so its rounding differs
+        torch.testing.assert_close(merged.trail, alone.trail, rtol=0, atol=2e-5)
+        torch.testing.assert_close(merged.log_probs, alone.log_probs, rtol=0, atol=2e-6)
+        torch.testing.assert_close(others[0], images, rtol=0, atol=2e-5)
+
+
+def test_merging_is_automatic(make_trainer):
+    assert make_trainer().merged_batches == 3  # 24 rows of 4 images and their unconditional halves
+    assert make_trainer(sample_merge_batches=7, output_dir=None).merged_batches == 7
+
+
+class NeedsTheNextBatch:
+    """A reward whose first call returns only once the UNet is at work for another group of batches."""
+
+    def __init__(self, expected_overlap: bool) -> None:
+        self.scored_first = threading.Event()
+        self.sampling_again = threading.Event()
+        self.threads = set()
+        self.expected_overlap = expected_overlap
+
+    def __call__(self, images, prompts, metadata):
+        self.threads.add(threading.current_thread().name)
+        if self.expected_overlap and not self.scored_first.is_set():
+            self.scored_first.set()
+            assert self.sampling_again.wait(60), "nothing was sampled while the first batch was scored"
+        return brightness(images, prompts, metadata)
+
+    def watch(self, unet) -> None:
+        def look(_module, _inputs) -> None:
+            if self.scored_first.is_set():
+                self.sampling_again.set()
+
+        unet.register_forward_pre_hook(look)
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_rewards_run_while_the_next_batch_is_sampled(make_trainer, is_async):
+    reward = NeedsTheNextBatch(expected_overlap=True)
+    trainer = make_trainer(
+        reward=reward, async_reward_computation=is_async, sample_merge_batches=1, sample_num_batches_per_epoch=4
+    )
+    reward.watch(trainer.sd_pipeline.unet)
+    trainer.train(1)
+    assert all(name.startswith("reward") for name in reward.threads)
+    assert len(reward.threads) <= (2 if is_async else 1), "one call at a time, unless asked for more"
+
+
+def test_without_overlap_rewards_run_in_the_callers_thread(make_trainer):
+    reward = NeedsTheNextBatch(expected_overlap=False)
+    make_trainer(reward=reward, reward_overlap=False).train(1)
+    assert reward.threads == {threading.current_thread().name}
+
+
+def test_a_reward_that_draws_random_numbers_changes_nothing(make_trainer, tmp_path):
+    """All of an epoch's noise is drawn before the first image is scored."""
+
+    def draws(images, prompts, metadata):
+        return torch.rand(len(images)), {}
+
+    ends = []
+    for overlap in (False, True):
+        trainer = make_trainer(
+            reward=draws, reward_overlap=overlap, sample_merge_batches=1, output_dir=str(tmp_path / f"{overlap}")
+        )
+        trainer.train()
+        ends.append({n: p.detach().clone() for n, p in trainer.sd_pipeline.unet.named_parameters()})
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_a_reward_that_fails_stops_the_epoch(make_trainer):
+    calls = []
+
+    def fails(images, prompts, metadata):
+        calls.append(len(images))
+        raise KeyError("no such animal")
+
+    trainer = make_trainer(reward=fails, sample_merge_batches=1, sample_num_batches_per_epoch=6)
+    with pytest.raises(RuntimeError, match="reward function raised KeyError: 'no such animal'"):
+        trainer.train()
+    assert len(calls) < 6, "batches after a failure are not scored"
+
+
+def test_cached_layers_give_the_same_samples(make_trainer, tmp_path):
+    samples = []
+    for cached in (False, True):
+        trainer = make_trainer(sample_cache=cached, sample_merge_batches=2, output_dir=str(tmp_path / f"{cached}"))
+        unet = trainer.sd_pipeline.unet
+        before = {name: set(vars(module)) for name, module in unet.named_modules()}
+        samples.append(trainer._generate_samples(2, 4)[0])
+        assert {name: set(vars(module)) for name, module in unet.named_modules()} == before, "the layers are back"
+    for plain, cached in zip(*samples, strict=True):
+        torch.testing.assert_close(cached.trail, plain.trail, rtol=0, atol=2e-5)
+        torch.testing.assert_close(cached.log_probs, plain.log_probs, rtol=0, atol=2e-6)
+
+
+def test_a_cache_computes_its_layers_once_per_rollout(make_trainer):
+    unet = make_trainer().sd_pipeline.unet
+    cache, embeds = UNetCache(unet), torch.randn(4, 32, 32)
+    timesteps = torch.tensor([801, 601, 401])
+    rows = torch.randn(4, 4, 8, 8)
+    with torch.no_grad():
+        expected = [unet(rows, t, embeds).sample for t in timesteps]
+        cache.fill(embeds, timesteps)
+        cached = [cache.projections[0], unet.time_embedding.linear_1, cache.blocks[0].time_emb_proj]
+        for layer in cached:
+            layer.weight.zero_()  # whoever computes again gives something else
+        with cache.in_use():
+            for i, t in enumerate(timesteps):
+                cache.at(i)
+                torch.testing.assert_close(unet(rows, t, embeds).sample, expected[i], rtol=1e-4, atol=1e-5)
+        assert (unet(rows, timesteps[0], embeds).sample - expected[0]).abs().max() > 1e-3
+
+
+def test_what_cannot_be_cached_says_why():
+    from test_fuse_unet import make_unet
+
+    assert cache_problem(make_unet("sd15")) == ""
+    assert "add_embedding" in cache_problem(make_unet("sdxl"))
+    assert "UNet2DConditionModel" in cache_problem(torch.nn.Linear(1, 1))
+
+
+def test_a_prompts_embedding_does_not_depend_on_its_company(make_trainer):
+    trainer = make_trainer()
+    pipeline, device = trainer.sd_pipeline, trainer.accelerator.device
+
+    def fresh():
+        return PromptEmbeddings(pipeline.tokenizer, pipeline.text_encoder, device, remembers=True)
+
+    names = [f"a cat number {i}" for i in range(ENCODED_AT_ONCE + 3)]
+    alone, together = fresh(), fresh()
+    ids, embeddings = together([*names, names[0]])
+    assert torch.equal(embeddings[0], embeddings[-1])
+    for i, name in enumerate(names):
+        one_id, one = alone([name])
+        assert torch.equal(one[0], embeddings[i])
+        assert torch.equal(one_id[0], ids[i])
+
+
+def test_a_text_encoder_in_training_is_not_remembered(make_trainer):
+    trainer = make_trainer()
+    pipeline = trainer.sd_pipeline
+    pipeline.text_encoder.requires_grad_(True)
+    embed = PromptEmbeddings(pipeline.tokenizer, pipeline.text_encoder, trainer.accelerator.device, remembers=True)
+    before = embed(["a cat"])[1]
+    with torch.no_grad():
+        next(pipeline.text_encoder.parameters()).add_(1.0)
+    assert not torch.equal(embed(["a cat"])[1], before)
+
+
+class Waits(TorchDispatchMode):
+    """Ops that read a value of the device, for which the host must wait."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        if name.startswith(self.NAMES):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("use_lora", [False, True])
+def test_the_host_never_waits_inside_sampling_and_training(make_trainer, use_lora):
+    trainer = make_trainer(use_lora=use_lora, prompts=Prompts(), train_micro_batch_size=3, sample_merge_batches=2)
+    trainer.train(1)  # tables are made, embeddings remembered
+    draws = [trainer.rollout.draw(trainer.prompt_fn, 4) for _ in range(2)]
+    with Waits() as sampling:
+        samples = [trajectory for trajectory, _ in trainer.rollout.sample(draws)]
+    assert sampling.seen == []
+    trajectory = samples[0].with_advantages(torch.tensor([1.0, -1.0, 0.5, -0.5]))
+    batch = trajectory.transitions(torch.arange(4), torch.arange(5).expand(4, -1), None)
+    trainer.sd_pipeline.unet.train()
+    step = trainer.engine.step
+    trainer.engine.step = lambda: torch.zeros(())
+    with trainer.engine.computing(), Waits() as training:
+        trainer._update([batch])
+    assert training.seen == []
+    trainer.engine.step = step
+
+
+def test_images_are_decoded_a_few_at_a_time(make_trainer, monkeypatch):
+    pipe = make_trainer().sd_pipeline.sd_pipeline
+    latents = torch.randn(5, 4, 8, 8)
+    whole = sampler.decode(pipe, latents, "pt")
+    monkeypatch.setattr(sampler, "DECODED_AT_ONCE", 2 * 8 * 8)
+    sizes = []
+    decode = pipe.vae.decode
+    monkeypatch.setattr(pipe.vae, "decode", lambda part, **kwargs: sizes.append(len(part)) or decode(part, **kwargs))
+    torch.testing.assert_close(sampler.decode(pipe, latents, "pt"), whole, rtol=0, atol=1e-5)
+    assert sizes == [2, 2, 1]
