@@ -9,9 +9,12 @@ export OUT=${OUT:-bench/records/gpu} PYTHONPATH="$PWD:$PWD/kernels:${PYTHONPATH:
 python=${PYTHON:-python3} limit=${LIMIT:-170}
 mkdir -p "$OUT"
 size=full device=cuda quick=() kernels=() compiler=(--compile --rounds 9)
+# a case of TRL's 50 steps takes minutes: with fewer of them a stage holds two rounds or more
+example=lora-fp16 few=(--steps 10) fewer=(--steps 4)
 if [[ ${DRY_RUN:-} ]]; then
     size=tiny device=cpu quick=(-k "determin or last_bit or refuse or unknown_names") compiler=()
     kernels=(--only geglu --architectures 90)
+    example=lora few=() fewer=()
 fi
 # interpreted kernels are neither timed nor compiled; the tests' own settings interpret them where there is no GPU
 unset TRITON_INTERPRET
@@ -49,7 +52,28 @@ times() {
         --output "$OUT/$name.jsonl.part" --plot "$OUT/$name.png" "${@:3}"
 }
 
+# speeds NAME OPTION...: our trainer and TRL's
+speeds() {
+    stage "throughput-$1" "throughput-$1.jsonl" "$python" bench/throughput.py --device $device --size $size \
+        --budget $((limit - 20)) --output "$OUT/throughput-$1.jsonl.part" "${@:2}"
+}
+# bars NUMBER TECHNIQUE...: a part of the waterfall, which begins with the last bar of the one before
+bars() { speeds "waterfall-$1" --waterfall --case $example "${few[@]}" --technique "${@:2}"; }
+
 tests steps tests/test_step_logprob.py tests/test_ppo_loss.py
+stage model model.json "$python" bench/model.py --device $device --size $size --output "$OUT/model.json.part"
+speeds $example --case $example "${few[@]}"
+speeds full-bf16 --case full-bf16 "${fewer[@]}"
+speeds no-guidance --case no-guidance "${few[@]}"
+speeds full-fp32 --case full-fp32 "${fewer[@]}"
+bars 1 trl plain merged cached
+bars 2 cached packed fused
+bars 3 fused skipped overlapped
+if [[ -z ${DRY_RUN:-} ]]; then
+    bars 4 overlapped compiled
+    bars 5 compiled graphs
+fi
+speeds profile --profile $example
 times step_logprob steps --op step_logprob
 times ppo_loss steps --op ppo_loss
 tests norms tests/test_groupnorm_silu.py
@@ -67,5 +91,7 @@ stage kernels kernels.jsonl "$python" bench/compile_kernels.py "${kernels[@]}" -
 
 records=("$OUT"/ops-*.jsonl)
 [[ ! -e ${records[0]} ]] || "$python" bench/ops.py --show "${records[@]}"
+records=("$OUT"/throughput-*.jsonl)
+[[ ! -e ${records[0]} ]] || "$python" bench/throughput.py --show "${records[@]}" --output "$OUT/throughput.jsonl"
 echo "$summary"
 exit $failed

@@ -37,6 +37,11 @@ def facts(device_type: str) -> dict[str, Any]:
     }
 
 
+def versions(*packages: str) -> dict[str, str | None]:
+    """Those of installed packages, None for one that is not."""
+    return {package: _version(package) for package in packages}
+
+
 def device_name(device_type: str) -> str:
     if device_type == "cuda":
         return torch.cuda.get_device_name()

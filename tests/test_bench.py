@@ -55,7 +55,7 @@ def test_a_failed_stage_stops_no_other_and_runs_again(tmp_path):
     broken = tmp_path / "python"
     broken.write_text(f'#!/bin/sh\ncase "$*" in *--op\\ lora_linear*) exit 1;; esac\nexec {sys.executable} "$@"\n')
     broken.chmod(0o755)
-    settings = {"DRY_RUN": "1", "OUT": str(tmp_path / "out"), "ONLY": "layers|lora|frozen|kernels"}
+    settings = {"DRY_RUN": "1", "OUT": str(tmp_path / "out"), "ONLY": "layers|ops-lora|frozen|kernels"}
     first = run("bash", "bench/on_gpu.sh", **settings, PYTHON=str(broken))
     assert first.returncode == 1, first.stderr
     results = {path.name for path in (tmp_path / "out").iterdir() if path.suffix in (".jsonl", ".xml")}
