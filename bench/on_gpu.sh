@@ -84,6 +84,7 @@ tests layers tests/test_lora_linear.py tests/test_frozen.py
 times lora_linear layers --op lora_linear
 times frozen layers --op frozen
 tests unet tests/test_fuse_unet.py tests/test_attention.py
+tests trainer tests/test_cuda_graphs.py tests/test_master_weights.py tests/test_memory.py
 times compiled_steps steps --op step_logprob ppo_loss "${compiler[@]}"
 times compiled_norms norms --op groupnorm_silu "${compiler[@]}"
 times compiled_gates gates --op geglu "${compiler[@]}"

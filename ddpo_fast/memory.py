@@ -6,11 +6,14 @@ Sizes are powers of two: a little more or less free memory then gives the same r
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import psutil
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+
+from ddpo_fast.config import DDPOConfig
 
 # More rows gain nothing: NeMo's ControlNet gains 1.26 times from 8 to 32 images on an A100, and the bundled model on a
 # CPU 1.35 times from 6 to 48 rows and nothing beyond.
@@ -19,6 +22,56 @@ MOST_ROWS = 64
 SAMPLING_ROWS = 24
 # gradients, the backward pass's own tensors and fragments take the rest
 SHARE_FOR_ACTIVATIONS = 0.6
+
+
+class Sizes:
+    """The sizes of a run's UNet calls: those of its settings, else what fits and pays, measured when first asked for.
+
+    Args:
+        forward: a training forward of one pair.
+    """
+
+    def __init__(
+        self,
+        config: DDPOConfig,
+        device: torch.device,
+        num_processes: int,
+        unet: torch.nn.Module,
+        forward: Callable[[], Any],
+    ) -> None:
+        self.config = config
+        self.device = device
+        self.num_processes = num_processes
+        self.unet = unet
+        self.forward = forward
+
+    @cached_property
+    def merged_batches(self) -> int:
+        """Sampling batches that are drawn together."""
+        if self.config.sample_merge_batches is not None:
+            return self.config.sample_merge_batches
+        rows = 2 if self.config.sample_guidance_scale > 1 else 1
+        images_that_fit = free_bytes(self.device, self.num_processes) // (self._bytes_per_row * rows)
+        return batches_to_merge(self.config.sample_batch_size, rows, images_that_fit)
+
+    @cached_property
+    def micro_batch_size(self) -> int:
+        """(image, timestep) pairs of a training forward: parts of an update that are as equal as they can be."""
+        if self.config.train_micro_batch_size is not None:
+            return self.config.train_micro_batch_size
+        rows = self._rows_per_pair
+        fit = pairs_that_fit(self._bytes_per_row * rows, free_bytes(self.device, self.num_processes), rows)
+        parts = -(-self.config.pairs_per_update // fit)
+        return -(-self.config.pairs_per_update // parts)
+
+    @property
+    def _rows_per_pair(self) -> int:
+        return 2 if self.config.guides_training else 1
+
+    @cached_property
+    def _bytes_per_row(self) -> int:
+        there_anyway = {parameter.untyped_storage().data_ptr() for parameter in self.unet.parameters()}
+        return max(1, kept_bytes(self.forward, there_anyway) // self._rows_per_pair)
 
 
 def free_bytes(device: torch.device, num_processes: int = 1) -> int:

@@ -16,6 +16,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from ddpo_fast import ops, sampler
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.cuda_graphs import Recorded
+from ddpo_fast.memory import Sizes
 from ddpo_fast.prompt_embeddings import PromptEmbeddings
 from ddpo_fast.prompts import PromptFunction, draw_prompts
 from ddpo_fast.trajectory import Trajectory
@@ -31,6 +32,10 @@ class Draw:
     noise: list[torch.Tensor]  # T + 1 of [B, C, H, W], the initial latents first
 
 
+# trajectories, images [B, 3, height, width], the prompts' metadata
+Batch = tuple[Trajectory, torch.Tensor, tuple[Any, ...]]
+
+
 class Rollout:
     """Samples from a diffusers pipeline `pipe`, as `DefaultDDPOStableDiffusionPipeline` has one.
 
@@ -38,6 +43,7 @@ class Rollout:
         embed: the text embeddings.
         negative_embed: [1, L, D], those of the negative prompt.
         computing: the context of the networks' calls.
+        sizes: how many batches are drawn together.
     """
 
     def __init__(
@@ -47,18 +53,29 @@ class Rollout:
         embed: PromptEmbeddings,
         negative_embed: torch.Tensor,
         computing: Callable[[], AbstractContextManager[Any]],
+        sizes: Sizes,
     ) -> None:
         self.pipe = pipe
         self.config = config
         self.embed = embed
         self.negative_embed = negative_embed
         self.computing = computing
+        self.sizes = sizes
         self.guidance = config.sample_guidance_scale if config.sample_guidance_scale > 1 else None
         # a compiled UNet would be compiled anew for every rollout's answers
         uses_cache = config.sample_cache and not config.compile_unet and not cache_problem(pipe.unet)
         self._cache = UNetCache(pipe.unet) if uses_cache else None
         self._embeds = torch.empty(0)
         self._recorded = Recorded(self._recordable_step) if config.cuda_graphs else None
+
+    def batches(self, prompt_function: PromptFunction, iterations: int, batch_size: int) -> Iterator[Batch]:
+        """`iterations` batches, one after the other."""
+        # everything is drawn before the first image is scored: a reward may use the same random generators
+        draws = [self.draw(prompt_function, batch_size) for _ in range(iterations)]
+        for start in range(0, iterations, self.sizes.merged_batches):
+            together = draws[start : start + self.sizes.merged_batches]
+            for draw, sampled in zip(together, self.sample(together), strict=True):
+                yield *sampled, draw.metadata
 
     def draw(self, prompt_function: PromptFunction, batch_size: int) -> Draw:
         """Draws for a batch what TRL draws, in its order: the prompts, the latents, the noise of each step."""
@@ -79,6 +96,9 @@ class Rollout:
     def _trajectories(self, draws: Sequence[Draw]) -> Trajectory:
         prompts = tuple(prompt for draw in draws for prompt in draw.prompts)
         noise = [torch.cat(step) for step in zip(*(draw.noise for draw in draws), strict=True)]
+        for draw in draws:
+            # it becomes latents, and both would be as large as all of the rollout's
+            draw.noise.clear()
         with self.computing():
             ids, embeds = self.embed(prompts)
             trail, log_probs = self._denoise(noise, embeds)
@@ -104,9 +124,11 @@ class Rollout:
         if self._cache is not None:
             self._cache.fill(self._embeds, pipe.scheduler.timesteps)
         take_step = self._replayed_step if self._recorded is not None else self._step_taker()
-        latents, *steps = noise
+        # taken from the end, and freed when it has been added
+        noise.reverse()
+        latents = noise.pop()
         with self._cache.in_use() if self._cache is not None else nullcontext():
-            return sampler.denoise(pipe, take_step, latents, steps.__getitem__, 1 if self.guidance is None else 2)
+            return sampler.denoise(pipe, take_step, latents, lambda _i: noise.pop(), 1 if self.guidance is None else 2)
 
     def _step_taker(self) -> sampler.TakeStep:
         def predict(rows: torch.Tensor, t: torch.Tensor, i: int) -> torch.Tensor:
@@ -130,3 +152,47 @@ class Rollout:
         following, log_probs, unet_input = self._recorded(rows, latents, noise, t)
         # the next replay writes over what stays
         return ops.Step(following.clone(), log_probs.clone(), unet_input)
+
+
+class PipelineRollout:
+    """Samples by the call of a `DDPOStableDiffusionPipeline` that has one of its own, a batch at a time."""
+
+    def __init__(
+        self,
+        pipeline: Any,
+        config: DDPOConfig,
+        embed: PromptEmbeddings,
+        negative_embed: torch.Tensor,
+        computing: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        self.pipeline = pipeline
+        self.config = config
+        self.embed = embed
+        self.negative_embed = negative_embed
+        self.computing = computing
+
+    def batches(self, prompt_function: PromptFunction, iterations: int, batch_size: int) -> Iterator[Batch]:
+        """`iterations` batches, one after the other."""
+        for _ in range(iterations):
+            prompts, metadata = draw_prompts(prompt_function, batch_size)
+            ids, embeds = self.embed(prompts)
+            negative_embeds = self.negative_embed.expand_as(embeds)
+            with self.computing():
+                output = self.pipeline(
+                    prompt_embeds=embeds,
+                    negative_prompt_embeds=negative_embeds,
+                    num_inference_steps=self.config.sample_num_steps,
+                    guidance_scale=self.config.sample_guidance_scale,
+                    eta=self.config.sample_eta,
+                    output_type="pt",
+                )
+            trajectory = Trajectory(
+                prompts=prompts,
+                prompt_ids=ids,
+                prompt_embeds=embeds,
+                negative_prompt_embeds=negative_embeds,
+                timesteps=self.pipeline.scheduler.timesteps.repeat(batch_size, 1),
+                trail=torch.stack(output.latents, dim=1).float(),
+                log_probs=torch.stack(output.log_probs, dim=1).float(),
+            )
+            yield trajectory, output.images, metadata

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, set_seed
 from tqdm.auto import tqdm
 
-from ddpo_fast import checkpoint, cuda_graphs, memory, ops, rewards
+from ddpo_fast import checkpoint, cuda_graphs, ops, rewards
 from ddpo_fast.advantages import PerPromptStatTracker, batch_advantages
 from ddpo_fast.attention import set_attention
 from ddpo_fast.config import DDPOConfig
@@ -31,13 +30,14 @@ from ddpo_fast.engine import Engine, compute_dtype, make_optimizer
 from ddpo_fast.fuse_unet import faster_layers, fuse_unet
 from ddpo_fast.hub import HubModel
 from ddpo_fast.master_weights import MasterWeights
+from ddpo_fast.memory import Sizes
 from ddpo_fast.metrics import first_tracker
 from ddpo_fast.noise_schedule import NoiseSchedule
 from ddpo_fast.pipeline import DDPOStableDiffusionPipeline, DefaultDDPOStableDiffusionPipeline
 from ddpo_fast.ppo import LOOKING_PAYS, PPO
 from ddpo_fast.prompt_embeddings import PromptEmbeddings
-from ddpo_fast.prompts import PromptFunction, draw_prompts
-from ddpo_fast.rollout import Rollout
+from ddpo_fast.prompts import PromptFunction
+from ddpo_fast.rollout import PipelineRollout, Rollout
 from ddpo_fast.run_log import RunLog, output_folder
 from ddpo_fast.trajectory import Trajectory, micro_batches, pair_index, training_batches
 
@@ -109,6 +109,7 @@ class DDPOTrainer(HubModel):
         # one call at a time unless the reward may be called from several threads
         self.executor = ThreadPoolExecutor(config.max_workers if config.async_reward_computation else 1, "reward")
         self.first_epoch, self._global_step = 0, 0
+        self.sizes = self._make_sizes()
         self.rollout = self._make_rollout()
         self.ppo = PPO(config, self.engine, self._unet_output, self._noise_table)
         self._dead_shares: list[float] = []
@@ -191,13 +192,22 @@ class DDPOTrainer(HubModel):
         stack.enter_context(self.autocast())
         return stack
 
-    def _make_rollout(self) -> Rollout | None:
-        """None for a pipeline whose call is its own."""
-        if type(self.sd_pipeline).__call__ is not DefaultDDPOStableDiffusionPipeline.__call__:
-            return None
-        return Rollout(
-            self.sd_pipeline.sd_pipeline, self.config, self.embed_prompts, self.neg_prompt_embed, self._computing
-        )
+    def _make_sizes(self) -> Sizes:
+        unet, copies = self.sd_pipeline.unet, 2 if self.config.guides_training else 1
+        shape = (1, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+
+        def forward() -> torch.Tensor:
+            latents = torch.zeros(shape, device=self.accelerator.device)
+            timesteps = torch.zeros(1, dtype=torch.int64, device=self.accelerator.device)
+            return self._unet_output(latents, timesteps, self.neg_prompt_embed.repeat(copies, 1, 1))
+
+        return Sizes(self.config, self.accelerator.device, self.accelerator.num_processes, unet, forward)
+
+    def _make_rollout(self) -> Rollout | PipelineRollout:
+        common = (self.config, self.embed_prompts, self.neg_prompt_embed, self._computing)
+        if type(self.sd_pipeline).__call__ is DefaultDDPOStableDiffusionPipeline.__call__:
+            return Rollout(self.sd_pipeline.sd_pipeline, *common, self.sizes)
+        return PipelineRollout(self.sd_pipeline, *common)
 
     def _generate_samples(
         self, iterations: int, batch_size: int, when_decoded: Callable[[list[Any]], None] = lambda batch: None
@@ -208,91 +218,11 @@ class DDPOTrainer(HubModel):
         """
         self.sd_pipeline.unet.eval()
         samples, prompt_image_pairs = [], []
-        for trajectory, images, metadata in self._sampled(iterations, batch_size):
+        for trajectory, images, metadata in self.rollout.batches(self.prompt_fn, iterations, batch_size):
             samples.append(trajectory)
             prompt_image_pairs.append([images, trajectory.prompts, metadata])
             when_decoded(prompt_image_pairs[-1])
         return samples, prompt_image_pairs
-
-    def _sampled(self, iterations: int, batch_size: int) -> Iterator[tuple[Trajectory, torch.Tensor, tuple[Any, ...]]]:
-        """Trajectories, images and the prompts' metadata of one batch after the other."""
-        if self.rollout is None:
-            for _ in range(iterations):
-                prompts, metadata = draw_prompts(self.prompt_fn, batch_size)
-                yield *self._sample(prompts), metadata
-            return
-        # everything is drawn before the first image is scored: a reward may use the same random generators
-        draws = [self.rollout.draw(self.prompt_fn, batch_size) for _ in range(iterations)]
-        while draws:
-            together, draws = draws[: self.merged_batches], draws[self.merged_batches :]
-            for draw, sampled in zip(together, self.rollout.sample(together), strict=True):
-                yield *sampled, draw.metadata
-
-    def _sample(self, prompts: tuple[str, ...]) -> tuple[Trajectory, torch.Tensor]:
-        """A batch from the pipeline's own call."""
-        prompt_ids, prompt_embeds = self.embed_prompts(prompts)
-        negative_prompt_embeds = self.neg_prompt_embed.expand(len(prompts), -1, -1)
-        with self._computing():
-            output = self.sd_pipeline(
-                prompt_embeds=prompt_embeds,
-                negative_prompt_embeds=negative_prompt_embeds,
-                num_inference_steps=self.config.sample_num_steps,
-                guidance_scale=self.config.sample_guidance_scale,
-                eta=self.config.sample_eta,
-                output_type="pt",
-            )
-        trajectory = Trajectory(
-            prompts=prompts,
-            prompt_ids=prompt_ids,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            timesteps=self.sd_pipeline.scheduler.timesteps.repeat(len(prompts), 1),
-            trail=torch.stack(output.latents, dim=1).float(),
-            log_probs=torch.stack(output.log_probs, dim=1).float(),
-        )
-        return trajectory, output.images
-
-    # sizes
-
-    @cached_property
-    def merged_batches(self) -> int:
-        """Sampling batches that are drawn together."""
-        config = self.config
-        if config.sample_merge_batches is not None:
-            return config.sample_merge_batches
-        rows = 2 if config.sample_guidance_scale > 1 else 1
-        images_that_fit = self._free_bytes() // (self._bytes_per_row * rows)
-        return memory.batches_to_merge(config.sample_batch_size, rows, images_that_fit)
-
-    @cached_property
-    def micro_batch_size(self) -> int:
-        """(image, timestep) pairs of a training forward: parts of an update that are as equal as they can be."""
-        config = self.config
-        if config.train_micro_batch_size is not None:
-            return config.train_micro_batch_size
-        rows = 2 if config.guides_training else 1
-        fit = memory.pairs_that_fit(self._bytes_per_row * rows, self._free_bytes(), rows)
-        parts = -(-config.pairs_per_update // fit)
-        return -(-config.pairs_per_update // parts)
-
-    def _free_bytes(self) -> int:
-        return memory.free_bytes(self.accelerator.device, self.accelerator.state.num_processes)
-
-    @cached_property
-    def _bytes_per_row(self) -> int:
-        """What a row of a training forward keeps for its backward pass."""
-        unet, device = self.sd_pipeline.unet, self.accelerator.device
-        config = unet.config
-        latents = torch.zeros(1, config.in_channels, config.sample_size, config.sample_size, device=device)
-        copies = 2 if self.config.guides_training else 1
-        embeds = self.neg_prompt_embed.repeat(copies, 1, 1)
-        with self._computing():
-            there_anyway = {p.untyped_storage().data_ptr() for p in unet.parameters()}
-            kept = memory.kept_bytes(
-                lambda: self._unet_output(latents, torch.zeros(1, dtype=torch.int64, device=device), embeds),
-                there_anyway,
-            )
-        return max(1, kept // copies)
 
     @torch.no_grad()
     def evaluate(
@@ -344,7 +274,7 @@ class DDPOTrainer(HubModel):
     @property
     def _overlaps_rewards(self) -> bool:
         """Whether batches are scored while others are sampled: not if either is somebody's own way of doing it."""
-        own = type(self).compute_rewards is not DDPOTrainer.compute_rewards or self.rollout is None
+        own = type(self).compute_rewards is not DDPOTrainer.compute_rewards or isinstance(self.rollout, PipelineRollout)
         return self.config.reward_overlap and not own
 
     def _now(self) -> float:
@@ -450,7 +380,7 @@ class DDPOTrainer(HubModel):
         """One optimizer step from the pairs of `batches`; its metrics, still on the device."""
         trained = [_first_steps(batch, self.num_train_timesteps) for batch in batches]
         own_loss = self.calculate_loss if self._has_own_objective() else None
-        return self.ppo.update(trained, self.micro_batch_size, looks_first, own_loss)
+        return self.ppo.update(trained, self.sizes.micro_batch_size, looks_first, own_loss)
 
     def calculate_loss(
         self,
@@ -511,7 +441,7 @@ class DDPOTrainer(HubModel):
     def _rescored(self, trajectory: Trajectory) -> Trajectory:
         """The trajectory with the log-probs that training's forward pass gives it under the current weights."""
         scores = []
-        for pairs in micro_batches([trajectory], pair_index([trajectory]), self.micro_batch_size):
+        for pairs in micro_batches([trajectory], pair_index([trajectory]), self.sizes.micro_batch_size):
             embeds = pairs.embeds(self.config.guides_training)
             scores.append(self._log_prob(pairs.latents, pairs.timesteps, pairs.next_latents, embeds))
         return replace(trajectory, log_probs=torch.cat(scores).reshape(trajectory.log_probs.T.shape).T.contiguous())

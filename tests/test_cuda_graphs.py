@@ -62,21 +62,26 @@ def test_a_recorded_run_ends_where_the_plain_one_does(make_trainer, tmp_path, us
             cuda_graphs=graphs,
             train_micro_batch_size=8,  # 20 pairs an update: two that are recorded and a rest that is not
             sample_merge_batches=1,
+            allow_tf32=False,
             output_dir=str(tmp_path / f"{graphs}"),
         )
+        trained = {n: p for n, p in trainer.sd_pipeline.unet.named_parameters() if p.requires_grad}
+        before = {n: p.detach().clone() for n, p in trained.items()}
         trainer.train()
-        ends.append({n: p.detach().clone() for n, p in trainer.sd_pipeline.unet.named_parameters() if p.requires_grad})
+        ends.append({n: p.detach().clone() for n, p in trained.items()})
         updates = [r for r in trainer.run_log.metrics.read() if r["kind"] == "update"]
         assert updates[0]["ratio_drift"] < (1e-6 if precision == "no" else 5e-3)
-    if on_a_gpu:
-        return
-    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    if not on_a_gpu:
+        assert all(torch.equal(ends[0][name], ends[1][name]) for name in before)
+    moved = sum((ends[0][n] - before[n]).square().sum() for n in before) ** 0.5
+    apart = sum((ends[0][n] - ends[1][n]).square().sum() for n in before) ** 0.5
+    # a GPU's atomics sum in an order of their own from run to run
+    assert apart < (5e-3 if precision == "no" else 5e-2) * moved
 
 
 def test_without_a_gpu_there_is_a_reason(make_trainer, monkeypatch):
     if on_a_gpu:
         pytest.skip("there is a GPU")
     monkeypatch.undo()
-    assert "needs" in cuda_graphs.problem(torch.device("cpu")) or "need" in cuda_graphs.problem(torch.device("cpu"))
     with pytest.raises(ValueError, match="cuda_graphs is True, but CUDA graphs need a CUDA device"):
         make_trainer(cuda_graphs=True)

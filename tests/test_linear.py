@@ -50,6 +50,15 @@ def test_gradients(library):
     torch.library.opcheck(torch.ops.ddpo_fast.linear.default, operands(3, 4, outputs=5), atol=1e-5, rtol=1e-5)
 
 
+def test_a_compiler_sees_one_graph():
+    from ddpo_fast.fuse_unet import FusedLinear
+
+    layer = nn.Linear(4, 5)
+    layer.__class__ = FusedLinear
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(torch.compile(layer, backend="eager", fullgraph=True)(x), layer(x))
+
+
 def test_without_a_bias_and_without_rows(library):
     x, weight, bias = operands(0, 4, outputs=5)
     assert linear(x, weight, None).shape == (0, 5)

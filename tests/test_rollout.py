@@ -45,8 +45,8 @@ def test_batches_drawn_together_are_those_drawn_alone(make_trainer, tmp_path, gu
 
 
 def test_merging_is_automatic(make_trainer):
-    assert make_trainer().merged_batches == 3  # 24 rows of 4 images and their unconditional halves
-    assert make_trainer(sample_merge_batches=7, output_dir=None).merged_batches == 7
+    assert make_trainer().sizes.merged_batches == 3  # 24 rows of 4 images and their unconditional halves
+    assert make_trainer(sample_merge_batches=7, output_dir=None).sizes.merged_batches == 7
 
 
 class NeedsTheNextBatch:

@@ -352,3 +352,26 @@ def test_images_with_a_gradient(model_dir):
         else:
             assert not output.images.requires_grad
     assert norms[0] != norms[1] > 0
+
+
+@pytest.mark.parametrize("use_lora", [False, True])
+def test_a_compiled_unet_is_one_graph_and_trains_alike(make_trainer, tmp_path, monkeypatch, use_lora):
+    """Traced like any compiled UNet and run op by op: the compiler's own kernels would take minutes to make."""
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_module(self, backend="eager"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    ends = []
+    for compiled in (False, True):
+        trainer = make_trainer(
+            use_lora=use_lora, compile_unet=compiled, num_epochs=1, output_dir=str(tmp_path / f"{compiled}")
+        )
+        before = weights(trainer)
+        trainer.train()
+        ends.append(weights(trainer))
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert list(ends[0]) == list(ends[1]), "names stay"
+    moved = sum((ends[0][n] - before[n]).square().sum() for n in before) ** 0.5
+    apart = sum((ends[0][n] - ends[1][n]).square().sum() for n in before) ** 0.5
+    assert apart < 5e-3 * moved

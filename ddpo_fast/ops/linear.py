@@ -29,9 +29,15 @@ def product(x_MI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Te
     return x_MI @ weight_OI.t() if bias_O is None else torch.addmm(bias_O, x_MI, weight_OI.t())
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def onednn_is_faster(device_type: str, dtype: torch.dtype) -> bool:
     """Whether oneDNN has wider vectors than MKL here."""
+    return _onednn_is_faster(device_type, dtype)
+
+
+# a function of its own, as a compiler looks through the cache at what is not to be looked at
+@functools.cache
+def _onednn_is_faster(device_type: str, dtype: torch.dtype) -> bool:
     return (
         (device_type, dtype) == ("cpu", torch.float32)
         and torch.backends.mkldnn.is_available()
