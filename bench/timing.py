@@ -115,7 +115,7 @@ def kept_bytes(run: Run) -> int:
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         result = run()

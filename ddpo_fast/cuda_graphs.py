@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -53,7 +54,7 @@ class Recorded:
 def record(function: Function, arguments: Sequence[Tensor]) -> Recording:
     """Warms the function up on a stream of its own, as capturing wants it, and captures it."""
     inputs = [argument.clone() for argument in arguments]
-    stream = torch.cuda.Stream()
+    stream = _stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(WARM_UPS):
@@ -61,9 +62,15 @@ def record(function: Function, arguments: Sequence[Tensor]) -> Recording:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     # other threads, which score images, may allocate and wait meanwhile
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         outputs = function(*inputs)
     return Recording(inputs, graph.replay, outputs)
+
+
+@functools.cache
+def _stream() -> torch.cuda.Stream:
+    """One for all recordings: libraries keep workspaces for every stream that was ever used."""
+    return torch.cuda.Stream()
 
 
 def problem(device: torch.device) -> str:

@@ -99,6 +99,8 @@ class Engine:
 
     def step(self) -> torch.Tensor:
         """One update from the gradients since the last one; returns their norm before clipping."""
+        # the scaler makes its scale when it is first asked for one, and an update may have had nothing to scale
+        self.loss_scale()
         self._average_over_processes()
         self._scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
@@ -110,6 +112,12 @@ class Engine:
         self.weights.refresh()
         self.updates += 1
         return norm
+
+    def bytes_to_come(self) -> int:
+        """What the first update will allocate: gradients and Adam's two moments, unless they are there."""
+        weights = sum(parameter.numel() for parameter in self.parameters)
+        gradients = 0 if self.keeps_gradients else 4
+        return weights * (gradients + (0 if self.optimizer.state else 8))
 
     def zero_gradients(self) -> None:
         """Forgets the gradients since the last update, or sets them to zero where they must stay in place."""
@@ -143,5 +151,10 @@ class Engine:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
+        for parameter, moments in self.optimizer.state.items():
+            for name, value in moments.items():
+                # weights may have another layout than in the run that saved; a fused step goes by memory order
+                if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                    moments[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         self._scaler.load_state_dict(state["scaler"])
         self.updates = state["updates"]

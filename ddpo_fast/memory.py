@@ -6,6 +6,7 @@ Sizes are powers of two: a little more or less free memory then gives the same r
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any
 
@@ -29,6 +30,8 @@ class Sizes:
 
     Args:
         forward: a training forward of one pair.
+        computing: the context that it runs in.
+        to_come: bytes that training will allocate beside activations.
     """
 
     def __init__(
@@ -38,12 +41,16 @@ class Sizes:
         num_processes: int,
         unet: torch.nn.Module,
         forward: Callable[[], Any],
+        computing: Callable[[], AbstractContextManager[Any]],
+        to_come: Callable[[], int],
     ) -> None:
         self.config = config
         self.device = device
         self.num_processes = num_processes
         self.unet = unet
         self.forward = forward
+        self.computing = computing
+        self.to_come = to_come
 
     @cached_property
     def merged_batches(self) -> int:
@@ -51,7 +58,7 @@ class Sizes:
         if self.config.sample_merge_batches is not None:
             return self.config.sample_merge_batches
         rows = 2 if self.config.sample_guidance_scale > 1 else 1
-        images_that_fit = free_bytes(self.device, self.num_processes) // (self._bytes_per_row * rows)
+        images_that_fit = self._free_bytes() // (self._bytes_per_row * rows)
         return batches_to_merge(self.config.sample_batch_size, rows, images_that_fit)
 
     @cached_property
@@ -60,7 +67,7 @@ class Sizes:
         if self.config.train_micro_batch_size is not None:
             return self.config.train_micro_batch_size
         rows = self._rows_per_pair
-        fit = pairs_that_fit(self._bytes_per_row * rows, free_bytes(self.device, self.num_processes), rows)
+        fit = pairs_that_fit(self._bytes_per_row * rows, self._free_bytes(), rows)
         parts = -(-self.config.pairs_per_update // fit)
         return -(-self.config.pairs_per_update // parts)
 
@@ -68,10 +75,16 @@ class Sizes:
     def _rows_per_pair(self) -> int:
         return 2 if self.config.guides_training else 1
 
+    def _free_bytes(self) -> int:
+        free = max(0, free_bytes(self.device, self.num_processes) - self.to_come())
+        # a recorded micro-batch keeps its activations, and one of another size needs its own
+        return free // 2 if self.config.cuda_graphs else free
+
     @cached_property
     def _bytes_per_row(self) -> int:
-        there_anyway = {parameter.untyped_storage().data_ptr() for parameter in self.unet.parameters()}
-        return max(1, kept_bytes(self.forward, there_anyway) // self._rows_per_pair)
+        with self.computing():
+            there_anyway = {parameter.untyped_storage().data_ptr() for parameter in self.unet.parameters()}
+            return max(1, kept_bytes(self.forward, there_anyway) // self._rows_per_pair)
 
 
 def free_bytes(device: torch.device, num_processes: int = 1) -> int:
@@ -95,11 +108,11 @@ def kept_bytes(forward: Callable[[], Any], parameters: set[int]) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        # the tensor itself would keep its graph, and that the tensor
+        return tensor.detach()
 
     with torch.enable_grad(), saved_tensors_hooks(keep, lambda tensor: tensor):
-        result = forward()
-    del result
+        forward()
     return sum(kept.values())
 
 

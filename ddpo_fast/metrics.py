@@ -51,7 +51,7 @@ class UpdateMetrics:
     def at_least(self, name: str, value: torch.Tensor) -> None:
         """Raises the maximum called `name` to `value`."""
         largest = self._largest.get(name)
-        self._largest[name] = value if largest is None else torch.maximum(largest, value)
+        self._largest[name] = value.clone() if largest is None else torch.maximum(largest, value)
 
     def means(self) -> dict[str, torch.Tensor]:
         return {**self._sums, **self._largest}

@@ -85,7 +85,8 @@ class PPO:
         zero = self.engine.zero
         scored = index = _with_advantage(batches, every) if self.config.train_skip_dead_pairs else every
         # the losses of the others are zero; whatever else is logged is of those that were scored
-        self.metrics.add(1.0, loss=zero, approx_kl=zero, clipfrac=zero)
+        self.metrics.add(1.0, loss=zero, approx_kl=zero, clipfrac=zero, dead=zero)
+        self.metrics.at_least("ratio_drift", zero)
         if looks_first and len(scored):
             index = scored[self._look(batches, scored, size, len(every))]
         for pairs in micro_batches(batches, index, size):

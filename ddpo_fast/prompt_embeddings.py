@@ -40,7 +40,9 @@ class PromptEmbeddings:
         for start in range(0, len(new), ENCODED_AT_ONCE):
             few = new[start : start + ENCODED_AT_ONCE]
             ids = self.tokenize(few + few[-1:] * (ENCODED_AT_ONCE - len(few)))
-            self._known.update(zip(few, zip(ids, self.text_encoder(ids)[0], strict=True), strict=False))
+            for prompt, prompt_ids, embedding in zip(few, ids, self.text_encoder(ids)[0], strict=False):
+                # a view would keep all of them
+                self._known[prompt] = prompt_ids.clone(), embedding.clone()
         known = [self._known[prompt] for prompt in prompts]
         return torch.stack([ids for ids, _ in known]), torch.stack([embedding for _, embedding in known])
 

@@ -7,6 +7,7 @@ returns (rewards of length B, metadata).
 from __future__ import annotations
 
 import io
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from typing import Any
@@ -77,6 +78,16 @@ def score(
     return rewards, result[1]
 
 
+_OF_THREAD = threading.local()
+
+
+def _stream_of_thread(device: torch.device) -> torch.cuda.Stream:
+    """One for each worker: the allocator and the libraries keep memory for every stream that was ever used."""
+    if not hasattr(_OF_THREAD, "stream"):
+        _OF_THREAD.stream = torch.cuda.Stream(device)
+    return _OF_THREAD.stream
+
+
 class Scoring:
     """Scores batches in worker threads while the caller goes on, each call as `score`.
 
@@ -117,7 +128,7 @@ class Scoring:
     def _score(self, ready: torch.cuda.Event | None, images: torch.Tensor, *others: Any) -> tuple[torch.Tensor, Any]:
         if ready is None:
             return score(self.reward_function, images, *others)
-        stream = torch.cuda.Stream(images.device)
+        stream = _stream_of_thread(images.device)
         stream.wait_event(ready)
         images.record_stream(stream)
         with torch.cuda.stream(stream):

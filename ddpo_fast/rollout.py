@@ -20,7 +20,7 @@ from ddpo_fast.memory import Sizes
 from ddpo_fast.prompt_embeddings import PromptEmbeddings
 from ddpo_fast.prompts import PromptFunction, draw_prompts
 from ddpo_fast.trajectory import Trajectory
-from ddpo_fast.unet_cache import UNetCache, cache_problem, kept_in_place
+from ddpo_fast.unet_cache import UNetCache, cache_problem
 
 
 @dataclass(frozen=True)
@@ -61,17 +61,16 @@ class Rollout:
         self.negative_embed = negative_embed
         self.computing = computing
         self.sizes = sizes
-        self.guidance = config.sample_guidance_scale if config.sample_guidance_scale > 1 else None
-        # a compiled UNet would be compiled anew for every rollout's answers
-        uses_cache = config.sample_cache and not config.compile_unet and not cache_problem(pipe.unet)
-        self._cache = UNetCache(pipe.unet) if uses_cache else None
-        self._embeds = torch.empty(0)
-        self._recorded = Recorded(self._recordable_step) if config.cuda_graphs else None
+        self._chains: dict[tuple[Any, ...], Chain] = {}
 
     def batches(self, prompt_function: PromptFunction, iterations: int, batch_size: int) -> Iterator[Batch]:
         """`iterations` batches, one after the other."""
         # everything is drawn before the first image is scored: a reward may use the same random generators
         draws = [self.draw(prompt_function, batch_size) for _ in range(iterations)]
+        if self.embed.remembers:
+            # new prompts go to the device before anything is queued there
+            with self.computing():
+                self.embed([prompt for draw in draws for prompt in draw.prompts])
         for start in range(0, iterations, self.sizes.merged_batches):
             together = draws[start : start + self.sizes.merged_batches]
             for draw, sampled in zip(together, self.sample(together), strict=True):
@@ -115,43 +114,64 @@ class Rollout:
     def _denoise(
         self, noise: list[torch.Tensor], embeds: torch.Tensor
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        pipe, config = self.pipe, self.config
-        if self.guidance is not None:
+        scheduler, device = self.pipe.scheduler, self.embed.device
+        if scheduler.num_inference_steps != self.config.sample_num_steps or scheduler.timesteps.device != device:
+            # it copies to the device, for which the host waits
+            scheduler.set_timesteps(self.config.sample_num_steps, device=device)
+        if self.config.sample_guidance_scale > 1:
             embeds = torch.cat([self.negative_embed.expand_as(embeds), embeds])
-        pipe.scheduler.set_timesteps(config.sample_num_steps, device=self.embed.device)
-        # a recorded step reads the embeddings where they were
-        self._embeds = kept_in_place(self._embeds, embeds.to(pipe.unet.dtype))
-        if self._cache is not None:
-            self._cache.fill(self._embeds, pipe.scheduler.timesteps)
-        take_step = self._replayed_step if self._recorded is not None else self._step_taker()
+        embeds = embeds.to(self.pipe.unet.dtype)
+        key = embeds.shape, embeds.dtype
+        if key not in self._chains:
+            self._chains[key] = Chain(self.pipe, self.config, embeds)
+        return self._chains[key].run(noise, embeds)
+
+
+class Chain:
+    """The denoising chain for one number of rows, with what stays in place from rollout to rollout.
+
+    A recorded step reads the embeddings and the cached layers where they were when it was recorded.
+    """
+
+    def __init__(self, pipe: Any, config: DDPOConfig, embeds: torch.Tensor) -> None:
+        self.pipe = pipe
+        self.config = config
+        self.guidance = config.sample_guidance_scale if config.sample_guidance_scale > 1 else None
+        self.embeds = embeds.clone()
+        # a compiled UNet would be compiled anew for every rollout's answers
+        uses_cache = config.sample_cache and not config.compile_unet and not cache_problem(pipe.unet)
+        self.cache = UNetCache(pipe.unet) if uses_cache else None
+        self.recorded = Recorded(self._step) if config.cuda_graphs else None
+
+    def run(self, noise: list[torch.Tensor], embeds: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """(T + 1 latents [B, C, H, W], T log-probs [B]) from T + 1 of noise, the initial latents first; empties it."""
+        self.embeds.copy_(embeds)
+        if self.cache is not None:
+            self.cache.fill(self.embeds, self.pipe.scheduler.timesteps)
         # taken from the end, and freed when it has been added
         noise.reverse()
         latents = noise.pop()
-        with self._cache.in_use() if self._cache is not None else nullcontext():
-            return sampler.denoise(pipe, take_step, latents, lambda _i: noise.pop(), 1 if self.guidance is None else 2)
+        with self.cache.in_use() if self.cache is not None else nullcontext():
+            copies = 1 if self.guidance is None else 2
+            return sampler.denoise(self.pipe, self._take_step, latents, lambda _i: noise.pop(), copies)
 
-    def _step_taker(self) -> sampler.TakeStep:
-        def predict(rows: torch.Tensor, t: torch.Tensor, i: int) -> torch.Tensor:
-            if self._cache is not None and self._recorded is None:
-                self._cache.at(i)
-            return self.pipe.unet(rows, t, encoder_hidden_states=self._embeds, return_dict=False)[0]
-
-        return sampler.step_taker(self.pipe, predict, self.guidance, 0.0, self.config.sample_eta)
-
-    def _recordable_step(
-        self, rows: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor
-    ) -> ops.Step:
-        return self._step_taker()(rows, latents, noise, t, 0)
-
-    def _replayed_step(
+    def _take_step(
         self, rows: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, i: int
     ) -> ops.Step:
-        if self._cache is not None:
-            self._cache.at(i)
-        assert self._recorded is not None
-        following, log_probs, unet_input = self._recorded(rows, latents, noise, t)
+        if self.cache is not None:
+            self.cache.at(i)
+        if self.recorded is None:
+            return self._step(rows, latents, noise, t)
+        following, log_probs, unet_input = self.recorded(rows, latents, noise, t)
         # the next replay writes over what stays
         return ops.Step(following.clone(), log_probs.clone(), unet_input)
+
+    def _step(self, rows: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> ops.Step:
+        def predict(rows: torch.Tensor, t: torch.Tensor, _i: int) -> torch.Tensor:
+            return self.pipe.unet(rows, t, encoder_hidden_states=self.embeds, return_dict=False)[0]
+
+        take_step = sampler.step_taker(self.pipe, predict, self.guidance, 0.0, self.config.sample_eta)
+        return take_step(rows, latents, noise, t, 0)
 
 
 class PipelineRollout:

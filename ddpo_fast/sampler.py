@@ -192,7 +192,10 @@ def denoise(
         draw_noise: the noise [B, C, H, W] of a step's index.
         copies: rows of the UNet for an image.
     """
-    rows = torch.cat([latents] * copies).to(pipe.unet.dtype)
+    # laid out as the UNet's output is, which later rows are made like
+    last = pipe.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if last else torch.contiguous_format
+    rows = torch.cat([latents] * copies).to(pipe.unet.dtype, memory_format=layout)
     trail, log_probs = [latents], []
     with pipe.progress_bar(total=len(pipe.scheduler.timesteps)) as progress:
         for i, t in enumerate(pipe.scheduler.timesteps):

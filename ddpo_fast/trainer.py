@@ -79,8 +79,12 @@ class DDPOTrainer(HubModel):
         self.output_dir = output_folder(config)
         self.accelerator = self._make_accelerator()
         ops.require_backend(config.kernel_backend, self.accelerator.device.type)
-        if config.cuda_graphs and (problem := cuda_graphs.problem(self.accelerator.device)):
-            raise ValueError(f"cuda_graphs is True, but {problem}: leave it out")
+        if config.cuda_graphs:
+            problem = cuda_graphs.problem(self.accelerator.device)
+            if sd_pipeline.autocast is not None:
+                problem = "this pipeline has an autocast, whose casts are forgotten before a graph reads them"
+            if problem:
+                raise ValueError(f"cuda_graphs is True, but {problem}: leave it out")
         okay, message = self._config_check()
         if not okay:
             raise ValueError(message)
@@ -112,7 +116,9 @@ class DDPOTrainer(HubModel):
         self.sizes = self._make_sizes()
         self.rollout = self._make_rollout()
         self.ppo = PPO(config, self.engine, self._unet_output, self._noise_table)
+        # shares of pairs without a gradient in each update of the epoch, and of the one before it
         self._dead_shares: list[float] = []
+        self._known_dead: list[float] = []
         if config.resume_from:
             self._resume(resume, state)
         self.run_settings = self._run_settings()
@@ -139,8 +145,8 @@ class DDPOTrainer(HubModel):
         if accelerator.num_processes > 1:
             # the default folder carries a time, which must be the main process's
             self.output_dir = Path(broadcast_object_list([str(self.output_dir)])[0])
-        if config.allow_tf32 and torch.cuda.is_available():
-            torch.backends.cuda.matmul.allow_tf32 = True
+        if torch.cuda.is_available():
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
         return accelerator
 
     def _prepare_models(self) -> Any:
@@ -201,7 +207,15 @@ class DDPOTrainer(HubModel):
             timesteps = torch.zeros(1, dtype=torch.int64, device=self.accelerator.device)
             return self._unet_output(latents, timesteps, self.neg_prompt_embed.repeat(copies, 1, 1))
 
-        return Sizes(self.config, self.accelerator.device, self.accelerator.num_processes, unet, forward)
+        return Sizes(
+            self.config,
+            self.accelerator.device,
+            self.accelerator.num_processes,
+            unet,
+            forward,
+            self._computing,
+            self.engine.bytes_to_come,
+        )
 
     def _make_rollout(self) -> Rollout | PipelineRollout:
         common = (self.config, self.embed_prompts, self.neg_prompt_embed, self._computing)
@@ -307,6 +321,8 @@ class DDPOTrainer(HubModel):
         if self.image_samples_callback is not None:
             self.image_samples_callback(prompt_image_data, global_step, first_tracker(self.accelerator))
         trajectory = Trajectory.cat(samples)
+        # the latents are the largest thing that an epoch leaves, and now they are there twice
+        del samples
         all_rewards = self.accelerator.gather(torch.cat(batch_rewards))
         self.run_log.rewards(epoch, global_step, all_rewards)
         trajectory = trajectory.with_advantages(self._advantages(trajectory.prompts, all_rewards))
@@ -329,13 +345,12 @@ class DDPOTrainer(HubModel):
         """The inner epochs; returns the number of updates so far."""
         if self.config.train_recompute_log_probs:
             trajectory = self._rescored(trajectory)
-        dead_shares: list[float] = []
+        self._dead_shares, self._known_dead = [], self._dead_shares
         inner_epochs = training_batches(trajectory, self.config.train_batch_size, self.config.train_num_inner_epochs)
-        for inner_epoch, batches in enumerate(inner_epochs):
-            self.sd_pipeline.unet.train()
-            global_step, infos = self._train(inner_epoch, epoch, global_step, batches)
-            dead_shares += [info.get("dead", 0.0) for info in infos]
-        self._dead_shares = dead_shares
+        with self.engine.computing():
+            for inner_epoch, batches in enumerate(inner_epochs):
+                self.sd_pipeline.unet.train()
+                global_step = self._train_batched_samples(inner_epoch, epoch, global_step, batches)
         return global_step
 
     def _train_batched_samples(
@@ -345,12 +360,6 @@ class DDPOTrainer(HubModel):
 
         Every `train_gradient_accumulation_steps` batches make one update, from the first S steps of each image.
         """
-        return self._train(inner_epoch, epoch, global_step, batched_samples)[0]
-
-    def _train(
-        self, inner_epoch: int, epoch: int, global_step: int, batched_samples: Iterable[Any]
-    ) -> tuple[int, list[dict[str, float]]]:
-        """`_train_batched_samples`, and the metrics of each update."""
         updates = []
         first = inner_epoch * self.config.updates_per_inner_epoch
         groups = _grouped(iter(batched_samples), self.config.train_gradient_accumulation_steps)
@@ -369,11 +378,13 @@ class DDPOTrainer(HubModel):
                     # a distance from 1 is drift only while the weights are still those that sampled
                     metrics.pop("ratio_drift", None)
                 updates.append(metrics)
-        return global_step + len(updates), self.run_log.updates(updates, epoch, inner_epoch, global_step)
+        infos = self.run_log.updates(updates, epoch, inner_epoch, global_step)
+        self._dead_shares += [info.get("dead", 0.0) for info in infos]
+        return global_step + len(updates)
 
     def _looks_first(self, at: int) -> bool:
         """Whether so many pairs were dead in the last epoch, after as many updates, that looking for them pays."""
-        shares = self._dead_shares[at : at + 1]
+        shares = self._known_dead[at : at + 1]
         return self.config.train_skip_dead_pairs and any(share > LOOKING_PAYS for share in shares)
 
     def _update(self, batches: list[Any], looks_first: bool = False) -> dict[str, torch.Tensor]:
@@ -441,9 +452,10 @@ class DDPOTrainer(HubModel):
     def _rescored(self, trajectory: Trajectory) -> Trajectory:
         """The trajectory with the log-probs that training's forward pass gives it under the current weights."""
         scores = []
-        for pairs in micro_batches([trajectory], pair_index([trajectory]), self.sizes.micro_batch_size):
-            embeds = pairs.embeds(self.config.guides_training)
-            scores.append(self._log_prob(pairs.latents, pairs.timesteps, pairs.next_latents, embeds))
+        with self.engine.computing():
+            for pairs in micro_batches([trajectory], pair_index([trajectory]), self.sizes.micro_batch_size):
+                embeds = pairs.embeds(self.config.guides_training)
+                scores.append(self._log_prob(pairs.latents, pairs.timesteps, pairs.next_latents, embeds))
         return replace(trajectory, log_probs=torch.cat(scores).reshape(trajectory.log_probs.T.shape).T.contiguous())
 
     def loss(self, advantages: torch.Tensor, clip_range: float, ratio: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -13,6 +16,21 @@ def test_kept_bytes_are_the_activations():
     there = {p.untyped_storage().data_ptr() for p in network.parameters()}
     kept = memory.kept_bytes(lambda: network(torch.zeros(10, 16)), there)
     assert kept == 4 * 10 * (16 + 32)
+
+
+def test_nothing_of_the_forward_pass_stays():
+    """The look at what is kept must not keep it: a tensor that a hook returns as it is holds its own graph."""
+    network = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    made = []
+
+    def forward():
+        y = network(torch.zeros(2, 4))
+        made.append(weakref.ref(y))
+        return y
+
+    memory.kept_bytes(forward, set())
+    gc.collect()
+    assert made[0]() is None
 
 
 @pytest.mark.parametrize(

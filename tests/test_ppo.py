@@ -88,11 +88,13 @@ def test_dead_pairs_are_left_out_and_the_gradient_stays(make_trainer, tmp_path, 
     assert metrics["dead"] == pytest.approx(0.5), "of the pairs that have an advantage"
 
 
-def test_an_epoch_without_any_advantage_trains_on_zero(make_trainer):
+@pytest.mark.parametrize("precision", ["no", "fp16"])
+def test_an_epoch_without_any_advantage_trains_on_zero(make_trainer, precision):
     """Adam's weight decay still acts, as it does in TRL, and no UNet is called."""
     trainer = make_trainer(
         reward=lambda images, *_: (torch.ones(len(images)), {}),
         train_adam_weight_decay=0.1,
+        mixed_precision=precision,
         **PLAIN | {"train_skip_dead_pairs": True},
     )
     before = trained(trainer)
@@ -101,6 +103,8 @@ def test_an_epoch_without_any_advantage_trains_on_zero(make_trainer):
     trainer.train(1)
     assert not any(rows)
     assert [u["skipped"] for u in updates_of(trainer)] == [1.0, 1.0]
+    # processes add up their metrics one by one: those without a live pair must have the same
+    assert {"loss", "approx_kl", "clipfrac", "dead", "ratio_drift"} <= set(updates_of(trainer)[0])
     for name, after in trained(trainer).items():
         torch.testing.assert_close(after, before[name] * (1 - 1e-3 * 0.1) ** 2)
 

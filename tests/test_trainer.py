@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from tiny_run import Prompts, brightness, build_pipeline
+from tiny_run import Prompts, brightness, build_pipeline, forget_accelerate_state
 from transformers import HfArgumentParser
 
 from ddpo_fast import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
@@ -289,6 +289,49 @@ def test_users_trainer_subclass(model_dir, tmp_path):
     trainer = ScaledLoss(config, brightness, Prompts(), DefaultDDPOStableDiffusionPipeline(model_dir, use_lora=True))
     trainer.train()
     assert all(r["loss"] == 0 for r in trainer.run_log.metrics.read() if r["kind"] == "update")
+
+
+class OwnUpdates(DDPOTrainer):
+    """TRL's other way in: the whole pass over the training batches, with the losses' own backward passes."""
+
+    passes = 0
+
+    def _train_batched_samples(self, inner_epoch, epoch, global_step, batched_samples):
+        self.passes += 1
+        for batch in batched_samples:
+            embeds = torch.cat([batch["negative_prompt_embeds"], batch["prompt_embeds"]])
+            names = ("latents", "timesteps", "next_latents", "log_probs")
+            loss, _, _ = self.calculate_loss(*(batch[name][:, 0] for name in names), batch["advantages"], embeds)
+            loss.backward()
+            self.engine.step()
+        return global_step + 1
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_users_updates(model_dir, tmp_path, precision):
+    config = DDPOConfig(
+        mixed_precision=precision, sample_num_steps=2, sample_batch_size=2, num_epochs=1, output_dir=str(tmp_path)
+    )
+    trainer = OwnUpdates(config, brightness, Prompts(), DefaultDDPOStableDiffusionPipeline(model_dir, use_lora=True))
+    before = weights(trainer)
+    assert trainer._train_on.__func__ is DDPOTrainer._train_on
+    trainer._train_on(trajectory_of(trainer), 0, 0)
+    assert trainer.passes == 1
+    assert any((w != before[n]).any() for n, w in weights(trainer).items())
+
+
+def trajectory_of(trainer):
+    samples, _ = trainer._generate_samples(1, 2)
+    return samples[0].with_advantages(torch.tensor([1.0, -1.0]))
+
+
+def test_moments_take_the_layout_of_the_weights(make_trainer, tmp_path):
+    """A run may be resumed with another layout, and fused Adam pairs elements by their place in memory."""
+    make_trainer(num_epochs=1, fuse_unet=False).train()
+    forget_accelerate_state()
+    resumed = make_trainer(resume_from=str(tmp_path / "run"), fuse_unet=True)
+    for parameter, moments in resumed.optimizer.state.items():
+        assert moments["exp_avg"].stride() == parameter.stride()
 
 
 @dataclass

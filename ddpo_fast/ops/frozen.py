@@ -60,7 +60,11 @@ def _backward(
         _, i, h, w = weight.shape
         weight = weight.contiguous(memory_format=torch.channels_last)
         weight = weight.as_strided(weight.shape, (h * w * i, 1, w * i, i), weight.storage_offset())
-    stand_in = grad.new_empty(1).expand(shape)
+    if channels_last and grad.is_cuda:
+        # cuDNN takes the layout from the input, and would bring the gradient into the other one and back
+        stand_in = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)
+    else:
+        stand_in = grad.new_empty(1).expand(shape)
     only_input = (True, False, False)
     return torch.ops.aten.convolution_backward(
         grad, stand_in, weight, None, stride, padding, dilation, False, (0, 0), groups, only_input
