@@ -292,9 +292,9 @@ class DDPOTrainer(HubModel):
         return self.config.reward_overlap and not own
 
     def _now(self) -> float:
-        """Seconds, when the device is done with what it was given."""
+        """Seconds, when the device is done with what this thread gave it; rewards that run in others' go on."""
         if self.accelerator.device.type == "cuda":
-            torch.cuda.synchronize(self.accelerator.device)
+            torch.cuda.current_stream(self.accelerator.device).synchronize()
         return time.monotonic()
 
     def _advantages(self, prompts: tuple[str, ...], all_rewards: torch.Tensor) -> torch.Tensor:
