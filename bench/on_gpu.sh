@@ -12,7 +12,7 @@ size=full device=cuda quick=() kernels=() compiler=(--compile --rounds 9)
 # a case of TRL's 50 steps takes minutes: with fewer of them a stage holds two rounds or more
 example=lora-fp16 few=(--steps 10) fewer=(--steps 4)
 if [[ ${DRY_RUN:-} ]]; then
-    size=tiny device=cpu quick=(-k "determin or last_bit or refuse or unknown_names") compiler=()
+    size=tiny device=cpu quick=(-k "determin or last_bit or refuse or unknown_names or replays") compiler=()
     kernels=(--only geglu --architectures 90)
     example=lora few=() fewer=()
 fi
