@@ -135,13 +135,13 @@ class Chain:
 
     def __init__(self, pipe: Any, config: DDPOConfig, embeds: torch.Tensor) -> None:
         self.pipe = pipe
-        self.config = config
         self.guidance = config.sample_guidance_scale if config.sample_guidance_scale > 1 else None
         self.embeds = embeds.clone()
         # a compiled UNet would be compiled anew for every rollout's answers
         uses_cache = config.sample_cache and not config.compile_unet and not cache_problem(pipe.unet)
         self.cache = UNetCache(pipe.unet) if uses_cache else None
         self.recorded = Recorded(self._step) if config.cuda_graphs else None
+        self._sampler_step = sampler.step_taker(pipe, self._predict, self.guidance, 0.0, config.sample_eta)
 
     def run(self, noise: list[torch.Tensor], embeds: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """(T + 1 latents [B, C, H, W], T log-probs [B]) from T + 1 of noise, the initial latents first; empties it."""
@@ -167,11 +167,10 @@ class Chain:
         return ops.Step(following.clone(), log_probs.clone(), unet_input)
 
     def _step(self, rows: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> ops.Step:
-        def predict(rows: torch.Tensor, t: torch.Tensor, _i: int) -> torch.Tensor:
-            return self.pipe.unet(rows, t, encoder_hidden_states=self.embeds, return_dict=False)[0]
+        return self._sampler_step(rows, latents, noise, t, 0)
 
-        take_step = sampler.step_taker(self.pipe, predict, self.guidance, 0.0, self.config.sample_eta)
-        return take_step(rows, latents, noise, t, 0)
+    def _predict(self, rows: torch.Tensor, t: torch.Tensor, _i: int) -> torch.Tensor:
+        return self.pipe.unet(rows, t, encoder_hidden_states=self.embeds, return_dict=False)[0]
 
 
 class PipelineRollout:

@@ -94,13 +94,8 @@ class DDPOTrainer(HubModel):
         self.run_log.start_trackers(state.get("global_step"))
         set_seed(config.seed, device_specific=True)
         layers = self._prepare_models()
-        # a pipeline with an autocast of its own computes in that, from fp32 weights
-        own_precision = sd_pipeline.autocast is not None
-        self.weights = MasterWeights(
-            self.trainable_parameters(layers), torch.float32 if own_precision else compute_dtype(self.accelerator)
-        )
-        self.optimizer = self._setup_optimizer(self.weights.masters)
-        self.engine = Engine(self.accelerator, self.optimizer, self.weights, config)
+        self.engine = self._make_engine(self.trainable_parameters(layers))
+        self.optimizer = self.engine.optimizer
         self.trainable_layers = layers
         self.autocast = sd_pipeline.autocast or nullcontext
         self.embed_prompts = PromptEmbeddings(
@@ -175,6 +170,12 @@ class DDPOTrainer(HubModel):
         if self.config.compile_unet:
             pipeline.unet.compile()
         return layers
+
+    def _make_engine(self, trained: list[torch.nn.Parameter]) -> Engine:
+        # a pipeline with an autocast of its own computes in that, from fp32 weights
+        own_precision = self.sd_pipeline.autocast is not None
+        weights = MasterWeights(trained, torch.float32 if own_precision else compute_dtype(self.accelerator))
+        return Engine(self.accelerator, self._setup_optimizer(weights.masters), weights, self.config)
 
     @staticmethod
     def trainable_parameters(layers: Any) -> list[torch.nn.Parameter]:
