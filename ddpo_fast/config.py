@@ -120,6 +120,40 @@ class DDPOConfig:
         False, "Record the sampling step and the training micro-batch as CUDA graphs, which saves the launches."
     )
 
+    zero: int = _option(0, "DeepSpeed ZeRO stage: 0 (none), 1 (states), 2 (and gradients) or 3 (and weights) split.")
+    offload: str = _option(
+        "none",
+        "What stays in host memory: nothing, the fp32 weights and the optimizer's states, or (with --zero 3) also the "
+        "half-precision weights.",
+        choices=["none", "optimizer", "all"],
+    )
+    deepspeed: Optional[str] = _option(None, "DeepSpeed's own settings: a JSON file, in place of `zero`.")  # noqa: UP045
+    train_paged_adam: bool = _option(False, "With train_use_8bit_adam: states that CUDA pages to the host when needed.")
+    train_min_8bit_size: int = _option(4096, "Smaller tensors keep 32-bit states (a LoRA of rank 4 has none larger).")
+    train_gradient_dtype: str = _option(
+        "fp32", "What gradients are added up in: fp32, or half (mixed_precision's).", choices=["fp32", "half"]
+    )
+    stochastic_rounding: bool = _option(
+        False, "Keep weights in half precision alone and round updates up or down at random, right on average."
+    )
+    optimizer_in_backward: bool = _option(
+        False, "Update each weight as its gradient is ready; for updates of one UNet call, and without a norm to clip."
+    )
+    gradient_checkpointing: str = _option(
+        "none",
+        "Activations to compute again in the backward pass: none, selective (norms, SiLU, GEGLU) or blocks (all).",
+        choices=["none", "selective", "blocks"],
+    )
+    vae_slicing: bool = _option(False, "Decode one image at a time.")
+    vae_tiling: bool = _option(False, "Decode images in overlapping tiles.")
+    offload_frozen: bool = _option(False, "Keep the VAE and the text encoder in host memory while they are idle.")
+    ema_decay: float = _option(0.0, "Decay of a moving average of the trained weights; 0 keeps none.")
+    ema_device: str = _option("auto", "Where the average lies: with the weights, or cpu.", choices=["auto", "cpu"])
+    auto_memory: bool = _option(
+        False, "Choose micro-batch, checkpointing, optimizer and offload as `ddpo-fast plan` does for this GPU."
+    )
+    gpu_memory: Optional[float] = _option(None, "GB of the GPU to use (default: all).")  # noqa: UP045
+
     def __post_init__(self) -> None:
         for name in ("tracker_kwargs", "accelerator_kwargs", "project_kwargs"):
             setattr(self, name, _parsed_mapping(name, getattr(self, name)))
@@ -237,7 +271,15 @@ def _number(fits: Callable[[float], bool]) -> Callable[[Any], bool]:
 
 # (fields, predicate, what the value must be); NaN fails every comparison
 _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("seed num_epochs train_warmup_steps", _whole(0), "a whole number of at least 0"),
+    ("seed num_epochs train_warmup_steps train_min_8bit_size", _whole(0), "a whole number of at least 0"),
+    ("zero", lambda v: _whole(0)(v) and v <= 3, "0, 1, 2 or 3"),
+    ("offload", lambda v: v in ("none", "optimizer", "all"), "'none', 'optimizer' or 'all'"),
+    ("train_gradient_dtype", lambda v: v in ("fp32", "half"), "'fp32' or 'half'"),
+    ("gradient_checkpointing", lambda v: v in ("none", "selective", "blocks"), "'none', 'selective' or 'blocks'"),
+    ("ema_device", lambda v: v in ("auto", "cpu"), "'auto' or 'cpu'"),
+    ("ema_decay", _number(lambda v: 0 <= v < 1), "at least 0 and below 1"),
+    ("gpu_memory", lambda v: v is None or _number(lambda g: g > 0)(v), "None or a number above 0 (GB)"),
+    ("deepspeed", lambda v: v is None or isinstance(v, str), "None or the path of a JSON file"),
     (
         "save_freq num_checkpoint_limit sample_num_steps sample_batch_size sample_num_batches_per_epoch "
         "train_batch_size train_gradient_accumulation_steps train_num_inner_epochs max_workers "
@@ -253,7 +295,8 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "allow_tf32 train_use_8bit_adam train_cfg per_prompt_stat_tracking async_reward_computation push_to_hub "
         "train_recompute_log_probs train_skip_dead_pairs sample_cache reward_overlap fuse_unet compile_unet "
-        "cuda_graphs",
+        "cuda_graphs train_paged_adam stochastic_rounding optimizer_in_backward vae_slicing vae_tiling offload_frozen "
+        "auto_memory",
         lambda v: isinstance(v, bool),
         "True or False",
     ),
