@@ -41,15 +41,34 @@ Quantizer quantizer_of(const Tensor& decades, int64_t moment) {
   return Quantizer(d);
 }
 
+// Elements of any type at a position, from and to fp32. Chosen once: asking a tensor takes as long as a block.
+struct Converter {
+  char* data = nullptr;
+  int64_t size = 0;
+  void (*load)(const void* values, int64_t n, float* out) = nullptr;
+  void (*store)(const float* values, int64_t n, void* out) = nullptr;
+};
+
+Converter converter_of(const Tensor& tensor, void* data) {
+  Converter found;
+  for_dtype(tensor, [&](auto kind) {
+    using T = decltype(kind);
+    found = {
+        static_cast<char*>(data), sizeof(T),
+        [](const void* values, int64_t n, float* out) { to_float(static_cast<const T*>(values), n, out); },
+        [](const float* values, int64_t n, void* out) { from_float(values, n, static_cast<T*>(out)); }};
+  });
+  return found;
+}
+
 // A block that ends early, padded with weights of zero: they change no scale.
-template <typename T>
 void adamw_tail(
-    const AdamStep& s, const T* grad, int64_t n, float* master, uint8_t* codes1, uint8_t* codes2, float& absmax1,
+    const AdamStep& s, const float* grad, int64_t n, float* master, uint8_t* codes1, uint8_t* codes2, float& absmax1,
     float& absmax2) {
   alignas(64) float g[BLOCK] = {}, p[BLOCK] = {};
   alignas(64) uint8_t c1[BLOCK], c2[BLOCK] = {};
   std::fill_n(c1, BLOCK, 127);
-  to_float(grad, n, g);
+  std::copy_n(grad, n, g);
   std::copy_n(master, n, p);
   std::copy_n(codes1, n, c1);
   std::copy_n(codes2, n, c2);
@@ -57,16 +76,6 @@ void adamw_tail(
   std::copy_n(p, n, master);
   std::copy_n(c1, n, codes1);
   std::copy_n(c2, n, codes2);
-}
-
-template <typename T>
-void adamw_block_of(
-    const AdamStep& s, const T* grad, float* master, uint8_t* codes1, uint8_t* codes2, float& absmax1,
-    float& absmax2) {
-  if constexpr (std::is_same_v<T, float>) return adamw_block(s, grad, master, codes1, codes2, absmax1, absmax2);
-  alignas(64) float wide[BLOCK];
-  to_float(grad, BLOCK, wide);
-  adamw_block(s, wide, master, codes1, codes2, absmax1, absmax2);
 }
 
 void adamw8bit(
@@ -85,23 +94,22 @@ void adamw8bit(
   uint8_t* c2 = codes2.mutable_data_ptr<uint8_t>();
   float* a1 = absmax1.mutable_data_ptr<float>();
   float* a2 = absmax2.mutable_data_ptr<float>();
-  for_dtype(grad, [&](auto kind) {
-    using T = decltype(kind);
-    const T* g = static_cast<const T*>(grad.const_data_ptr());
-    const auto step = [&](int64_t block) {
+  const bool is_float = grad.scalar_type() == ScalarType::Float;
+  const Converter g = converter_of(grad, const_cast<void*>(grad.const_data_ptr()));
+  const Converter copy = out ? converter_of(*out, out->mutable_data_ptr()) : Converter{};
+  torch::stable::parallel_for(0, absmax1.numel(), GRAIN, [&](int64_t begin, int64_t end) {
+    alignas(64) float wide[BLOCK];
+    for (int64_t block = begin; block < end; ++block) {
       const int64_t at = block * BLOCK, count = std::min(BLOCK, n - at);
+      const float* values = is_float ? reinterpret_cast<const float*>(g.data) + at : wide;
+      if (!is_float) g.load(g.data + at * g.size, count, wide);
       if (count == BLOCK)
-        adamw_block_of(s, g + at, p + at, c1 + at, c2 + at, a1[block], a2[block]);
+        adamw_block(s, values, p + at, c1 + at, c2 + at, a1[block], a2[block]);
       else
-        adamw_tail(s, g + at, count, p + at, c1 + at, c2 + at, a1[block], a2[block]);
+        adamw_tail(s, values, count, p + at, c1 + at, c2 + at, a1[block], a2[block]);
       // while the block is in the cache
-      if (out) for_dtype(*out, [&](auto half) {
-        from_float(p + at, count, static_cast<decltype(half)*>(out->mutable_data_ptr()) + at);
-      });
-    };
-    torch::stable::parallel_for(0, absmax1.numel(), GRAIN, [&](int64_t begin, int64_t end) {
-      for (int64_t block = begin; block < end; ++block) step(block);
-    });
+      if (copy.data) copy.store(p + at, count, copy.data + at * copy.size);
+    }
   });
 }
 

@@ -230,7 +230,7 @@ inline float scale_of(Extremes extremes, float lowest) {
 }
 
 // All 256 elements of every argument are there.
-inline void adamw_block(
+__attribute__((always_inline)) inline void adamw_block(
     const AdamStep& s, const float* grad, float* master, uint8_t* codes1, uint8_t* codes2, float& absmax1,
     float& absmax2) {
   alignas(64) float m[BLOCK], v[BLOCK];
