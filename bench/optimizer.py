@@ -6,7 +6,8 @@ A process for each number of threads; in it contenders take turns in rounds, and
 same round. Memory is that of another process for each contender: weights and moments as they are kept, and how far a
 step rises above what is there before the first one (the moments, and what is temporary). Gradients are not counted.
 Records are appended as JSON lines; `share_of_copy` is the time of a copy that moves the bytes that a step must move at
-least, over the step's time. DeepSpeed's optimizer is compiled first, which takes minutes, unless TORCH_EXTENSIONS_DIR
+least, over the step's time. `cores` says how many processors the contenders had, all of them together: fewer than
+threads where others use them too. DeepSpeed's optimizer is compiled first, which takes minutes, unless TORCH_EXTENSIONS_DIR
 has it.
 """
 
@@ -18,6 +19,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -168,8 +170,10 @@ def timed(options: argparse.Namespace) -> list[Row]:
         named = list(runs)
         runs |= {f"copy for {name}": record.copy_of(int(MOVED[name] * n), "cpu") for name in (OURS, named[1])}
         say(f"{n:,} weights, {torch.get_num_threads()} threads: {', '.join(runs)}")
+        began, began_busy = time.perf_counter(), time.process_time()
         times = timing.interleaved(timing.Clock("cpu"), runs, options.rounds, 1e-3)
-        rows += [row(name, n, times) for name in named]
+        cores = (time.process_time() - began_busy) / (time.perf_counter() - began)
+        rows += [{**row(name, n, times), "cores": cores} for name in named]
     return rows
 
 
@@ -225,13 +229,15 @@ def resident_bytes(reset: bool = False) -> int | None:
 
 
 def print_table(rows: list[Row]) -> None:
-    print(f"{'weights':>12}{'threads':>9}  {'contender':<28}{'of our time':>12}{'p20':>7}{'p80':>7}", end="")
+    print(
+        f"{'weights':>12}{'threads':>9}{'cores':>7}  {'contender':<28}{'of our time':>12}{'p20':>7}{'p80':>7}", end=""
+    )
     print(f"{'GB/s':>7}{'of copy':>9}{'kept B':>8}{'peak B':>8}")
     for r in rows:
         share = "" if r["share_of_copy"] is None else f"{r['share_of_copy']:.0%}"
         peak = "" if r["peak_bytes_per_weight"] is None else f"{r['peak_bytes_per_weight']:.2f}"
         print(
-            f"{r['weights']:>12,}{r['threads']:>9}  {r['contender']:<28}{r['times_ours']:>12.2f}"
+            f"{r['weights']:>12,}{r['threads']:>9}{r['cores']:>7.2f}  {r['contender']:<28}{r['times_ours']:>12.2f}"
             f"{r['times_ours_p20']:>7.2f}{r['times_ours_p80']:>7.2f}{r['gb_per_s']:>7.1f}{share:>9}"
             f"{r['kept_bytes_per_weight']:>8.2f}{peak:>8}"
         )
