@@ -7,8 +7,8 @@ same round. Memory is that of another process for each contender: weights and mo
 step rises above what is there before the first one (the moments, and what is temporary). Gradients are not counted.
 Records are appended as JSON lines; `share_of_copy` is the time of a copy that moves the bytes that a step must move at
 least, over the step's time. `cores` says how many processors the contenders had, all of them together: fewer than
-threads where others use them too. DeepSpeed's optimizer is compiled first, which takes minutes, unless TORCH_EXTENSIONS_DIR
-has it.
+threads where others use them too. DeepSpeed's optimizer is compiled first, which takes minutes, unless
+TORCH_EXTENSIONS_DIR has it.
 """
 
 from __future__ import annotations
