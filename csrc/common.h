@@ -105,7 +105,7 @@ void for_dtype(const Tensor& tensor, const F& f) {
     case ScalarType::BFloat16:
       return f(BFloat16{});
     default:
-      STD_TORCH_CHECK(false, "model_output must be float32, float16 or bfloat16");
+      STD_TORCH_CHECK(false, "a tensor must be float32, float16 or bfloat16");
   }
 }
 

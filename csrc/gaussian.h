@@ -4,61 +4,16 @@
 // compute the same log-prob to the last bit, whatever the number of threads.
 #pragma once
 
-#include "common.h"
+#include "convert.h"
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
-
-#ifdef __F16C__
-#include <immintrin.h>
-#endif
 
 namespace ddpo_fast {
 
 // a tile's buffers fit the first-level cache
 constexpr int64_t TILE = 1024;
 constexpr double LOG_SQRT_2PI = 0.91893853320467274178;
-
-inline void to_float(const float* values, int64_t n, float* out) { std::memcpy(out, values, n * sizeof(float)); }
-
-inline void to_float(const BFloat16* values, int64_t n, float* out) {
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t bits = static_cast<uint32_t>(values[i].x) << 16;
-    std::memcpy(out + i, &bits, sizeof bits);
-  }
-}
-
-inline void to_float(const Half* values, int64_t n, float* out) {
-  int64_t i = 0;
-#ifdef __F16C__
-  for (; i + 8 <= n; i += 8)
-    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values + i))));
-#endif
-  for (; i < n; ++i) out[i] = static_cast<float>(values[i]);
-}
-
-inline void from_float(const float* values, int64_t n, float* out) { std::memcpy(out, values, n * sizeof(float)); }
-
-inline void from_float(const float* values, int64_t n, BFloat16* out) {
-  for (int64_t i = 0; i < n; ++i) {
-    uint32_t bits;
-    std::memcpy(&bits, values + i, sizeof bits);
-    // to nearest, ties to even; adding to a NaN could make it infinite
-    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    out[i].x = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
-  }
-}
-
-inline void from_float(const float* values, int64_t n, Half* out) {
-  int64_t i = 0;
-#ifdef __F16C__
-  for (; i + 8 <= n; i += 8)
-    _mm_storeu_si128(
-        reinterpret_cast<__m128i*>(out + i), _mm256_cvtps_ph(_mm256_loadu_ps(values + i), _MM_FROUND_TO_NEAREST_INT));
-#endif
-  for (; i < n; ++i) out[i] = Half(values[i]);
-}
 
 // Calls f(position in the tile, position in the row, count) for each run of elements of one channel.
 template <typename F>

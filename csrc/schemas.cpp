@@ -3,6 +3,10 @@
 
 STABLE_TORCH_LIBRARY(ddpo_fast_csrc, m) {
   m.def(
+      "adamw8bit(Tensor(a!) master, Tensor(b!) codes1, Tensor(c!) codes2, Tensor(d!) absmax1, Tensor(e!) absmax2, "
+      "Tensor grad, Tensor(f!)? out, Tensor maps, Tensor decades, float beta1, float beta2, float rest1, float rest2, "
+      "float decay, float eps, float step_size) -> ()");
+  m.def(
       "step_logprob(Tensor model_output, Tensor latents, Tensor noise, Tensor table, Tensor timesteps, "
       "float? guidance_scale, Tensor(a!) next_latents, Tensor(b!) log_probs, Tensor(c!) next_input) -> ()");
   m.def(

@@ -1,5 +1,6 @@
 """The one door to kernels: every op has a definition in plain PyTorch and backends that say why they cannot run."""
 
+from ddpo_fast.ops.adamw8bit import adamw8bit_, dequantise, quantise, quantization_map
 from ddpo_fast.ops.backend import BACKENDS, force_backend, require_backend, status, use_backend
 from ddpo_fast.ops.frozen import frozen_conv2d
 from ddpo_fast.ops.gaussian import guided, score_step, take_step
@@ -14,7 +15,9 @@ __all__ = [
     "BACKENDS",
     "PPOLoss",
     "Step",
+    "adamw8bit_",
     "clipped_surrogate",
+    "dequantise",
     "force_backend",
     "frozen_conv2d",
     "geglu",
@@ -23,6 +26,8 @@ __all__ = [
     "linear",
     "lora_linear",
     "ppo_loss",
+    "quantise",
+    "quantization_map",
     "require_backend",
     "score_step",
     "status",

@@ -31,24 +31,31 @@ class Op:
     Args:
         name: the op's stem.
         reference: plain PyTorch, the definition: its annotations are the op's schema.
-        empty: what the op returns, allocated only, for the same arguments; the op's fake.
+        empty: what the op returns, allocated only, for the same arguments; the op's fake. None for an op that only
+            changes its arguments: it is called as it is, since nothing traces or differentiates it.
         triton, csrc: the kernels, where there are any. They import what they need when they are called.
+        csrc_devices: where `csrc` runs.
     """
 
     def __init__(
         self,
         name: str,
         reference: Callable[..., Any],
-        empty: Callable[..., Any],
+        empty: Callable[..., Any] | None,
         triton: Callable[..., Any] | None = None,
         csrc: Callable[..., Any] | None = None,
+        csrc_devices: tuple[str, ...] = ("cpu", "cuda"),
     ) -> None:
         self.name = name
+        self.csrc_devices = csrc_devices
         self.implementations = {"triton": triton, "csrc": csrc, "reference": reference}
+        OPS[name] = self
+        if empty is None:
+            self._torch_op: Any = self._run
+            return
         schema = torch.library.infer_schema(reference, mutates_args=())
         self._torch_op = torch.library.custom_op(f"ddpo_fast::{name}", self._run, mutates_args=(), schema=schema)
         self._torch_op.register_fake(empty)
-        OPS[name] = self
 
     def __call__(self, *arguments: Any) -> Any:
         return self._torch_op(*arguments)
@@ -83,7 +90,11 @@ class Op:
             return f"{self.name} has no {backend} version"
         if dtype not in KERNEL_DTYPES:
             return f"{str(dtype).removeprefix('torch.')} is computed by the reference only"
-        return triton_reasons(device_type, forced) if backend == "triton" else extension.reasons(device_type)
+        if backend == "triton":
+            return triton_reasons(device_type, forced)
+        if device_type not in self.csrc_devices:
+            return f"{self.name} has C++ for {' and '.join(self.csrc_devices)} only"
+        return extension.reasons(device_type)
 
 
 def triton_kernel(name: str, empty: Callable[..., Any]) -> Callable[..., Any]:
