@@ -147,17 +147,31 @@ class Footprint:
         return latents.to(self.dtype), timesteps, embeds
 
     @functools.cache  # noqa: B019 (a footprint lives as long as its plan)
-    def training(self, mode: str = "none") -> Trace:
-        """A micro-batch of R rows, forward and backward, for a mode of `set_recompute`; a weight's gradient in the
-        compute precision is alive until it has been added to the others."""
+    def training(self, mode: str = "none", gradients: torch.dtype | None = None) -> Trace:
+        """A micro-batch of R rows, forward and backward.
+
+        Args:
+            mode: of `set_recompute`.
+            gradients: None: they are added to others, and a weight's is alive until it has been. Else there were none
+                before, and they stay, in this dtype.
+        """
         unet = set_recompute(self._unet(), mode).train()
+        added: list[torch.Tensor] = []
+
+        def add(parameter: torch.Tensor) -> None:
+            assert parameter.grad is not None
+            if gradients is not None:
+                added.append(parameter.grad.to(gradients))
+            parameter.grad = None
+
         for parameter in unet.parameters():
             if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(_forget_gradient)
+                parameter.register_post_accumulate_grad_hook(add)
 
         def compute(rows: int) -> None:
             output = unet(*self._inputs(rows)).sample
             torch.autograd.backward(output, torch.empty_like(output))
+            added.clear()
 
         return trace(compute, self.device_type)
 
@@ -170,22 +184,22 @@ class Footprint:
 
     @functools.cached_property
     def sampling(self) -> Trace:
-        """A denoising step of R rows, with what the sampler caches for it."""
+        """A denoising step of R rows, but for what `cached_bytes` counts."""
         unet = self._unet().eval()
-        cache = UNetCache(unet) if self.cached and not cache_problem(unet) else None
+        return trace(torch.no_grad()(lambda rows: unet(*self._inputs(rows))), self.device_type)
 
-        @torch.no_grad()
-        def compute(rows: int) -> None:
-            latents, timesteps, embeds = self._inputs(rows)
-            if cache is None:
-                unet(latents, timesteps[:1], embeds)
-                return
-            cache.__init__(unet)  # type: ignore[misc]
-            cache.fill(embeds, torch.empty(self.steps, dtype=torch.int64, device="meta"))
-            with cache.in_use():
-                unet(latents, timesteps[:1], embeds)
-
-        return trace(compute, self.device_type)
+    @functools.cache  # noqa: B019
+    def cached_bytes(self, rows: int) -> int:
+        """What a rollout of R rows leaves in place for the next one: embeddings, their keys and values, and what
+        the residual blocks add for each timestep."""
+        unet = self._unet()
+        tokens, width = self.embedding_shape
+        values = rows * tokens * width
+        if self.cached and not cache_problem(unet):
+            cache = UNetCache(unet)
+            values += rows * tokens * sum(projection.out_features for projection in cache.projections)
+            values += (self.steps + 1) * sum(block.time_emb_proj.out_features for block in cache.blocks)
+        return values * self.dtype.itemsize
 
     @functools.cache  # noqa: B019
     def decoding(self, tiled: bool = False) -> Trace:
@@ -213,10 +227,6 @@ def _in_precision(network: torch.nn.Module, dtype: torch.dtype) -> None:
     """`network.to(dtype)`, of which diffusers warns."""
     for parameter in network.parameters():
         parameter.data = parameter.data.to(dtype)
-
-
-def _forget_gradient(parameter: torch.Tensor) -> None:
-    parameter.grad = None
 
 
 def _ends_with(output: torch.Tensor) -> None:

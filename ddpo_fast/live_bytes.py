@@ -50,7 +50,7 @@ class LiveBytes(TorchDispatchMode):
         if (op := _consists_of_others(func, self.device_type)) is not None:
             with self:
                 return op(*args)
-        out = func(*args, **(kwargs or {}))
+        out = _laid_out(func, args, func(*args, **(kwargs or {})), self.device_type)
         for tensor in _tensors(out):
             self._note(tensor, tensor.untyped_storage().nbytes())
         self.after_op.append(self.now)
@@ -73,6 +73,28 @@ class LiveBytes(TorchDispatchMode):
 
 def _tensors(tree: Any) -> Iterator[torch.Tensor]:
     return (leaf for leaf in tree_iter(tree) if isinstance(leaf, torch.Tensor))
+
+
+def _laid_out(func: Any, args: Any, out: Any, device_type: str) -> Any:
+    """The output of an op on `meta` in the layout that it has on the device: there, convolutions keep to channels_last
+    (on a CPU norms too), and a copy from one layout to the other would otherwise be missed."""
+    aten = torch.ops.aten
+    keeping = [aten.convolution.default, aten.convolution_backward.default]
+    if device_type == "cpu":
+        keeping += [aten.native_group_norm.default, aten.native_group_norm_backward.default]
+    if func not in keeping or not any(_is_channels_last(arg) for arg in args[:3]):
+        return out
+    first, *others = out if isinstance(out, tuple) else (out,)
+    if isinstance(first, torch.Tensor) and first.is_meta and first.ndim == 4:
+        first = torch.empty_like(first, memory_format=torch.channels_last)
+    return (first, *others) if isinstance(out, tuple) else first
+
+
+def _is_channels_last(tensor: Any) -> bool:
+    if not isinstance(tensor, torch.Tensor) or tensor.ndim != 4:
+        return False
+    # by its strides: a 1x1 kernel is contiguous in both layouts
+    return tensor.stride(1) == 1 and tensor.stride(3) >= tensor.shape[1] > 1
 
 
 def _consists_of_others(func: Any, device_type: str) -> Callable[..., Any] | None:

@@ -109,7 +109,9 @@ def predict(footprint: Footprint, config: DDPOConfig, num_processes: int = 1, sh
     # an epoch's images stay until it has been trained on
     drawn = {"trajectories, images": epoch + images * pixels}
     rows = 2 if config.sample_guidance_scale > 1 else 1
-    sampled = footprint.sampling.peak(rows * max(merged * config.sample_batch_size, shown_images))
+    together = merged * config.sample_batch_size
+    sampled = footprint.sampling.peak(rows * max(together, shown_images))
+    always["cached embeddings"] = footprint.cached_bytes(rows * together)
     batch = max(config.sample_batch_size, shown_images)
     at_work = {
         "encoding": footprint.encoding,
@@ -250,4 +252,17 @@ def _training_bytes(footprint: Footprint, config: DDPOConfig, pairs: int) -> int
     update = config.train_batch_size * config.train_gradient_accumulation_steps
     batches = update * 2 * (config.sample_num_steps * latents + tokens * embedding * h(footprint))
     picked = pairs * 2 * (latents + tokens * embedding * h(footprint))
-    return footprint.training(config.gradient_checkpointing).peak(rows) + batches + picked
+    return _micro_batch_bytes(footprint, config, rows, pairs >= config.pairs_per_update) + batches + picked
+
+
+def _micro_batch_bytes(footprint: Footprint, config: DDPOConfig, rows: int, is_whole_update: bool) -> int:
+    """Beside the gradients of an update, or of their largest number where a micro-batch is all of it: those come as
+    the activations go."""
+    grow = is_whole_update and not (
+        config.cuda_graphs or config.optimizer_in_backward or config.zero or config.offload != "none"
+    )
+    if not grow:
+        return footprint.training(config.gradient_checkpointing).peak(rows)
+    dtype = torch.float32 if config.train_gradient_dtype == "fp32" else footprint.dtype
+    peak = footprint.training(config.gradient_checkpointing, dtype).peak(rows)
+    return max(0, peak - _gradient_bytes(footprint, config))
