@@ -10,6 +10,7 @@ from typing import Any
 
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.footprint import Footprint
+from ddpo_fast.memory import equal_parts
 from ddpo_fast.plan import GB, SHOWN_IMAGES, Plan, merged_batches_of, pairs_of, predict
 
 # of the capacity: fragments of the allocator, and what the prediction does not see
@@ -127,8 +128,7 @@ class _Search:
         return {name: n for name, n in zip(SIZES, (pairs, merged), strict=True) if self._is_free(name)}
 
     def _largest(self, settings: Settings, pairs: int) -> Settings:
-        """With the largest UNet calls that fit, of at least so many pairs: each a power of two times what is known
-        to, or all that there is."""
+        """With the largest UNet calls that fit: so many pairs, doubled as often as it goes, or all that there is."""
         merged = 1
         for doubled in _doubled(pairs, pairs_of(self.config)):
             if self._fits({**settings, **self._sizes(doubled, merged)}):
@@ -136,7 +136,7 @@ class _Search:
         for doubled in _doubled(1, merged_batches_of(self.config)):
             if self._fits({**settings, **self._sizes(pairs, doubled)}):
                 merged = doubled
-        return {**self._sizes(pairs, merged), **settings}
+        return {**self._sizes(equal_parts(self.config.pairs_per_update, pairs), merged), **settings}
 
     def _choice(self, settings: Settings) -> Choice:
         plan = self._plan(settings)

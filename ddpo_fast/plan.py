@@ -13,7 +13,7 @@ import torch
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.engine import BUCKET, COMPUTE_DTYPES
 from ddpo_fast.footprint import Footprint
-from ddpo_fast.memory import MOST_ROWS, batches_to_merge
+from ddpo_fast.memory import MOST_ROWS, batches_to_merge, equal_parts
 
 GB = 10**9
 # Not measured: no run on a GPU has stood behind these. The CUDA context with PyTorch's kernels lies outside of the
@@ -142,8 +142,9 @@ def h(footprint: Footprint) -> int:
 
 def pairs_of(config: DDPOConfig) -> int:
     """(image, timestep) pairs of a UNet call: the setting, or the most that the trainer would choose."""
-    most = MOST_ROWS // (2 if config.guides_training else 1)
-    return min(config.train_micro_batch_size or most, config.pairs_per_update)
+    if config.train_micro_batch_size is not None:
+        return min(config.train_micro_batch_size, config.pairs_per_update)
+    return equal_parts(config.pairs_per_update, MOST_ROWS // (2 if config.guides_training else 1))
 
 
 def merged_batches_of(config: DDPOConfig) -> int:
