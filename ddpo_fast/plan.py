@@ -34,8 +34,6 @@ class Plan:
 
     phases: dict[str, Bytes]
     host: Bytes
-    pairs: int
-    merged_batches: int
 
     @property
     def totals(self) -> Bytes:
@@ -93,7 +91,6 @@ def predict(footprint: Footprint, config: DDPOConfig, num_processes: int = 1, sh
 
     A reward's own networks are not in it.
     """
-    pairs, merged = pairs_of(config), merged_batches_of(config)
     always, host = _weights(footprint, config, num_processes)
     gradients = {"gradients": _gradient_bytes(footprint, config)}
     # between updates there are none, unless recorded graphs add to them
@@ -103,23 +100,15 @@ def predict(footprint: Footprint, config: DDPOConfig, num_processes: int = 1, sh
     frozen = {} if away else {"VAE": vae, "text encoder": text}
     if away:
         host = {**host, "VAE and text encoder": vae + text}
-    epoch, group = _rollout_bytes(footprint, config), _rollout_bytes(footprint, config, merged)
     images = config.sample_batch_size * config.sample_num_batches_per_epoch
-    pixels = h(footprint) * footprint.pixels
     # an epoch's images stay until it has been trained on
-    drawn = {"trajectories, images": epoch + images * pixels}
-    rows = 2 if config.sample_guidance_scale > 1 else 1
-    together = merged * config.sample_batch_size
-    sampled = footprint.sampling.peak(rows * max(together, shown_images))
-    always["cached embeddings"] = footprint.cached_bytes(rows * together)
-    batch = max(config.sample_batch_size, shown_images)
-    at_work = {
-        "encoding": footprint.encoding,
-        "sampling": max(sampled, group),
-        "decoding": decode_bytes(footprint, config, batch),
-        "training": _training_bytes(footprint, config, pairs),
-        "updating": _update_bytes(footprint, config, num_processes),
-    }
+    drawn = {"trajectories, images": _rollout_bytes(footprint, config) + images * h(footprint) * footprint.pixels}
+    together = rows_per_image(config) * merged_batches_of(config) * config.sample_batch_size
+    always["cached embeddings"] = footprint.cached_bytes(together)
+    at_work = _at_work(footprint, config, num_processes, shown_images)
+    if config.cuda_graphs:
+        # they keep what they write to, and a last micro-batch of fewer pairs runs beside them
+        always["recorded graphs"] = at_work["sampling"] + at_work["training"]
     held: dict[str, Bytes] = {
         "encoding": {**frozen, "text encoder": text, **idle_gradients},
         "sampling": {**frozen, **idle_gradients, **drawn},
@@ -128,16 +117,37 @@ def predict(footprint: Footprint, config: DDPOConfig, num_processes: int = 1, sh
         "updating": {**frozen, **gradients, **drawn},
     }
     outside = {"workspaces": CUDA_WORKSPACES, "CUDA context": CUDA_CONTEXT} if footprint.device_type == "cuda" else {}
-    phases = {name: {**always, **parts, "activations": at_work[name], **outside} for name, parts in held.items()}
+    phases = {
+        name: {**always, **parts, "activations, buffers": at_work[name], **outside} for name, parts in held.items()
+    }
     if footprint.device_type == "cuda":
         # the UNet comes in fp32 and is made smaller where it lies
         phases = {"loading": {"UNet": SINGLE * footprint.unet_weights, **frozen, **outside}, **phases}
-    return Plan(phases, host, pairs, merged)
+    return Plan(phases, host)
+
+
+def _at_work(footprint: Footprint, config: DDPOConfig, num_processes: int, shown_images: int) -> Bytes:
+    """What each phase makes for a while."""
+    merged = merged_batches_of(config)
+    sampled = rows_per_image(config) * max(merged * config.sample_batch_size, shown_images)
+    return {
+        "encoding": footprint.encoding,
+        # the latents of batches drawn together are stacked when they are done
+        "sampling": max(footprint.sampling.peak(sampled), _rollout_bytes(footprint, config, merged)),
+        "decoding": decode_bytes(footprint, config, max(config.sample_batch_size, shown_images)),
+        "training": _training_bytes(footprint, config, pairs_of(config)),
+        "updating": _update_bytes(footprint, config, num_processes),
+    }
 
 
 def h(footprint: Footprint) -> int:
     """Bytes of a value in the compute precision."""
     return footprint.dtype.itemsize
+
+
+def rows_per_image(config: DDPOConfig) -> int:
+    """Of the UNet, while sampling."""
+    return 2 if config.sample_guidance_scale > 1 else 1
 
 
 def pairs_of(config: DDPOConfig) -> int:
@@ -148,7 +158,8 @@ def pairs_of(config: DDPOConfig) -> int:
 
 
 def merged_batches_of(config: DDPOConfig) -> int:
-    rows = 2 if config.sample_guidance_scale > 1 else 1
+    """Sampling batches that are drawn together: the setting, or as many as the trainer would choose."""
+    rows = rows_per_image(config)
     merged = config.sample_merge_batches or batches_to_merge(config.sample_batch_size, rows, 10**9)
     return min(merged, config.sample_num_batches_per_epoch)
 

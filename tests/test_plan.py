@@ -129,6 +129,14 @@ def test_zero_splits_states_over_processes(footprints, stage):
     }
 
 
+def test_recorded_graphs_keep_gradients_and_their_own_memory(footprints):
+    plan = predict(footprints["lora"], config(train_micro_batch_size=2, cuda_graphs=True))
+    eager = predict(footprints["lora"], config(train_micro_batch_size=2)).phases
+    assert plan.phases["sampling"]["gradients"] == 4 * 797_184
+    kept = [eager[phase]["activations, buffers"] for phase in ("sampling", "training")]
+    assert all(parts["recorded graphs"] == sum(kept) for name, parts in plan.phases.items() if name != "loading")
+
+
 def test_an_update_moves_a_bucket(footprints):
     """The largest tensor, a convolution of 2560 to 1280 channels, is larger than a bucket."""
     largest = 2560 * 1280 * 9
@@ -140,7 +148,7 @@ def test_an_update_moves_a_bucket(footprints):
     }
     for settings, each in transient.values():
         plan = predict(footprints["full"], config(train_micro_batch_size=1, **settings))
-        assert plan.phases["updating"]["activations"] == each * largest
+        assert plan.phases["updating"]["activations, buffers"] == each * largest
     in_backward = predict(footprints["full"], config(train_micro_batch_size=1, optimizer_in_backward=True))
     assert in_backward.phases["training"]["gradients"] == 4 * largest
 
