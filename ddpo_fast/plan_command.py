@@ -105,8 +105,13 @@ def _as_option(name: str, value: Any) -> list[str]:
     return [f"--{name}", str(value)]
 
 
+def _print_once(line: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(line)
+
+
 def apply_auto_memory(
-    run: Run, config: DDPOConfig, device: torch.device | str, say: Callable[[str], Any] = print
+    run: Run, config: DDPOConfig, device: torch.device | str, say: Callable[[str], Any] = _print_once
 ) -> dict[str, Any]:
     """What `auto_memory` changes in the config for a device; sets it there and says it, a line each.
 
