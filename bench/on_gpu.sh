@@ -59,11 +59,17 @@ speeds() {
 }
 # bars NUMBER TECHNIQUE...: a part of the waterfall, which begins with the last bar of the one before
 bars() { speeds "waterfall-$1" --waterfall --case $example "${few[@]}" --technique "${@:2}"; }
+# capped KIND GB: what is chosen for so much of the GPU, beside what is chosen for all of it
+capped() {
+    stage "memory-$1-$2" "memory-$1-$2.jsonl" "$python" bench/memory.py --device $device --size $size \
+        --kinds "$1" --cap "$2" --output "$OUT/memory-$1-$2.jsonl.part"
+}
 
 tests steps tests/test_step_logprob.py tests/test_ppo_loss.py
 stage model model.json "$python" bench/model.py --device $device --size $size --output "$OUT/model.json.part"
 speeds $example --case $example "${few[@]}"
 speeds full-bf16 --case full-bf16 "${fewer[@]}"
+for gb in 24 8 16 12; do capped full $gb; done
 speeds no-guidance --case no-guidance "${few[@]}"
 speeds full-fp32 --case full-fp32 "${fewer[@]}"
 bars 1 trl plain merged cached
@@ -85,6 +91,8 @@ times lora_linear layers --op lora_linear
 times frozen layers --op frozen
 tests unet tests/test_fuse_unet.py tests/test_attention.py
 tests trainer tests/test_cuda_graphs.py tests/test_master_weights.py tests/test_memory.py
+for gb in 8 12 24 16 40; do capped lora $gb; done
+capped full 40
 times compiled_steps steps --op step_logprob ppo_loss "${compiler[@]}"
 times compiled_norms norms --op groupnorm_silu "${compiler[@]}"
 times compiled_gates gates --op geglu "${compiler[@]}"
@@ -94,5 +102,7 @@ records=("$OUT"/ops-*.jsonl)
 [[ ! -e ${records[0]} ]] || "$python" bench/ops.py --show "${records[@]}"
 records=("$OUT"/throughput-*.jsonl)
 [[ ! -e ${records[0]} ]] || "$python" bench/throughput.py --show "${records[@]}" --output "$OUT/throughput.jsonl"
+records=("$OUT"/memory-*.jsonl)
+[[ ! -e ${records[0]} ]] || "$python" bench/memory.py --show "${records[@]}"
 echo "$summary"
 exit $failed

@@ -50,11 +50,11 @@ class SDPAProcessor(AttnProcessor2_0):
         query, key, value = (rows.transpose(1, 2) for rows in (query, key, value))
         few = query.shape[-2] * key.shape[-2] <= FEW_SCORES
         if few and query.device.type == "cpu" and query.dtype in (torch.float16, torch.bfloat16):
-            return _attend_to_few(query, key, value).transpose(1, 2)
+            return attend_to_few(query, key, value).transpose(1, 2)
         return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
 
-def _attend_to_few(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def attend_to_few(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """[B, H, M, K] and two of [B, H, M', K] -> [B, H, M, K]; the scores are fp32, as in SDPA."""
     scores = (query.float() * query.shape[-1] ** -0.5) @ key.float().transpose(-1, -2)
     return scores.softmax(-1).to(value.dtype) @ value

@@ -1,4 +1,4 @@
-"""The command line: `ddpo-fast train`, `ddpo-fast sample` and `ddpo-fast info`."""
+"""The command line: `ddpo-fast train`, `ddpo-fast plan`, `ddpo-fast sample` and `ddpo-fast info`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import HfArgumentParser
 
-from ddpo_fast import checkpoint, ops, report, rewards
+from ddpo_fast import checkpoint, ops, plan_command, report, rewards
 from ddpo_fast.attention import attention_problem
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.pipeline import DefaultDDPOStableDiffusionPipeline, model_folder
@@ -30,6 +30,13 @@ SHOWN_PROMPTS = 8
 # of Stable Diffusion 1.x; 2.x and XL have 64
 SD_HEAD_DIMS = (40, 80, 160, 64)
 TRL_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
+
+
+@dataclass
+class PlanArguments:
+    """Where it is to run."""
+
+    num_processes: int = field(default=1, metadata={"help": "Processes, each with a GPU of its own."})
 
 
 @dataclass
@@ -70,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="ddpo-fast", description="Fine-tune Stable Diffusion with reinforcement learning."
     )
-    commands = {"train": train, "sample": sample, "info": info}
+    commands = {"train": train, "plan": plan, "sample": sample, "info": info}
     parser.add_argument("command", choices=list(commands), help="`ddpo-fast COMMAND --help` lists its options")
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     command = parser.parse_args(arguments[:1]).command
@@ -101,6 +108,8 @@ def train(arguments: Sequence[str]) -> None:
     random.seed(config.seed)
     shown = distinct_prompts(prompt_function, SHOWN_PROMPTS)
     check_before_loading(run, config, reward_function, shown)
+    if config.auto_memory:
+        plan_command.apply_auto_memory(run, config, "cuda" if torch.cuda.is_available() else "cpu")
     pipeline = make_pipeline(run)
     trainer = DDPOTrainer(config, reward_function, prompt_function, pipeline)
     trainer.run_settings.update(reward=run.reward, prompts=run.prompts)
@@ -205,6 +214,22 @@ def images_before(
         torch.save({"prompts": list(prompts), "images": images, "rewards": scores}, aside)
         aside.replace(path)
     return images, scores
+
+
+# plan
+
+
+def plan(arguments: Sequence[str]) -> None:
+    """Prints the memory that training takes and the fastest settings for a GPU, without loading the model."""
+    parser = HfArgumentParser(
+        [RunArguments, DDPOConfig, PlanArguments],  # type: ignore[list-item]
+        prog="ddpo-fast plan",
+        description="Predict the memory of `ddpo-fast train` with the same options, and choose what fits --gpu-memory.",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(mixed_precision="fp16")
+    run, config, where = parser.parse_args_into_dataclasses(list(arguments), look_for_args_file=False)
+    plan_command.show(run, config, arguments, where.num_processes)
 
 
 # sample

@@ -64,3 +64,30 @@ def test_a_failed_stage_stops_no_other_and_runs_again(tmp_path):
     assert second.returncode == 0, second.stdout
     assert (tmp_path / "out" / "ops-lora_linear.jsonl").exists()
     assert second.stdout.count("done before") == 2 * 3, second.stdout
+
+
+def test_memory_is_predicted_and_measured(tmp_path):
+    output = tmp_path / "memory.jsonl"
+    options = ["--device", "cpu", "--models", "random", "--kinds", "full", "--precisions", "fp32", "--modes", "blocks"]
+    done = run(sys.executable, "bench/memory.py", *options, "--micro", "4", "--output", str(output))
+    assert done.returncode == 0, done.stderr[-2000:]
+    (row,) = [json.loads(line) for line in output.read_text().splitlines()]
+    assert row["commit"]
+    assert row["predicted_phase"] == "training"
+    assert abs(row["predicted_bytes"] / row["measured_bytes"] - 1) < 0.1
+    assert "predicted" in done.stdout
+
+
+def test_a_part_of_a_gpu_has_a_stage_of_its_own(tmp_path):
+    settings = {"DRY_RUN": "1", "OUT": str(tmp_path), "ONLY": "memory-full-8"}
+    done = run("bash", "bench/on_gpu.sh", **settings)
+    assert done.returncode == 0, done.stdout
+    capped, whole = (json.loads(line) for line in (tmp_path / "memory-full-8.jsonl").read_text().splitlines())
+    assert capped["cap_gb"] == 8 / 50
+    assert whole["cap_gb"] is None
+    assert capped["chosen"]["train_micro_batch_size"] < whole["chosen"]["train_micro_batch_size"]
+    assert capped["measured_bytes"] < whole["measured_bytes"]
+    assert capped["over_uncapped"] == capped["epoch_s"] / whole["epoch_s"]
+    for row in (capped, whole):
+        assert abs(row["error"]) < 0.1
+    assert "times the time without a cap" in done.stdout

@@ -28,5 +28,7 @@ def with_frozen(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> tupl
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         raise ValueError(f"{op} is for frozen weights, but the weight or the bias requires a gradient")
     device_type = x.device.type
-    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
+    # `meta` has no autocast to ask about
+    casts = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    dtype = torch.get_autocast_dtype(device_type) if casts else weight.dtype
     return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)

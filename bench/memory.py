@@ -1,0 +1,267 @@
+"""Predicted memory against measured.
+
+    python bench/memory.py --device cpu [--models bundled random] [--kinds lora full] [--precisions fp32 bf16]
+                           [--modes none selective blocks] [--micro 1 4] [--output FILE.jsonl]
+    python bench/memory.py --cap GB --kinds full|lora [--device cuda] [--size full] [--steps 4] [--output FILE.jsonl]
+    python bench/memory.py --show FILE.jsonl ...
+
+The first trains for two epochs in each combination. The second plans for a GPU of so many GB, trains for two epochs
+with what was chosen, in a process that may not have more, and then with what is chosen for the whole GPU.
+
+Measured is on a GPU what PyTorch's allocator says (the CUDA context is not in it). On a CPU it is what tensors there
+are before the first epoch, and from there on every allocation and release of PyTorch's CPU allocator, as its profiler
+tells them: workspaces inside of ops are in it, what oneDNN and MKL allocate by themselves is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import paths
+import record
+import torch
+from model import default_model
+from runs import PromptsInTurn, synchronize
+from workloads import EXAMPLE, FULL_RATE, NEVER, TINY, prompts
+
+from ddpo_fast.config import DDPOConfig
+from ddpo_fast.fit import choose
+from ddpo_fast.footprint import Adapter, Footprint, read_configs
+from ddpo_fast.plan import CUDA_CONTEXT, GB, compute_dtype, predict
+from ddpo_fast.rewards import jpeg_compressibility
+
+Row = dict[str, Any]
+PRECISIONS = {"fp32": "no", "fp16": "fp16", "bf16": "bf16"}
+# of the bundled model's weights to Stable Diffusion's, roughly, with room for activations: caps of a dry run
+TINY_SCALE = 1 / 50
+OUT_OF_MEMORY = "out of memory"
+
+
+def main() -> None:
+    options = parse()
+    if options.child:
+        print(json.dumps(trained(json.loads(options.child))))
+    elif options.show:
+        show([json.loads(line) for path in options.show for line in path.read_text("utf-8").splitlines()])
+    else:
+        rows = list(capped(options) if options.cap else combinations(options))
+        facts = {"bench": "memory", **record.facts(options.device)}
+        record.append(options.output, ({**facts, **row} for row in rows))
+        show(rows)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--size", choices=["tiny", "full"], default="full")
+    parser.add_argument("--models", nargs="+", choices=["bundled", "random"], default=["bundled", "random"])
+    parser.add_argument("--kinds", nargs="+", choices=["lora", "full"], default=["lora", "full"])
+    parser.add_argument("--precisions", nargs="+", choices=list(PRECISIONS), default=["fp32", "bf16"])
+    parser.add_argument("--modes", nargs="+", default=["none", "selective", "blocks"])
+    parser.add_argument("--micro", nargs="+", type=int, default=[1, 4])
+    parser.add_argument("--cap", type=float, help="GB of the GPU; at size tiny a fiftieth of it")
+    parser.add_argument("--steps", type=int, default=4, help="denoising steps")
+    parser.add_argument("--show", nargs="+", type=Path, help="print records and run nothing")
+    parser.add_argument("--output", type=Path, default=paths.ROOT / "bench" / "records" / "memory.jsonl")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+# every combination, on a CPU
+
+
+def combinations(options: argparse.Namespace) -> Iterable[Row]:
+    for model, kind, precision in product(options.models, options.kinds, options.precisions):
+        for mode, micro in product(options.modes, options.micro):
+            settings = {
+                **EXAMPLE,
+                **TINY,
+                "sample_batch_size": 4,
+                "train_batch_size": 4,
+                "sample_num_steps": options.steps,
+                "mixed_precision": PRECISIONS[precision],
+                "gradient_checkpointing": mode,
+                "train_micro_batch_size": micro,
+                "sample_merge_batches": 2,
+            }
+            spec = spec_of(options, kind, settings, model)
+            yield {"model": model, "kind": kind, "precision": precision, **in_a_process(spec)}
+
+
+def spec_of(options: argparse.Namespace, kind: str, settings: Row, model: str = "") -> Row:
+    # all pairs are trained on, and no reward is in a thread that the profiler does not see
+    fixed = {"train_skip_dead_pairs": False, "reward_overlap": False}
+    fixed |= {"save_freq": NEVER, "train_learning_rate": FULL_RATE}
+    settings = {**settings, **fixed}
+    return {"device": options.device, "kind": kind, "settings": settings, "model": model, "size": options.size}
+
+
+# a part of a GPU
+
+
+def capped(options: argparse.Namespace) -> Iterable[Row]:
+    for kind in options.kinds:
+        half = {"lora": "fp16", "full": "bf16"}[kind] if options.device == "cuda" else "no"
+        example = {**EXAMPLE, "mixed_precision": half, "sample_num_steps": options.steps}
+        if options.size == "tiny":
+            example |= {**TINY, "sample_num_steps": options.steps}
+        spec = spec_of(options, kind, example)
+        cap = options.cap * (TINY_SCALE if options.size == "tiny" else 1)
+        within = in_a_process({**spec, "cap": cap})
+        whole = in_a_process({**spec, "cap": None})
+        ratio = within["epoch_s"] / whole["epoch_s"] if within["epoch_s"] and whole["epoch_s"] else None
+        for row in ({**within, "over_uncapped": ratio}, whole):
+            yield {"kind": kind, "size": options.size, **row}
+
+
+def in_a_process(spec: Row) -> Row:
+    """What `trained` finds in a fresh process; a lack of memory is a finding too."""
+    variables = {**os.environ, "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    if spec["device"] == "cuda":
+        variables.pop("OMP_NUM_THREADS")
+    command = [sys.executable, str(Path(__file__)), "--child", json.dumps(spec)]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, cwd=paths.ROOT)
+    if done.returncode:
+        raise RuntimeError(f"{spec}\n{done.stderr[-3000:]}")
+    found: Row = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+# one run
+
+
+def trained(spec: Row) -> Row:
+    """Two epochs, the second timed, and the peak of both beside the predicted one."""
+    device, cap = spec["device"], spec.get("cap")
+    with tempfile.TemporaryDirectory() as folder:
+        model = model_of(spec, Path(folder))
+        config = DDPOConfig(output_dir=f"{folder}/run", **spec["settings"])
+        adapter = Adapter() if spec["kind"] == "lora" else None
+        footprint = Footprint(
+            read_configs(str(model)), adapter, compute_dtype(config), device, config.fuse_unet, config.sample_num_steps
+        )
+        chosen: Row = {}
+        if "cap" in spec:
+            # on a CPU the whole is as much as nothing needs to be saved for
+            capacity = cap * GB if cap else torch.cuda.mem_get_info()[1] if device == "cuda" else 64 * GB
+            chosen = choose(footprint, config, capacity, shown_images=0).settings
+            config = DDPOConfig(**{**vars(config), **chosen})
+        plan = predict(footprint, config, shown_images=0)
+        if cap and device == "cuda":
+            share = (cap * GB - CUDA_CONTEXT) / torch.cuda.get_device_properties(0).total_memory
+            torch.cuda.set_per_process_memory_fraction(share)
+        found = {"cap_gb": cap, "chosen": chosen, "settings": spec["settings"], "predicted_bytes": plan.allocated}
+        found |= {"predicted_phase": plan.peak_phase, "host_bytes": sum(plan.host.values())}
+        try:
+            measure = on_cuda if device == "cuda" else on_cpu
+            found |= measure(lambda: trainer_of(config, model, adapter is not None))
+        except torch.OutOfMemoryError as error:
+            return {**found, "failed": f"{OUT_OF_MEMORY}: {str(error)[:300]}", "epoch_s": None, "error": None}
+    return {**found, "failed": None, "error": plan.allocated / found["measured_bytes"] - 1}
+
+
+def model_of(spec: Row, folder: Path) -> Path:
+    if spec["model"] != "random":
+        return default_model(spec["device"], "tiny" if spec["model"] == "bundled" else spec["size"])
+    sys.path.append(str(paths.ROOT / "tests"))
+    from tiny_run import build_pipeline
+
+    build_pipeline().save_pretrained(folder / "model")
+    return folder / "model"
+
+
+def trainer_of(config: DDPOConfig, model: Path, use_lora: bool) -> Any:
+    from ddpo_fast.pipeline import DefaultDDPOStableDiffusionPipeline
+    from ddpo_fast.recompute import set_recompute
+    from ddpo_fast.trainer import DDPOTrainer
+
+    pipeline = DefaultDDPOStableDiffusionPipeline(str(model), use_lora=use_lora)
+    trainer = DDPOTrainer(config, jpeg_compressibility, PromptsInTurn(prompts(False), config.seed), pipeline)
+    set_recompute(trainer.sd_pipeline.unet, config.gradient_checkpointing)
+    (trainer.sd_pipeline.vae.enable_slicing if config.vae_slicing else trainer.sd_pipeline.vae.disable_slicing)()
+    return trainer
+
+
+def two_epochs(trainer: Any) -> float:
+    """Seconds of the second."""
+    global_step, seconds = 0, 0.0
+    for epoch in range(2):
+        synchronize()
+        began = time.perf_counter()
+        global_step = trainer.step(epoch, global_step)
+        synchronize()
+        seconds = time.perf_counter() - began
+    return seconds
+
+
+def on_cuda(make: Callable[[], Any]) -> Row:
+    seconds = two_epochs(make())
+    return {
+        "measured_bytes": torch.cuda.max_memory_allocated(),
+        "reserved_bytes": torch.cuda.max_memory_reserved(),
+        "epoch_s": seconds,
+    }
+
+
+def on_cpu(make: Callable[[], Any]) -> Row:
+    before = tensor_bytes()
+    trainer = make()
+    held = tensor_bytes() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        # the profiler slows it, so this is no figure to compare with others
+        seconds = two_epochs(trainer)
+    events = profile.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    now = most = 0
+    for _, change in changes:
+        now += change
+        most = max(most, now)
+    return {"measured_bytes": held + most, "reserved_bytes": None, "epoch_s": seconds}
+
+
+def tensor_bytes() -> int:
+    """Of all tensors that the interpreter knows, each storage once."""
+    gc.collect()
+    sizes = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for thing in gc.get_objects():
+            if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.device.type == "cpu":
+                storage = thing.untyped_storage()
+                sizes[storage._cdata] = storage.nbytes()
+    return sum(sizes.values())
+
+
+def show(rows: list[Row]) -> None:
+    for row in rows:
+        settings = {**row["settings"], **row["chosen"]}
+        names = [str(row.get(name)) for name in ("model", "kind") if row.get(name)]
+        where = f"cap {row['cap_gb']:g} GB" if row["cap_gb"] else "no cap"
+        words = [*names, settings["mixed_precision"], settings.get("gradient_checkpointing", "none"), where]
+        line = f"{' '.join(words)}, {settings.get('train_micro_batch_size')} pairs: "
+        if row["failed"]:
+            print(f"{line}FAILED {row['failed']}")
+            continue
+        line += f"predicted {row['predicted_bytes'] / 1e6:,.2f} MB, measured {row['measured_bytes'] / 1e6:,.2f} MB "
+        line += f"({100 * row['error']:+.1f} %), {row['epoch_s']:.2f} s"
+        if row.get("over_uncapped"):
+            line += f", {row['over_uncapped']:.2f} times the time without a cap"
+        print(line)
+        if row["chosen"]:
+            print("    " + ", ".join(f"{name}={value}" for name, value in row["chosen"].items()))
+
+
+if __name__ == "__main__":
+    main()

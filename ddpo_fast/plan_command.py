@@ -1,0 +1,137 @@
+"""`ddpo-fast plan`, and what `--auto_memory` chooses."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import MISSING, fields
+from typing import Any, Protocol
+
+import torch
+
+from ddpo_fast.config import DDPOConfig
+from ddpo_fast.fit import MARGIN, Choice, choose
+from ddpo_fast.footprint import Adapter, Footprint, ModelConfigs, read_configs
+from ddpo_fast.pipeline import model_folder
+from ddpo_fast.plan import CUDA_CONTEXT, CUDA_WORKSPACES, GB, compute_dtype
+
+
+class Run(Protocol):
+    """What `RunArguments` says of the model and of its trained part."""
+
+    pretrained_model: str
+    pretrained_revision: str
+    full_finetune: bool
+    lora_rank: int
+
+    @property
+    def target_modules(self) -> list[str]: ...
+
+
+def configs_of(run: Run) -> ModelConfigs:
+    """Raises `ValueError` or `OSError` for a model without configs."""
+    return read_configs(str(model_folder(run.pretrained_model) or run.pretrained_model), run.pretrained_revision)
+
+
+def footprint_of(
+    run: Run, config: DDPOConfig, configs: ModelConfigs, full: bool, device_type: str = "cuda"
+) -> Footprint:
+    return Footprint(
+        configs,
+        None if full else Adapter(run.lora_rank, tuple(run.target_modules)),
+        compute_dtype(config),
+        device_type,
+        config.fuse_unet,
+        config.sample_num_steps,
+        config.sample_cache,
+    )
+
+
+def show(run: Run, config: DDPOConfig, given: Sequence[str], num_processes: int = 1) -> None:
+    """Prints the plan of a LoRA, of all weights, or of both where the options `given` name neither.
+
+    Raises `ValueError` where there is no GPU and no `gpu_memory`, and where nothing that was asked for fits.
+    """
+    capacity = _capacity(config)
+    configs = configs_of(run)
+    wants_lora = any(option.startswith(("--lora_", "--lora-")) for option in given)
+    kinds = [True] if run.full_finetune else [False] if wants_lora else [False, True]
+    problems = []
+    for full in kinds:
+        print(f"== {'all weights' if full else f'a LoRA of rank {run.lora_rank}'} in {capacity / GB:g} GB\n")
+        try:
+            choice = choose(footprint_of(run, config, configs, full), config, capacity, num_processes)
+        except ValueError as error:
+            problems.append(str(error))
+            print(f"{error}\n")
+            continue
+        print(choice.plan.table())
+        print("\n" + "\n".join(choice.reasons))
+        print(f"\n{command(run, config, choice, full)}\n")
+    print(
+        f"{MARGIN:.0%} are left for fragments. Not measured but assumed: {CUDA_CONTEXT / GB:.1f} GB for the CUDA "
+        f"context and {CUDA_WORKSPACES / GB:.1f} GB for workspaces. A reward's own networks are not in it."
+    )
+    if len(problems) == len(kinds):
+        raise ValueError(problems[0])
+
+
+def _capacity(config: DDPOConfig) -> float:
+    """Bytes of the GPU to use."""
+    if config.gpu_memory is not None:
+        return config.gpu_memory * GB
+    if not torch.cuda.is_available():
+        raise ValueError("there is no GPU here to plan for: say how many GB it has with --gpu-memory")
+    return torch.cuda.get_device_properties(0).total_memory
+
+
+def command(run: Any, config: DDPOConfig, choice: Choice, full: bool) -> str:
+    """The `ddpo-fast train` that the choice means."""
+    words = ["ddpo-fast", "train"]
+    for arguments, changes in ((run, {"full_finetune": full}), (config, {**choice.settings, "gpu_memory": None})):
+        for option in fields(arguments):
+            value = changes.get(option.name, getattr(arguments, option.name))
+            default = option.default if option.default is not MISSING else {}
+            if option.name == "mixed_precision" or (value != default and option.name not in ("exp_name", "output_dir")):
+                words += _as_option(option.name, value)
+    return shlex.join(words)
+
+
+def _as_option(name: str, value: Any) -> list[str]:
+    # HfArgumentParser's names for what is switched on or off
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no_{name}"]
+    return [f"--{name}", str(value)]
+
+
+def _print_once(line: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(line)
+
+
+def apply_auto_memory(
+    run: Run, config: DDPOConfig, device: torch.device | str, say: Callable[[str], Any] = _print_once
+) -> dict[str, Any]:
+    """What `auto_memory` changes in the config for a device; sets it there and says it, a line each.
+
+    Settings that are not at their defaults stay as they are. On a CPU nothing is chosen, unless `gpu_memory` says for
+    how much. Raises `ValueError` where nothing fits.
+    """
+    device = torch.device(device)
+    if device.type != "cuda" and config.gpu_memory is None:
+        say("auto_memory: there is no GPU here, so nothing is chosen")
+        return {}
+    footprint = footprint_of(run, config, configs_of(run), run.full_finetune, device.type)
+    choice = choose(footprint, config, _capacity(config), int(os.environ.get("WORLD_SIZE", "1")))
+    for name, value in choice.settings.items():
+        setattr(config, name, value)
+    config.check()
+    for line in _said(choice):
+        say(f"auto_memory: {line}")
+    return choice.settings
+
+
+def _said(choice: Choice) -> Iterator[str]:
+    yield f"a peak of {choice.plan.peak / GB:.2f} GB is predicted, while {choice.plan.peak_phase}"
+    yield from choice.reasons
