@@ -1,0 +1,68 @@
+"""One run on many processes: how they find each other, and what they must agree on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object
+
+from ddpo_fast.config import DDPOConfig
+
+T = TypeVar("T")
+
+
+def make_accelerator(config: DDPOConfig, output_dir: Path) -> Accelerator:
+    """The processes that torchrun, `deepspeed` or `accelerate launch` started, over gloo where there is no GPU."""
+    project: dict[str, Any] = {"project_dir": str(output_dir), "logging_dir": str(output_dir), **config.project_kwargs}
+    project["automatic_checkpoint_naming"] = False
+    many_on_cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
+    return Accelerator(
+        log_with=config.log_with,
+        mixed_precision=config.mixed_precision,
+        project_config=ProjectConfiguration(**project),
+        # TRL's count: an update sums over images and timesteps
+        gradient_accumulation_steps=config.train_gradient_accumulation_steps * config.num_train_timesteps,
+        # accelerate would leave each of them alone
+        **{**({"cpu": True} if many_on_cpu else {}), **config.accelerator_kwargs},
+    )
+
+
+def the_main_one(accelerator: Accelerator, value: T) -> T:
+    """The main process's value."""
+    return value if accelerator.num_processes == 1 else broadcast_object_list([value])[0]
+
+
+def the_least(accelerator: Accelerator, value: int) -> int:
+    """The smallest of all processes' values: they must not differ in how they split their work."""
+    if accelerator.num_processes == 1:
+        return value
+    least = torch.tensor(value, device=accelerator.device)
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    return int(least)
+
+
+def together(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """`work()` in every process; if it raises in one, all raise, as the others would wait for that one for ever.
+
+    Raises the process's own error, or a `RuntimeError` that says which process stopped, and why.
+    """
+    if accelerator.num_processes == 1:
+        return work()
+    result, own = None, None
+    try:
+        result = work()
+    except Exception as error:
+        own = error
+    problems = gather_object([f"{type(own).__name__}: {own}" if own is not None else ""])
+    if own is not None:
+        raise own
+    for process, problem in enumerate(problems):
+        if problem:
+            raise RuntimeError(f"process {process} stopped: {problem}")
+    return result  # type: ignore[return-value]

@@ -1,0 +1,139 @@
+"""DeepSpeed's settings from ours and from its own file, and the process group that it works in."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+
+from ddpo_fast.config import DDPOConfig
+from ddpo_fast.loss_scale import PATIENCE
+from ddpo_fast.optimizers import BUCKET
+
+
+def uses_zero(config: DDPOConfig) -> bool:
+    return config.zero > 0 or config.deepspeed is not None
+
+
+def zero_settings(config: DDPOConfig, precision: str, given: dict[str, Any] | None = None) -> dict[str, Any]:
+    """DeepSpeed's settings: those of the file that `config.deepspeed` names, with what only this program knows.
+
+    Args:
+        precision: 'no', 'fp16' or 'bf16'.
+        given: settings from elsewhere, in place of the file's.
+
+    Raises `ValueError` for a file that cannot be read or that asks for something else than the other settings.
+    """
+    if precision == "fp16" and not torch.accelerator.is_available():
+        raise ValueError("mixed_precision is 'fp16', which DeepSpeed does not have on a CPU: use 'bf16' or 'no'")
+    read = _read(config.deepspeed) if config.deepspeed else {"zero_optimization": _stage(config)}
+    settings = dict(given or read)
+    own: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.train_max_grad_norm,
+        "steps_per_print": 10**9,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    for name, dtype in (("fp16", "fp16"), ("bf16", "bf16")):
+        enabled = precision == dtype
+        asked = settings.get(name, {}).get("enabled", "auto")
+        if asked not in ("auto", enabled):
+            raise ValueError(
+                f"deepspeed is {config.deepspeed!r}, which has {name} enabled={asked}, but mixed_precision is "
+                f"{precision!r}: make them agree, or leave {name} out of the file"
+            )
+        scale = {"initial_scale_power": 16, "loss_scale_window": PATIENCE, "hysteresis": 1} if name == "fp16" else {}
+        own[name] = {**scale, **_without_auto(settings.get(name, {})), "enabled": enabled}
+    if "optimizer" in settings:
+        settings["optimizer"] = _filled(settings["optimizer"], config)
+    settings = {**_without_auto(settings), **own}
+    settings.pop("train_batch_size", None)
+    # rates follow train_warmup_steps
+    settings.pop("scheduler", None)
+    stage = settings["zero_optimization"]
+    devices = {stage.get(name, {}).get("device") for name in ("offload_optimizer", "offload_param")}
+    if "nvme" in devices or settings.get("data_types", {}).get("grad_accum_dtype"):
+        raise ValueError(
+            f"deepspeed is {config.deepspeed!r}, which asks for nvme or grad_accum_dtype: offload to cpu, and say "
+            "train_gradient_dtype instead"
+        )
+    if stage.get("stage", 0) not in (1, 2, 3):
+        raise ValueError(
+            f"deepspeed is {config.deepspeed!r}, which has no ZeRO stage of 1, 2 or 3: without one, leave it out"
+        )
+    return settings
+
+
+def _filled(optimizer: dict[str, Any], config: DDPOConfig) -> dict[str, Any]:
+    """The file's optimizer with our values where it says 'auto'."""
+    ours = {
+        "lr": config.train_learning_rate,
+        "betas": [config.train_adam_beta1, config.train_adam_beta2],
+        "eps": config.train_adam_epsilon,
+        "weight_decay": config.train_adam_weight_decay,
+    }
+    given = optimizer.get("params", {})
+    return {**optimizer, "params": {n: ours.get(n, v) if v == "auto" else v for n, v in given.items()}}
+
+
+def _stage(config: DDPOConfig) -> dict[str, Any]:
+    stage: dict[str, Any] = {
+        "stage": config.zero,
+        "overlap_comm": False,
+        "contiguous_gradients": True,
+        # DeepSpeed's own numbers are for language models: a buffer of a gigabyte, and all of a UNet's weights together
+        "reduce_bucket_size": BUCKET,
+        "stage3_prefetch_bucket_size": BUCKET // 2,
+        "stage3_max_live_parameters": 4 * BUCKET,
+        "stage3_max_reuse_distance": 4 * BUCKET,
+    }
+    host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if config.offload != "none":
+        stage["offload_optimizer"] = host
+    if config.offload == "all":
+        stage["offload_param"] = host
+    return stage
+
+
+def _read(path: str) -> dict[str, Any]:
+    try:
+        settings = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"deepspeed is {path!r}, which cannot be read: {error}") from None
+    if not isinstance(settings, dict) or not isinstance(settings.get("zero_optimization", {}), dict):
+        raise ValueError(f"deepspeed is {path!r}, which is not a JSON object of DeepSpeed's settings")
+    return {"zero_optimization": {}, **settings}
+
+
+def _without_auto(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings without those that the file leaves to the program."""
+    return {
+        name: _without_auto(value) if isinstance(value, dict) else value
+        for name, value in settings.items()
+        if value != "auto"
+    }
+
+
+def prepare_communication(accelerator: Accelerator) -> None:
+    """Gives DeepSpeed the process group that accelerate has, or one for a single process.
+
+    On a CPU without DeepSpeed's shared-memory messages, which take minutes to compile.
+    """
+    import deepspeed
+
+    # DeepSpeed reads there which process this is, and without a launcher nobody has said it
+    os.environ.setdefault("LOCAL_RANK", str(accelerator.local_process_index))
+    on_cpu = accelerator.device.type == "cpu"
+    if not dist.is_initialized():
+        backend = "gloo" if on_cpu else "nccl"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if on_cpu:
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
