@@ -3,7 +3,7 @@
 checkpoints/checkpoint_7/     7 finished epochs
     state.json                epochs, updates, what was trained, settings
     training.pt               optimizer, per-prompt statistics, the functions' own state (`weights_only` loads it)
-    random_0.pt               random states of process 0
+    random_0.pt               random states of process 0, and what else is its own
     unet/ or pytorch_lora_weights.safetensors
 """
 
@@ -24,7 +24,7 @@ from accelerate import Accelerator
 
 STATE, TRAINING = "state.json", "training.pt"
 PREFIX = "checkpoint_"
-FORMAT = 1
+FORMAT = 2
 
 
 def save(
@@ -32,12 +32,13 @@ def save(
     accelerator: Accelerator,
     state: dict[str, Any],
     training: dict[str, Any],
+    own: dict[str, Any],
     write_weights: Callable[[Path], None],
     keep: int,
 ) -> Path:
     """Writes `folder/checkpoint_<epochs>` aside, renames it into place, then removes all but the newest `keep`.
 
-    Every process calls it: each stores its own random state, the main one the rest.
+    Every process calls it: each stores its random state and what else is its `own`, the main one the rest.
     """
     final = folder / f"{PREFIX}{state['epochs']}"
     aside = folder / f".{final.name}.partial"
@@ -45,7 +46,7 @@ def save(
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    torch.save(random_state(), aside / f"random_{accelerator.process_index}.pt")
+    torch.save({**random_state(), "own": own}, aside / f"random_{accelerator.process_index}.pt")
     if accelerator.is_main_process:
         write_weights(aside)
         torch.save(training, aside / TRAINING)
@@ -136,12 +137,13 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def read_training(checkpoint: Path) -> dict[str, Any]:
-    return torch.load(checkpoint / TRAINING, map_location="cpu", weights_only=True)
+    return torch.load(checkpoint / TRAINING, map_location="cpu", weights_only=True, mmap=True)
 
 
 def trained_part(named_parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> dict[str, Any]:
     """What tells one run's trained weights from another's: their number and a hash of names and shapes."""
-    shapes = sorted((name, tuple(p.shape)) for name, p in named_parameters if p.requires_grad)
+    # DeepSpeed's stage 3 leaves parameters without elements
+    shapes = sorted((name, tuple(getattr(p, "ds_shape", p.shape))) for name, p in named_parameters if p.requires_grad)
     digest = hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]
     return {
         "tensors": len(shapes),
@@ -169,7 +171,7 @@ def random_state() -> dict[str, Any]:
         "python": random.getstate(),
         "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, gauss),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
     }
 
 
@@ -179,11 +181,10 @@ def restore_random_state(state: dict[str, Any]) -> None:
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available() and state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+        torch.cuda.set_rng_state(state["cuda"][0])
 
 
-def read_random_state(checkpoint: Path, process: int) -> dict[str, Any]:
+def read_random_state(checkpoint: Path, process: int) -> dict[str, Any] | None:
+    """The random states of a process, or None for one that the saving run did not have."""
     path = checkpoint / f"random_{process}.pt"
-    if not path.exists():
-        raise ValueError(f"{checkpoint} has no random state for process {process}: resume with as many processes")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None

@@ -20,10 +20,12 @@ from ddpo_fast import checkpoint, ops, plan_command, report, rewards
 from ddpo_fast.attention import attention_problem
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.pipeline import DefaultDDPOStableDiffusionPipeline, model_folder
+from ddpo_fast.processes import the_main_one
 from ddpo_fast.prompts import PROMPT_LISTS, PromptFunction, draw_prompts, load_prompts
 from ddpo_fast.run_log import folder_problem
 from ddpo_fast.trainer import DDPOTrainer
 from ddpo_fast.version import __version__
+from ddpo_fast.zero_settings import uses_zero, zero_settings
 
 BEFORE = "before.pt"
 SHOWN_PROMPTS = 8
@@ -143,6 +145,10 @@ def parse_train_options(arguments: Sequence[str]) -> tuple[RunArguments, DDPOCon
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--resume_from", "--resume-from", default="")
     resume_from = early.parse_known_args(arguments)[0].resume_from
+    # the `deepspeed` launcher tells a process its number in the environment, and here too
+    launcher = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    launcher.add_argument("--local_rank", "--local-rank")
+    _, arguments = launcher.parse_known_args(arguments)
     # fp16 is TRL's default and right for a GPU; a CPU computes in fp32
     parser.set_defaults(mixed_precision="fp16" if torch.cuda.is_available() else "no")
     saved = saved_options(resume_from) if resume_from else {}
@@ -180,6 +186,8 @@ def check_before_loading(
     ops.require_backend(config.kernel_backend, device)
     if config.attention == "xformers" and (problem := attention_problem("xformers", (), device)):
         raise ValueError(f"attention is 'xformers', which cannot run: {problem}")
+    if uses_zero(config):
+        zero_settings(config, config.mixed_precision)
     folder = Path(config.output_dir or "").expanduser()
     if not checkpoint.goes_on_in(folder, config.resume_from) and (problem := folder_problem(folder)):
         raise ValueError(problem)
@@ -204,10 +212,14 @@ def images_before(
     """The base model's images of the shown prompts; a resumed run has them from its start."""
     path = trainer.output_dir / BEFORE
     earlier = checkpoint.run_folder(trainer.config.resume_from) if trainer.config.resume_from else trainer.output_dir
+    found = None
     for kept_path in (path, earlier / BEFORE):
         kept = torch.load(kept_path, weights_only=True) if kept_path.exists() else {"prompts": []}
-        if tuple(kept["prompts"]) == prompts:
-            return kept["images"], kept["rewards"]
+        if found is None and tuple(kept["prompts"]) == prompts:
+            found = kept["images"], kept["rewards"]
+    # all draw, or none: their prompts may differ
+    if (found := the_main_one(trainer.accelerator, found)) is not None:
+        return found
     images, scores = trainer.evaluate(prompts, metadata)
     if trainer.accelerator.is_main_process:
         aside = path.with_suffix(".partial")

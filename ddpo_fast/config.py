@@ -160,8 +160,7 @@ class DDPOConfig:
         if not isinstance(self.negative_prompts, (str, type(None))):
             self.negative_prompts = ", ".join(self.negative_prompts)
         self.check()
-        if self.train_use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
-            raise ImportError("train_use_8bit_adam needs bitsandbytes: `pip install bitsandbytes`, or set it to False")
+        self._check_packages()
 
     def check(self) -> None:
         """Checks every field's type and range and the rules across fields (the trainer calls it again)."""
@@ -174,9 +173,19 @@ class DDPOConfig:
                 f"train_timestep_fraction is {self.train_timestep_fraction!r}: of sample_num_steps="
                 f"{self.sample_num_steps} it leaves no timestep to train on; use at least {1 / self.sample_num_steps:g}"
             )
+        for applies, problem in _CONFLICTS:
+            if applies(self):
+                raise ValueError(problem)
         message = self.batch_size_problem()
         if message:
             raise ValueError(message)
+
+    def _check_packages(self) -> None:
+        on_host = self.offload != "none" and not self.zero and not self.deepspeed
+        if self.train_use_8bit_adam and not on_host and importlib.util.find_spec("bitsandbytes") is None:
+            raise ImportError("train_use_8bit_adam needs bitsandbytes: `pip install bitsandbytes`, or set it to False")
+        if (self.zero or self.deepspeed) and importlib.util.find_spec("deepspeed") is None:
+            raise ImportError("zero and deepspeed need DeepSpeed: `pip install 'deepspeed>=0.19.8'`, or leave them out")
 
     def batch_size_problem(self, num_processes: int = 1) -> str:
         """The broken rule between the batch sizes in one sentence, or '' (TRL's `_config_check`)."""
@@ -312,10 +321,11 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         _number(lambda v: v >= 0),
         "a number of at least 0",
     ),
+    ("train_adam_epsilon train_adv_clip_max train_clip_range", _number(lambda v: v > 0), "a number above 0"),
     (
-        "train_adam_epsilon train_max_grad_norm train_adv_clip_max train_clip_range",
-        _number(lambda v: v > 0),
-        "a number above 0",
+        "train_max_grad_norm",
+        lambda v: v == float("inf") or _number(lambda norm: norm > 0)(v),
+        "a number above 0, or inf to leave gradients as they are",
     ),
     ("mixed_precision", lambda v: v in ("no", "fp16", "bf16", None), "'no', 'fp16' or 'bf16'"),
     (
@@ -330,4 +340,50 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "None, 'wandb' or 'tensorboard'",
     ),
     ("exp_name run_name logdir resume_from tracker_project_name", lambda v: isinstance(v, str), "a string"),
+)
+
+
+def _is_split(config: DDPOConfig) -> bool:
+    return config.zero > 0 or config.deepspeed is not None
+
+
+# settings that do not fit together: when, and what to do
+_CONFLICTS: tuple[tuple[Callable[[DDPOConfig], bool], str], ...] = (
+    (
+        lambda c: c.zero > 0 and c.deepspeed is not None,
+        "zero and deepspeed are both set: the file says which stage it wants, leave out zero",
+    ),
+    (
+        lambda c: c.offload != "none" and c.deepspeed is not None,
+        "offload and deepspeed are both set: ask for offload_optimizer in the file",
+    ),
+    (lambda c: c.offload == "all" and c.zero != 3, "offload is 'all', which needs zero=3: use 'optimizer'"),
+    (
+        lambda c: c.train_paged_adam and not c.train_use_8bit_adam,
+        "train_paged_adam is True, which needs train_use_8bit_adam: set that too",
+    ),
+    (
+        lambda c: c.train_paged_adam and (c.offload != "none" or _is_split(c)),
+        "train_paged_adam is True, but offload or ZeRO decide where states are: leave it out",
+    ),
+    (
+        lambda c: c.stochastic_rounding and (c.mixed_precision != "bf16" or c.offload != "none" or _is_split(c)),
+        "stochastic_rounding is True, which needs mixed_precision='bf16' without offload and ZeRO",
+    ),
+    (
+        lambda c: c.optimizer_in_backward and c.train_max_grad_norm != float("inf"),
+        "optimizer_in_backward is True, and a norm is known only after the backward pass: set train_max_grad_norm=inf",
+    ),
+    (
+        lambda c: (
+            c.optimizer_in_backward
+            and (c.mixed_precision == "fp16" or c.offload != "none" or _is_split(c) or c.cuda_graphs)
+        ),
+        "optimizer_in_backward is True, which needs mixed_precision 'bf16' or 'no' without offload, ZeRO and "
+        "cuda_graphs",
+    ),
+    (
+        lambda c: _is_split(c) and (c.cuda_graphs or c.compile_unet),
+        "cuda_graphs and compile_unet cannot look through ZeRO: leave them out",
+    ),
 )

@@ -8,6 +8,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData, PyTorchModelHubMixin
 
+from ddpo_fast.processes import the_main_one
+
 TEMPLATE = """---
 {{ card_data }}
 ---
@@ -54,25 +56,37 @@ def make_model_card(
 
 
 class HubModel(PyTorchModelHubMixin):
-    """The part of TRL's trainer that saves and shares: `save_model`, `save_pretrained`, `push_to_hub`, the card."""
+    """The part of TRL's trainer that saves and shares: `save_model`, `save_pretrained`, `push_to_hub`, the card.
+
+    Every process calls them, and the main one writes. A moving average goes into a folder of its own, `..._ema`.
+    """
 
     _tag_names = ["ddpo_fast", "ddpo"]
 
     sd_pipeline: Any
     accelerator: Any
+    engine: Any
     output_dir: Path
     run_log: Any
     run_settings: dict[str, Any]
 
     def save_model(self, output_dir: str | os.PathLike | None = None) -> None:
         """Writes the model and its card to `output_dir` (default: `final` in the run's folder), for plain diffusers."""
-        self._save_pretrained(Path(output_dir) if output_dir else self.output_dir / "final")
+        folder = Path(output_dir) if output_dir else self.output_dir / "final"
+        self._save_pretrained(folder)
+        if self.engine.ema is not None:
+            with self.engine.averaged():
+                self._write(folder.with_name(f"{folder.name}_ema"))
 
     def _save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        with self.engine.exact():
+            self._write(Path(save_directory))
+
+    def _write(self, folder: Path) -> None:
         if self.accelerator.is_main_process:
-            self.sd_pipeline.save_pretrained(str(save_directory))
-            self.create_model_card(folder=save_directory)
-            if Path(save_directory).absolute() == self.output_dir.absolute():
+            self.sd_pipeline.save_pretrained(str(folder))
+            self.create_model_card(folder=folder)
+            if folder.absolute() == self.output_dir.absolute():
                 self.run_log.write_config(self.run_settings)
         self.accelerator.wait_for_everyone()
 
@@ -101,4 +115,9 @@ class HubModel(PyTorchModelHubMixin):
 
     def push_to_hub(self, repo_id: str | None = None, *, dataset_name: str | None = None, **kwargs: Any) -> str:
         """Uploads the model with its card; the repository's name defaults to the run folder's."""
-        return super().push_to_hub(repo_id or self.output_dir.absolute().name, **kwargs)
+        if not self.accelerator.is_main_process:
+            # what the main process does for the upload, and what it waits for
+            self._save_pretrained(self.output_dir)
+            return the_main_one(self.accelerator, "")
+        url = super().push_to_hub(repo_id or self.output_dir.absolute().name, **kwargs)
+        return the_main_one(self.accelerator, str(url))

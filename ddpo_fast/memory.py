@@ -35,6 +35,7 @@ class Sizes:
         forward: a training forward of one pair.
         computing: the context that it runs in.
         to_come: bytes that training will allocate beside activations.
+        least: the smallest of all processes' values.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Sizes:
         forward: Callable[[], Any],
         computing: Callable[[], AbstractContextManager[Any]],
         to_come: Callable[[], int],
+        least: Callable[[int], int] = lambda value: value,
     ) -> None:
         self.config = config
         self.device = device
@@ -54,6 +56,7 @@ class Sizes:
         self.forward = forward
         self.computing = computing
         self.to_come = to_come
+        self.least = least
 
     @cached_property
     def merged_batches(self) -> int:
@@ -73,12 +76,25 @@ class Sizes:
         fit = pairs_that_fit(self._bytes_per_row * rows, self._free_bytes(), rows)
         return equal_parts(self.config.pairs_per_update, fit)
 
+    def halve(self) -> bool:
+        """Makes the micro-batch smaller for good, after memory ran out; False if it is one pair already."""
+        if self.micro_batch_size == 1:
+            return False
+        self.micro_batch_size = self.micro_batch_size // 2
+        return True
+
+    def _brought(self) -> set[int]:
+        """Storages of weights that DeepSpeed's stage 3 has brought together for the layers under way."""
+        split = (parameter for parameter in self.unet.parameters() if hasattr(parameter, "ds_id"))
+        return {parameter.untyped_storage().data_ptr() for parameter in split}
+
     @property
     def _rows_per_pair(self) -> int:
         return 2 if self.config.guides_training else 1
 
     def _free_bytes(self) -> int:
-        free = max(0, free_bytes(self.device, self.num_processes, self.config.gpu_memory) - self.to_come())
+        free = free_bytes(self.device, self.num_processes, self.config.gpu_memory)
+        free = self.least(max(0, free - self.to_come()))
         # a recorded micro-batch keeps its activations, and one of another size needs its own
         return free // 2 if self.config.cuda_graphs else free
 
@@ -86,7 +102,7 @@ class Sizes:
     def _bytes_per_row(self) -> int:
         with self.computing():
             there_anyway = {parameter.untyped_storage().data_ptr() for parameter in self.unet.parameters()}
-            kept = kept_bytes(self.forward, there_anyway) // self._rows_per_pair
+            kept = kept_bytes(self.forward, there_anyway, self._brought) // self._rows_per_pair
         return max(1, kept * (RUN_AGAIN if self.config.gradient_checkpointing == "blocks" else 1))
 
 
@@ -102,18 +118,19 @@ def free_bytes(device: torch.device, num_processes: int = 1, gpu_memory: float |
     return psutil.virtual_memory().available // num_processes
 
 
-def kept_bytes(forward: Callable[[], Any], parameters: set[int]) -> int:
+def kept_bytes(forward: Callable[[], Any], parameters: set[int], brought: Callable[[], set[int]] = set) -> int:
     """Bytes of the activations that `forward` keeps for the backward pass.
 
     Args:
         forward: runs a network with gradients.
         parameters: `data_ptr` of storages that are there anyway.
+        brought: those that are there at a moment of the forward pass, and go.
     """
     kept: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
+        if storage.data_ptr() not in parameters and storage.data_ptr() not in brought():
             kept[storage.data_ptr()] = storage.nbytes()
         # the tensor itself would keep its graph, and that the tensor
         return tensor.detach()

@@ -5,7 +5,7 @@ Shapes: N pairs in a UNet call, C H W latent, L tokens, D width of the text embe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from ddpo_fast.cuda_graphs import Recorded
 from ddpo_fast.engine import Engine
 from ddpo_fast.metrics import UpdateMetrics
 from ddpo_fast.trajectory import Pairs, micro_batches, pair_index
+from ddpo_fast.zero import ZeroEngine
 
 # A look costs a forward pass, a third of a pair's work, and saves all three thirds of a dead one: it pays from a third
 # on, and fewer may be dead than in the epoch before.
@@ -40,7 +41,7 @@ class PPO:
     def __init__(
         self,
         config: DDPOConfig,
-        engine: Engine,
+        engine: Engine | ZeroEngine,
         unet_output: UNetOutput,
         table: Callable[[], Tensor],
     ) -> None:
@@ -51,14 +52,14 @@ class PPO:
         self.metrics = UpdateMetrics()
         self._recorded = Recorded(self._learn, engine.zero_gradients) if config.cuda_graphs else None
 
-    def update(
+    def add_gradients(
         self,
         batches: Sequence[Any],
         micro_batch_size: int,
         looks_first: bool = False,
         own_loss: Loss | None = None,
-    ) -> dict[str, Tensor]:
-        """One optimizer step from the pairs of training batches; its metrics, still on the device.
+    ) -> None:
+        """Adds the gradient of the pairs of training batches, for `step`.
 
         Args:
             looks_first: score all pairs without a graph and then train on those that have a gradient. The gradient is
@@ -71,7 +72,10 @@ class PPO:
             self._learn_own(own_loss, micro_batches(batches, every, micro_batch_size), len(every))
         else:
             self._learn_live(batches, every, micro_batch_size, looks_first)
-        return {**self.metrics.means(), "grad_norm": self.engine.step().detach()}
+
+    def step(self) -> dict[str, Tensor]:
+        """One optimizer step; its metrics and those of the pairs, still on the device."""
+        return {**self.metrics.means(), **self.engine.step()}
 
     def _learn_own(self, own_loss: Loss, parts: Iterable[Pairs], total: int) -> None:
         for pairs in parts:
@@ -87,12 +91,15 @@ class PPO:
         # the losses of the others are zero; whatever else is logged is of those that were scored
         self.metrics.add(1.0, loss=zero, approx_kl=zero, clipfrac=zero, dead=zero)
         self.metrics.at_least("ratio_drift", zero)
-        if looks_first and len(scored):
+        if looks_first:
             index = scored[self._look(batches, scored, size, len(every))]
         for pairs in micro_batches(batches, index, size):
             found = self._learn_from(pairs, len(pairs) / len(every), len(pairs) == size)
             if not looks_first:
                 self._note(pairs, len(pairs) / len(every), len(pairs) / len(scored), *found)
+        for output in self._passes_for_others(batches, len(index), size):
+            self.engine.loss_scale()
+            self.engine.backward_from(output, torch.zeros_like(output))
         self.metrics.add(1.0, skipped=zero + (1 - len(index) / len(every)))
 
     def _look(self, batches: Sequence[Any], index: np.ndarray, size: int, total: int) -> np.ndarray:
@@ -102,7 +109,17 @@ class PPO:
             for pairs in micro_batches(batches, index, size):
                 _, scored = self._score(*self._operands(pairs))
                 dead.append(self._note(pairs, len(pairs) / total, len(pairs) / len(index), *_logged(scored)))
-        return ~torch.cat(dead).cpu().numpy()
+            for _ in self._passes_for_others(batches, len(index), size):
+                pass
+        return ~torch.cat(dead).cpu().numpy() if dead else np.zeros(0, dtype=bool)
+
+    def _passes_for_others(self, batches: Sequence[Any], count: int, size: int) -> Iterator[Tensor]:
+        """Outputs of passes that this process does not need, and that others need its share of the weights for."""
+        mine = -(-count // size)
+        for _ in range(self.engine.passes_to_match(mine) - mine):
+            (pairs,) = micro_batches(batches, pair_index(batches)[:1], 1)
+            latents, timesteps, *_, embeds = self._operands(pairs)
+            yield self.unet_output(latents, timesteps, embeds)
 
     def _learn_from(self, pairs: Pairs, share: float, is_full: bool) -> Sequence[Tensor]:
         scale = self.engine.loss_scale().to(pairs.latents.dtype) * share
@@ -112,7 +129,7 @@ class PPO:
     def _learn(self, *operands: Tensor) -> Sequence[Tensor]:
         """Adds the gradient of pairs, times the last of the operands."""
         output, scored = self._score(*operands)
-        output.backward(scored.gradient)
+        self.engine.backward_from(output, scored.gradient)
         return _logged(scored)
 
     def _score(

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from ddpo_fast.idle import awake
+
 # The encoder always sees this many prompts, so that an embedding's bits do not depend on which prompts came with it: a
 # resumed run, which has seen others, gets the same.
 ENCODED_AT_ONCE = 8
@@ -33,18 +35,22 @@ class PromptEmbeddings:
         """(ids [B, L], embeddings [B, L, D])."""
         if not self.remembers:
             ids = self.tokenize(prompts)
-            return ids, self.text_encoder(ids)[0]
+            return ids, self._encode(ids)
         if len(self._known) > MOST_KEPT:
             self._known.clear()
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]
         for start in range(0, len(new), ENCODED_AT_ONCE):
             few = new[start : start + ENCODED_AT_ONCE]
             ids = self.tokenize(few + few[-1:] * (ENCODED_AT_ONCE - len(few)))
-            for prompt, prompt_ids, embedding in zip(few, ids, self.text_encoder(ids)[0], strict=False):
+            for prompt, prompt_ids, embedding in zip(few, ids, self._encode(ids), strict=False):
                 # a view would keep all of them
                 self._known[prompt] = prompt_ids.clone(), embedding.clone()
         known = [self._known[prompt] for prompt in prompts]
         return torch.stack([ids for ids, _ in known]), torch.stack([embedding for _, embedding in known])
+
+    def _encode(self, ids: torch.Tensor) -> torch.Tensor:
+        with awake(self.text_encoder, self.device):
+            return self.text_encoder(ids)[0]
 
     def tokenize(self, prompts: Sequence[str]) -> torch.Tensor:
         """Ids [B, L], cut or filled up to the tokenizer's length."""

@@ -95,16 +95,18 @@ class Scoring:
     what the caller has queued since.
     """
 
-    def __init__(self, reward_function: RewardFunction, executor: Executor) -> None:
+    def __init__(self, reward_function: RewardFunction, executor: Executor, raises_early: bool = True) -> None:
         self.reward_function = reward_function
         self.executor = executor
+        # processes that sample together must not be left in the middle of it
+        self.raises_early = raises_early
         # the batches are kept too, as their `id` is theirs only while they live
         self._begun: dict[int, tuple[Sequence[Any], Future[tuple[torch.Tensor, Any]]]] = {}
 
     def begin(self, batch: Sequence[Any]) -> None:
         """Starts scoring (images, prompts, metadata). Raises what an earlier batch raised, if it is known by now."""
         for _, earlier in self._begun.values():
-            if earlier.done():
+            if self.raises_early and earlier.done():
                 earlier.result()
         images, ready = batch[0], None
         if isinstance(images, torch.Tensor) and images.is_cuda:

@@ -115,7 +115,10 @@ class Rollout:
         self, noise: list[torch.Tensor], embeds: torch.Tensor
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         scheduler, device = self.pipe.scheduler, self.embed.device
-        if scheduler.num_inference_steps != self.config.sample_num_steps or scheduler.timesteps.device != device:
+        if (
+            scheduler.num_inference_steps != self.config.sample_num_steps
+            or scheduler.timesteps.device.type != device.type
+        ):
             # it copies to the device, for which the host waits
             scheduler.set_timesteps(self.config.sample_num_steps, device=device)
         if self.config.sample_guidance_scale > 1:

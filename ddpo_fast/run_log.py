@@ -91,6 +91,11 @@ class RunLog:
                     f"the loss of update {at} is {info['loss']}: lower train_learning_rate and resume from the last "
                     f"checkpoint in {self.folder}"
                 )
+            if info.get("loss_scale", 1.0) < 1.0:
+                raise RuntimeError(
+                    f"update {at} overflowed at a loss scale of {info['loss_scale']:g}: lower train_learning_rate or "
+                    f"use bf16, and resume from the last checkpoint in {self.folder}"
+                )
             self.accelerator.log({**info, "epoch": epoch, "inner_epoch": inner_epoch}, step=at)
             self._write({"kind": "update", "update": at, "epoch": epoch, "inner_epoch": inner_epoch, **info})
             self._watch_drift(info.get("ratio_drift", 0.0))

@@ -16,6 +16,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch.utils.checkpoint import checkpoint
 
 from ddpo_fast import ops
+from ddpo_fast.idle import awake
 from ddpo_fast.noise_schedule import NoiseSchedule
 
 # An image of 512 x 512 takes about a gigabyte while it is decoded in half precision, and eight keep a GPU busy.
@@ -117,8 +118,8 @@ def _generate(
     height = height or pipe.unet.config.sample_size * pipe.vae_scale_factor
     width = width or pipe.unet.config.sample_size * pipe.vae_scale_factor
     pipe.check_inputs(prompt, height, width, callback_steps, negative_prompt, prompt_embeds, negative_prompt_embeds)
-    device, guide = pipe._execution_device, guidance_scale > 1.0
-    with torch.no_grad():
+    device, guide = pipe.unet.device, guidance_scale > 1.0
+    with torch.no_grad(), awake(pipe.text_encoder, device):
         text, negative = pipe.encode_prompt(
             prompt,
             device,
@@ -164,7 +165,7 @@ def step_taker(
 
     `predict` is given [B, C, H, W] rows, or twice as many with guidance.
     """
-    table = NoiseSchedule.of(pipe.scheduler, eta, pipe._execution_device).table
+    table = NoiseSchedule.of(pipe.scheduler, eta, pipe.unet.device).table
 
     def take_step(rows: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, i: int) -> ops.Step:
         output = predict(pipe.scheduler.scale_model_input(rows, t), t, i)
@@ -214,5 +215,6 @@ def decode(pipe: Any, latents: torch.Tensor, output_type: str) -> Any:
         return latents
     at_once = max(1, DECODED_AT_ONCE // latents.shape[-2:].numel())
     parts = (latents / pipe.vae.config.scaling_factor).to(pipe.vae.dtype).split(at_once)
-    pixels = torch.cat([pipe.vae.decode(part, return_dict=False)[0] for part in parts])
+    with awake(pipe.vae, latents.device):
+        pixels = torch.cat([pipe.vae.decode(part, return_dict=False)[0] for part in parts])
     return pipe.image_processor.postprocess(pixels, output_type=output_type, do_denormalize=[True] * len(pixels))

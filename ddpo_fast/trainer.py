@@ -12,29 +12,28 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
+from copy import copy
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, set_seed
+from accelerate.utils import gather_object, set_seed
 from tqdm.auto import tqdm
 
 from ddpo_fast import checkpoint, cuda_graphs, ops, rewards
 from ddpo_fast.advantages import PerPromptStatTracker, batch_advantages
-from ddpo_fast.attention import set_attention
 from ddpo_fast.config import DDPOConfig
-from ddpo_fast.engine import Engine, compute_dtype, make_optimizer
-from ddpo_fast.fuse_unet import faster_layers, fuse_unet
 from ddpo_fast.hub import HubModel
-from ddpo_fast.master_weights import MasterWeights
 from ddpo_fast.memory import Sizes
 from ddpo_fast.metrics import first_tracker
 from ddpo_fast.noise_schedule import NoiseSchedule
+from ddpo_fast.optimizers import make_optimizer
 from ddpo_fast.pipeline import DDPOStableDiffusionPipeline, DefaultDDPOStableDiffusionPipeline
+from ddpo_fast.placement import is_split, make_engine, place_networks, trainable_parameters
 from ddpo_fast.ppo import LOOKING_PAYS, PPO
+from ddpo_fast.processes import make_accelerator, the_least, the_main_one, together
 from ddpo_fast.prompt_embeddings import PromptEmbeddings
 from ddpo_fast.prompts import PromptFunction
 from ddpo_fast.rollout import PipelineRollout, Rollout
@@ -76,8 +75,11 @@ class DDPOTrainer(HubModel):
         self.num_train_timesteps = config.num_train_timesteps
         resume = checkpoint.find(config.resume_from) if config.resume_from else None
         state = checkpoint.read_state(resume) if resume else {}
-        self.output_dir = output_folder(config)
-        self.accelerator = self._make_accelerator()
+        self.accelerator = make_accelerator(config, output_folder(config))
+        # the default folder carries a time, which must be the main process's
+        self.output_dir = Path(the_main_one(self.accelerator, str(output_folder(config))))
+        if torch.cuda.is_available():
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
         ops.require_backend(config.kernel_backend, self.accelerator.device.type)
         if config.cuda_graphs:
             problem = cuda_graphs.problem(self.accelerator.device)
@@ -85,6 +87,9 @@ class DDPOTrainer(HubModel):
                 problem = "this pipeline has an autocast, whose casts are forgotten before a graph reads them"
             if problem:
                 raise ValueError(f"cuda_graphs is True, but {problem}: leave it out")
+        self._check_launch()
+        if config.optimizer_in_backward and self.accelerator.num_processes > 1:
+            raise ValueError("optimizer_in_backward is True, which is for one process: leave it out")
         okay, message = self._config_check()
         if not okay:
             raise ValueError(message)
@@ -93,8 +98,12 @@ class DDPOTrainer(HubModel):
             self.run_log.claim_folder()
         self.run_log.start_trackers(state.get("global_step"))
         set_seed(config.seed, device_specific=True)
-        layers = self._prepare_models()
-        self.engine = self._make_engine(self.trainable_parameters(layers))
+        sd_pipeline.set_progress_bar_config(
+            position=1, disable=self._hides_bars, leave=False, desc="Timestep", dynamic_ncols=True
+        )
+        layers = place_networks(sd_pipeline, config, self.accelerator)
+        trained = self.trainable_parameters(layers)
+        self.engine = make_engine(sd_pipeline, trained, self._setup_optimizer, config, self.accelerator)
         self.optimizer = self.engine.optimizer
         self.trainable_layers = layers
         self.autocast = sd_pipeline.autocast or nullcontext
@@ -110,6 +119,7 @@ class DDPOTrainer(HubModel):
         self.first_epoch, self._global_step = 0, 0
         self.sizes = self._make_sizes()
         self.rollout = self._make_rollout()
+        self._check_parts()
         self.ppo = PPO(config, self.engine, self._unet_output, self._noise_table)
         # shares of pairs without a gradient in each update of the epoch, and of the one before it
         self._dead_shares: list[float] = []
@@ -121,67 +131,15 @@ class DDPOTrainer(HubModel):
 
     # set-up
 
-    def _make_accelerator(self) -> Accelerator:
-        config = self.config
-        project: dict[str, Any] = {
-            "project_dir": str(self.output_dir),
-            "logging_dir": str(self.output_dir),
-            **config.project_kwargs,
-        }
-        project["automatic_checkpoint_naming"] = False
-        accelerator = Accelerator(
-            log_with=config.log_with,
-            mixed_precision=config.mixed_precision,
-            project_config=ProjectConfiguration(**project),
-            # TRL's count: an update sums over images and timesteps
-            gradient_accumulation_steps=config.train_gradient_accumulation_steps * self.num_train_timesteps,
-            **config.accelerator_kwargs,
-        )
-        if accelerator.num_processes > 1:
-            # the default folder carries a time, which must be the main process's
-            self.output_dir = Path(broadcast_object_list([str(self.output_dir)])[0])
-        if torch.cuda.is_available():
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
-        return accelerator
+    def _check_launch(self) -> None:
+        """The settings' rules with what only accelerate knows: its precision, and a DeepSpeed of its own."""
+        known = copy(self.config)
+        known.mixed_precision = self.accelerator.mixed_precision
+        if is_split(self.config, self.accelerator) and not self.config.zero:
+            known.deepspeed = self.config.deepspeed or "accelerate's"
+        known.check()
 
-    def _prepare_models(self) -> Any:
-        """Moves the networks to the device: frozen ones in the compute precision, trained weights in fp32."""
-        pipeline, device, dtype = self.sd_pipeline, self.accelerator.device, compute_dtype(self.accelerator)
-        pipeline.set_progress_bar_config(
-            position=1,
-            disable=self._hides_bars,
-            leave=False,
-            desc="Timestep",
-            dynamic_ncols=True,
-        )
-        own_precision = pipeline.autocast is not None
-        pipeline.vae.to(device, dtype=dtype)
-        pipeline.text_encoder.to(device, dtype=dtype)
-        pipeline.unet.to(device)
-        layers = pipeline.get_trainable_layers()
-        trained = {id(parameter) for parameter in self.trainable_parameters(layers)}
-        for parameter in [*pipeline.unet.parameters(), *self.trainable_parameters(layers)]:
-            # half-precision weights would round small updates away
-            exact = id(parameter) in trained or own_precision
-            parameter.data = parameter.data.to(device, torch.float32 if exact else dtype)
-        set_attention(pipeline.unet, self.config.attention, device, dtype)
-        if self.config.fuse_unet:
-            fuse_unet(pipeline.unet.to(memory_format=torch.channels_last), faster_layers(device))
-        if self.config.compile_unet:
-            pipeline.unet.compile()
-        return layers
-
-    def _make_engine(self, trained: list[torch.nn.Parameter]) -> Engine:
-        # a pipeline with an autocast of its own computes in that, from fp32 weights
-        own_precision = self.sd_pipeline.autocast is not None
-        weights = MasterWeights(trained, torch.float32 if own_precision else compute_dtype(self.accelerator))
-        return Engine(self.accelerator, self._setup_optimizer(weights.masters), weights, self.config)
-
-    @staticmethod
-    def trainable_parameters(layers: Any) -> list[torch.nn.Parameter]:
-        """The parameters with a gradient among a module's or a list's."""
-        parameters = layers if isinstance(layers, list) else layers.parameters()
-        return [p for p in parameters if p.requires_grad]
+    trainable_parameters = staticmethod(trainable_parameters)
 
     def _setup_optimizer(self, trainable_layers_parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
         return make_optimizer(trainable_layers_parameters, self.config)
@@ -189,6 +147,19 @@ class DDPOTrainer(HubModel):
     def _config_check(self) -> tuple[bool, str]:
         message = self.config.batch_size_problem(self.accelerator.num_processes)
         return not message, message
+
+    def _check_parts(self) -> None:
+        """What can be known of settings only with the networks at hand."""
+        if self.config.offload_frozen and isinstance(self.rollout, PipelineRollout):
+            raise ValueError("offload_frozen is True, but the pipeline's own __call__ wants its networks on the device")
+        if not self.config.optimizer_in_backward:
+            return
+        calls = -(-self.config.pairs_per_update // self.sizes.micro_batch_size)
+        if calls > 1:
+            raise ValueError(
+                f"optimizer_in_backward is True, but an update takes {calls} UNet calls, and it must be one: leave it "
+                "out, or make updates smaller"
+            )
 
     # sampling
 
@@ -216,6 +187,7 @@ class DDPOTrainer(HubModel):
             forward,
             self._computing,
             self.engine.bytes_to_come,
+            lambda value: the_least(self.accelerator, value),
         )
 
     def _make_rollout(self) -> Rollout | PipelineRollout:
@@ -280,11 +252,14 @@ class DDPOTrainer(HubModel):
         if not self._overlaps_rewards:
             samples, batches = self._generate_samples(*sizes)
             sampled = self._now()
-            return samples, batches, self.compute_rewards(batches, self.config.async_reward_computation), sampled
-        scoring = rewards.Scoring(self.reward_fn, self.executor)
+            is_async = self.config.async_reward_computation
+            scored = together(self.accelerator, lambda: self.compute_rewards(batches, is_async))
+            return samples, batches, scored, sampled
+        scoring = rewards.Scoring(self.reward_fn, self.executor, self.accelerator.num_processes == 1)
         samples, batches = self._generate_samples(*sizes, when_decoded=scoring.begin)
         sampled = self._now()
-        return samples, batches, self._collected(scoring.results(batches)), sampled
+        scored = together(self.accelerator, lambda: scoring.results(batches))
+        return samples, batches, self._collected(scored), sampled
 
     @property
     def _overlaps_rewards(self) -> bool:
@@ -392,7 +367,29 @@ class DDPOTrainer(HubModel):
         """One optimizer step from the pairs of `batches`; its metrics, still on the device."""
         trained = [_first_steps(batch, self.num_train_timesteps) for batch in batches]
         own_loss = self.calculate_loss if self._has_own_objective() else None
-        return self.ppo.update(trained, self.sizes.micro_batch_size, looks_first, own_loss)
+        while True:
+            try:
+                self.ppo.add_gradients(trained, self.sizes.micro_batch_size, looks_first, own_loss)
+                break
+            except torch.OutOfMemoryError as error:
+                problem = str(error)
+            self._take_smaller_steps(problem)
+        return self.ppo.step()
+
+    def _take_smaller_steps(self, problem: str) -> None:
+        """Halves the micro-batch, for an update to be begun again. Raises `RuntimeError` if that cannot be done."""
+        size = self.sizes.micro_batch_size
+        if not self.engine.can_begin_again or not self.sizes.halve():
+            raise RuntimeError(
+                f"out of memory with a micro-batch of {size}: set a smaller train_micro_batch_size, "
+                f"gradient_checkpointing='blocks', train_use_8bit_adam or offload='optimizer' ({problem})"
+            )
+        self.engine.zero_gradients()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        logger.warning(
+            "out of memory: micro-batches of %d instead of %d from here on", self.sizes.micro_batch_size, size
+        )
 
     def calculate_loss(
         self,
@@ -524,14 +521,16 @@ class DDPOTrainer(HubModel):
             "dead_shares": self._dead_shares,
             **{name: function.state_dict() for name, function in self._stateful_functions().items()},
         }
-        checkpoint.save(
-            self.output_dir / "checkpoints",
-            self.accelerator,
-            state,
-            training,
-            lambda folder: self._save_model_hook([self._model()], [], str(folder)),
-            self.config.project_kwargs.get("total_limit") or self.config.num_checkpoint_limit,
-        )
+        with self.engine.exact():
+            checkpoint.save(
+                self.output_dir / "checkpoints",
+                self.accelerator,
+                state,
+                training,
+                self.engine.own_state(),
+                lambda folder: self._save_model_hook([self._model()], [], str(folder)),
+                self.config.project_kwargs.get("total_limit") or self.config.num_checkpoint_limit,
+            )
 
     def _resume(self, resume: Path | None, state: dict[str, Any]) -> None:
         in_place = checkpoint.goes_on_in(self.output_dir, self.config.resume_from)
@@ -544,7 +543,8 @@ class DDPOTrainer(HubModel):
             checkpoint.set_aside_later(resume)
         self.config.resume_from = str(resume)
         training = checkpoint.read_training(resume)
-        self._load_model_hook([self._model()], str(resume))
+        with self.engine.exact(write=True):
+            self._load_model_hook([self._model()], str(resume))
         self.engine.load_state_dict(training["engine"])
         self.stat_tracker.load_state_dict(training["stat_tracker"])
         self._dead_shares = training["dead_shares"]
@@ -552,7 +552,13 @@ class DDPOTrainer(HubModel):
             if name in training:
                 function.load_state_dict(training[name])
         self.first_epoch, self._global_step = state["epochs"], state["global_step"]
-        checkpoint.restore_random_state(checkpoint.read_random_state(resume, self.accelerator.process_index))
+        random_state = checkpoint.read_random_state(resume, self.accelerator.process_index)
+        if random_state is None:
+            # another draw than any process made in the epochs so far
+            set_seed(self.config.seed + 1_000_003 * self.first_epoch, device_specific=True)
+        else:
+            self.engine.load_own_state(random_state["own"])
+            checkpoint.restore_random_state(random_state)
 
     def _save_model_hook(self, models: list, weights: list, output_dir: str) -> None:
         self.sd_pipeline.save_checkpoint(models, weights, output_dir)
