@@ -1,16 +1,20 @@
 """Predicted memory against measured.
 
     python bench/memory.py --device cpu [--models bundled random] [--kinds lora full] [--precisions fp32 bf16]
-                           [--modes none selective blocks] [--micro 1 4] [--output FILE.jsonl]
+                           [--modes none selective blocks] [--micro 1 4] [--engines plain 8bit ...]
+                           [--output FILE.jsonl]
     python bench/memory.py --cap GB --kinds full|lora [--device cuda] [--size full] [--steps 4] [--output FILE.jsonl]
     python bench/memory.py --show FILE.jsonl ...
 
-The first trains for two epochs in each combination. The second plans for a GPU of so many GB, trains for two epochs
+The first trains for two epochs in each combination: with the plain engine, and with each of the others too where all
+weights are trained in bf16, without checkpointing, 4 pairs at a time. Engines that are named train in every
+combination. The second plans for a GPU of so many GB, trains for two epochs
 with what was chosen, in a process that may not have more, and then with what is chosen for the whole GPU.
 
 Measured is on a GPU what PyTorch's allocator says (the CUDA context is not in it). On a CPU it is what tensors there
 are before the first epoch, and from there on every allocation and release of PyTorch's CPU allocator, as its profiler
-tells them: workspaces inside of ops are in it, what oneDNN and MKL allocate by themselves is not.
+tells them: workspaces inside of ops are in it, what oneDNN and MKL allocate by themselves is not. Device and host are
+one memory there, so predicted is what the plan has at its peak on the one and on the other together.
 """
 
 from __future__ import annotations
@@ -44,6 +48,18 @@ from ddpo_fast.rewards import jpeg_compressibility
 
 Row = dict[str, Any]
 PRECISIONS = {"fp32": "no", "fp16": "fp16", "bf16": "bf16"}
+# what trains the weights, and where all of them are compared
+ENGINES: dict[str, Row] = {
+    "plain": {},
+    "8bit": {"train_use_8bit_adam": True},
+    "half": {"train_gradient_dtype": "half"},
+    "stochastic": {"stochastic_rounding": True, "train_use_8bit_adam": True},
+    "ema": {"ema_decay": 0.99},
+    "offload": {"offload": "optimizer", "train_use_8bit_adam": True},
+    # an update of one micro-batch; JSON has no infinity
+    "in_backward": {"optimizer_in_backward": True, "train_max_grad_norm": "inf"},
+}
+ENGINES_COMPARED_AT = ("full", "bf16", "none", 4)
 # of the bundled model's weights to Stable Diffusion's, roughly, with room for activations: caps of a dry run
 TINY_SCALE = 1 / 50
 OUT_OF_MEMORY = "out of memory"
@@ -71,6 +87,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--precisions", nargs="+", choices=list(PRECISIONS), default=["fp32", "bf16"])
     parser.add_argument("--modes", nargs="+", default=["none", "selective", "blocks"])
     parser.add_argument("--micro", nargs="+", type=int, default=[1, 4])
+    parser.add_argument("--engines", nargs="+", choices=list(ENGINES), help="default: see above")
     parser.add_argument("--cap", type=float, help="GB of the GPU; at size tiny a fiftieth of it")
     parser.add_argument("--steps", type=int, default=4, help="denoising steps")
     parser.add_argument("--show", nargs="+", type=Path, help="print records and run nothing")
@@ -83,8 +100,10 @@ def parse() -> argparse.Namespace:
 
 
 def combinations(options: argparse.Namespace) -> Iterable[Row]:
-    for model, kind, precision in product(options.models, options.kinds, options.precisions):
-        for mode, micro in product(options.modes, options.micro):
+    chosen = product(options.models, options.kinds, options.precisions, options.modes, options.micro)
+    for model, kind, precision, mode, micro in chosen:
+        every = list(ENGINES) if (kind, precision, mode, micro) == ENGINES_COMPARED_AT else ["plain"]
+        for engine in options.engines or every:
             settings = {
                 **EXAMPLE,
                 **TINY,
@@ -93,11 +112,12 @@ def combinations(options: argparse.Namespace) -> Iterable[Row]:
                 "sample_num_steps": options.steps,
                 "mixed_precision": PRECISIONS[precision],
                 "gradient_checkpointing": mode,
-                "train_micro_batch_size": micro,
+                "train_micro_batch_size": 4 * options.steps if engine == "in_backward" else micro,
                 "sample_merge_batches": 2,
+                **ENGINES[engine],
             }
             spec = spec_of(options, kind, settings, model)
-            yield {"model": model, "kind": kind, "precision": precision, **in_a_process(spec)}
+            yield {"model": model, "kind": kind, "precision": precision, "engine": engine, **in_a_process(spec)}
 
 
 def spec_of(options: argparse.Namespace, kind: str, settings: Row, model: str = "") -> Row:
@@ -147,7 +167,8 @@ def trained(spec: Row) -> Row:
     device, cap = spec["device"], spec.get("cap")
     with tempfile.TemporaryDirectory() as folder:
         model = model_of(spec, Path(folder))
-        config = DDPOConfig(output_dir=f"{folder}/run", **spec["settings"])
+        settings = {name: float(value) if value == "inf" else value for name, value in spec["settings"].items()}
+        config = DDPOConfig(output_dir=f"{folder}/run", **settings)
         adapter = Adapter() if spec["kind"] == "lora" else None
         footprint = Footprint(
             read_configs(str(model)), adapter, compute_dtype(config), device, config.fuse_unet, config.sample_num_steps
@@ -162,14 +183,16 @@ def trained(spec: Row) -> Row:
         if cap and device == "cuda":
             share = (cap * GB - CUDA_CONTEXT) / torch.cuda.get_device_properties(0).total_memory
             torch.cuda.set_per_process_memory_fraction(share)
-        found = {"cap_gb": cap, "chosen": chosen, "settings": spec["settings"], "predicted_bytes": plan.allocated}
-        found |= {"predicted_phase": plan.peak_phase, "host_bytes": sum(plan.host.values())}
+        host = sum(plan.host.values())
+        predicted = plan.allocated + (host if device == "cpu" else 0)
+        found = {"cap_gb": cap, "chosen": chosen, "settings": spec["settings"], "predicted_bytes": predicted}
+        found |= {"predicted_phase": plan.peak_phase, "host_bytes": host}
         try:
             measure = on_cuda if device == "cuda" else on_cpu
             found |= measure(lambda: trainer_of(config, model, adapter is not None))
         except torch.OutOfMemoryError as error:
             return {**found, "failed": f"{OUT_OF_MEMORY}: {str(error)[:300]}", "epoch_s": None, "error": None}
-    return {**found, "failed": None, "error": plan.allocated / found["measured_bytes"] - 1}
+    return {**found, "failed": None, "error": predicted / found["measured_bytes"] - 1}
 
 
 def model_of(spec: Row, folder: Path) -> Path:
@@ -247,7 +270,7 @@ def tensor_bytes() -> int:
 def show(rows: list[Row]) -> None:
     for row in rows:
         settings = {**row["settings"], **row["chosen"]}
-        names = [str(row.get(name)) for name in ("model", "kind") if row.get(name)]
+        names = [str(row.get(name)) for name in ("model", "kind", "engine") if row.get(name)]
         where = f"cap {row['cap_gb']:g} GB" if row["cap_gb"] else "no cap"
         words = [*names, settings["mixed_precision"], settings.get("gradient_checkpointing", "none"), where]
         line = f"{' '.join(words)}, {settings.get('train_micro_batch_size')} pairs: "

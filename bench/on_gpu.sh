@@ -12,7 +12,7 @@ size=full device=cuda quick=() kernels=() compiler=(--compile --rounds 9)
 # a case of TRL's 50 steps takes minutes: with fewer of them a stage holds two rounds or more
 example=lora-fp16 few=(--steps 10) fewer=(--steps 4)
 if [[ ${DRY_RUN:-} ]]; then
-    size=tiny device=cpu quick=(-k "determin or last_bit or refuse or unknown_names or replays") compiler=()
+    size=tiny device=cpu quick=(-k "determin or last_bit or refuse or unknown_names or replays or buckets") compiler=()
     kernels=(--only geglu --architectures 90)
     example=lora few=() fewer=()
 fi
@@ -91,6 +91,7 @@ times lora_linear layers --op lora_linear
 times frozen layers --op frozen
 tests unet tests/test_fuse_unet.py tests/test_attention.py
 tests trainer tests/test_cuda_graphs.py tests/test_master_weights.py tests/test_memory.py
+tests engine tests/test_engine.py
 for gb in 8 12 24 16 40; do capped lora $gb; done
 capped full 40
 times compiled_steps steps --op step_logprob ppo_loss "${compiler[@]}"

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 
 from ddpo_fast.config import DDPOConfig
-from ddpo_fast.engine import BUCKET, COMPUTE_DTYPES
+from ddpo_fast.engine import COMPUTE_DTYPES
 from ddpo_fast.footprint import Footprint
 from ddpo_fast.memory import MOST_ROWS, batches_to_merge, equal_parts
+from ddpo_fast.optimizers import buckets
 
 GB = 10**9
 # Not measured: no run on a GPU has stood behind these. The CUDA context with PyTorch's kernels lies outside of the
@@ -24,6 +25,8 @@ CUDA_WORKSPACES = 300_000_000
 SHOWN_IMAGES = 8
 SINGLE = 4
 BLOCK_8BIT = 256
+# of a weight that is rounded stochastically: the dice, and the rounded weight in both precisions
+ROUNDING = 2 * SINGLE + 2
 
 Bytes = dict[str, int]
 
@@ -95,6 +98,7 @@ def predict(footprint: Footprint, config: DDPOConfig, num_processes: int = 1, sh
     gradients = {"gradients": _gradient_bytes(footprint, config)}
     # between updates there are none, unless recorded graphs add to them
     idle_gradients = gradients if config.cuda_graphs else {}
+    last_gradients = {} if config.optimizer_in_backward else gradients
     vae, text = (h(footprint) * n for n in (footprint.vae_weights, footprint.text_weights))
     away = config.offload_frozen
     frozen = {} if away else {"VAE": vae, "text encoder": text}
@@ -114,7 +118,7 @@ def predict(footprint: Footprint, config: DDPOConfig, num_processes: int = 1, sh
         "sampling": {**frozen, **idle_gradients, **drawn},
         "decoding": {**frozen, "VAE": vae, **idle_gradients, **drawn},
         "training": {**frozen, **gradients, **drawn},
-        "updating": {**frozen, **gradients, **drawn},
+        "updating": {**frozen, **last_gradients, **drawn},
     }
     outside = {"workspaces": CUDA_WORKSPACES, "CUDA context": CUDA_CONTEXT} if footprint.device_type == "cuda" else {}
     phases = {
@@ -174,7 +178,8 @@ def _weights(footprint: Footprint, config: DDPOConfig, num_processes: int) -> tu
     if config.zero == 3:
         gathered = 2 * size * footprint.largest_block
         unet = gathered + (0 if config.offload == "all" else unet // num_processes)
-    has_masters = size < SINGLE and not config.stochastic_rounding
+    # the host has its own weights in any precision
+    has_masters = (size < SINGLE and not config.stochastic_rounding) or (away and not config.zero)
     masters = SINGLE * trained // split if has_masters else 0
     states = state_bytes(footprint.trained_sizes, config) // split
     ema = SINGLE * trained if config.ema_decay > 0 else 0
@@ -191,7 +196,9 @@ def _weights(footprint: Footprint, config: DDPOConfig, num_processes: int) -> tu
         # DeepSpeed keeps an fp32 copy of its share there
         host["gradients"] = SINGLE * trained // split
     elif away:
-        host["pinned buffers"] = 3 * _bucket(footprint) * (_gradient_size(config, size) + size)
+        host["pinned buffers"] = _staged(footprint) * (_gradient_size(config, size) + size)
+        if not config.train_use_8bit_adam:
+            host["fp32 gradients"] = _fp32_gradient_bytes(footprint, config)
     if config.zero == 3 and config.offload == "all":
         host["UNet"] = size * footprint.unet_weights // num_processes
     return gpu, host
@@ -216,24 +223,50 @@ def _gradient_bytes(footprint: Footprint, config: DDPOConfig) -> int:
     return each * (max(footprint.trained_sizes) if config.optimizer_in_backward else footprint.trained_weights)
 
 
-def _bucket(footprint: Footprint) -> int:
-    """Weights that are moved or widened together: a bucket, or the tensor that is larger."""
-    return max(min(BUCKET, footprint.trained_weights), max(footprint.trained_sizes))
+def _buckets(footprint: Footprint) -> list[int]:
+    """Weights that are moved, or updated by one call of the optimizer, together."""
+    sizes = footprint.trained_sizes
+    return [sum(sizes[i] for i in bucket) for bucket in buckets(sizes)]
+
+
+def _staged(footprint: Footprint) -> int:
+    """Weights of a bucket in either of two buffers, which take turns."""
+    found = _buckets(footprint)
+    return max(found[::2]) + max(found[1::2], default=0)
 
 
 def _update_bytes(footprint: Footprint, config: DDPOConfig, num_processes: int) -> int:
-    """What an optimizer step makes for a while. A fused AdamW alone makes nothing."""
-    bucket, size = _bucket(footprint), h(footprint)
-    each = 0
-    if config.offload != "none":
-        each = _gradient_size(config, size) + size
-    elif config.stochastic_rounding:
-        each = 2 * SINGLE
-    elif _gradient_size(config, size) < SINGLE:
-        each = SINGLE
-    if num_processes > 1:
-        each = max(each, _gradient_size(config, size))
-    return each * bucket
+    """What is made for a while after the last backward pass. A fused AdamW alone, on fp32 gradients, makes nothing."""
+    bucket, gradient = max(_buckets(footprint)), _gradient_size(config, h(footprint))
+    in_buckets = gradient < SINGLE or config.stochastic_rounding or config.train_use_8bit_adam
+    made = 0
+    if config.zero:
+        away = config.offload != "none"
+        made = bucket * (gradient + h(footprint) if away else SINGLE if gradient < SINGLE else 0)
+    elif in_buckets and config.offload == "none" and not config.optimizer_in_backward:
+        made = _step_bytes(footprint, config)
+    # a message has a bucket's gradients
+    return max(made, bucket * gradient if num_processes > 1 else 0)
+
+
+def _step_bytes(footprint: Footprint, config: DDPOConfig) -> int:
+    """Of a call of the optimizer in `step_in_buckets`."""
+    made = _fp32_gradient_bytes(footprint, config)
+    if config.stochastic_rounding:
+        # the weights in fp32, which are rounded one by one
+        made += SINGLE * _stepped(footprint, config) + ROUNDING * max(footprint.trained_sizes)
+    return made
+
+
+def _stepped(footprint: Footprint, config: DDPOConfig) -> int:
+    """Weights that a call of the optimizer updates, where that is not all."""
+    return max(footprint.trained_sizes if config.optimizer_in_backward else _buckets(footprint))
+
+
+def _fp32_gradient_bytes(footprint: Footprint, config: DDPOConfig) -> int:
+    """Of gradients times what clips and unscales them; half-precision ones are widened before, one by one."""
+    half = _gradient_size(config, h(footprint)) < SINGLE
+    return SINGLE * (_stepped(footprint, config) + (max(footprint.trained_sizes) if half else 0))
 
 
 def _rollout_bytes(footprint: Footprint, config: DDPOConfig, batches: int | None = None) -> int:
@@ -264,7 +297,9 @@ def _training_bytes(footprint: Footprint, config: DDPOConfig, pairs: int) -> int
     update = config.train_batch_size * config.train_gradient_accumulation_steps
     batches = update * 2 * (config.sample_num_steps * latents + tokens * embedding * h(footprint))
     picked = pairs * 2 * (latents + tokens * embedding * h(footprint))
-    return _micro_batch_bytes(footprint, config, rows, pairs >= config.pairs_per_update) + batches + picked
+    # the largest weight may be updated when the activations are at their peak: at most so much
+    within = _step_bytes(footprint, config) if config.optimizer_in_backward else 0
+    return _micro_batch_bytes(footprint, config, rows, pairs >= config.pairs_per_update) + within + batches + picked
 
 
 def _micro_batch_bytes(footprint: Footprint, config: DDPOConfig, rows: int, is_whole_update: bool) -> int:
