@@ -69,13 +69,16 @@ def test_a_failed_stage_stops_no_other_and_runs_again(tmp_path):
 def test_memory_is_predicted_and_measured(tmp_path):
     output = tmp_path / "memory.jsonl"
     options = ["--device", "cpu", "--models", "random", "--kinds", "full", "--precisions", "fp32", "--modes", "blocks"]
-    done = run(sys.executable, "bench/memory.py", *options, "--micro", "4", "--output", str(output))
+    options += ["--micro", "4", "--engines", "plain", "offload"]
+    done = run(sys.executable, "bench/memory.py", *options, "--output", str(output))
     assert done.returncode == 0, done.stderr[-2000:]
-    (row,) = [json.loads(line) for line in output.read_text().splitlines()]
-    assert row["commit"]
-    assert row["predicted_phase"] == "training"
-    assert abs(row["predicted_bytes"] / row["measured_bytes"] - 1) < 0.1
-    assert "predicted" in done.stdout
+    plain, offload = (json.loads(line) for line in output.read_text().splitlines())
+    for row in (plain, offload):
+        assert row["commit"]
+        assert row["predicted_phase"] == "training"
+        assert abs(row["predicted_bytes"] / row["measured_bytes"] - 1) < 0.1
+        assert f"full {row['engine']} no blocks" in done.stdout
+    assert plain["host_bytes"] == 0 < offload["host_bytes"] < offload["predicted_bytes"]
 
 
 def test_a_part_of_a_gpu_has_a_stage_of_its_own(tmp_path):

@@ -16,7 +16,6 @@ from ddpo_fast.ops import extension
 
 ROOT = Path(__file__).parents[1]
 # one process makes the rows for all of them
-pytestmark = pytest.mark.xdist_group("compile_kernels")
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from ddpo_fast.fit import LEVERS, MARGIN, choose, with_settings
 from ddpo_fast.footprint import Adapter, Footprint, read_configs
 from ddpo_fast.live_bytes import LiveBytes, trace
 from ddpo_fast.memory import kept_bytes
-from ddpo_fast.plan import GB, decode_bytes, predict, state_bytes
+from ddpo_fast.optimizers import BUCKET
+from ddpo_fast.plan import GB, _staged, decode_bytes, predict, state_bytes
 from ddpo_fast.tiny_sd import MODEL
 
 SD15_WEIGHTS = 859_520_964
@@ -104,6 +106,8 @@ def test_single_precision_has_one_set_of_weights(sd15):
     parts = predict(footprint, config(mixed_precision="no", train_micro_batch_size=1)).phases["updating"]
     assert parts["UNet"] + parts["gradients"] + parts["optimizer states"] == (4 + 4 + 8) * SD15_WEIGHTS
     assert "fp32 weights" not in parts
+    away = predict(footprint, config(mixed_precision="no", train_micro_batch_size=1, offload="optimizer"))
+    assert away.phases["updating"]["UNet"] == away.host["fp32 weights"] == 4 * SD15_WEIGHTS
 
 
 def test_eight_bits_are_for_large_tensors():
@@ -137,20 +141,64 @@ def test_recorded_graphs_keep_gradients_and_their_own_memory(footprints):
     assert all(parts["recorded graphs"] == sum(kept) for name, parts in plan.phases.items() if name != "loading")
 
 
-def test_an_update_moves_a_bucket(footprints):
-    """The largest tensor, a convolution of 2560 to 1280 channels, is larger than a bucket."""
-    largest = 2560 * 1280 * 9
-    transient = {
-        "fp32": ({}, 0),
-        "rounded": ({"stochastic_rounding": True}, 8),
-        "half": ({"train_gradient_dtype": "half"}, 4),
-        "away": ({"offload": "optimizer"}, 4 + 2),
-    }
-    for settings, each in transient.values():
-        plan = predict(footprints["full"], config(train_micro_batch_size=1, **settings))
-        assert plan.phases["updating"]["activations, buffers"] == each * largest
-    in_backward = predict(footprints["full"], config(train_micro_batch_size=1, optimizer_in_backward=True))
-    assert in_backward.phases["training"]["gradients"] == 4 * largest
+# SD 1.5's largest tensor, a convolution of 2560 to 1280 channels, is larger than a bucket
+LARGEST = 2560 * 1280 * 9
+
+
+@pytest.mark.parametrize(
+    ("settings", "each"),
+    [
+        ({}, 0),
+        # gradients times what clips them
+        ({"train_use_8bit_adam": True}, 4),
+        # widened before
+        ({"train_gradient_dtype": "half"}, 4 + 4),
+        # weights in fp32; dice, the sum with them, and the rounded weights in fp32 and bf16
+        ({"stochastic_rounding": True}, 4 + 4 + (4 + 4 + 2)),
+        ({"stochastic_rounding": True, "train_gradient_dtype": "half"}, 4 + 4 + 4 + (4 + 4 + 2)),
+        # the host has them
+        ({"offload": "optimizer", "train_gradient_dtype": "half"}, 0),
+    ],
+)
+def test_an_update_makes_copies_of_a_bucket(footprints, settings, each):
+    plan = predict(footprints["full"], config(train_micro_batch_size=1, **settings))
+    assert plan.phases["updating"]["activations, buffers"] == each * LARGEST
+
+
+@pytest.mark.parametrize("settings", [{}, {"train_gradient_dtype": "half"}, {"stochastic_rounding": True}])
+def test_updates_in_the_backward_pass_are_of_one_weight(footprints, settings):
+    in_backward = {**settings, "optimizer_in_backward": True, "train_max_grad_norm": float("inf")}
+    whole = predict(footprints["full"], config(train_micro_batch_size=1, **settings)).phases
+    parts = predict(footprints["full"], config(train_micro_batch_size=1, **in_backward)).phases
+    gradient = 2 if "train_gradient_dtype" in settings else 4
+    assert parts["training"]["gradients"] == gradient * LARGEST
+    made = parts["training"]["activations, buffers"] - whole["training"]["activations, buffers"]
+    assert made == (whole["updating"]["activations, buffers"] or 4 * LARGEST)
+    assert "gradients" not in parts["updating"]
+    assert parts["updating"]["activations, buffers"] == 0
+
+
+def test_host_memory_of_an_offloaded_step():
+    """Two buckets take turns; the second, of 200 weights here, is the smaller one."""
+    assert _staged(SimpleNamespace(trained_sizes=[BUCKET, 200])) == BUCKET + 200
+    assert _staged(SimpleNamespace(trained_sizes=[100, 200])) == 300
+    assert _staged(SimpleNamespace(trained_sizes=[BUCKET, 200, BUCKET, 100])) == BUCKET + 200
+
+
+@pytest.mark.parametrize(
+    ("settings", "wide"),
+    [
+        ({}, 4),
+        ({"train_gradient_dtype": "half"}, 4 + 4),
+        ({"train_use_8bit_adam": True}, 0),
+    ],
+)
+def test_an_offloaded_step_widens_gradients_unless_it_reads_them_as_they_are(footprints, settings, wide):
+    host = predict(footprints["full"], config(train_micro_batch_size=1, offload="optimizer", **settings)).host
+    assert host.get("fp32 gradients", 0) == wide * LARGEST
+    gradient = 2 if "train_gradient_dtype" in settings else 4
+    assert host["pinned buffers"] == (gradient + 2) * _staged(footprints["full"])
+    assert LARGEST < _staged(footprints["full"]) <= 2 * LARGEST
 
 
 def test_idle_networks_are_there_when_they_work(footprints):
@@ -303,7 +351,9 @@ def test_a_folder_of_configs_is_enough(sd15, capsys):
     lora, full = (line for line in printed.splitlines() if line.startswith("ddpo-fast train"))
     run, parsed = cli.parse_train_options(full.split()[2:])
     assert run.full_finetune
-    assert (parsed.gradient_checkpointing, parsed.train_learning_rate) == ("blocks", 1e-5)
+    # full speed: nothing is computed twice, and nothing goes to the host
+    assert (parsed.gradient_checkpointing, parsed.offload, parsed.train_use_8bit_adam) == ("none", "none", True)
+    assert parsed.train_learning_rate == 1e-5
     assert not cli.parse_train_options(lora.split()[2:])[0].full_finetune
 
 

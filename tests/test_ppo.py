@@ -75,7 +75,7 @@ def test_dead_pairs_are_left_out_and_the_gradient_stays(make_trainer, tmp_path, 
             seen["with" if torch.is_grad_enabled() else "without"] += len(inputs[0]) // 2
 
         trainer.sd_pipeline.unet.register_forward_pre_hook(count)
-        trainer.engine.step = lambda: torch.zeros(())
+        trainer.engine.step = dict
         metrics = trainer._update([batch], skips and looks_first)
         gradient = torch.cat([p.grad.flatten() for p in trainer.engine.parameters])
         found[skips] = gradient, {name: float(value) for name, value in metrics.items()}
@@ -113,8 +113,8 @@ def test_looking_first_begins_when_many_pairs_were_dead(make_trainer):
     trainer = make_trainer(num_epochs=2)
     trainer._dead_shares = [0.1, 0.9]
     looked = []
-    update = trainer.ppo.update
-    trainer.ppo.update = lambda batches, size, looks, own: looked.append(looks) or update(batches, size, looks, own)
+    add = trainer.ppo.add_gradients
+    trainer.ppo.add_gradients = lambda batches, size, looks, own: looked.append(looks) or add(batches, size, looks, own)
     trainer.step(0, 0)
     assert looked == [False, True]
     assert trainer._dead_shares == [u["dead"] for u in updates_of(trainer)]
