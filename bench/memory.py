@@ -41,9 +41,10 @@ from runs import PromptsInTurn, synchronize
 from workloads import EXAMPLE, FULL_RATE, NEVER, TINY, prompts
 
 from ddpo_fast.config import DDPOConfig
+from ddpo_fast.engine import compute_dtype
 from ddpo_fast.fit import choose
 from ddpo_fast.footprint import Adapter, Footprint, read_configs
-from ddpo_fast.plan import CUDA_CONTEXT, GB, compute_dtype, predict
+from ddpo_fast.plan import CUDA_CONTEXT, GB, predict
 from ddpo_fast.rewards import jpeg_compressibility
 
 Row = dict[str, Any]
@@ -171,7 +172,12 @@ def trained(spec: Row) -> Row:
         config = DDPOConfig(output_dir=f"{folder}/run", **settings)
         adapter = Adapter() if spec["kind"] == "lora" else None
         footprint = Footprint(
-            read_configs(str(model)), adapter, compute_dtype(config), device, config.fuse_unet, config.sample_num_steps
+            read_configs(str(model)),
+            adapter,
+            compute_dtype(config.mixed_precision),
+            device,
+            config.fuse_unet,
+            config.sample_num_steps,
         )
         chosen: Row = {}
         if "cap" in spec:

@@ -25,7 +25,7 @@ from ddpo_fast.prompts import PROMPT_LISTS, PromptFunction, draw_prompts, load_p
 from ddpo_fast.run_log import folder_problem
 from ddpo_fast.trainer import DDPOTrainer
 from ddpo_fast.version import __version__
-from ddpo_fast.zero_settings import uses_zero, zero_settings
+from ddpo_fast.zero_settings import zero_settings
 
 BEFORE = "before.pt"
 SHOWN_PROMPTS = 8
@@ -186,7 +186,7 @@ def check_before_loading(
     ops.require_backend(config.kernel_backend, device)
     if config.attention == "xformers" and (problem := attention_problem("xformers", (), device)):
         raise ValueError(f"attention is 'xformers', which cannot run: {problem}")
-    if uses_zero(config):
+    if config.uses_deepspeed:
         zero_settings(config, config.mixed_precision)
     folder = Path(config.output_dir or "").expanduser()
     if not checkpoint.goes_on_in(folder, config.resume_from) and (problem := folder_problem(folder)):

@@ -181,10 +181,10 @@ class DDPOConfig:
             raise ValueError(message)
 
     def _check_packages(self) -> None:
-        on_host = self.offload != "none" and not self.zero and not self.deepspeed
+        on_host = self.offload != "none" and not self.uses_deepspeed
         if self.train_use_8bit_adam and not on_host and importlib.util.find_spec("bitsandbytes") is None:
             raise ImportError("train_use_8bit_adam needs bitsandbytes: `pip install bitsandbytes`, or set it to False")
-        if (self.zero or self.deepspeed) and importlib.util.find_spec("deepspeed") is None:
+        if self.uses_deepspeed and importlib.util.find_spec("deepspeed") is None:
             raise ImportError("zero and deepspeed need DeepSpeed: `pip install 'deepspeed>=0.19.8'`, or leave them out")
 
     def batch_size_problem(self, num_processes: int = 1) -> str:
@@ -202,6 +202,11 @@ class DDPOConfig:
                 f"({per_update})"
             )
         return ""
+
+    @property
+    def uses_deepspeed(self) -> bool:
+        """Whether these settings ask for DeepSpeed's ZeRO."""
+        return self.zero > 0 or self.deepspeed is not None
 
     @property
     def num_train_timesteps(self) -> int:
@@ -343,10 +348,6 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 )
 
 
-def _is_split(config: DDPOConfig) -> bool:
-    return config.zero > 0 or config.deepspeed is not None
-
-
 # settings that do not fit together: when, and what to do
 _CONFLICTS: tuple[tuple[Callable[[DDPOConfig], bool], str], ...] = (
     (
@@ -363,11 +364,11 @@ _CONFLICTS: tuple[tuple[Callable[[DDPOConfig], bool], str], ...] = (
         "train_paged_adam is True, which needs train_use_8bit_adam: set that too",
     ),
     (
-        lambda c: c.train_paged_adam and (c.offload != "none" or _is_split(c)),
+        lambda c: c.train_paged_adam and (c.offload != "none" or c.uses_deepspeed),
         "train_paged_adam is True, but offload or ZeRO decide where states are: leave it out",
     ),
     (
-        lambda c: c.stochastic_rounding and (c.mixed_precision != "bf16" or c.offload != "none" or _is_split(c)),
+        lambda c: c.stochastic_rounding and (c.mixed_precision != "bf16" or c.offload != "none" or c.uses_deepspeed),
         "stochastic_rounding is True, which needs mixed_precision='bf16' without offload and ZeRO",
     ),
     (
@@ -377,13 +378,13 @@ _CONFLICTS: tuple[tuple[Callable[[DDPOConfig], bool], str], ...] = (
     (
         lambda c: (
             c.optimizer_in_backward
-            and (c.mixed_precision == "fp16" or c.offload != "none" or _is_split(c) or c.cuda_graphs)
+            and (c.mixed_precision == "fp16" or c.offload != "none" or c.uses_deepspeed or c.cuda_graphs)
         ),
         "optimizer_in_backward is True, which needs mixed_precision 'bf16' or 'no' without offload, ZeRO and "
         "cuda_graphs",
     ),
     (
-        lambda c: _is_split(c) and (c.cuda_graphs or c.compile_unet),
+        lambda c: c.uses_deepspeed and (c.cuda_graphs or c.compile_unet),
         "cuda_graphs and compile_unet cannot look through ZeRO: leave them out",
     ),
 )

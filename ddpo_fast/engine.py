@@ -17,13 +17,13 @@ from ddpo_fast.ema import EMA, holding
 from ddpo_fast.loss_scale import LossScale
 from ddpo_fast.master_weights import MasterWeights
 from ddpo_fast.offload import Offload
-from ddpo_fast.optimizers import buckets, flat, step_in_buckets, step_in_place
+from ddpo_fast.optimizers import Warmup, buckets, flat, step_in_buckets, step_in_place
 
 COMPUTE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def compute_dtype(accelerator: Accelerator) -> torch.dtype:
-    return COMPUTE_DTYPES.get(accelerator.mixed_precision, torch.float32)
+def compute_dtype(mixed_precision: str | None) -> torch.dtype:
+    return COMPUTE_DTYPES.get(mixed_precision or "no", torch.float32)
 
 
 class Engine:
@@ -48,7 +48,7 @@ class Engine:
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.updates = 0
         self.zero = torch.zeros((), device=accelerator.device)
-        self._peak_rates = [group["lr"] for group in optimizer.param_groups]
+        self._warmup = Warmup(optimizer, config.train_warmup_steps)
         self._scale = LossScale(accelerator.device, accelerator.mixed_precision == "fp16")
         self._random = torch.Generator(accelerator.device)
         self._offload = Offload(optimizer, weights) if weights.truth == "host" else None
@@ -60,7 +60,7 @@ class Engine:
         self.ema = EMA(weights.masters, config.ema_decay, on_host) if config.ema_decay else None
         if config.optimizer_in_backward:
             self._update_in_backward()
-        self._set_rate()
+        self._warmup.set_rate(self.updates)
 
     def computing(self) -> AbstractContextManager[None]:
         """The network's trained weights are in the compute precision."""
@@ -122,7 +122,7 @@ class Engine:
         if self._scale.enabled:
             logged |= {"skipped_step": overflowed.float(), "loss_scale": self._scale.value.clone()}
         self._scale.update(overflowed)
-        self._set_rate()
+        self._warmup.set_rate(self.updates)
         return logged
 
     def _apply(self, multiplier: Tensor, overflowed: Tensor) -> None:
@@ -162,11 +162,6 @@ class Engine:
         # the same in every process, and in a run that was resumed
         return self._random.manual_seed(((self.config.seed * 1_000_003 + self.updates) * 10_007 + i) % 2**63)
 
-    def _set_rate(self) -> None:
-        """The learning rate of the next update."""
-        for group, rate in zip(self.optimizer.param_groups, self._peak_rates, strict=True):
-            group["lr"] = rate * min(1.0, (self.updates + 1) / max(1, self.config.train_warmup_steps))
-
     def _update_in_backward(self) -> None:
         for i, parameter in enumerate(self.weights.parameters):
             parameter.register_post_accumulate_grad_hook(lambda _, i=i: self._update_one(i))
@@ -180,7 +175,7 @@ class Engine:
         self.weights.refresh()
         if self.ema is not None:
             self.ema.update(self.weights.masters)
-        self._set_rate()
+        self._warmup.set_rate(self.updates)
         return {}
 
     # processes
@@ -256,7 +251,7 @@ class Engine:
                 moments.put(self.optimizer, master, values, state["step"], seen)
         if self.ema is not None:
             self.ema.set(state.get("ema", self.weights.masters))
-        self._set_rate()
+        self._warmup.set_rate(self.updates)
 
 
 def _norm(gradients: Sequence[Tensor]) -> Tensor:

@@ -53,7 +53,7 @@ class MasterWeights:
         self._sums = [None] * len(self.parameters)
         self._give([master.data for master in self.masters])
         for i, parameter in enumerate(self.parameters):
-            parameter.register_post_accumulate_grad_hook(self._adds_to(i, gradient_dtype or dtype))
+            parameter.register_post_accumulate_grad_hook(sums_to(self._sums, i, gradient_dtype or dtype))
 
     @property
     def is_one_set(self) -> bool:
@@ -118,24 +118,27 @@ class MasterWeights:
             if gradient is None:
                 self.set_gradient(i, torch.zeros_like(weight, dtype=gradient_dtype))
 
-    def _adds_to(self, i: int, dtype: torch.dtype) -> Callable[[Tensor], None]:
-        def add(parameter: Tensor) -> None:
-            gradient, total = parameter.grad, self._sums[i]
-            assert gradient is not None
-            # first: memory may run out below, and what is begun again must not find this
-            parameter.grad = None
-            if total is None:
-                self._sums[i] = gradient.to(dtype)
-            else:
-                # one kernel, which widens as it reads
-                total.add_(gradient)
-
-        return add
-
     def _give(self, values: Sequence[Tensor]) -> None:
         for parameter, value in zip(self.parameters, values, strict=True):
             parameter.data = value
         self._seen = [p._version for p in self.parameters]
+
+
+def sums_to(sums: list[Tensor | None], i: int, dtype: torch.dtype) -> Callable[[Tensor], None]:
+    """A hook for when a parameter's gradient is ready: adds it to `sums[i]`, in `dtype`, and frees it."""
+
+    def add(parameter: Tensor) -> None:
+        gradient, total = parameter.grad, sums[i]
+        assert gradient is not None
+        # first: memory may run out below, and what is begun again must not find this
+        parameter.grad = None
+        if total is None:
+            sums[i] = gradient.to(dtype)
+        else:
+            # one kernel, which widens as it reads
+            total.add_(gradient)
+
+    return add
 
 
 def _at(weights: Tensor, truth: Truth, device: torch.device | str) -> Tensor:

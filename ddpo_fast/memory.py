@@ -5,7 +5,7 @@ Sizes are powers of two: a little more or less free memory then gives the same r
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any
@@ -83,11 +83,6 @@ class Sizes:
         self.micro_batch_size = self.micro_batch_size // 2
         return True
 
-    def _brought(self) -> set[int]:
-        """Storages of weights that DeepSpeed's stage 3 has brought together for the layers under way."""
-        split = (parameter for parameter in self.unet.parameters() if hasattr(parameter, "ds_id"))
-        return {parameter.untyped_storage().data_ptr() for parameter in split}
-
     @property
     def _rows_per_pair(self) -> int:
         return 2 if self.config.guides_training else 1
@@ -100,10 +95,16 @@ class Sizes:
 
     @cached_property
     def _bytes_per_row(self) -> int:
+        weights = list(self.unet.parameters())
+        # DeepSpeed's stage 3 brings weights together for the layers under way
+        split = [weight for weight in weights if hasattr(weight, "ds_id")]
         with self.computing():
-            there_anyway = {parameter.untyped_storage().data_ptr() for parameter in self.unet.parameters()}
-            kept = kept_bytes(self.forward, there_anyway, self._brought) // self._rows_per_pair
+            kept = kept_bytes(self.forward, _storages(weights), lambda: _storages(split)) // self._rows_per_pair
         return max(1, kept * (RUN_AGAIN if self.config.gradient_checkpointing == "blocks" else 1))
+
+
+def _storages(tensors: Iterable[torch.Tensor]) -> set[int]:
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
 
 def free_bytes(device: torch.device, num_processes: int = 1, gpu_memory: float | None = None) -> int:

@@ -44,6 +44,20 @@ def make_optimizer(parameters: Iterable[torch.nn.Parameter], config: DDPOConfig)
     )
 
 
+class Warmup:
+    """Learning rates that rise linearly to those that the optimizer was made with, over `steps` updates."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, steps: int) -> None:
+        self.optimizer = optimizer
+        self.steps = steps
+        self.peaks = [group["lr"] for group in optimizer.param_groups]
+
+    def set_rate(self, updates: int) -> None:
+        """For the update after so many."""
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * min(1.0, (updates + 1) / max(1, self.steps))
+
+
 def buckets(sizes: Iterable[int]) -> Iterator[list[int]]:
     """The indices of tensors with these sizes in order, in groups of at most `BUCKET` elements, or of a larger one."""
     bucket: list[int] = []
@@ -65,8 +79,9 @@ def step_in_place(optimizer: torch.optim.Optimizer, weights: MasterWeights, mult
     for master, gradient in zip(weights.masters, weights.gradients, strict=True):
         master.grad = gradient
     optimizer.step()
-    for master in weights.masters:
-        master.grad = None if not weights.is_one_set else master.grad
+    if not weights.is_one_set:
+        for master in weights.masters:
+            master.grad = None
 
 
 def step_in_buckets(

@@ -18,7 +18,7 @@ from ddpo_fast.master_weights import MasterWeights, Truth
 from ddpo_fast.plan import CUDA_CONTEXT, GB
 from ddpo_fast.recompute import set_recompute
 from ddpo_fast.zero import ZeroEngine
-from ddpo_fast.zero_settings import prepare_communication, uses_zero, zero_settings
+from ddpo_fast.zero_settings import prepare_communication, zero_settings
 
 
 def place_networks(pipeline: Any, config: DDPOConfig, accelerator: Accelerator) -> Any:
@@ -26,7 +26,7 @@ def place_networks(pipeline: Any, config: DDPOConfig, accelerator: Accelerator) 
 
     Returns what the pipeline wants to have trained.
     """
-    device, dtype = accelerator.device, compute_dtype(accelerator)
+    device, dtype = accelerator.device, compute_dtype(accelerator.mixed_precision)
     if config.gpu_memory is not None and device.type == "cuda":
         share = (config.gpu_memory * GB - CUDA_CONTEXT) / torch.cuda.get_device_properties(device).total_memory
         if share <= 0:
@@ -42,12 +42,12 @@ def place_networks(pipeline: Any, config: DDPOConfig, accelerator: Accelerator) 
     own_precision = pipeline.autocast is not None
     layers = pipeline.get_trainable_layers()
     trained = {id(parameter) for parameter in trainable_parameters(layers)}
+    # exact weights must not take the device's memory where they stay on the host, or DeepSpeed casts them first
+    home = "cpu" if _truth(config) == "host" or is_split(config, accelerator) else device
     for parameter in [*pipeline.unet.parameters(), *trainable_parameters(layers)]:
         # half-precision weights would round small updates away
         exact = id(parameter) in trained or own_precision
-        # exact weights must not take the device's memory where they stay on the host, or DeepSpeed casts them first
-        on_host = _truth(config) == "host" or is_split(config, accelerator)
-        there = "cpu" if id(parameter) in trained and on_host else device
+        there = home if id(parameter) in trained else device
         parameter.data = parameter.data.to(there, torch.float32 if exact else dtype)
     for buffer in pipeline.unet.buffers():
         buffer.data = buffer.data.to(device)
@@ -79,7 +79,7 @@ def trainable_parameters(layers: Any) -> list[nn.Parameter]:
 
 def is_split(config: DDPOConfig, accelerator: Accelerator) -> bool:
     """Whether DeepSpeed trains, as the settings or `accelerate launch` ask for."""
-    return uses_zero(config) or getattr(accelerator.state, "deepspeed_plugin", None) is not None
+    return config.uses_deepspeed or getattr(accelerator.state, "deepspeed_plugin", None) is not None
 
 
 def make_engine(
@@ -94,13 +94,13 @@ def make_engine(
     own_precision = pipeline.autocast is not None
     if is_split(config, accelerator):
         precision = "no" if own_precision else accelerator.mixed_precision
-        given = None if uses_zero(config) else accelerator.state.deepspeed_plugin.deepspeed_config
+        given = None if config.uses_deepspeed else accelerator.state.deepspeed_plugin.deepspeed_config
         settings = zero_settings(config, precision, given)
         prepare_communication(accelerator)
         return ZeroEngine(accelerator, pipeline.unet, trained, make_optimizer, settings, config)
     weights = MasterWeights(
         trained,
-        torch.float32 if own_precision else compute_dtype(accelerator),
+        torch.float32 if own_precision else compute_dtype(accelerator.mixed_precision),
         accelerator.device,
         _truth(config),
         None if config.train_gradient_dtype == "half" else torch.float32,
@@ -111,4 +111,4 @@ def make_engine(
 def _truth(config: DDPOConfig) -> Truth:
     if config.stochastic_rounding:
         return "copies"
-    return "host" if config.offload != "none" and not uses_zero(config) else "device"
+    return "host" if config.offload != "none" and not config.uses_deepspeed else "device"

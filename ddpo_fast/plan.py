@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 
 from ddpo_fast.config import DDPOConfig
-from ddpo_fast.engine import COMPUTE_DTYPES
 from ddpo_fast.footprint import Footprint
 from ddpo_fast.memory import MOST_ROWS, batches_to_merge, equal_parts
 from ddpo_fast.optimizers import buckets
@@ -78,10 +77,6 @@ class Plan:
 
 def _gb(size: int, least: int = 5_000_000) -> str:
     return f"{size / GB:.2f}" if size >= least else "-" if size == 0 else "<0.01"
-
-
-def compute_dtype(config: DDPOConfig) -> torch.dtype:
-    return COMPUTE_DTYPES.get(config.mixed_precision, torch.float32)
 
 
 def predict(footprint: Footprint, config: DDPOConfig, num_processes: int = 1, shown_images: int = SHOWN_IMAGES) -> Plan:

@@ -11,10 +11,11 @@ from typing import Any, Protocol
 import torch
 
 from ddpo_fast.config import DDPOConfig
+from ddpo_fast.engine import compute_dtype
 from ddpo_fast.fit import MARGIN, Choice, choose
 from ddpo_fast.footprint import Adapter, Footprint, ModelConfigs, read_configs
 from ddpo_fast.pipeline import model_folder
-from ddpo_fast.plan import CUDA_CONTEXT, CUDA_WORKSPACES, GB, compute_dtype
+from ddpo_fast.plan import CUDA_CONTEXT, CUDA_WORKSPACES, GB
 
 
 class Run(Protocol):
@@ -40,7 +41,7 @@ def footprint_of(
     return Footprint(
         configs,
         None if full else Adapter(run.lora_rank, tuple(run.target_modules)),
-        compute_dtype(config),
+        compute_dtype(config.mixed_precision),
         device_type,
         config.fuse_unet,
         config.sample_num_steps,

@@ -75,21 +75,14 @@ class DDPOTrainer(HubModel):
         self.num_train_timesteps = config.num_train_timesteps
         resume = checkpoint.find(config.resume_from) if config.resume_from else None
         state = checkpoint.read_state(resume) if resume else {}
-        self.accelerator = make_accelerator(config, output_folder(config))
+        folder = output_folder(config)
+        self.accelerator = make_accelerator(config, folder)
         # the default folder carries a time, which must be the main process's
-        self.output_dir = Path(the_main_one(self.accelerator, str(output_folder(config))))
+        self.output_dir = Path(the_main_one(self.accelerator, str(folder)))
         if torch.cuda.is_available():
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
         ops.require_backend(config.kernel_backend, self.accelerator.device.type)
-        if config.cuda_graphs:
-            problem = cuda_graphs.problem(self.accelerator.device)
-            if sd_pipeline.autocast is not None:
-                problem = "this pipeline has an autocast, whose casts are forgotten before a graph reads them"
-            if problem:
-                raise ValueError(f"cuda_graphs is True, but {problem}: leave it out")
         self._check_launch()
-        if config.optimizer_in_backward and self.accelerator.num_processes > 1:
-            raise ValueError("optimizer_in_backward is True, which is for one process: leave it out")
         okay, message = self._config_check()
         if not okay:
             raise ValueError(message)
@@ -138,6 +131,14 @@ class DDPOTrainer(HubModel):
         if is_split(self.config, self.accelerator) and not self.config.zero:
             known.deepspeed = self.config.deepspeed or "accelerate's"
         known.check()
+        if known.optimizer_in_backward and self.accelerator.num_processes > 1:
+            raise ValueError("optimizer_in_backward is True, which is for one process: leave it out")
+        if known.cuda_graphs:
+            problem = cuda_graphs.problem(self.accelerator.device)
+            if self.sd_pipeline.autocast is not None:
+                problem = "this pipeline has an autocast, whose casts are forgotten before a graph reads them"
+            if problem:
+                raise ValueError(f"cuda_graphs is True, but {problem}: leave it out")
 
     trainable_parameters = staticmethod(trainable_parameters)
 

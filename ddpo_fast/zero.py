@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from ddpo_fast import moments
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.ema import EMA, holding
-from ddpo_fast.optimizers import buckets
+from ddpo_fast.master_weights import sums_to
+from ddpo_fast.optimizers import Warmup, buckets
 
 
 class Fragment(NamedTuple):
@@ -81,14 +82,14 @@ class ZeroEngine:
         self._update = ExitStack()
         self._is_adding = False
         self._sums: list[Tensor | None] = [None] * len(self.parameters)
-        dtype = self.parameters[0].dtype
-        if config.train_gradient_dtype == "fp32" and dtype != torch.float32:
+        self._gradient_dtype = torch.float32 if config.train_gradient_dtype == "fp32" else self.parameters[0].dtype
+        if self._gradient_dtype != self.parameters[0].dtype:
             for i, parameter in enumerate(self.parameters):
-                parameter.register_post_accumulate_grad_hook(self._adds_to(i))
+                parameter.register_post_accumulate_grad_hook(sums_to(self._sums, i, torch.float32))
         on_host = config.ema_device == "cpu"
         self.ema = EMA(self._flats, config.ema_decay, on_host) if config.ema_decay else None
-        self._peak_rates = [group["lr"] for group in self.optimizer.param_groups]
-        self._set_rate()
+        self._warmup = Warmup(self.optimizer, config.train_warmup_steps)
+        self._warmup.set_rate(self.updates)
 
     @property
     def stage(self) -> int:
@@ -141,9 +142,8 @@ class ZeroEngine:
         output.backward(gradient)
 
     def zero_gradients(self) -> None:
-        self._sums = [None] * len(self.parameters)
-        for parameter in self.parameters:
-            parameter.grad = None
+        for i, parameter in enumerate(self.parameters):
+            self._sums[i] = parameter.grad = None
 
     def passes_to_match(self, mine: int) -> int:
         """Forward passes that this process must make where it needs `mine`: as many as the one with the most, as
@@ -159,18 +159,6 @@ class ZeroEngine:
         if not self._is_adding:
             self._update.enter_context(self.deepspeed.coalesce_grad_reduction())
             self._is_adding = True
-
-    def _adds_to(self, i: int) -> Callable[[Tensor], None]:
-        def add(parameter: Tensor) -> None:
-            gradient, total = parameter.grad, self._sums[i]
-            assert gradient is not None
-            parameter.grad = None
-            if total is None:
-                self._sums[i] = gradient.float()
-            else:
-                total.add_(gradient)
-
-        return add
 
     def _hand_over(self) -> None:
         """Every parameter has a gradient in the network's precision, as processes that miss one would not be met."""
@@ -207,22 +195,14 @@ class ZeroEngine:
             logged |= {"skipped_step": self.zero + float(skipped), "loss_scale": self.zero + float(scale)}
         if self.ema is not None and self.deepspeed.was_step_applied():
             self.ema.update(self._flats)
-        self._set_rate()
+        self._warmup.set_rate(self.updates)
         return logged
-
-    def _set_rate(self) -> None:
-        """The learning rate of the next update."""
-        for group, rate in zip(self.optimizer.param_groups, self._peak_rates, strict=True):
-            group["lr"] = rate * min(1.0, (self.updates + 1) / max(1, self.config.train_warmup_steps))
 
     def bytes_to_come(self) -> int:
         """What the first update will allocate on the device: whole gradients, and a share of Adam's moments."""
         weights = sum(shape.numel() for shape in self._shapes)
-        half = (
-            self.config.train_gradient_dtype == "half" and self.deepspeed.fp16_enabled()
-        ) or self.deepspeed.bfloat16_enabled()
         states = 0 if self.optimizer.state or self._flats[0].device.type == "cpu" else 8
-        return weights * (2 if half else 4) + states * sum(flat.numel() for flat in self._flats)
+        return weights * self._gradient_dtype.itemsize + states * sum(flat.numel() for flat in self._flats)
 
     # whole parameters from everybody's part
 
@@ -324,7 +304,7 @@ class ZeroEngine:
         if self.ema is not None:
             averages = self._parts(state["ema"], "exp_avg") if "ema" in state else {}
             self.ema.set([averages.get(id(flat), flat) for flat in self._flats])
-        self._set_rate()
+        self._warmup.set_rate(self.updates)
 
     def own_state(self) -> dict[str, Any]:
         """What only this process, with the same part of everything, can go on from to the bit: 8-bit states."""

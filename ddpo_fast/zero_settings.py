@@ -16,10 +16,6 @@ from ddpo_fast.loss_scale import PATIENCE
 from ddpo_fast.optimizers import BUCKET
 
 
-def uses_zero(config: DDPOConfig) -> bool:
-    return config.zero > 0 or config.deepspeed is not None
-
-
 def zero_settings(config: DDPOConfig, precision: str, given: dict[str, Any] | None = None) -> dict[str, Any]:
     """DeepSpeed's settings: those of the file that `config.deepspeed` names, with what only this program knows.
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTextConfig
 
 from ddpo_fast import DDPOConfig, cli, plan_command
 from ddpo_fast.fit import LEVERS, MARGIN, choose, with_settings
@@ -22,6 +21,9 @@ from ddpo_fast.optimizers import BUCKET
 from ddpo_fast.plan import GB, _staged, decode_bytes, predict, state_bytes
 from ddpo_fast.tiny_sd import MODEL
 
+sys.path.append(str(Path(__file__).parents[1] / "bench"))
+from model import make_sd15
+
 SD15_WEIGHTS = 859_520_964
 FULL = DDPOConfig(mixed_precision="bf16")
 
@@ -30,26 +32,10 @@ FULL = DDPOConfig(mixed_precision="bf16")
 def sd15(tmp_path_factory) -> str:
     """A folder with the configs of Stable Diffusion 1.5 and nothing else."""
     folder = tmp_path_factory.mktemp("sd15")
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(
-            block_out_channels=(320, 640, 1280, 1280),
-            cross_attention_dim=768,
-            attention_head_dim=8,
-            sample_size=64,
-            layers_per_block=2,
-        )
-        vae = AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512),
-            latent_channels=4,
-            layers_per_block=2,
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            sample_size=512,
-        )
-    unet.save_config(folder / "unet")
-    vae.save_config(folder / "vae")
-    sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-    CLIPTextConfig(vocab_size=49408, max_position_embeddings=77, **sizes).save_pretrained(folder / "text_encoder")
+    pipe = make_sd15("meta")
+    pipe.unet.save_config(folder / "unet")
+    pipe.vae.save_config(folder / "vae")
+    pipe.text_encoder.config.save_pretrained(folder / "text_encoder")
     (folder / "model_index.json").write_text("{}")
     return str(folder)
 
