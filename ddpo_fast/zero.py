@@ -30,6 +30,19 @@ class Fragment(NamedTuple):
     size: int
 
 
+class SplitLinear(nn.Linear):
+    """A linear layer that keeps no whole weight for its backward pass: DeepSpeed's function, in this layer only.
+
+    DeepSpeed would put it into torch in place of `functional.linear`, where it sums biases' gradients of every other
+    network of the process in another order.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        from deepspeed.runtime.zero.linear import zero3_linear_wrap
+
+        return zero3_linear_wrap(x, self.weight, self.bias)
+
+
 # bitsandbytes' names of what a parameter's 8-bit state is made of
 RAW = ("state1", "state2", "absmax1", "absmax2")
 
@@ -73,6 +86,10 @@ class ZeroEngine:
             config=settings,
             dist_init_required=False,
         )
+        if self.stage == 3:
+            for module in network.modules():
+                if type(module) is nn.Linear:
+                    module.__class__ = SplitLinear
         self._zero: Any = self.deepspeed.optimizer
         self.optimizer = self._zero.optimizer
         self._shapes = [getattr(p, "ds_shape", p.shape) for p in self.parameters]

@@ -53,7 +53,8 @@ def zero_settings(config: DDPOConfig, precision: str, given: dict[str, Any] | No
     settings.pop("train_batch_size", None)
     # rates follow train_warmup_steps
     settings.pop("scheduler", None)
-    stage = settings["zero_optimization"]
+    # stage 3's would take the place of torch's for everything that the process computes from there on
+    stage = settings["zero_optimization"] = {**settings["zero_optimization"], "memory_efficient_linear": False}
     devices = {stage.get(name, {}).get("device") for name in ("offload_optimizer", "offload_param")}
     if "nvme" in devices or settings.get("data_types", {}).get("grad_accum_dtype"):
         raise ValueError(

@@ -16,6 +16,7 @@ from tiny_run import SETTINGS, brightness, forget_accelerate_state
 from ddpo_fast import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline, checkpoint
 from ddpo_fast.prompts import load_prompts
 
+LINEAR = torch.nn.functional.linear
 BATCHES = SETTINGS["sample_num_batches_per_epoch"]
 
 
@@ -43,6 +44,7 @@ def run(model: str, folder: Path, name: str, settings: dict) -> None:
     kept = {}
     with_advantages(trainer, kept)
     trainer.train(epochs)
+    kept["linear_is_torchs"] = torch.nn.functional.linear is LINEAR
     kept["advantages"] = trainer.accelerator.gather(kept["advantages"].to(trainer.accelerator.device))
     kept["trail"] = trainer.accelerator.gather(kept["trail"])
     kept["prompts"] = len(trainer.stat_tracker.get_stats())

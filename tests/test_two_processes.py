@@ -142,6 +142,12 @@ def test_processes_draw_different_images(runs):
     assert not torch.equal(*(torch.load(folder / "ddp" / f"states_{i}.pt")["torch"] for i in (0, 1)))
 
 
+def test_torch_is_left_as_it_was(runs):
+    """DeepSpeed's stage 3 would leave its own linear layer there, and runs after it had other bits."""
+    _, results = runs
+    assert all(result["linear_is_torchs"] for result in results.values())
+
+
 @pytest.mark.parametrize("name", ["zero-2", "zero-3", "bits-zero-2"])
 def test_a_run_that_is_resumed_ends_with_the_same_bits(runs, name):
     _, results = runs
