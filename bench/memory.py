@@ -43,7 +43,8 @@ from workloads import EXAMPLE, FULL_RATE, NEVER, TINY, prompts
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.engine import compute_dtype
 from ddpo_fast.fit import choose
-from ddpo_fast.footprint import Adapter, Footprint, read_configs
+from ddpo_fast.footprint import Adapter, Footprint
+from ddpo_fast.model_configs import check_model
 from ddpo_fast.plan import CUDA_CONTEXT, GB, predict
 from ddpo_fast.rewards import jpeg_compressibility
 
@@ -172,7 +173,7 @@ def trained(spec: Row) -> Row:
         config = DDPOConfig(output_dir=f"{folder}/run", **settings)
         adapter = Adapter() if spec["kind"] == "lora" else None
         footprint = Footprint(
-            read_configs(str(model)),
+            check_model(str(model)),
             adapter,
             compute_dtype(config.mixed_precision),
             device,

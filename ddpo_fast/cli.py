@@ -19,7 +19,8 @@ from transformers import HfArgumentParser
 from ddpo_fast import checkpoint, ops, plan_command, report, rewards
 from ddpo_fast.attention import attention_problem
 from ddpo_fast.config import DDPOConfig
-from ddpo_fast.pipeline import DefaultDDPOStableDiffusionPipeline, model_folder
+from ddpo_fast.model_configs import check_model
+from ddpo_fast.pipeline import DefaultDDPOStableDiffusionPipeline
 from ddpo_fast.processes import the_main_one
 from ddpo_fast.prompts import PROMPT_LISTS, PromptFunction, draw_prompts, load_prompts
 from ddpo_fast.run_log import folder_problem
@@ -181,7 +182,7 @@ def check_before_loading(
     run: RunArguments, config: DDPOConfig, reward_function: rewards.RewardFunction, shown: tuple[Any, Any]
 ) -> None:
     """What can be found wrong without the model, found now; the reward function scores two gray images."""
-    model_folder(run.pretrained_model)
+    check_model(run.pretrained_model, run.pretrained_revision, config.sample_num_steps, config.sample_eta)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ops.require_backend(config.kernel_backend, device)
     if config.attention == "xformers" and (problem := attention_problem("xformers", (), device)):

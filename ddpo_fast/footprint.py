@@ -20,6 +20,7 @@ from ddpo_fast import sampler
 from ddpo_fast.attention import SDPAProcessor, is_plain
 from ddpo_fast.fuse_unet import faster_layers, fuse_unet
 from ddpo_fast.live_bytes import Trace, trace
+from ddpo_fast.model_configs import ModelConfigs
 from ddpo_fast.prompt_embeddings import ENCODED_AT_ONCE
 from ddpo_fast.recompute import set_recompute
 from ddpo_fast.unet_cache import UNetCache, cache_problem
@@ -31,28 +32,6 @@ class Adapter:
 
     rank: int = 4
     target_modules: Sequence[str] = ("to_k", "to_q", "to_v", "to_out.0")
-
-
-@dataclass(frozen=True)
-class ModelConfigs:
-    """What the `config.json` files of a pipeline's networks say."""
-
-    unet: dict[str, Any]
-    vae: dict[str, Any]
-    text_encoder: dict[str, Any]
-
-
-def read_configs(model: str, revision: str = "main") -> ModelConfigs:
-    """The configs of a folder, or of a Hub id, of which nothing else is fetched. Raises `OSError` for what has none."""
-    try:
-        return ModelConfigs(
-            dict(UNet2DConditionModel.load_config(model, subfolder="unet", revision=revision)),
-            dict(AutoencoderKL.load_config(model, subfolder="vae", revision=revision)),
-            CLIPTextConfig.from_pretrained(model, subfolder="text_encoder", revision=revision).to_dict(),
-        )
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise OSError(f"pretrained_model {model!r} has no configs that can be read: {reason}") from error
 
 
 class Footprint:
@@ -106,8 +85,7 @@ class Footprint:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        edge = self.configs.unet["sample_size"]
-        return self.configs.unet["in_channels"], edge, edge
+        return self.configs.latent_shape
 
     @property
     def embedding_shape(self) -> tuple[int, int]:
@@ -116,8 +94,8 @@ class Footprint:
     @property
     def pixels(self) -> int:
         """Values of an image."""
-        _, height, width = self.latent_shape
-        return 3 * height * width * (2 ** (len(self.configs.vae["block_out_channels"]) - 1)) ** 2
+        height, width = self.configs.image_size
+        return 3 * height * width
 
     @property
     def decoded_at_once(self) -> int:

@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file
 
-from ddpo_fast import ops, sampler, tiny_sd
-from ddpo_fast.noise_schedule import NoiseSchedule
+from ddpo_fast import adapter, ops, sampler
+from ddpo_fast.adapter import ADAPTER, LORA_WEIGHTS, TRL_RANK, TRL_TARGETS
+from ddpo_fast.model_configs import check_model, first_line, model_folder, pickle_problem, variant_of
+from ddpo_fast.noise_schedule import NoiseSchedule, check_steps
 from ddpo_fast.sampler import DDPOPipelineOutput, DDPOSchedulerOutput
-
-logger = logging.getLogger(__name__)
-
-LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
-ADAPTER = "default"
 
 
 class DDPOStableDiffusionPipeline:
@@ -85,13 +78,16 @@ class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
     """A diffusers `StableDiffusionPipeline` with a DDIM scheduler, trained by LoRA or in all its UNet's weights.
 
     Args:
-        pretrained_model_name: folder or Hub id; '' is the bundled tiny model. A folder with LoRA weights continues
-            with that adapter.
+        pretrained_model_name: folder or Hub id; '' is the bundled tiny model. With an adapter's file beside it,
+            training goes on with that adapter.
         pretrained_model_revision: git revision on the Hub.
         use_lora: train a low-rank adapter (TRL's default) or all weights.
-        lora_rank, lora_alpha, lora_target_modules: the adapter's shape; the defaults are TRL's.
+        lora_rank, lora_alpha, lora_target_modules: the shape of a new adapter; the defaults are TRL's.
 
-    Raises `ValueError` for a folder that holds no pipeline, `OSError` for a pipeline that cannot be loaded.
+    `lora_config` is the shape of the adapter that is trained.
+
+    Raises `ValueError` for a model that cannot be trained, told from its configs, and for options that contradict the
+    adapter beside it; `OSError` for what cannot be read.
     """
 
     def __init__(
@@ -100,42 +96,35 @@ class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
         *,
         pretrained_model_revision: str = "main",
         use_lora: bool = True,
-        lora_rank: int = 4,
-        lora_alpha: int = 4,
-        lora_target_modules: Sequence[str] = ("to_k", "to_q", "to_v", "to_out.0"),
+        lora_rank: int = TRL_RANK,
+        lora_alpha: int = TRL_RANK,
+        lora_target_modules: Sequence[str] = TRL_TARGETS,
     ) -> None:
         self.pretrained_model = str(pretrained_model_name)
         self.pretrained_revision = pretrained_model_revision
         self.use_lora = use_lora
+        targets = [lora_target_modules] if isinstance(lora_target_modules, str) else list(lora_target_modules)
+        beside = adapter.find_adapter(self.pretrained_model, pretrained_model_revision)
+        if beside is not None and not use_lora:
+            raise ValueError(
+                f"use_lora is False (--full-finetune), and there is an adapter beside the model, {beside}: make one "
+                f"model of both first ({adapter.FUSE}), move the adapter away, or train it with use_lora=True"
+            )
         self.sd_pipeline: Any = load_stable_diffusion(self.pretrained_model, pretrained_model_revision)
         self.lora_config = LoraConfig(
-            r=lora_rank,
-            lora_alpha=lora_alpha,
-            init_lora_weights="gaussian",
-            target_modules=list(lora_target_modules),
+            r=lora_rank, lora_alpha=lora_alpha, init_lora_weights="gaussian", target_modules=targets
         )
-        self._load_lora()
-        self.sd_pipeline.scheduler = DDIMScheduler.from_config(self.sd_pipeline.scheduler.config)
-        self.sd_pipeline.safety_checker = None
+        if beside is not None:
+            adapter.load_adapter(self.sd_pipeline, beside)
+        # an adapter may be the text encoder's alone
+        if beside is not None and ADAPTER in getattr(self.unet, "peft_config", {}):
+            adapter.check_options(self.unet, beside, lora_rank, lora_alpha, targets)
+            self.lora_config = self.unet.peft_config[ADAPTER]
+        elif use_lora:
+            adapter.check_new(self.unet, self.lora_config)
         self.sd_pipeline.vae.requires_grad_(False)
         self.sd_pipeline.text_encoder.requires_grad_(False)
         self.sd_pipeline.unet.requires_grad_(not self.use_lora)
-
-    def _load_lora(self) -> None:
-        """Takes up the adapter that lies beside the model, if one does: training then continues it."""
-        folder = model_folder(self.pretrained_model)
-        if folder is not None and not (folder / LORA_WEIGHTS).exists():
-            return
-        try:
-            self.sd_pipeline.load_lora_weights(
-                str(folder or self.pretrained_model),
-                weight_name=LORA_WEIGHTS,
-                revision=self.pretrained_revision,
-                adapter_name=ADAPTER,
-            )
-            self.use_lora = True
-        except OSError:
-            logger.info("no LoRA weights beside %s: a new adapter is made", self.pretrained_model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> DDPOPipelineOutput:
         return sampler.generate(self.sd_pipeline, *args, **kwargs)
@@ -197,12 +186,14 @@ class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
         self.sd_pipeline.set_progress_bar_config(*args, **kwargs)
 
     def get_trainable_layers(self) -> Any:
-        """The UNet, whose trainable parameters are in fp32: all of them, or the adapter's."""
+        """The UNet, whose trainable parameters are in fp32: all of them, or the adapter's.
+
+        Other adapters that are active stay in force and are not trained.
+        """
         if self.use_lora:
-            if ADAPTER not in getattr(self.unet, "peft_config", {}):
-                self.unet.add_adapter(self.lora_config, ADAPTER)
-            for name, parameter in self.unet.named_parameters():
-                parameter.requires_grad_("lora_" in name)
+            adapter.add_adapter(self.unet, self.lora_config)
+        else:
+            adapter.check_none(self.unet)
         for parameter in self.unet.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -210,41 +201,33 @@ class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
 
     def save_pretrained(self, output_dir: str | Path) -> None:
         """A folder that plain diffusers opens: the whole pipeline, and the adapter's weights beside it."""
-        if not self.use_lora:
-            self.sd_pipeline.save_pretrained(output_dir)
-            return
-        self._save_lora(self.unet, output_dir)
         plain = copy.copy(self.sd_pipeline)
-        plain.unet = without_adapter(self.unet)
+        for name in ("unet", "text_encoder"):
+            network = getattr(self.sd_pipeline, name)
+            if adapter.has_adapter(network):
+                setattr(plain, name, adapter.without_adapter(network))
+        if self.use_lora:
+            adapter.save_adapter(self.sd_pipeline, self.unet, output_dir)
         plain.save_pretrained(output_dir)
+        _let_read(Path(output_dir))
 
     def save_checkpoint(self, models: list, weights: list, output_dir: str | Path) -> None:
         """Writes the trained weights of `models[0]`: the adapter's file, or a `unet` folder."""
         if self.use_lora:
-            self._save_lora(_only(models), output_dir)
+            adapter.save_adapter(self.sd_pipeline, _only(models), output_dir)
         else:
             _only(models).save_pretrained(Path(output_dir) / "unet")
+        _let_read(Path(output_dir))
 
     def load_checkpoint(self, models: list, input_dir: str | Path) -> None:
         """Reads what `save_checkpoint` wrote into the parameters that are being trained."""
         if self.use_lora:
-            state = load_file(Path(input_dir) / LORA_WEIGHTS)
-            state = {name.removeprefix("unet."): value for name, value in state.items()}
-            problems = set_peft_model_state_dict(
-                _only(models), convert_unet_state_dict_to_peft(state), adapter_name=ADAPTER
-            )
-            if problems is not None and problems.unexpected_keys:
-                raise ValueError(f"{input_dir} holds another adapter: unexpected {problems.unexpected_keys[0]}")
+            adapter.read_adapter(_only(models), Path(input_dir) / LORA_WEIGHTS)
         else:
-            loaded = UNet2DConditionModel.from_pretrained(Path(input_dir) / "unet", torch_dtype=torch.float32)
+            loaded = UNet2DConditionModel.from_pretrained(
+                Path(input_dir) / "unet", torch_dtype=torch.float32, use_safetensors=True
+            )
             _only(models).load_state_dict(loaded.state_dict())
-
-    def _save_lora(self, unet: Any, output_dir: str | Path) -> None:
-        self.sd_pipeline.save_lora_weights(
-            save_directory=output_dir,
-            unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(unet, adapter_name=ADAPTER)),
-            unet_lora_adapter_metadata=unet.peft_config[ADAPTER].to_dict(),
-        )
 
 
 def _only(models: list) -> Any:
@@ -253,38 +236,52 @@ def _only(models: list) -> Any:
     return models[0]
 
 
-def without_adapter(unet: Any) -> UNet2DConditionModel:
-    """A UNet that shares the frozen weights of an adapted one and has diffusers' own parameter names."""
-    with torch.device("meta"):
-        plain = UNet2DConditionModel.from_config(unet.config)
-    frozen = {name.replace(".base_layer", ""): p for name, p in unet.state_dict().items() if "lora_" not in name}
-    plain.load_state_dict(frozen, assign=True)
-    return plain
+def _let_read(folder: Path) -> None:
+    """Gives the weights in a folder the mode of any new file; safetensors keeps them to their owner."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for path in (*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")):
+        path.chmod(mode)
 
 
-def model_folder(name: str) -> Path | None:
-    """The local folder that `name` means, or None for a Hub id. Raises `ValueError` for a folder without a model."""
-    if name == "":
-        return tiny_sd.MODEL
-    path = Path(name).expanduser()
-    if not path.exists() and not name.startswith(("/", "./", "../", "~")):
-        return None
-    if not (path / "model_index.json").exists():
-        raise ValueError(
-            f"pretrained_model is {name!r}, which is no diffusers pipeline: it has no model_index.json"
-            if path.exists()
-            else f"pretrained_model is {name!r}, and there is no such folder"
-        )
-    return path
+def check_sampling(pipeline: DDPOStableDiffusionPipeline, steps: int, eta: float) -> None:
+    """Raises `ValueError` where a pipeline that samples by this module's steps has no such steps to take."""
+    if isinstance(pipeline, DefaultDDPOStableDiffusionPipeline):
+        kind = type(pipeline)
+        ours = DefaultDDPOStableDiffusionPipeline
+        if kind.__call__ is ours.__call__ or kind.scheduler_step is ours.scheduler_step:
+            check_steps(pipeline.scheduler, steps, eta)
 
 
 def load_stable_diffusion(name: str, revision: str = "main") -> Any:
-    """A `StableDiffusionPipeline` in fp32 (whatever precision is stored) from a folder or the Hub."""
+    """A `StableDiffusionPipeline` in fp32 (whatever precision is stored) with DDIM, from a folder or the Hub.
+
+    Raises `ValueError` for a model that cannot be trained, `OSError` for one that cannot be read.
+    """
+    configs = check_model(name, revision)
     folder = model_folder(name)
     try:
-        return StableDiffusionPipeline.from_pretrained(
-            str(folder or name), revision=revision, torch_dtype=torch.float32
+        pipe: Any = StableDiffusionPipeline.from_pretrained(
+            str(folder or name),
+            revision=revision,
+            variant=variant_of(folder) if folder else None,
+            torch_dtype=torch.float32,
+            use_safetensors=True,
+            scheduler=configs.ddim,
+            safety_checker=None,
+            requires_safety_checker=False,
         )
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
+        if "`safetensors` weights" in reason:
+            raise ValueError(f"pretrained_model {name!r} cannot be trained: {pickle_problem('.bin files')}") from None
         raise OSError(f"pretrained_model {name!r} could not be loaded: {reason}") from error
+    known = pipe.text_encoder.get_input_embeddings().num_embeddings
+    if len(pipe.tokenizer) > known:
+        raise ValueError(
+            f"pretrained_model {name!r} cannot be trained: its tokenizer has {len(pipe.tokenizer)} tokens, and its "
+            f"text_encoder knows {known}: they are not of one model"
+        )
+    return pipe

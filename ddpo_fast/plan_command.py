@@ -13,8 +13,8 @@ import torch
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.engine import compute_dtype
 from ddpo_fast.fit import MARGIN, Choice, choose
-from ddpo_fast.footprint import Adapter, Footprint, ModelConfigs, read_configs
-from ddpo_fast.pipeline import model_folder
+from ddpo_fast.footprint import Adapter, Footprint
+from ddpo_fast.model_configs import ModelConfigs, check_model
 from ddpo_fast.plan import CUDA_CONTEXT, CUDA_WORKSPACES, GB
 
 
@@ -30,9 +30,11 @@ class Run(Protocol):
     def target_modules(self) -> list[str]: ...
 
 
-def configs_of(run: Run) -> ModelConfigs:
-    """Raises `ValueError` or `OSError` for a model without configs."""
-    return read_configs(str(model_folder(run.pretrained_model) or run.pretrained_model), run.pretrained_revision)
+def configs_of(run: Run, config: DDPOConfig) -> ModelConfigs:
+    """Raises `ValueError` or `OSError` for a model that cannot be trained."""
+    return check_model(
+        run.pretrained_model, run.pretrained_revision, config.sample_num_steps, config.sample_eta, has_weights=False
+    )
 
 
 def footprint_of(
@@ -55,7 +57,7 @@ def show(run: Run, config: DDPOConfig, given: Sequence[str], num_processes: int 
     Raises `ValueError` where there is no GPU and no `gpu_memory`, and where nothing that was asked for fits.
     """
     capacity = _capacity(config)
-    configs = configs_of(run)
+    configs = configs_of(run, config)
     wants_lora = any(option.startswith(("--lora_", "--lora-")) for option in given)
     kinds = [True] if run.full_finetune else [False] if wants_lora else [False, True]
     problems = []
@@ -123,7 +125,7 @@ def apply_auto_memory(
     if device.type != "cuda" and config.gpu_memory is None:
         say("auto_memory: there is no GPU here, so nothing is chosen")
         return {}
-    footprint = footprint_of(run, config, configs_of(run), run.full_finetune, device.type)
+    footprint = footprint_of(run, config, configs_of(run, config), run.full_finetune, device.type)
     choice = choose(footprint, config, _capacity(config), int(os.environ.get("WORLD_SIZE", "1")))
     for name, value in choice.settings.items():
         setattr(config, name, value)

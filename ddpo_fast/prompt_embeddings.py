@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from diffusers.loaders import TextualInversionLoaderMixin
 
 from ddpo_fast.idle import awake
 
@@ -34,31 +35,39 @@ class PromptEmbeddings:
     def __call__(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """(ids [B, L], embeddings [B, L, D])."""
         if not self.remembers:
-            ids = self.tokenize(prompts)
-            return ids, self._encode(ids)
+            return self._encode(prompts)
         if len(self._known) > MOST_KEPT:
             self._known.clear()
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]
         for start in range(0, len(new), ENCODED_AT_ONCE):
             few = new[start : start + ENCODED_AT_ONCE]
-            ids = self.tokenize(few + few[-1:] * (ENCODED_AT_ONCE - len(few)))
-            for prompt, prompt_ids, embedding in zip(few, ids, self._encode(ids), strict=False):
+            encoded = self._encode(few + few[-1:] * (ENCODED_AT_ONCE - len(few)))
+            for prompt, prompt_ids, embedding in zip(few, *encoded, strict=False):
                 # a view would keep all of them
                 self._known[prompt] = prompt_ids.clone(), embedding.clone()
         known = [self._known[prompt] for prompt in prompts]
         return torch.stack([ids for ids, _ in known]), torch.stack([embedding for _, embedding in known])
 
-    def _encode(self, ids: torch.Tensor) -> torch.Tensor:
+    def _encode(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = self._tokens(prompts)
+        ids = tokens.input_ids.to(self.device)
+        # as diffusers asks the text encoder
+        masked = getattr(self.text_encoder.config, "use_attention_mask", False)
+        mask = tokens.attention_mask.to(self.device) if masked else None
         with awake(self.text_encoder, self.device):
-            return self.text_encoder(ids)[0]
+            return ids, self.text_encoder(ids, attention_mask=mask)[0]
 
     def tokenize(self, prompts: Sequence[str]) -> torch.Tensor:
         """Ids [B, L], cut or filled up to the tokenizer's length."""
-        ids: Any = self.tokenizer(
-            list(prompts),
+        return self._tokens(prompts).input_ids.to(self.device)
+
+    def _tokens(self, prompts: Sequence[str]) -> Any:
+        # a textual inversion of several vectors is several tokens, which one word stands for
+        whole = TextualInversionLoaderMixin().maybe_convert_prompt(list(prompts), self.tokenizer)
+        return self.tokenizer(
+            whole,
             return_tensors="pt",
             padding="max_length",
             truncation=True,
             max_length=self.tokenizer.model_max_length,
-        ).input_ids
-        return ids.to(self.device)
+        )

@@ -79,9 +79,8 @@ class Rollout:
     def draw(self, prompt_function: PromptFunction, batch_size: int) -> Draw:
         """Draws for a batch what TRL draws, in its order: the prompts, the latents, the noise of each step."""
         prompts, metadata = draw_prompts(prompt_function, batch_size)
-        unet, device = self.pipe.unet, self.embed.device
-        shape = (batch_size, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
-        noise = [randn_tensor(shape, device=device) for _ in range(self.config.sample_num_steps + 1)]
+        shape = (batch_size, *sampler.latent_shape(self.pipe.unet))
+        noise = [randn_tensor(shape, device=self.embed.device) for _ in range(self.config.sample_num_steps + 1)]
         return Draw(prompts, metadata, noise)
 
     def sample(self, draws: Sequence[Draw]) -> Iterator[tuple[Trajectory, torch.Tensor]]:

@@ -54,6 +54,13 @@ Predict = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 TakeStep = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int], ops.Step]
 
 
+def latent_shape(unet: Any) -> tuple[int, int, int]:
+    """(C, H, W) of an image's latents."""
+    size = unet.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return unet.config.in_channels, height, width
+
+
 @torch.no_grad()
 def generate(pipe: Any, *args: Any, **kwargs: Any) -> DDPOPipelineOutput:
     """Draws images; the arguments are `StableDiffusionPipeline`'s, see `_generate`."""
@@ -115,8 +122,8 @@ def _generate(
 ) -> DDPOPipelineOutput:
     """TRL's `pipeline_step`: the same arguments, defaults and order of random draws (`return_dict` has no effect)."""
     # long by its eighteen arguments, which are TRL's; the chain itself is `denoise`
-    height = height or pipe.unet.config.sample_size * pipe.vae_scale_factor
-    width = width or pipe.unet.config.sample_size * pipe.vae_scale_factor
+    _, *size = latent_shape(pipe.unet)
+    height, width = height or size[0] * pipe.vae_scale_factor, width or size[1] * pipe.vae_scale_factor
     pipe.check_inputs(prompt, height, width, callback_steps, negative_prompt, prompt_embeds, negative_prompt_embeds)
     device, guide = pipe.unet.device, guidance_scale > 1.0
     with torch.no_grad(), awake(pipe.text_encoder, device):

@@ -30,7 +30,7 @@ from ddpo_fast.memory import Sizes
 from ddpo_fast.metrics import first_tracker
 from ddpo_fast.noise_schedule import NoiseSchedule
 from ddpo_fast.optimizers import make_optimizer
-from ddpo_fast.pipeline import DDPOStableDiffusionPipeline, DefaultDDPOStableDiffusionPipeline
+from ddpo_fast.pipeline import DDPOStableDiffusionPipeline, DefaultDDPOStableDiffusionPipeline, check_sampling
 from ddpo_fast.placement import is_split, make_engine, place_networks, trainable_parameters
 from ddpo_fast.ppo import LOOKING_PAYS, PPO
 from ddpo_fast.processes import make_accelerator, the_least, the_main_one, together
@@ -38,6 +38,7 @@ from ddpo_fast.prompt_embeddings import PromptEmbeddings
 from ddpo_fast.prompts import PromptFunction
 from ddpo_fast.rollout import PipelineRollout, Rollout
 from ddpo_fast.run_log import RunLog, output_folder
+from ddpo_fast.sampler import latent_shape
 from ddpo_fast.trajectory import Trajectory, micro_batches, pair_index, training_batches
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ class DDPOTrainer(HubModel):
         image_samples_hook: Callable[[Any, Any, Any], Any] | None = None,
     ) -> None:
         config.check()
+        check_sampling(sd_pipeline, config.sample_num_steps, config.sample_eta)
         self.config = config
         self.reward_fn = reward_function
         self.prompt_fn = prompt_function
@@ -173,7 +175,7 @@ class DDPOTrainer(HubModel):
 
     def _make_sizes(self) -> Sizes:
         unet, copies = self.sd_pipeline.unet, 2 if self.config.guides_training else 1
-        shape = (1, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+        shape = (1, *latent_shape(unet))
 
         def forward() -> torch.Tensor:
             latents = torch.zeros(shape, device=self.accelerator.device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -14,9 +13,10 @@ import torch
 
 from ddpo_fast import DDPOConfig, cli, plan_command
 from ddpo_fast.fit import LEVERS, MARGIN, choose, with_settings
-from ddpo_fast.footprint import Adapter, Footprint, read_configs
+from ddpo_fast.footprint import Adapter, Footprint
 from ddpo_fast.live_bytes import LiveBytes, trace
 from ddpo_fast.memory import kept_bytes
+from ddpo_fast.model_configs import check_model
 from ddpo_fast.optimizers import BUCKET
 from ddpo_fast.plan import GB, _staged, decode_bytes, predict, state_bytes
 from ddpo_fast.tiny_sd import MODEL
@@ -30,20 +30,22 @@ FULL = DDPOConfig(mixed_precision="bf16")
 
 @pytest.fixture(scope="session")
 def sd15(tmp_path_factory) -> str:
-    """A folder with the configs of Stable Diffusion 1.5 and nothing else."""
+    """A folder with the configs of Stable Diffusion 1.5 and no weights."""
     folder = tmp_path_factory.mktemp("sd15")
     pipe = make_sd15("meta")
+    pipe.save_config(folder)
+    pipe.tokenizer.save_pretrained(folder / "tokenizer")
+    pipe.scheduler.save_config(folder / "scheduler")
     pipe.unet.save_config(folder / "unet")
     pipe.vae.save_config(folder / "vae")
     pipe.text_encoder.config.save_pretrained(folder / "text_encoder")
-    (folder / "model_index.json").write_text("{}")
     return str(folder)
 
 
 @pytest.fixture(scope="session")
 def footprints(sd15) -> dict[str, Footprint]:
     """Their traces are made once."""
-    configs = read_configs(sd15)
+    configs = check_model(sd15, has_weights=False)
     return {
         "full": Footprint(configs, None, torch.bfloat16),
         "lora": Footprint(configs, Adapter(), torch.bfloat16),
@@ -88,7 +90,7 @@ def test_bytes_of_a_trained_weight(footprints, settings, gpu, host):
 
 
 def test_single_precision_has_one_set_of_weights(sd15):
-    footprint = Footprint(read_configs(sd15), None, torch.float32)
+    footprint = Footprint(check_model(sd15, has_weights=False), None, torch.float32)
     parts = predict(footprint, config(mixed_precision="no", train_micro_batch_size=1)).phases["updating"]
     assert parts["UNet"] + parts["gradients"] + parts["optimizer states"] == (4 + 4 + 8) * SD15_WEIGHTS
     assert "fp32 weights" not in parts
@@ -242,7 +244,7 @@ def test_a_row_takes_more_than_it_keeps_and_blocks_least(footprints, name):
 @pytest.mark.parametrize("adapter", [None, Adapter()], ids=["full", "lora"])
 def test_the_trace_keeps_what_the_network_keeps(adapter):
     """The bundled model on a CPU, where nothing is fused that keeps less."""
-    footprint = Footprint(read_configs(str(MODEL)), adapter, torch.float32, "cpu", fused=False)
+    footprint = Footprint(check_model(str(MODEL)), adapter, torch.float32, "cpu", fused=False)
     unet = footprint._unet().to_empty(device="cpu").train()
     there = {p.untyped_storage().data_ptr() for p in unet.parameters()}
     inputs = (torch.empty_like(x, device="cpu").zero_() for x in footprint._inputs(8))
@@ -369,13 +371,6 @@ def test_a_gpu_is_asked_for(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="say how many GB it has with --gpu-memory"):
         cli.main(["plan"])
-
-
-def test_a_model_without_configs(tmp_path):
-    shutil.copytree(MODEL / "unet", tmp_path / "unet")
-    (tmp_path / "model_index.json").write_text("{}")
-    with pytest.raises(OSError, match="has no configs that can be read"):
-        read_configs(str(tmp_path))
 
 
 def test_auto_memory_changes_what_is_free():

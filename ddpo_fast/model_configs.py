@@ -1,0 +1,300 @@
+"""Whether a model can be trained, told from its config files before any weight is read."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from huggingface_hub import errors, hf_hub_download
+from packaging.version import Version
+from transformers import CLIPTextConfig
+
+from ddpo_fast import tiny_sd
+from ddpo_fast.noise_schedule import check_steps, ddim_scheduler
+
+REMEDY = "give a text-to-image Stable Diffusion 1.x or 2.x as a diffusers folder or Hub id"
+AGAIN = "copy or download the model again"
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+# the parts that a run uses, and the classes that it knows how to use
+PARTS = {
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL",),
+    "text_encoder": ("CLIPTextModel",),
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+}
+UNUSED_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
+CONFIGS = {
+    "unet": "unet/config.json",
+    "vae": "vae/config.json",
+    "text_encoder": "text_encoder/config.json",
+    "scheduler": "scheduler/scheduler_config.json",
+}
+WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+# UNets by the channels that they take
+CHANNELS = {9: "inpainting", 8: "editing or upscaling", 7: "upscaling", 5: "depth"}
+# inputs of a UNet beside latents, timestep and text
+CONDITIONS = {
+    "time_cond_proj_dim": "a guidance scale as an input (a latent consistency model)",
+    "class_embed_type": "class labels",
+    "num_class_embeds": "class labels",
+    "addition_embed_type": "a second embedding, as Stable Diffusion XL",
+    "encoder_hid_dim": "a projection of another encoder's output",
+    "encoder_hid_dim_type": "a projection of another encoder's output",
+}
+
+
+@dataclass(frozen=True)
+class ModelConfigs:
+    """What the config files of a pipeline's parts say, with diffusers' defaults for what they leave out."""
+
+    unet: dict[str, Any]
+    vae: dict[str, Any]
+    text_encoder: dict[str, Any]
+    scheduler: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image's latents."""
+        size = self.unet["sample_size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        return self.unet["in_channels"], height, width
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        _, height, width = self.latent_shape
+        scale = 2 ** (len(self.vae["block_out_channels"]) - 1)
+        return height * scale, width * scale
+
+    @property
+    def ddim(self) -> DDIMScheduler:
+        """The scheduler that the model is sampled with."""
+        return ddim_scheduler(self.scheduler)
+
+
+def check_model(
+    name: str, revision: str = "main", steps: int | None = None, eta: float = 1.0, has_weights: bool = True
+) -> ModelConfigs:
+    """The configs of a model that can be trained, from a folder, the Hub or its cache; no weights are fetched or read.
+
+    Args:
+        name: folder or Hub id; '' is the bundled model.
+        revision: git revision on the Hub.
+        steps: sampling steps that the model must be able to take, with `eta`.
+        has_weights: a folder must hold weights too; a plan needs none.
+
+    Raises `ValueError` for a model that cannot be trained, with the reason and what to do; `OSError` where its configs
+    cannot be read.
+    """
+    folder = model_folder(name)
+    try:
+        _check_parts(_read(name, revision, folder, "model_index.json"))
+        found = {part: _read(name, revision, folder, file) for part, file in CONFIGS.items()}
+        tokenizer = _read(name, revision, folder, "tokenizer/tokenizer_config.json", needed=False)
+        configs = ModelConfigs(
+            _with_defaults(UNet2DConditionModel, found["unet"]),
+            _with_defaults(AutoencoderKL, found["vae"]),
+            _text_config(found["text_encoder"]),
+            found["scheduler"],
+        )
+        _check_unet(configs.unet)
+        _check_fit(configs, tokenizer)
+        scheduler = configs.ddim
+        if folder is not None:
+            _check_files(folder, has_weights)
+    except ValueError as error:
+        raise ValueError(f"pretrained_model {name!r} cannot be trained: {error}") from None
+    if steps is not None:
+        check_steps(scheduler, steps, eta)
+    return configs
+
+
+def model_folder(name: str) -> Path | None:
+    """The local folder that `name` means, or None for a Hub id. Raises `ValueError` for a folder without a model."""
+    if name == "":
+        return tiny_sd.MODEL
+    path = Path(name).expanduser()
+    if not path.exists() and not name.startswith(("/", "./", "../", "~")):
+        return None
+    if path.is_file():
+        raise ValueError(
+            f"pretrained_model is {name!r}, which is a file: make a folder of it with "
+            "StableDiffusionPipeline.from_single_file(file).save_pretrained(folder)"
+        )
+    if not (path / "model_index.json").exists():
+        part = path / "config.json"
+        what = " (it is one part of a pipeline: give the folder of the whole)" if part.exists() else ""
+        raise ValueError(
+            f"pretrained_model is {name!r}, which is no diffusers pipeline: it has no model_index.json{what}"
+            if path.exists()
+            else f"pretrained_model is {name!r}, and there is no such folder"
+        )
+    return path
+
+
+def variant_of(folder: Path) -> str | None:
+    """The 'variant' of a folder's weights, as in `model.fp16.safetensors`, where the plain ones are not there."""
+    stem = WEIGHTS["unet"]
+    if _weight_files(folder, "unet", None):
+        return None
+    variants = {m[1] for p in (folder / "unet").iterdir() if (m := re.match(rf"{stem}\.([a-z0-9]+)[.-]", p.name))}
+    return next((v for v in sorted(variants) if _weight_files(folder, "unet", v)), None)
+
+
+def _weight_files(folder: Path, part: str, variant: str | None) -> list[str]:
+    middle = rf"\.{variant}" if variant else ""
+    pattern = rf"{WEIGHTS[part]}{middle}(-\d+-of-\d+)?\.safetensors"
+    return [p.name for p in (folder / part).iterdir() if re.fullmatch(pattern, p.name)]
+
+
+def _read(name: str, revision: str, folder: Path | None, file: str, needed: bool = True) -> dict[str, Any]:
+    """A config file as a dict; an empty one for a file that is not there and not needed."""
+    try:
+        path = folder / file if folder is not None else Path(hf_hub_download(name, file, revision=revision))
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, errors.RemoteEntryNotFoundError) as error:
+        if not needed:
+            return {}
+        if isinstance(error, errors.LocalEntryNotFoundError):
+            raise OSError(hub_problem(name, error)) from error
+        raise ValueError(f"it has no {file}: {REMEDY}") from None
+    except (OSError, ValueError) as error:
+        where = str(folder / file) if folder is not None else hub_problem(name, error)
+        raise OSError(f"{where} cannot be read: {error}" if folder is not None else where) from error
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise OSError(f"pretrained_model {name!r} is broken: its {file} is not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise OSError(f"pretrained_model {name!r} is broken: its {file} holds no settings")
+    return found
+
+
+def hub_problem(name: str, error: Exception) -> str:
+    """What kept a file of a Hub id away, and what to do."""
+    start = f"pretrained_model {name!r} is no folder here, and as a Hub id"
+    if isinstance(error, errors.GatedRepoError):
+        return f"{start} it is gated: accept its terms on its page and log in with `hf auth login`"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"{start} it does not exist, or is private: check its name, and log in with `hf auth login`"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{start} it has no such revision: check pretrained_revision"
+    if isinstance(error, errors.HFValidationError):
+        return f"{start} it is not valid: give a folder that exists, or OWNER/NAME"
+    return (
+        f"{start} it can neither be reached nor is it in the cache: fetch it where there is a network, with "
+        f"`hf download {name} --local-dir FOLDER`, and give that folder"
+    )
+
+
+def _check_parts(index: Mapping[str, Any]) -> None:
+    kind = index.get("_class_name")
+    parts = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2}
+    present = {name: value[1] for name, value in parts.items() if value[1] is not None}
+    extra = sorted(present.keys() - PARTS.keys() - {"scheduler", *UNUSED_PARTS})
+    missing = [name for name in (*PARTS, "scheduler") if name not in present]
+    if extra or missing:
+        what = f"has {_listed(extra)}" if extra else f"has no {_listed(missing)}"
+        raise ValueError(f"it is a {kind}, which {what}: {REMEDY}")
+    for name, known in PARTS.items():
+        library, used = parts[name]
+        # a module in the model's own folder is code that somebody else wrote
+        if library not in ("diffusers", "transformers") or used not in known:
+            raise ValueError(f"its {name} is a {library}.{used} and must be a {' or '.join(known)}: {REMEDY}")
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join(names)
+
+
+def _with_defaults(kind: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    named = config.get("_class_name", kind.__name__)
+    if named != kind.__name__:
+        raise ValueError(f"its config says {named!r} where {kind.__name__!r} must be: {REMEDY}")
+    parameters = inspect.signature(kind.__init__).parameters
+    defaults = {key: p.default for key, p in parameters.items() if p.default is not inspect.Parameter.empty}
+    return {**defaults, **config}
+
+
+def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        return CLIPTextConfig.from_dict(dict(config)).to_dict()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"text_encoder/config.json cannot be used: {first_line(error)}") from None
+
+
+def _check_unet(unet: dict[str, Any]) -> None:
+    taken, given = unet["in_channels"], unet["out_channels"]
+    if taken != given:
+        kind = f", as one for {CHANNELS[taken]} does" if taken in CHANNELS else ""
+        raise ValueError(f"its UNet takes {taken!r} channels and gives {given!r}{kind}: {REMEDY}")
+    for key, what in CONDITIONS.items():
+        if unet.get(key) is not None:
+            raise ValueError(f"its UNet takes {what} ({key} is {unet[key]!r}): {REMEDY}")
+    size = unet["sample_size"]
+    edges = [size, size] if isinstance(size, int) else size
+    if not (isinstance(edges, list | tuple) and len(edges) == 2 and all(_is_count(edge) for edge in edges)):
+        raise ValueError(f"its UNet's sample_size is {size!r} but must be a number or [height, width] of latents")
+    # as the constructor of `StableDiffusionPipeline` repairs it
+    version = unet.get("_diffusers_version")
+    if isinstance(size, int) and size < 64 and version and Version(Version(version).base_version) < Version("0.9.0"):
+        unet["sample_size"] = 64
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _check_fit(configs: ModelConfigs, tokenizer: Mapping[str, Any]) -> None:
+    """Whether the parts have each other's shapes."""
+    widths, width = configs.unet["cross_attention_dim"], configs.text_encoder["hidden_size"]
+    for given in widths if isinstance(widths, list | tuple) else [widths]:
+        if given != width:
+            raise ValueError(f"its UNet takes text of width {given!r}, and its text_encoder gives {width}: {REMEDY}")
+    channels, latent = configs.unet["in_channels"], configs.vae["latent_channels"]
+    if channels != latent:
+        raise ValueError(f"its UNet takes {channels!r} channels, and its VAE gives {latent!r}: {REMEDY}")
+    length, most = tokenizer.get("model_max_length"), configs.text_encoder["max_position_embeddings"]
+    if isinstance(length, int | float) and length > most:
+        raise ValueError(
+            f"its tokenizer gives up to {length:g} tokens (model_max_length), and its text_encoder takes {most}: set "
+            "model_max_length in tokenizer/tokenizer_config.json"
+        )
+
+
+def _check_files(folder: Path, has_weights: bool) -> None:
+    for part in PARTS:
+        if not (folder / part).is_dir():
+            raise ValueError(f"it has no folder {part}: {AGAIN}")
+    variant = variant_of(folder)
+    for part, stem in WEIGHTS.items():
+        wanted = f"{part}/{stem}{f'.{variant}' if variant else ''}.safetensors"
+        if _weight_files(folder, part, variant):
+            continue
+        if pickles := sorted(p.name for p in (folder / part).iterdir() if p.suffix in PICKLES):
+            raise ValueError(pickle_problem(f"{part}/{pickles[0]}"))
+        if has_weights:
+            raise ValueError(f"it has no {wanted}: {AGAIN}")
+    if has_weights and not any((folder / "tokenizer" / file).exists() for file in ("tokenizer.json", "vocab.json")):
+        raise ValueError(f"its tokenizer has neither tokenizer.json nor vocab.json: {AGAIN}")
+
+
+def pickle_problem(file: str) -> str:
+    """Why weights are not read, and what to do."""
+    return (
+        f"its weights are in {file}, a pickle, which can run code when it is read: if you trust where it comes from, "
+        "make safetensors of it with StableDiffusionPipeline.from_pretrained(model, use_safetensors=False)"
+        ".save_pretrained(new_folder)"
+    )
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an exception says, or its kind."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
