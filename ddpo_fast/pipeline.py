@@ -240,10 +240,14 @@ class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
             _only(models).load_state_dict(loaded.state_dict())
 
     def _save_lora(self, unet: Any, output_dir: str | Path) -> None:
+        weights = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet, adapter_name=ADAPTER))
+        settings = unet.peft_config[ADAPTER].to_dict()
         self.sd_pipeline.save_lora_weights(
             save_directory=output_dir,
-            unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(unet, adapter_name=ADAPTER)),
-            unet_lora_adapter_metadata=unet.peft_config[ADAPTER].to_dict(),
+            # safetensors takes them only so, and an adapted convolution's may lie otherwise
+            unet_lora_layers={name: weight.contiguous() for name, weight in weights.items()},
+            # a set has another order in each process, and equal runs should leave equal files
+            unet_lora_adapter_metadata={k: sorted(v) if isinstance(v, set) else v for k, v in settings.items()},
         )
 
 
