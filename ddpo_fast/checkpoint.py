@@ -1,7 +1,7 @@
 """Checkpoints that are whole or absent, hold only data, and bring a killed run back to the same bits.
 
 checkpoints/checkpoint_7/     7 finished epochs
-    state.json                epochs, updates, what was trained, settings
+    state.json                epochs, updates, what was trained, settings, the digests of all files and its own
     training.pt               optimizer, per-prompt statistics, the functions' own state (`weights_only` loads it)
     random_0.pt               random states of process 0, and what else is its own
     unet/ or pytorch_lora_weights.safetensors
@@ -9,9 +9,9 @@ checkpoints/checkpoint_7/     7 finished epochs
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
-import os
 import random
 import shutil
 from collections.abc import Callable, Iterable
@@ -22,9 +22,18 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from ddpo_fast import files
+from ddpo_fast.plain import pack, unpack
+from ddpo_fast.processes import together
+
 STATE, TRAINING = "state.json", "training.pt"
 PREFIX = "checkpoint_"
 FORMAT = 2
+# what state.json must say, and the digest of all that it says
+NEEDED, SEAL = ("epochs", "global_step", "trained", "config"), "sha256"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# the state after an epoch that save_freq leaves out, until the next one
+LAST_EPOCH = ".last_epoch"
 
 
 def save(
@@ -35,47 +44,153 @@ def save(
     own: dict[str, Any],
     write_weights: Callable[[Path], None],
     keep: int,
+    name: str = "",
 ) -> Path:
-    """Writes `folder/checkpoint_<epochs>` aside, renames it into place, then removes all but the newest `keep`.
+    """Writes `folder/checkpoint_<epochs>` aside, reads it back, renames it into place, then removes all but the newest
+    `keep` and the newest whose state is `healthy`.
 
-    Every process calls it: each stores its random state and what else is its `own`, the main one the rest.
+    Every process calls it: each stores its random state and what else is its `own`, the main one the rest. Under
+    another `name` nothing else is removed. Raises `OSError` naming the folder if it cannot be written.
     """
-    final = folder / f"{PREFIX}{state['epochs']}"
-    aside = folder / f".{final.name}.partial"
-    if accelerator.is_main_process:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    torch.save({**random_state(), "own": own}, aside / f"random_{accelerator.process_index}.pt")
-    if accelerator.is_main_process:
-        write_weights(aside)
-        torch.save(training, aside / TRAINING)
-        (aside / STATE).write_text(json.dumps({"format": FORMAT, **state}, indent=2) + "\n", encoding="utf-8")
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        _sync_to_disk(aside)
+    final = folder / (name or f"{PREFIX}{state['epochs']}")
+    aside = folder / f".{final.name.removeprefix('.')}.partial"
+    main = accelerator.is_main_process
+
+    def begin() -> None:
+        if main:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+
+    def write() -> None:
+        _write(aside / f"random_{accelerator.process_index}.pt", {**random_state(), "own": own})
+        if main:
+            _write_training(aside, training, write_weights)
+
+    def finish() -> None:
+        if not main:
+            return
+        files.follow_umask(aside)
+        _write_state(aside, state)
+        files.sync_to_disk(aside)
         if final.exists():
             _remove(final)
         aside.rename(final)
-        for old in numbered(folder)[:-keep]:
-            _remove(old)
-    accelerator.wait_for_everyone()
+        if not name:
+            forget_last_epoch(folder)
+            for old in _superfluous(folder, keep):
+                _remove(old)
+
+    try:
+        for part in (begin, write, finish):
+            together(accelerator, part)
+    except Exception as error:
+        if main:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise _unwritten(folder, error) from error
     return final
 
 
-def _sync_to_disk(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+def try_saving(folder: Path, training: dict[str, Any], write_weights: Callable[[Path], None]) -> None:
+    """Writes into `folder` what a checkpoint holds beside the optimizer's state, reads it back, and removes it.
+
+    Raises `ValueError` for what cannot be saved, `OSError` for a folder that cannot be written.
+    """
+    trial = folder / ".trial"
+    try:
+        shutil.rmtree(trial, ignore_errors=True)
+        trial.mkdir(parents=True)
+        _write_training(trial, training, write_weights)
+    except Exception as error:
+        raise _unwritten(folder, error) from error
+    finally:
+        shutil.rmtree(trial, ignore_errors=True)
+
+
+def _write_training(aside: Path, training: dict[str, Any], write_weights: Callable[[Path], None]) -> None:
+    write_weights(aside)
+    _write(aside / TRAINING, training)
+
+
+def _write(path: Path, data: dict[str, Any]) -> None:
+    """Writes plain data, and proves that it can be read."""
+    # given a file and not a path, torch passes on what the system said about a full disk
+    with path.open("wb") as file:
+        torch.save(data, file)
+    _read(path)
+
+
+def _write_state(aside: Path, state: dict[str, Any]) -> None:
+    whole = {"format": FORMAT, **state, "files": files.digests(aside)}
+    whole[SEAL] = _seal(whole)
+    (aside / STATE).write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+
+
+def _seal(state: dict[str, Any]) -> str:
+    # as JSON gives it back
+    said = json.loads(json.dumps({name: value for name, value in state.items() if name != SEAL}))
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def _unwritten(folder: Path, error: Exception) -> Exception:
+    """What a user is told of a checkpoint that could not be written."""
+    causes: list[BaseException] = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
+        causes.append(cause)
+    full = any(getattr(c, "errno", None) in FULL or "No space left" in str(c) for c in causes)
+    # safetensors and torch wrap what the system said
+    if full or isinstance(error, OSError) or "os error" in str(error) or "PytorchStreamWriter" in str(error):
+        reason = "the disk is full" if full else str(error).splitlines()[0]
+        return OSError(
+            f"no checkpoint could be written to {folder}: {reason}; make room there, or go on from the last checkpoint "
+            "with another output_dir (earlier checkpoints are as they were)"
+        )
+    if "non contiguous" in str(error) or isinstance(error, (TypeError, AttributeError, RecursionError)):
+        return ValueError(f"this run could not be saved in {folder}: {error}")
+    return error
 
 
 def _remove(checkpoint: Path) -> None:
     """Renamed first: a kill half-way through must not leave a folder that looks whole."""
-    doomed = checkpoint.with_name(f".{checkpoint.name}.old")
+    doomed = checkpoint.with_name(f".{checkpoint.name.removeprefix('.')}.old")
     shutil.rmtree(doomed, ignore_errors=True)
     checkpoint.rename(doomed)
     shutil.rmtree(doomed)
+
+
+def _superfluous(folder: Path, keep: int) -> list[Path]:
+    found = numbered(folder)
+    good = next((path for path in reversed(found) if _is_healthy(path)), None)
+    return [path for path in found[:-keep] if path != good]
+
+
+def _is_healthy(checkpoint: Path) -> bool:
+    try:
+        return bool(_parsed_state(checkpoint).get("healthy", True))
+    except ValueError:
+        return False
+
+
+def last_healthy(folder: Path) -> Path | None:
+    """The newest checkpoint in `folder` from before anything looked wrong."""
+    return next((path for path in reversed(numbered(folder)) if _is_healthy(path)), None)
+
+
+def keep_last_epoch(folder: Path) -> None:
+    """Makes a checkpoint of the state after the last whole epoch, if there is none of it yet."""
+    last = folder / LAST_EPOCH
+    if not (last / STATE).exists():
+        return
+    final = folder / f"{PREFIX}{_parsed_state(last)['epochs']}"
+    if final.exists():
+        _remove(last)
+    else:
+        last.rename(final)
+
+
+def forget_last_epoch(folder: Path) -> None:
+    """Removes what `keep_last_epoch` would keep."""
+    if (folder / LAST_EPOCH).exists():
+        _remove(folder / LAST_EPOCH)
 
 
 def numbered(folder: Path) -> list[Path]:
@@ -88,7 +203,11 @@ def set_aside_later(checkpoint: Path) -> None:
     """Renames the checkpoints after this one: a run that goes on from here must not be resumed from those."""
     for path in numbered(checkpoint.parent):
         if int(path.name.removeprefix(PREFIX)) > int(checkpoint.name.removeprefix(PREFIX)):
-            path.rename(path.with_name(f"{path.name}.superseded"))
+            number, aside = 1, path.with_name(f"{path.name}.superseded")
+            while aside.exists():
+                number += 1
+                aside = path.with_name(f"{path.name}.superseded-{number}")
+            path.rename(aside)
 
 
 def find(resume_from: str | Path) -> Path | None:
@@ -104,6 +223,7 @@ def find(resume_from: str | Path) -> Path | None:
             if not (found[-1] / STATE).exists():
                 raise ValueError(
                     f"resume_from is {str(resume_from)!r}, but {found[-1].name} there is not a checkpoint of ddpo_fast"
+                    f"{_instead_of(found[-1])}"
                 )
             return found[-1]
     if (path / "config.json").exists():
@@ -115,29 +235,96 @@ def find(resume_from: str | Path) -> Path | None:
 def run_folder(resume_from: str | Path) -> Path:
     """The folder of the run that `resume_from` (its folder, its checkpoints or one checkpoint) belongs to."""
     path = Path(resume_from).expanduser().absolute()
-    if path.name.startswith(PREFIX):
+    if path.name.startswith(PREFIX) and path.parent.name == "checkpoints":
         path = path.parent
     return path.parent if path.name == "checkpoints" else path
 
 
 def goes_on_in(folder: Path, resume_from: str) -> bool:
     """Whether `resume_from` names the run in `folder`, so that it is continued there; False for no resumption."""
-    return bool(resume_from) and run_folder(resume_from) == folder.absolute()
+    return bool(resume_from) and run_folder(Path(resume_from).expanduser().resolve()) == folder.expanduser().resolve()
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """`state.json`; raises `ValueError` if it is broken or of a later format."""
+    """`state.json`; raises `ValueError` if it is broken or of a later format, naming the checkpoint to use instead."""
+    try:
+        return _parsed_state(checkpoint)
+    except ValueError as error:
+        raise ValueError(f"{error}{_instead_of(checkpoint)}") from None
+
+
+def _parsed_state(checkpoint: Path) -> dict[str, Any]:
     try:
         state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{checkpoint} cannot be read: {error}") from None
+        raise ValueError(f"{checkpoint} cannot be read: its {STATE} is damaged ({error})") from None
+    if not isinstance(state, dict):
+        raise ValueError(f"{checkpoint} cannot be read: its {STATE} is not a JSON object")
     if state.get("format") != FORMAT:
         raise ValueError(f"{checkpoint} has format {state.get('format')!r}; this version reads format {FORMAT}")
+    if missing := [name for name in NEEDED if name not in state]:
+        raise ValueError(f"{checkpoint} cannot be read: its {STATE} does not say {missing[0]!r}")
+    if state.get(SEAL, _seal(state)) != _seal(state):
+        raise ValueError(f"{checkpoint} cannot be read: its {STATE} is damaged, or was changed by hand")
     return state
 
 
+def verify(checkpoint: Path) -> None:
+    """Raises `ValueError` if a file is not as it was written, naming it and the checkpoint to use instead."""
+    if problem := _damage(checkpoint):
+        raise ValueError(f"{problem}{_instead_of(checkpoint)}")
+
+
+def _damage(checkpoint: Path) -> str:
+    try:
+        state = _parsed_state(checkpoint)
+        # checkpoints of earlier versions have no digests
+        known = state.get("files") or {f"random_{i}.pt": "" for i in range(state.get("num_processes", 1))}
+        for name, digest in known.items():
+            if not (checkpoint / name).is_file():
+                return f"{checkpoint} is damaged: {name} is missing"
+            if digest and files.digest(checkpoint / name) != digest:
+                return f"{checkpoint} is damaged: {name} is not as it was written"
+        if "files" not in state:
+            read_training(checkpoint)
+            for name in known:
+                _read(checkpoint / name)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _instead_of(checkpoint: Path) -> str:
+    for older in reversed(numbered(checkpoint.parent)):
+        digits = checkpoint.name.removeprefix(PREFIX)
+        if digits.isdigit() and int(older.name.removeprefix(PREFIX)) < int(digits) and not _damage(older):
+            return f": go on from the one before it with --resume_from {older}"
+    return ""
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path.parent} is damaged: {path.name} cannot be read ({reason:.200})") from error
+
+
 def read_training(checkpoint: Path) -> dict[str, Any]:
-    return torch.load(checkpoint / TRAINING, map_location="cpu", weights_only=True, mmap=True)
+    """`training.pt`; raises `ValueError` if it cannot be read as plain data."""
+    return _read(checkpoint / TRAINING)
+
+
+def function_states(functions: dict[str, Any]) -> dict[str, Any]:
+    """The `state_dict()` of each, as plain data."""
+    return {name: pack(function.state_dict(), f"{name}.state_dict()") for name, function in functions.items()}
+
+
+def load_function_states(functions: dict[str, Any], training: dict[str, Any]) -> None:
+    """Gives each what `function_states` kept of it."""
+    for name, function in functions.items():
+        if name in training:
+            function.load_state_dict(unpack(training[name]))
 
 
 def trained_part(named_parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> dict[str, Any]:
@@ -187,4 +374,4 @@ def restore_random_state(state: dict[str, Any]) -> None:
 def read_random_state(checkpoint: Path, process: int) -> dict[str, Any] | None:
     """The random states of a process, or None for one that the saving run did not have."""
     path = checkpoint / f"random_{process}.pt"
-    return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+    return _read(path) if path.exists() else None

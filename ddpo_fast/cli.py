@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
@@ -19,10 +20,12 @@ from transformers import HfArgumentParser
 from ddpo_fast import checkpoint, ops, plan_command, report, rewards
 from ddpo_fast.attention import attention_problem
 from ddpo_fast.config import DDPOConfig
+from ddpo_fast.health import RunStopped
 from ddpo_fast.model_configs import check_model
 from ddpo_fast.pipeline import DefaultDDPOStableDiffusionPipeline
 from ddpo_fast.processes import the_main_one
 from ddpo_fast.prompts import PROMPT_LISTS, PromptFunction, draw_prompts, load_prompts
+from ddpo_fast.resumption import refuse_changes
 from ddpo_fast.run_log import folder_problem
 from ddpo_fast.trainer import DDPOTrainer
 from ddpo_fast.version import __version__
@@ -86,8 +89,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = parser.parse_args(arguments[:1]).command
     try:
         commands[command](arguments[1:])
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, RunStopped) as error:
         sys.exit(f"ddpo-fast {command}: error: {error}")
+    except KeyboardInterrupt:
+        # what is left to do after it, the trainer has said
+        sys.exit(128 + signal.SIGINT)
 
 
 def make_pipeline(run: RunArguments) -> DefaultDDPOStableDiffusionPipeline:
@@ -166,16 +172,20 @@ def parse_train_options(arguments: Sequence[str]) -> tuple[RunArguments, DDPOCon
 
 def saved_options(resume_from: str) -> dict[str, Any]:
     """The options that a run was started with, by name."""
-    found = checkpoint.find(resume_from)
-    if found is not None:
-        settings = checkpoint.read_state(found)
-    else:
-        settings = json.loads((checkpoint.run_folder(resume_from) / "config.json").read_text(encoding="utf-8"))
+    settings = saved_settings(resume_from)
     known = {f.name for f in fields(RunArguments)} | {f.name for f in fields(DDPOConfig)}
     options = {**settings["config"], **settings}
     options["full_finetune"] = not settings.get("use_lora", True)
     options["lora_target_modules"] = ",".join(settings.get("lora_target_modules", TRL_TARGETS))
     return {name: options[name] for name in known - {"resume_from", "output_dir"} if name in options}
+
+
+def saved_settings(resume_from: str) -> dict[str, Any]:
+    """What the run that `resume_from` names has recorded of itself."""
+    found = checkpoint.find(resume_from)
+    if found is not None:
+        return checkpoint.read_state(found)
+    return json.loads((checkpoint.run_folder(resume_from) / "config.json").read_text(encoding="utf-8"))
 
 
 def check_before_loading(
@@ -190,6 +200,10 @@ def check_before_loading(
     if config.uses_deepspeed:
         zero_settings(config, config.mixed_precision)
     folder = Path(config.output_dir or "").expanduser()
+    if config.resume_from:
+        present = {"reward": run.reward, "prompts": run.prompts, **vars(config)}
+        in_place = checkpoint.goes_on_in(folder, config.resume_from)
+        refuse_changes(config.resume_from, saved_settings(config.resume_from), present, in_place)
     if not checkpoint.goes_on_in(folder, config.resume_from) and (problem := folder_problem(folder)):
         raise ValueError(problem)
     prompts, metadata = (part[:2] * (3 - len(part[:2])) for part in shown)

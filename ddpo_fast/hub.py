@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData, PyTorchModelHubMixin
 
+from ddpo_fast import files
 from ddpo_fast.processes import the_main_one
 
 TEMPLATE = """---
@@ -86,6 +87,7 @@ class HubModel(PyTorchModelHubMixin):
         if self.accelerator.is_main_process:
             self.sd_pipeline.save_pretrained(str(folder))
             self.create_model_card(folder=folder)
+            files.follow_umask(folder)
             if folder.absolute() == self.output_dir.absolute():
                 self.run_log.write_config(self.run_settings)
         self.accelerator.wait_for_everyone()

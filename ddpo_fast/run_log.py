@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import time
 from datetime import datetime
 from pathlib import Path
@@ -13,9 +12,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ddpo_fast import checkpoint, report
+from ddpo_fast import checkpoint, folder_lock, report
 from ddpo_fast.config import DDPOConfig
+from ddpo_fast.health import Health
 from ddpo_fast.metrics import MetricsFile, tracker_config
+from ddpo_fast.processes import the_main_one
 
 logger = logging.getLogger(__name__)
 
@@ -28,18 +29,27 @@ class RunLog:
         self.accelerator = accelerator
         self.folder = folder
         self.metrics = MetricsFile(folder / "metrics.jsonl")
+        self.health = Health(config)
         self.summary = ""
         self._earlier_s, self._started = 0.0, time.monotonic()
         self._last_update: dict[str, float] = {}
         self._warned_of_drift = False
 
-    def claim_folder(self) -> None:
-        """Makes the folder. Raises `ValueError` if a run is in it: two would mix their metrics and checkpoints."""
-        problem = folder_problem(self.folder)
-        self.accelerator.wait_for_everyone()
-        if problem:
+    def claim_folder(self, is_new: bool) -> None:
+        """Makes the folder this run's alone until its process ends.
+
+        Raises `ValueError` if another process writes there, or if it `is_new` and a run is in it: two would mix their
+        metrics and checkpoints.
+        """
+        problem = ""
+        if self.accelerator.is_main_process:
+            problem = folder_problem(self.folder) if is_new else ""
+            if not problem:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                # what another run began to write since is seen once the folder is locked
+                problem = folder_lock.lock(self.folder) or (folder_problem(self.folder) if is_new else "")
+        if problem := the_main_one(self.accelerator, problem):
             raise ValueError(problem)
-        self.folder.mkdir(parents=True, exist_ok=True)
 
     def start_trackers(self, resumed_step: int | None) -> None:
         init_kwargs: dict[str, Any] = dict(self.config.tracker_kwargs)
@@ -73,6 +83,8 @@ class RunLog:
         values = all_rewards.cpu().numpy()
         # plain floats: TensorBoard drops NumPy's
         means = {"reward_mean": float(values.mean()), "reward_std": float(values.std())}
+        self.health.begin_epoch()
+        self.health.rewards(epoch, values)
         self.accelerator.log({"reward": values, "epoch": epoch, **means}, step=global_step)
 
     def updates(
@@ -80,22 +92,13 @@ class RunLog:
     ) -> list[dict[str, float]]:
         """Writes an inner epoch's updates, from the device after its last one was queued, and returns them.
 
-        Raises `RuntimeError` if a loss is not finite: the weights are lost, and the last checkpoint must stay so.
+        Raises `RunStopped` for an update that broke the run: the last checkpoint must stay the last.
         """
         infos = []
         for at, update in enumerate(updates, start=global_step):
             averaged = self.accelerator.reduce(update, reduction="mean")
             info = {name: float(value) for name, value in averaged.items()}
-            if not math.isfinite(info["loss"]):
-                raise RuntimeError(
-                    f"the loss of update {at} is {info['loss']}: lower train_learning_rate and resume from the last "
-                    f"checkpoint in {self.folder}"
-                )
-            if info.get("loss_scale", 1.0) < 1.0:
-                raise RuntimeError(
-                    f"update {at} overflowed at a loss scale of {info['loss_scale']:g}: lower train_learning_rate or "
-                    f"use bf16, and resume from the last checkpoint in {self.folder}"
-                )
+            self.health.update(at, info, self.folder)
             self.accelerator.log({**info, "epoch": epoch, "inner_epoch": inner_epoch}, step=at)
             self._write({"kind": "update", "update": at, "epoch": epoch, "inner_epoch": inner_epoch, **info})
             self._watch_drift(info.get("ratio_drift", 0.0))
@@ -114,9 +117,13 @@ class RunLog:
         )
 
     def draw(self) -> None:
-        """`rewards.png`."""
-        if self.accelerator.is_main_process:
+        """`rewards.png`; a run does not stop for a picture."""
+        if not self.accelerator.is_main_process:
+            return
+        try:
             report.draw_rewards(self.metrics.read(), self.folder / "rewards.png")
+        except Exception as error:
+            logger.warning("%s could not be drawn: %s: %s", self.folder / "rewards.png", type(error).__name__, error)
 
     def _write(self, record: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
@@ -138,12 +145,26 @@ def folder_problem(folder: Path) -> str:
     """Why a new run cannot write to `folder`, or ''."""
     if folder.exists() and not folder.is_dir():
         return f"output_dir is {str(folder)!r}, which is a file: choose another folder"
+    if (folder / checkpoint.STATE).exists():
+        return f"output_dir is {str(folder)!r}, which is a checkpoint: give the run a folder of its own with output_dir"
     if (folder / "metrics.jsonl").exists() or checkpoint.numbered(folder / "checkpoints"):
         return (
             f"output_dir {str(folder)!r} already holds a run: continue it with resume_from={str(folder)!r}, "
             "or choose another folder"
         )
     return ""
+
+
+def claimed_folder(config: DDPOConfig, accelerator: Accelerator, folder: Path) -> Path:
+    """`folder`, or where nobody chose it, one like it that no other run of the same second has."""
+    if not (config.output_dir or config.project_kwargs.get("project_dir") or config.resume_from or config.run_name):
+        made = str(folder_lock.make_new(folder)) if accelerator.is_main_process else ""
+        folder = Path(the_main_one(accelerator, made))
+        accelerator.project_configuration.project_dir = str(folder)
+        if "logging_dir" not in config.project_kwargs:
+            accelerator.project_configuration.logging_dir = str(folder)
+    # the default folder carries a time, which must be the main process's
+    return Path(the_main_one(accelerator, str(folder)))
 
 
 def output_folder(config: DDPOConfig) -> Path:

@@ -10,12 +10,10 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from copy import copy
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +23,9 @@ from tqdm.auto import tqdm
 from ddpo_fast import checkpoint, cuda_graphs, ops, rewards
 from ddpo_fast.advantages import PerPromptStatTracker, batch_advantages
 from ddpo_fast.config import DDPOConfig
+from ddpo_fast.health import SampleHealth, check_images
 from ddpo_fast.hub import HubModel
+from ddpo_fast.interruption import Interruption
 from ddpo_fast.memory import Sizes
 from ddpo_fast.metrics import first_tracker
 from ddpo_fast.noise_schedule import NoiseSchedule
@@ -33,18 +33,21 @@ from ddpo_fast.optimizers import make_optimizer
 from ddpo_fast.pipeline import DDPOStableDiffusionPipeline, DefaultDDPOStableDiffusionPipeline, check_sampling
 from ddpo_fast.placement import is_split, make_engine, place_networks, trainable_parameters
 from ddpo_fast.ppo import LOOKING_PAYS, PPO
-from ddpo_fast.processes import make_accelerator, the_least, the_main_one, together
+from ddpo_fast.processes import make_accelerator, the_least, together
 from ddpo_fast.prompt_embeddings import PromptEmbeddings
 from ddpo_fast.prompts import PromptFunction
+from ddpo_fast.resumption import Resumption, base_digest, described
+from ddpo_fast.reward_random import RewardRandom
 from ddpo_fast.rollout import PipelineRollout, Rollout
-from ddpo_fast.run_log import RunLog, output_folder
+from ddpo_fast.run_log import RunLog, claimed_folder, output_folder
 from ddpo_fast.sampler import latent_shape
 from ddpo_fast.trajectory import Trajectory, micro_batches, pair_index, training_batches
+from ddpo_fast.worker_threads import WorkerThreads
 
 logger = logging.getLogger(__name__)
 
 
-class DDPOTrainer(HubModel):
+class DDPOTrainer(Resumption, HubModel):
     """Fine-tunes a Stable Diffusion pipeline on a reward (arXiv 2305.13301), with TRL 0.23.1's interface.
 
     Args:
@@ -79,8 +82,6 @@ class DDPOTrainer(HubModel):
         state = checkpoint.read_state(resume) if resume else {}
         folder = output_folder(config)
         self.accelerator = make_accelerator(config, folder)
-        # the default folder carries a time, which must be the main process's
-        self.output_dir = Path(the_main_one(self.accelerator, str(folder)))
         if torch.cuda.is_available():
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
         ops.require_backend(config.kernel_backend, self.accelerator.device.type)
@@ -88,9 +89,11 @@ class DDPOTrainer(HubModel):
         okay, message = self._config_check()
         if not okay:
             raise ValueError(message)
+        self._verified(resume)
+        self.output_dir = claimed_folder(config, self.accelerator, folder)
         self.run_log = RunLog(config, self.accelerator, self.output_dir)
-        if not checkpoint.goes_on_in(self.output_dir, config.resume_from):
-            self.run_log.claim_folder()
+        self.run_log.claim_folder(not checkpoint.goes_on_in(self.output_dir, config.resume_from))
+        self.base = base_digest(sd_pipeline)
         self.run_log.start_trackers(state.get("global_step"))
         set_seed(config.seed, device_specific=True)
         sd_pipeline.set_progress_bar_config(
@@ -110,8 +113,8 @@ class DDPOTrainer(HubModel):
             config.per_prompt_stat_tracking_buffer_size, config.per_prompt_stat_tracking_min_count
         )
         # one call at a time unless the reward may be called from several threads
-        self.executor = ThreadPoolExecutor(config.max_workers if config.async_reward_computation else 1, "reward")
-        self.first_epoch, self._global_step = 0, 0
+        self.executor = WorkerThreads(config.max_workers if config.async_reward_computation else 1, "reward")
+        self.interruption, self.reward_random, self.sample_health = Interruption(), RewardRandom(), SampleHealth()
         self.sizes = self._make_sizes()
         self.rollout = self._make_rollout()
         self._check_parts()
@@ -121,6 +124,7 @@ class DDPOTrainer(HubModel):
         self._known_dead: list[float] = []
         if config.resume_from:
             self._resume(resume, state)
+        self._started_at, self._whole_bytes = self.first_epoch, self.run_log.metrics.size()
         self.run_settings = self._run_settings()
         self.run_log.write_config(self.run_settings)
 
@@ -207,8 +211,10 @@ class DDPOTrainer(HubModel):
         `when_decoded` is called with each of the latter as soon as its images are there.
         """
         self.sd_pipeline.unet.eval()
+        self.sample_health = SampleHealth()
         samples, prompt_image_pairs = [], []
         for trajectory, images, metadata in self.rollout.batches(self.prompt_fn, iterations, batch_size):
+            self.sample_health.add(trajectory, images)
             samples.append(trajectory)
             prompt_image_pairs.append([images, trajectory.prompts, metadata])
             when_decoded(prompt_image_pairs[-1])
@@ -234,6 +240,7 @@ class DDPOTrainer(HubModel):
                 generator=torch.Generator().manual_seed(seed),
                 output_type="pt",
             ).images.float()
+        check_images(images, prompts)
         scores, _ = rewards.score(self.reward_fn, images, prompts, metadata)
         checkpoint.restore_random_state(random_state)
         return images.cpu(), scores.cpu()
@@ -251,15 +258,34 @@ class DDPOTrainer(HubModel):
 
     def _sample_and_score(self) -> tuple[list[Trajectory], list[list[Any]], Any, float]:
         """Trajectories, `[images, prompts, metadata]`, what `compute_rewards` returns, and the time between the two."""
+        try:
+            found = self._sampled_and_scored()
+        except Exception:
+            # a reward may have failed on what is no image
+            self.sample_health.check()
+            raise
+        finally:
+            self.reward_random.end()
+        together(self.accelerator, self.sample_health.check)
+        self.interruption.check()
+        return found
+
+    def _sampled_and_scored(self) -> tuple[list[Trajectory], list[list[Any]], Any, float]:
         sizes = self.config.sample_num_batches_per_epoch, self.config.sample_batch_size
         if not self._overlaps_rewards:
             samples, batches = self._generate_samples(*sizes)
             sampled = self._now()
             is_async = self.config.async_reward_computation
+            self.reward_random.begin()
             scored = together(self.accelerator, lambda: self.compute_rewards(batches, is_async))
             return samples, batches, scored, sampled
         scoring = rewards.Scoring(self.reward_fn, self.executor, self.accelerator.num_processes == 1)
-        samples, batches = self._generate_samples(*sizes, when_decoded=scoring.begin)
+
+        def score(batch: list[Any]) -> None:
+            self.reward_random.begin()
+            scoring.begin(batch)
+
+        samples, batches = self._generate_samples(*sizes, when_decoded=score)
         sampled = self._now()
         scored = together(self.accelerator, lambda: scoring.results(batches))
         return samples, batches, self._collected(scored), sampled
@@ -315,13 +341,14 @@ class DDPOTrainer(HubModel):
             "images_per_s": len(all_rewards) / (ended - started),
         }
         self.run_log.epoch(epoch, global_step, all_rewards, timings)
-        self._global_step = global_step
+        self._epoch_is_whole(epoch + 1, global_step)
         if (epoch + 1) % self.config.save_freq == 0:
             self._save(epoch + 1)
         return global_step
 
     def _train_on(self, trajectory: Trajectory, epoch: int, global_step: int) -> int:
         """The inner epochs; returns the number of updates so far."""
+        self._is_updating = True
         if self.config.train_recompute_log_probs:
             trajectory = self._rescored(trajectory)
         self._dead_shares, self._known_dead = [], self._dead_shares
@@ -357,6 +384,7 @@ class DDPOTrainer(HubModel):
                     # a distance from 1 is drift only while the weights are still those that sampled
                     metrics.pop("ratio_drift", None)
                 updates.append(metrics)
+                self.interruption.check()
         infos = self.run_log.updates(updates, epoch, inner_epoch, global_step)
         self._dead_shares += [info.get("dead", 0.0) for info in infos]
         return global_step + len(updates)
@@ -464,24 +492,22 @@ class DDPOTrainer(HubModel):
         return ops.clipped_surrogate(advantages, clip_range, ratio)
 
     def train(self, epochs: int | None = None) -> None:
-        """Trains up to `epochs` epochs in all (default: `config.num_epochs`), from `first_epoch` on."""
-        epochs = self.config.num_epochs if epochs is None else epochs
-        global_step = self._global_step
-        bar = tqdm(
-            range(self.first_epoch, epochs),
-            initial=self.first_epoch,
-            total=epochs,
-            desc="Epoch",
-            disable=self._hides_bars,
-        )
-        for epoch in bar:
-            global_step = self.step(epoch, global_step)
-            bar.set_postfix_str(self.run_log.summary)
-            if bar.disable and self.accelerator.is_main_process:
-                print(f"epoch {epoch + 1}/{epochs}: {self.run_log.summary}", file=sys.stderr, flush=True)
-        if epochs > self.first_epoch and epochs % self.config.save_freq:
-            self._save(epochs)
-        self.first_epoch = max(self.first_epoch, epochs)
+        """Trains `epochs` epochs (default: `config.num_epochs`), a resumed run the rest of them.
+
+        A second call trains as many again, as TRL does; one after a call that was stopped (Ctrl-C, a reward that
+        raised) trains the rest of that one, from the start of the epoch it was in. However it ends, there is a
+        checkpoint of the last whole epoch.
+        """
+        left = self._epochs_to_train(self.config.num_epochs if epochs is None else epochs)
+        bar = tqdm(left, initial=left.start, total=left.stop, desc="Epoch", disable=self._hides_bars)
+        with self._attended():
+            for epoch in bar:
+                self.step(epoch, self._global_step)
+                bar.set_postfix_str(self.run_log.summary)
+                if bar.disable and self.accelerator.is_main_process:
+                    print(f"epoch {epoch + 1}/{left.stop}: {self.run_log.summary}", file=sys.stderr, flush=True)
+                if (epoch + 1) % self.config.save_freq:
+                    self._save_between(epoch + 1, epoch + 1 == left.stop)
         self.run_log.draw()
         self.accelerator.wait_for_everyone()
 
@@ -493,10 +519,12 @@ class DDPOTrainer(HubModel):
         return None if self.accelerator.is_local_main_process else True
 
     def _run_settings(self) -> dict[str, Any]:
-        settings = {"config": vars(self.config), "num_processes": self.accelerator.num_processes}
-        for name in ("pretrained_model", "pretrained_revision", "use_lora"):
-            if hasattr(self.sd_pipeline, name):
-                settings[name] = getattr(self.sd_pipeline, name)
+        settings = {
+            "config": vars(self.config),
+            "num_processes": self.accelerator.num_processes,
+            "base": self.base,
+            **described(self.sd_pipeline),
+        }
         if settings.get("use_lora") and hasattr(self.sd_pipeline, "lora_config"):
             lora = self.sd_pipeline.lora_config
             settings |= {
@@ -508,76 +536,33 @@ class DDPOTrainer(HubModel):
 
     # checkpoints and models
 
-    def _save(self, epochs: int) -> None:
-        """A checkpoint after `epochs` finished epochs."""
+    def _save(self, epochs: int, name: str = "") -> None:
+        """A checkpoint after `epochs` finished epochs, or what lies under another `name` beside them."""
         state = {
             "epochs": epochs,
             "global_step": self._global_step,
             "elapsed_s": self.run_log.elapsed_s(),
             "metrics_bytes": self.run_log.metrics.size(),
             "trained": self._trained_part(),
+            "healthy": self.run_log.health.good,
             **json.loads(json.dumps(self.run_settings, default=str)),
         }
         training = {
             "engine": self.engine.state_dict(),
-            "stat_tracker": self.stat_tracker.state_dict(),
             "dead_shares": self._dead_shares,
-            **{name: function.state_dict() for name, function in self._stateful_functions().items()},
+            **checkpoint.function_states({"stat_tracker": self.stat_tracker, **self._stateful_functions()}),
         }
-        with self.engine.exact():
+        with self.interruption.held(), self.engine.exact():
             checkpoint.save(
-                self.output_dir / "checkpoints",
+                self._checkpoints,
                 self.accelerator,
                 state,
                 training,
                 self.engine.own_state(),
-                lambda folder: self._save_model_hook([self._model()], [], str(folder)),
+                self._write_weights,
                 self.config.project_kwargs.get("total_limit") or self.config.num_checkpoint_limit,
+                name,
             )
-
-    def _resume(self, resume: Path | None, state: dict[str, Any]) -> None:
-        in_place = checkpoint.goes_on_in(self.output_dir, self.config.resume_from)
-        self.run_log.resume(state, in_place)
-        if resume is None:
-            logger.warning("%s has no checkpoint yet: the run starts from the beginning", self.config.resume_from)
-            return
-        checkpoint.check_same_part(resume, state["trained"], self._trained_part())
-        if in_place and self.accelerator.is_main_process:
-            checkpoint.set_aside_later(resume)
-        self.config.resume_from = str(resume)
-        training = checkpoint.read_training(resume)
-        with self.engine.exact(write=True):
-            self._load_model_hook([self._model()], str(resume))
-        self.engine.load_state_dict(training["engine"])
-        self.stat_tracker.load_state_dict(training["stat_tracker"])
-        self._dead_shares = training["dead_shares"]
-        for name, function in self._stateful_functions().items():
-            if name in training:
-                function.load_state_dict(training[name])
-        self.first_epoch, self._global_step = state["epochs"], state["global_step"]
-        random_state = checkpoint.read_random_state(resume, self.accelerator.process_index)
-        if random_state is None:
-            # another draw than any process made in the epochs so far
-            set_seed(self.config.seed + 1_000_003 * self.first_epoch, device_specific=True)
-        else:
-            self.engine.load_own_state(random_state["own"])
-            checkpoint.restore_random_state(random_state)
-
-    def _save_model_hook(self, models: list, weights: list, output_dir: str) -> None:
-        self.sd_pipeline.save_checkpoint(models, weights, output_dir)
-
-    def _load_model_hook(self, models: list, input_dir: str) -> None:
-        self.sd_pipeline.load_checkpoint(models, input_dir)
-
-    def _stateful_functions(self) -> dict[str, Any]:
-        functions = {"reward_function": self.reward_fn, "prompt_function": self.prompt_fn}
-        return {name: f for name, f in functions.items() if hasattr(f, "state_dict") and hasattr(f, "load_state_dict")}
-
-    def _model(self) -> Any:
-        return self.sd_pipeline.unet if isinstance(self.trainable_layers, list) else self.trainable_layers
-
-    def _trained_part(self) -> dict[str, Any]:
-        return checkpoint.trained_part(self._model().named_parameters())
 
 
 def _grouped(batches: Iterator[Any], size: int) -> Iterator[list[Any]]:

@@ -1,0 +1,43 @@
+"""A run's files: what tells that they are whole, who may read them, and that they have reached the disk."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+BLOCK = 2**22
+
+
+def digest(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            found.update(block)
+    return found.hexdigest()
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """The digest of each file below `folder`, by its path there."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): digest(path) for path in files}
+
+
+def follow_umask(folder: Path) -> None:
+    """Gives the files below `folder` the mode that this user's new files have: safetensors makes its own 0600."""
+    plain = folder / ".mode"
+    plain.touch()
+    mode = plain.stat().st_mode
+    plain.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file() and path.stat().st_mode != mode:
+            path.chmod(mode)
+
+
+def sync_to_disk(folder: Path) -> None:
+    """Returns when everything below `folder` would outlive a power cut."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)

@@ -1,0 +1,175 @@
+"""Whether a run still learns: what it samples, scores and updates is finite, varied and near the old policy.
+
+Shapes: B images of a batch, T denoising steps.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ddpo_fast.config import DDPOConfig
+from ddpo_fast.trajectory import Trajectory
+
+logger = logging.getLogger(__name__)
+
+# exp of a larger log-ratio overflows fp32: nothing is left of the policy that sampled
+LARGEST_LOG_RATIO = math.log(torch.finfo(torch.float32).max)
+# ratios that are typically half as large again, in every pair: PPO's assumption of a small step is gone
+FAR_LOG_RATIO = 0.5
+HALF_PRECISION = "a higher mixed_precision ('bf16' or 'no')"
+
+
+class RunStopped(RuntimeError):
+    """A run that cannot go on as its numbers are broken; the checkpoints are from before."""
+
+
+class SampleHealth:
+    """Flags of an epoch's samples, computed on the device while it samples and read when its rewards are there."""
+
+    def __init__(self) -> None:
+        self._batches: list[tuple[Trajectory, torch.Tensor]] = []
+        self._all_fine: list[torch.Tensor] = []
+        self._same: list[torch.Tensor] = []
+        self._first: torch.Tensor | None = None
+        self._images = 0
+
+    @torch.no_grad()
+    def add(self, trajectory: Trajectory, images: Any) -> None:
+        """Notes a batch of trajectories and their images [B, 3, height, width]."""
+        if not isinstance(images, torch.Tensor):
+            return
+        for part in (trajectory.trail, trajectory.log_probs, images):
+            self._all_fine.append(part.isfinite().all())
+        if self._first is None:
+            self._first = images[:1].clone()
+        self._same.append((images == self._first).all())
+        self._images += len(images)
+        self._batches.append((trajectory, images))
+
+    def check(self) -> None:
+        """Raises `RunStopped` that names the prompt and the step; waits for the device."""
+        if self._all_fine and not bool(torch.stack(self._all_fine).all()):
+            for trajectory, images in self._batches:
+                _check_batch(trajectory, images)
+        if self._images > 1 and bool(torch.stack(self._same).all()):
+            raise RunStopped(
+                f"all {self._images} images of the epoch are the same, to the last pixel, so there is nothing to learn "
+                "from: the model has collapsed; lower train_learning_rate and go on from an earlier checkpoint"
+            )
+
+
+def _check_batch(trajectory: Trajectory, images: torch.Tensor) -> None:
+    steps = trajectory.log_probs.shape[1]
+    for what, fine in (
+        ("latents", trajectory.trail.isfinite().flatten(2).all(2).cpu()),
+        ("log-probability", trajectory.log_probs.isfinite().cpu()),
+    ):
+        if not fine.all():
+            step = int((~fine).any(0).nonzero()[0])
+            image = int((~fine[:, step]).nonzero()[0])
+            # the first latents are noise, and each step makes the next ones
+            step += what == "log-probability"
+            raise RunStopped(
+                f"the {what} of an image of {trajectory.prompts[image]!r} stopped being finite at denoising step "
+                f"{step} of {steps}: the model or its learning rate is too much for this precision; use "
+                f"{HALF_PRECISION}, or lower train_learning_rate and go on from an earlier checkpoint"
+            )
+    fine = images.isfinite().flatten(1).all(1).cpu()
+    if not fine.all():
+        image = int((~fine).nonzero()[0])
+        raise RunStopped(not_finite(trajectory.prompts[image]))
+
+
+def not_finite(prompt: str) -> str:
+    """What is wrong with an image of not finite pixels, though its latents are finite."""
+    return (
+        f"the image of {prompt!r} has pixels that are not finite, though its latents are: the VAE overflows in this "
+        f"precision; use {HALF_PRECISION} or a VAE made for fp16"
+    )
+
+
+def check_images(images: torch.Tensor, prompts: Sequence[str]) -> None:
+    """Raises `RunStopped` naming the prompt of an image [B, ...] with pixels that are not finite."""
+    fine = images.isfinite().flatten(1).all(1)
+    if not fine.all():
+        raise RunStopped(not_finite(prompts[int((~fine).nonzero()[0])]))
+
+
+def check_weights(weights: dict[str, torch.Tensor], epochs: int) -> None:
+    """Raises `RunStopped` if trained weights are not finite after so many epochs: they must not be saved as good."""
+    if not weights:
+        return
+    largest = torch.stack(torch._foreach_norm(list(weights.values()), math.inf, dtype=torch.float32))
+    if not bool(largest.isfinite().all()):
+        name = list(weights)[int((~largest.isfinite()).nonzero()[0])]
+        raise RunStopped(
+            f"weights of {name} are not finite after {epochs} epochs: they are not saved; lower train_learning_rate "
+            "and go on from the last checkpoint"
+        )
+
+
+class Health:
+    """Watches an epoch's rewards and updates, which the host has read anyway; warns once of each thing."""
+
+    def __init__(self, config: DDPOConfig) -> None:
+        self.config = config
+        self.good = True
+        self._warned: set[str] = set()
+
+    def begin_epoch(self) -> None:
+        """Until something is seen in it, an epoch is good."""
+        self.good = True
+
+    def rewards(self, epoch: int, values: np.ndarray) -> None:
+        """Warns of rewards [images] without spread, from which nothing is learned."""
+        if len(values) > 1 and float(np.ptp(values)) == 0:
+            self._warn(
+                "spread",
+                f"all {len(values)} rewards of epoch {epoch + 1} are {float(values[0]):g}: without spread there is "
+                "nothing to learn; see what the reward function returns, and whether the images still differ",
+            )
+
+    def update(self, number: int, info: dict[str, float], folder: Any) -> None:
+        """Raises `RunStopped` for the update that broke the run, and warns of one that is about to."""
+        rescue = f"lower train_learning_rate and resume from the last checkpoint in {folder}"
+        if not math.isfinite(info["loss"]):
+            raise RunStopped(f"the loss of update {number} is {info['loss']}: {rescue}")
+        if info.get("loss_scale", 1.0) < 1.0:
+            raise RunStopped(
+                f"update {number} overflowed at a loss scale of {info['loss_scale']:g}: {rescue}, or use bf16"
+            )
+        if not math.isfinite(info.get("grad_norm", 0.0)) and not info.get("skipped_step"):
+            raise RunStopped(f"the gradient of update {number} is {info['grad_norm']}: {rescue}")
+        # KL's estimate is half the mean square of the log-ratio
+        log_ratio = math.sqrt(2 * info["approx_kl"]) if info["approx_kl"] >= 0 else math.inf
+        if not log_ratio < LARGEST_LOG_RATIO:
+            raise RunStopped(
+                f"before update {number} the policy has nothing left of the one that sampled (approx_kl "
+                f"{info['approx_kl']:.1e}): {rescue}"
+            )
+        if log_ratio > max(FAR_LOG_RATIO, 10 * self.config.train_clip_range):
+            self._warn(
+                "kl",
+                f"before update {number} the policy is far from the one that sampled (approx_kl "
+                f"{info['approx_kl']:.1e}; the clip range is {self.config.train_clip_range:g}): lower "
+                "train_learning_rate or train_num_inner_epochs",
+            )
+        elif info["clipfrac"] > 0.999:
+            self._warn(
+                "clip",
+                f"in update {number} all ratios are outside of the clip range of {self.config.train_clip_range:g}, so "
+                "that hardly anything is learned: lower train_learning_rate, or raise train_clip_range",
+                good=True,
+            )
+
+    def _warn(self, kind: str, text: str, good: bool = False) -> None:
+        self.good = self.good and good
+        if kind not in self._warned:
+            self._warned.add(kind)
+            logger.warning(text)

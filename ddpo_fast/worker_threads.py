@@ -1,0 +1,56 @@
+"""Threads that nobody waits for when the program ends: a reward that is still at work does not hold up a Ctrl-C."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from queue import SimpleQueue
+from typing import Any
+
+
+class WorkerThreads(Executor):
+    """Up to `count` threads, started when there is work. `ThreadPoolExecutor`'s are waited for at the program's end."""
+
+    def __init__(self, count: int, name: str) -> None:
+        self.count = count
+        self.name = name
+        self._work: SimpleQueue[Any] = SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        weakref.finalize(self, _end, self._work, self._threads)
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Calls `function` in one of the threads."""
+        future: Future[Any] = Future()
+        self._work.put((future, function, args, kwargs))
+        if len(self._threads) < self.count:
+            name = f"{self.name}_{len(self._threads)}"
+            thread = threading.Thread(target=_run, args=(self._work,), name=name, daemon=True)
+            self._threads.append(thread)
+            thread.start()
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """The threads end after what is queued already."""
+        _end(self._work, self._threads)
+        for thread in self._threads if wait else []:
+            thread.join()
+
+
+def _run(work: SimpleQueue[Any]) -> None:
+    while (item := work.get()) is not None:
+        future, function, args, kwargs = item
+        if not future.set_running_or_notify_cancel():
+            continue
+        try:
+            future.set_result(function(*args, **kwargs))
+        except BaseException as error:
+            future.set_exception(error)
+        # an idle thread keeps no images
+        del item, future, function, args, kwargs
+
+
+def _end(work: SimpleQueue[Any], threads: list[threading.Thread]) -> None:
+    for _ in threads:
+        work.put(None)
