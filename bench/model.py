@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from timing import Clock
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddpo_fast.ops.extension import cache_folder
+from ddpo_fast.ops.extension import private_cache
 from ddpo_fast.tiny_sd import MODEL as BUNDLED
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -50,10 +50,9 @@ def default_model(device: str, size: str) -> Path:
 
 def sd15(device: str) -> Path:
     """The folder of a pipeline of random weights, made at the first call."""
-    cache = cache_folder()
+    cache = private_cache()
     folder = cache / "sd15_random"
     if not folder.exists():
-        cache.mkdir(parents=True, exist_ok=True)
         made = Path(tempfile.mkdtemp(dir=cache))
         # the weights in half precision, as the original's are mostly downloaded
         make_sd15(device).to("cpu", torch.float16).save_pretrained(made)

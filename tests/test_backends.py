@@ -112,6 +112,119 @@ def test_a_library_is_compiled_once_and_again_when_the_compiler_changes(tmp_path
     assert [p.name for p in tmp_path.iterdir()] == [first.name], "nothing is left of the compilation"
 
 
+@pytest.fixture
+def compilations(monkeypatch) -> list[str]:
+    """The outputs of compilers that write each time something else, and nothing of a library."""
+    made: list[str] = []
+
+    def run(commands):
+        for command in commands:
+            made.append(command[command.index("-o") + 1])
+            Path(made[-1]).write_text(f"{len(made)}" * 5000)
+
+    monkeypatch.setattr(extension, "_run", run)
+    return made
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch, compilations) -> Path:
+    """A library in a cache of its own."""
+    monkeypatch.setenv("DDPO_FAST_CACHE", str(tmp_path / "cache"))
+    return extension.build("cpu")
+
+
+def cut(library: Path) -> None:
+    library.write_bytes(library.read_bytes()[:-4096])
+
+
+def empty(library: Path) -> None:
+    library.write_bytes(b"")
+
+
+def change_a_byte(library: Path) -> None:
+    content = bytearray(library.read_bytes())
+    content[len(content) // 2] ^= 1
+    library.write_bytes(content)
+
+
+def append(library: Path) -> None:
+    library.write_bytes(library.read_bytes() + b"more")
+
+
+def link_elsewhere(library: Path) -> None:
+    library.symlink_to(library.rename(library.parent.parent / "elsewhere.so"))
+
+
+def link_to_nothing(library: Path) -> None:
+    library.unlink()
+    library.symlink_to("nothing.so")
+
+
+def open_to_others(library: Path) -> None:
+    library.chmod(0o777)
+
+
+@pytest.mark.parametrize(
+    "damage", [cut, empty, change_a_byte, append, link_elsewhere, link_to_nothing, open_to_others, Path.unlink]
+)
+def test_only_a_library_that_is_as_it_was_made_is_loaded(cached, compilations, damage):
+    before = len(compilations)
+    assert extension.build("cpu") == cached
+    assert len(compilations) == before
+    damage(cached)
+    assert not extension.is_whole(cached)
+    assert extension.build("cpu") == cached
+    assert len(compilations) == 2 * before
+    assert extension.is_whole(cached)
+    assert not cached.is_symlink()
+
+
+def test_the_cache_is_closed_to_others(cached):
+    cached.parent.chmod(0o755)
+    extension.build("cpu")
+    assert cached.parent.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o770, 0o702], ids=oct)
+def test_a_cache_that_others_can_write_to_is_not_used(cached, mode):
+    cached.parent.chmod(mode)
+    with pytest.raises(OSError, match=rf"others can write to the cache folder {cached.parent} .*DDPO_FAST_CACHE"):
+        extension.build("cpu")
+
+
+def test_a_cache_of_another_user_is_not_used(cached, monkeypatch):
+    monkeypatch.setattr("os.geteuid", lambda: cached.stat().st_uid + 1)
+    assert not extension.is_whole(cached)
+    with pytest.raises(OSError, match="belongs to another user, whose libraries would run as you: set DDPO_FAST_CACHE"):
+        extension.build("cpu")
+
+
+def test_without_a_private_cache_everything_works_and_says_why(tmp_path):
+    """And a planted library is not loaded: this one would raise."""
+    tmp_path.chmod(0o777)
+    code = "from ddpo_fast import ops; print(*ops.status('cpu'))"
+    done = in_process(code, DDPO_FAST_CACHE=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert f"others can write to the cache folder {tmp_path} (mode 777)" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_processes_that_compile_at_once_leave_one_whole_library(cached, monkeypatch):
+    """Each writes aside and renames: whatever the order, a file that is found is whole."""
+    others, run = iter(["while the first one compiles", "while that one does"]), extension._run
+
+    def interrupted(commands):
+        run(commands)
+        if next(others, None):
+            assert extension.is_whole(extension.build("cpu"))
+
+    cached.unlink()
+    monkeypatch.setattr(extension, "_run", interrupted)
+    assert extension.is_whole(extension.build("cpu"))
+    assert next(others, None) is None
+    assert [path.name for path in cached.parent.iterdir()] == [cached.name]
+
+
 def test_cpp_checks_at_its_boundary():
     assert extension.reasons("cpu") == ""
     example = step_example()
