@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -209,16 +210,35 @@ def save_adapter(pipe: Any, unet: Any, output_dir: str | Path) -> None:
     written: dict[str, Any] = {}
     for name, network in (("unet", unet), ("text_encoder", pipe.text_encoder)):
         if ADAPTER in getattr(network, "peft_config", {}):
-            state = convert_state_dict_to_diffusers(get_peft_model_state_dict(network, adapter_name=ADAPTER))
+            state = _named_alike(get_peft_model_state_dict(network, adapter_name=ADAPTER))
             # safetensors takes no weights that lie with their channels last
             written[f"{name}_lora_layers"] = {key: value.contiguous() for key, value in state.items()}
             written[f"{name}_lora_adapter_metadata"] = _in_order(network.peft_config[ADAPTER].to_dict())
     pipe.save_lora_weights(save_directory=output_dir, **written)
+    _sort_metadata(Path(output_dir) / LORA_WEIGHTS)
+
+
+def _named_alike(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights by TRL's names, or all by peft's, which layers outside attention have: diffusers reads no mixture."""
+    renamed = convert_state_dict_to_diffusers(state)
+    return state if any(".lora_A." in name for name in renamed) else renamed
 
 
 def _in_order(settings: dict[str, Any]) -> dict[str, Any]:
     """Sets as sorted lists, so that equal adapters make equal files."""
     return {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
+
+
+def _sort_metadata(path: Path) -> None:
+    """Safetensors writes its metadata in an order that is another in each process."""
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    # the weights begin at a multiple of eight bytes
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
 
 
 def read_adapter(unet: Any, path: Path) -> None:

@@ -21,6 +21,7 @@ from ddpo_fast import checkpoint, ops, plan_command, report, rewards
 from ddpo_fast.attention import attention_problem
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.health import RunStopped
+from ddpo_fast.hub import push_problem
 from ddpo_fast.model_configs import check_model
 from ddpo_fast.pipeline import DefaultDDPOStableDiffusionPipeline
 from ddpo_fast.processes import the_main_one
@@ -206,6 +207,8 @@ def check_before_loading(
         refuse_changes(config.resume_from, saved_settings(config.resume_from), present, in_place)
     if not checkpoint.goes_on_in(folder, config.resume_from) and (problem := folder_problem(folder)):
         raise ValueError(problem)
+    if config.push_to_hub and (problem := push_problem(folder.absolute().name)):
+        raise ValueError(f"push_to_hub is True, but {problem}")
     prompts, metadata = (part[:2] * (3 - len(part[:2])) for part in shown)
     try:
         rewards.score(reward_function, torch.full((2, 3, 64, 64), 0.5), prompts[:2], metadata[:2])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData, PyTorchModelHubMixin
+from huggingface_hub import ModelCard, ModelCardData, PyTorchModelHubMixin, constants, errors, get_token, whoami
+from huggingface_hub.utils import validate_repo_id
 
 from ddpo_fast import files
 from ddpo_fast.processes import the_main_one
@@ -23,12 +25,20 @@ Stable Diffusion {{ "(" ~ base ~ ") " if base else "" }}fine-tuned with reinforc
 ```python
 from diffusers import StableDiffusionPipeline
 
-pipeline = StableDiffusionPipeline.from_pretrained("{{ model_name }}")
+pipeline = StableDiffusionPipeline.from_pretrained({{ path }})
 {%- if lora %}
-pipeline.load_lora_weights("{{ model_name }}")
+pipeline.load_lora_weights({{ path }})
 {%- endif %}
 image = pipeline("a photo").images[0]
 ```
+{%- if settings %}
+
+| setting | value |
+|---|---|
+{%- for name, value in settings.items() %}
+| {{ name }} | {{ value }} |
+{%- endfor %}
+{%- endif %}
 
 ```bibtex
 @inproceedings{black2024training,
@@ -41,10 +51,36 @@ image = pipeline("a photo").images[0]
 """
 
 
+# what of a run's settings a reader of its card wants to know
+CARD_SETTINGS = (
+    "num_epochs",
+    "sample_num_steps",
+    "sample_guidance_scale",
+    "sample_eta",
+    "negative_prompts",
+    "train_learning_rate",
+    "train_clip_range",
+    "train_num_inner_epochs",
+    "mixed_precision",
+    "seed",
+)
+
+
 def make_model_card(
-    model_name: str, base: str | None, lora: bool, tags: set[str], dataset_name: str | None = None
+    model_name: str,
+    base: str | None,
+    lora: bool,
+    tags: set[str],
+    dataset_name: str | None = None,
+    path: str | None = None,
+    settings: dict[str, Any] | None = None,
 ) -> ModelCard:
-    """A card that says where the model comes from and how to open it."""
+    """A card that says where the model comes from, what it was trained for and how to open it.
+
+    Args:
+        path: what `from_pretrained` is given (default: the name).
+        settings: of the training.
+    """
     data = ModelCardData(
         library_name="diffusers",
         base_model=base,
@@ -52,8 +88,37 @@ def make_model_card(
         pipeline_tag="text-to-image",
         tags=sorted(tags | ({"lora"} if lora else set())),
     )
-    what = "a LoRA adapter" if lora else "all weights of the UNet"
-    return ModelCard.from_template(data, template_str=TEMPLATE, model_name=model_name, base=base, lora=lora, what=what)
+    return ModelCard.from_template(
+        data,
+        template_str=TEMPLATE,
+        model_name=model_name,
+        base=base,
+        lora=lora,
+        what="a LoRA adapter" if lora else "all weights of the UNet",
+        path=json.dumps(path or model_name, ensure_ascii=False),
+        settings={name: _in_table(value) for name, value in (settings or {}).items()},
+    )
+
+
+def _in_table(value: Any) -> str:
+    return " ".join(str(value).replace("|", "\\|").split())
+
+
+def push_problem(name: str) -> str:
+    """Why a model could not be pushed to the Hub as `name`, as far as can be known before it is trained, or ''."""
+    try:
+        validate_repo_id(name)
+    except errors.HFValidationError as error:
+        return f"the Hub takes no repository of the name {name!r} ({error}): choose another output_dir"
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set: unset it, or leave push_to_hub out"
+    if not get_token():
+        return "nobody is logged in: run `hf auth login` or set HF_TOKEN, or leave push_to_hub out"
+    try:
+        whoami()
+    except (OSError, errors.HTTPError) as error:
+        return f"the Hub does not answer ({str(error).splitlines()[0]}): log in anew, or leave push_to_hub out"
+    return ""
 
 
 class HubModel(PyTorchModelHubMixin):
@@ -70,6 +135,10 @@ class HubModel(PyTorchModelHubMixin):
     output_dir: Path
     run_log: Any
     run_settings: dict[str, Any]
+    config: Any
+    reward_fn: Any
+    prompt_fn: Any
+    _pushed_to: str | None = None
 
     def save_model(self, output_dir: str | os.PathLike | None = None) -> None:
         """Writes the model and its card to `output_dir` (default: `final` in the run's folder), for plain diffusers."""
@@ -105,15 +174,40 @@ class HubModel(PyTorchModelHubMixin):
         folder = Path(folder or self.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         base = getattr(self.sd_pipeline, "pretrained_model", None)
+        name, path = self._card_name(folder)
         card = make_model_card(
-            model_name or folder.absolute().name,
+            model_name or name,
             # a path on this machine means nothing to a reader
-            base if base and not Path(base).exists() else None,
+            base if base and not Path(base).expanduser().exists() else None,
             bool(getattr(self.sd_pipeline, "use_lora", False)),
             {*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])},
             dataset_name,
+            model_name or path,
+            self._card_settings(),
         )
         card.save(folder / "README.md")
+
+    def _card_name(self, folder: Path) -> tuple[str, str]:
+        """The name of the model in `folder`, and where it is opened from: the Hub, or here."""
+        if self._pushed_to:
+            # the folder lies in one of the repository's owner's name, who need not be named
+            repo = self._pushed_to if "/" in self._pushed_to else f"{folder.parent.name}/{self._pushed_to}"
+            return repo, repo
+        here, run = folder.absolute(), self.output_dir.absolute()
+        near = here.is_relative_to(Path.cwd())
+        return run.name if here.parent == run else here.name, str(here.relative_to(Path.cwd()) if near else here)
+
+    def _card_settings(self) -> dict[str, Any]:
+        known: dict[str, Any] = {}
+        for name, function in (("reward", self.reward_fn), ("prompts", self.prompt_fn)):
+            used = self.run_settings.get(name) or getattr(function, "__name__", type(function).__name__)
+            # a path on this machine means nothing to a reader
+            known[name] = Path(str(used)).name
+        known |= {
+            key: value for key, value in self.run_settings.items() if key.startswith("lora_r") or key == "lora_alpha"
+        }
+        values = {name: getattr(self.config, name, None) for name in CARD_SETTINGS}
+        return known | {name: value for name, value in values.items() if value not in (None, "")}
 
     def push_to_hub(self, repo_id: str | None = None, *, dataset_name: str | None = None, **kwargs: Any) -> str:
         """Uploads the model with its card; the repository's name defaults to the run folder's."""
@@ -121,5 +215,9 @@ class HubModel(PyTorchModelHubMixin):
             # what the main process does for the upload, and what it waits for
             self._save_pretrained(self.output_dir)
             return the_main_one(self.accelerator, "")
-        url = super().push_to_hub(repo_id or self.output_dir.absolute().name, **kwargs)
+        self._pushed_to = repo_id or self.output_dir.absolute().name
+        try:
+            url = super().push_to_hub(self._pushed_to, **kwargs)
+        finally:
+            self._pushed_to = None
         return the_main_one(self.accelerator, str(url))

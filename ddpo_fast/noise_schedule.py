@@ -49,7 +49,8 @@ def ddim_scheduler(config: Mapping[str, Any]) -> DDIMScheduler:
     defaults = {key: value.default for key, value in inspect.signature(kind.__init__).parameters.items()}
     given = {**defaults, **config}
     flow = name.startswith("FlowMatch") or given.get("use_flow_sigmas") or "flow" in str(given.get("prediction_type"))
-    other = "beta_start" not in defaults or "snr_shift_scale" in defaults or given.get("timestep_type") == "continuous"
+    # a scheduler whose package is missing here has no defaults, and its file says all
+    other = "beta_start" not in given or "snr_shift_scale" in given or given.get("timestep_type") == "continuous"
     if flow or other:
         what = "of flow matching" if flow else "of another kind of noise than DDIM's"
         raise ValueError(f"its scheduler is {name}, which is {what}")

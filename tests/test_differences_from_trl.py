@@ -50,12 +50,16 @@ def test_5_model_can_be_saved_and_pushed(make_trainer, tmp_path, monkeypatch):
 
         def upload_folder(self, *, folder_path, repo_id, **kwargs):
             pushed[repo_id] = sorted(p.name for p in Path(folder_path).iterdir())
+            pushed["card"] = (Path(folder_path) / "README.md").read_text()
             return "url"
 
     monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Api)
     assert trainer.push_to_hub() == "url"
     assert "model_index.json" in pushed["run"]
     assert "README.md" in pushed["run"]
+    trainer.push_to_hub("somebody/animals")
+    assert 'from_pretrained("somebody/animals")' in pushed["card"]
+    assert 'load_lora_weights("somebody/animals")' in pushed["card"]
     trainer.create_model_card("mine", tags="animals")
     assert "animals" in (trainer.output_dir / "README.md").read_text()
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import diffusers
 import pytest
 import torch
 from diffusers import DDIMScheduler
 
 from ddpo_fast import ops
-from ddpo_fast.noise_schedule import PREDICTION_TYPES, NoiseSchedule
+from ddpo_fast.noise_schedule import PREDICTION_TYPES, NoiseSchedule, check_steps, ddim_scheduler
 from ddpo_fast.tiny_sd.build import SCHEDULER
 
 
@@ -69,3 +70,146 @@ def test_more_steps_than_the_model_knows_are_refused():
 def test_scheduler_without_timesteps_is_refused():
     with pytest.raises(ValueError, match="set_timesteps"):
         NoiseSchedule.from_scheduler(DDIMScheduler(**SCHEDULER), 1.0, "cpu")
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize(
+    ("spacing", "steps", "zero_snr"), [("trailing", 7, False), ("trailing", 50, True), ("leading", 7, False)]
+)
+def test_a_step_leads_to_the_next_sampled_timestep(prediction_type, spacing, steps, zero_snr):
+    """From latents of one timestep's noise, a model that is right leads to those of the next one's."""
+    if zero_snr and prediction_type == "epsilon":
+        pytest.skip("latents without a signal do not say what an image is")
+    scheduler = make_scheduler(
+        steps, prediction_type=prediction_type, timestep_spacing=spacing, rescale_betas_zero_snr=zero_snr
+    )
+    schedule = NoiseSchedule.from_scheduler(scheduler, 0.7, "cpu")
+    image, noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sampled = scheduler.timesteps.tolist()
+    for t, following in zip(sampled, [*sampled[1:], 0], strict=True):
+        alpha, next_alpha = (scheduler.alphas_cumprod[i].double() for i in (t, following))
+        latents = alpha.sqrt() * image + (1 - alpha).sqrt() * noise
+        velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * image
+        output = {"epsilon": noise, "sample": image, "v_prediction": velocity}[prediction_type]
+        c_x, c_m, sigma = (c.double() for c in schedule.at(torch.tensor(t)))
+        expected = next_alpha.sqrt() * image + (1 - next_alpha - sigma**2).sqrt() * noise
+        # fp32 coefficients: one rounding each (6e-8) of terms up to 15 times the result where the signal is weak
+        torch.testing.assert_close(c_x * latents + c_m * output, expected, rtol=0, atol=2e-5)
+        assert sigma > 0
+
+
+def test_leading_steps_are_trls_to_the_bit():
+    """Every row, of timesteps that are not sampled too, as TRL's stride gives it."""
+    scheduler = make_scheduler(20)
+    alpha = scheduler.alphas_cumprod.double()
+    previous = alpha[(torch.arange(1000) - 50).clamp(min=0)]
+    variance = (1 - previous) / (1 - alpha) * (1 - alpha / previous)
+    direction = (1 - previous - variance).clamp(min=0).sqrt()
+    c_x = previous.sqrt() / alpha.sqrt()
+    c_m = direction - previous.sqrt() * (1 - alpha).sqrt() / alpha.sqrt()
+    table = NoiseSchedule.from_scheduler(scheduler, 1.0, "cpu").table
+    assert torch.equal(table, torch.stack([c_x, c_m, variance.sqrt()], 1).float())
+
+
+@pytest.mark.parametrize(
+    ("steps", "changes", "words"),
+    [
+        (5, {"timestep_spacing": "linspace"}, "sample timestep 0"),
+        (5, {"steps_offset": 0}, "sample timestep 0"),
+        (1000, {"timestep_spacing": "trailing"}, "sample timestep 0"),
+        # one more step than was asked for, by a rounding of diffusers'
+        (61, {"timestep_spacing": "trailing"}, "use another number of steps"),
+        (5, {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True}, "pure noise"),
+        (1001, {}, "1001 sampling steps reach past"),
+    ],
+)
+def test_steps_without_a_density_are_refused(steps, changes, words):
+    with pytest.raises(ValueError, match=words):
+        check_steps(DDIMScheduler(**{**SCHEDULER, **changes}), steps, 1.0)
+
+
+def test_another_scheduler_is_not_stepped_as_ddim():
+    scheduler = diffusers.EulerDiscreteScheduler()
+    scheduler.set_timesteps(5)
+    with pytest.raises(ValueError, match="EulerDiscreteScheduler"):
+        NoiseSchedule.of(scheduler, 1.0, torch.device("cpu"))
+
+
+def test_a_table_is_kept_for_what_it_was_made_of():
+    scheduler, cpu = make_scheduler(10), torch.device("cpu")
+    first = NoiseSchedule.of(scheduler, 1.0, cpu)
+    scheduler.set_timesteps(10)
+    assert NoiseSchedule.of(scheduler, 1.0, cpu) is first
+    scheduler.timesteps = scheduler.timesteps - 1
+    scheduler.timesteps[-1] = 2
+    moved = NoiseSchedule.of(scheduler, 1.0, cpu)
+    assert not torch.equal(moved.table, first.table)
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod * 0.9
+    assert NoiseSchedule.of(scheduler, 1.0, cpu) is not moved
+    scheduler.register_to_config(clip_sample=True)
+    with pytest.raises(ValueError, match="clip_sample"):
+        NoiseSchedule.of(scheduler, 1.0, cpu)
+
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+STEPPED = (
+    "DDIM DDPM PNDM EulerDiscrete EulerAncestralDiscrete HeunDiscrete KDPM2Discrete DPMSolverMultistep "
+    "DPMSolverSinglestep DEISMultistep UniPCMultistep LCM TCD"
+)
+
+
+@pytest.mark.parametrize("name", STEPPED.split())
+def test_a_model_made_for_any_scheduler_is_sampled_by_ddim(name):
+    made_for = getattr(diffusers, f"{name}Scheduler")(**BETAS)
+    scheduler = ddim_scheduler({**made_for.config, "_class_name": f"{name}Scheduler"})
+    torch.testing.assert_close(scheduler.alphas_cumprod, made_for.alphas_cumprod, rtol=0, atol=0)
+    assert not scheduler.config.clip_sample
+    check_steps(scheduler, 5, 1.0)
+    kept = made_for.config.get("timestep_spacing", "leading")
+    assert scheduler.config.timestep_spacing == ("trailing" if kept == "linspace" else kept)
+
+
+def test_a_scheduler_whose_package_is_missing_here_is_not_needed():
+    scheduler = ddim_scheduler({"_class_name": "LMSDiscreteScheduler", "timestep_spacing": "linspace", **BETAS})
+    assert torch.equal(scheduler.alphas_cumprod, DDIMScheduler(**BETAS).alphas_cumprod)
+
+
+def test_what_a_schedulers_config_says_of_the_model_is_carried():
+    betas = torch.linspace(0.001, 0.5, 100).tolist()
+    config = {
+        "_class_name": "EulerDiscreteScheduler",
+        "trained_betas": betas,
+        "num_train_timesteps": 100,
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+        "timestep_spacing": "trailing",
+    }
+    scheduler = ddim_scheduler(config)
+    assert (scheduler.config.prediction_type, len(scheduler.alphas_cumprod)) == ("v_prediction", 100)
+    assert scheduler.alphas_cumprod[-1] == 0
+    check_steps(scheduler, 10, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "flow matching"),
+        ({"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction"}, "flow matching"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True}, "flow matching"),
+        ({"_class_name": "EDMEulerScheduler"}, "another kind of noise"),
+        ({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, "another kind of noise"),
+        ({"_class_name": "MyScheduler"}, "none of diffusers'"),
+        ({"_class_name": ["my", "Scheduler"]}, "none of diffusers'"),
+        ({"_class_name": "DDIMScheduler", "prediction_type": "score"}, "prediction_type is 'score'"),
+        ({"_class_name": "DDIMScheduler", "timestep_spacing": "log"}, "timestep_spacing is 'log'"),
+        ({"_class_name": "DDPMScheduler", "beta_schedule": "sigmoid"}, "beta_schedule is 'sigmoid'"),
+        ({"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True}, "zero terminal SNR"),
+        ({"_class_name": "DDIMScheduler", "trained_betas": [0.1, 0.2]}, "trained_betas are 2"),
+        ({"_class_name": "DDIMScheduler", "beta_end": 3.0}, "betas must lie between 0 and 1"),
+        ({"_class_name": "DDIMScheduler", "beta_end": "a"}, "cannot be used"),
+        ({"_class_name": "DDIMScheduler", "num_train_timesteps": 0}, "num_train_timesteps is 0"),
+    ],
+)
+def test_a_scheduler_of_another_kind_of_noise_is_refused(config, words):
+    with pytest.raises(ValueError, match=words):
+        ddim_scheduler(config)

@@ -1,0 +1,69 @@
+"""The model's card, and what can be known of a push to the Hub before anything is trained."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+from ddpo_fast import cli, hub
+
+
+def test_the_card_says_what_was_trained_and_how_to_open_it(make_trainer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer = make_trainer(use_lora=True, num_epochs=1)
+    trainer.run_settings.update(reward="my_rewards:cats|dogs", prompts="/home/me/prompts.txt")
+    trainer.save_model()
+    card = (tmp_path / "run" / "final" / "README.md").read_text()
+    assert "| reward | my_rewards:cats\\|dogs |" in card
+    assert "| prompts | prompts.txt |" in card
+    assert "/home/me" not in card
+    assert "| lora_rank | 4 |" in card
+    assert "| train_learning_rate | 0.001 |" in card
+    (path,) = set(re.findall(r'(?:from_pretrained|load_lora_weights)\("(.*)"\)', card))
+    assert (Path(path) / "model_index.json").exists()
+    assert path == "run/final"
+
+
+def test_a_folder_elsewhere_is_named_whole(make_trainer, tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parent)
+    make_trainer().save_model(tmp_path / "my model")
+    assert f'from_pretrained("{tmp_path}/my model")' in (tmp_path / "my model" / "README.md").read_text()
+
+
+def test_functions_without_names_on_the_command_line(make_trainer, tmp_path):
+    make_trainer().save_model()
+    assert "| reward | brightness |" in (tmp_path / "run" / "final" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "offline", "token", "words"),
+    [
+        ("a folder", False, "x", "takes no repository"),
+        ("run", True, "x", "HF_HUB_OFFLINE is set"),
+        ("run", False, None, "nobody is logged in"),
+        ("run", False, "x", "does not answer (no route)"),
+        ("run", False, "good", ""),
+    ],
+)
+def test_what_keeps_a_model_from_the_hub(name, offline, token, words, monkeypatch):
+    def whoami():
+        if token != "good":
+            raise ConnectionError("no route")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(hub, "get_token", lambda: token)
+    monkeypatch.setattr(hub, "whoami", whoami)
+    problem = hub.push_problem(name)
+    assert words in problem
+    assert bool(problem) == bool(words)
+
+
+def test_a_push_that_cannot_be_is_found_before_training(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(SystemExit, match="push_to_hub is True, but HF_HUB_OFFLINE is set"):
+        cli.main(["train", "--push_to_hub", "--output_dir", "run"])
+    assert not (tmp_path / "run").exists()

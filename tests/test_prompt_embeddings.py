@@ -1,0 +1,37 @@
+"""Prompts are embedded in training as diffusers embeds them when it draws."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_run import build_pipeline
+
+from ddpo_fast.prompt_embeddings import PromptEmbeddings
+
+PROMPTS = ["a <toy> on a table", "a cat"]
+
+
+@pytest.fixture
+def pipe():
+    pipe = build_pipeline()
+    pipe.text_encoder.requires_grad_(False)
+    vectors = torch.randn(3, 32, generator=torch.Generator().manual_seed(1))
+    pipe.load_textual_inversion({"<toy>": vectors}, token="<toy>")
+    return pipe
+
+
+@pytest.mark.parametrize("remembers", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_embeddings_are_diffusers(pipe, remembers, masked):
+    """A textual inversion of several vectors stands for several tokens, and an encoder may want its mask."""
+    pipe.text_encoder.config.use_attention_mask = masked
+    embed = PromptEmbeddings(pipe.tokenizer, pipe.text_encoder, torch.device("cpu"), remembers)
+    assert embed.remembers == remembers
+    for _ in range(2):
+        ids, embeddings = embed(PROMPTS)
+        theirs, negative = pipe.encode_prompt(PROMPTS[1], "cpu", 1, True, negative_prompt=PROMPTS[0])
+        # the encoder saw another number of rows: a few roundings of values near 1
+        torch.testing.assert_close(embeddings, torch.cat([negative, theirs]), rtol=0, atol=1e-5)
+    tokens = pipe.tokenizer.convert_ids_to_tokens(ids[0].tolist())
+    assert tokens[2:5] == ["<toy>", "<toy>_1", "<toy>_2"]
+    assert torch.equal(embed.tokenize(PROMPTS), ids)
