@@ -26,6 +26,7 @@ from ddpo_fast import checkpoint, cuda_graphs, ops, rewards
 from ddpo_fast.advantages import PerPromptStatTracker, batch_advantages
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.hub import HubModel
+from ddpo_fast.measured import Measured, device_name
 from ddpo_fast.memory import Sizes
 from ddpo_fast.metrics import first_tracker
 from ddpo_fast.noise_schedule import NoiseSchedule
@@ -82,6 +83,7 @@ class DDPOTrainer(HubModel):
         if torch.cuda.is_available():
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
         ops.require_backend(config.kernel_backend, self.accelerator.device.type)
+        self.measured = Measured(the_main_one(self.accelerator, Measured.of_run(state, self._run_settings())))
         self._check_launch()
         okay, message = self._config_check()
         if not okay:
@@ -119,7 +121,7 @@ class DDPOTrainer(HubModel):
         self._known_dead: list[float] = []
         if config.resume_from:
             self._resume(resume, state)
-        self.run_settings = self._run_settings()
+        self.run_settings = {**self._run_settings(), "measured": self.measured}
         self.run_log.write_config(self.run_settings)
 
     # set-up
@@ -188,6 +190,7 @@ class DDPOTrainer(HubModel):
             forward,
             self._computing,
             self.engine.bytes_to_come,
+            self.measured,
             lambda value: the_least(self.accelerator, value),
         )
 
@@ -491,7 +494,11 @@ class DDPOTrainer(HubModel):
         return None if self.accelerator.is_local_main_process else True
 
     def _run_settings(self) -> dict[str, Any]:
-        settings = {"config": vars(self.config), "num_processes": self.accelerator.num_processes}
+        settings = {
+            "config": vars(self.config),
+            "num_processes": self.accelerator.num_processes,
+            "device": device_name(self.accelerator.device),
+        }
         for name in ("pretrained_model", "pretrained_revision", "use_lora"):
             if hasattr(self.sd_pipeline, name):
                 settings[name] = getattr(self.sd_pipeline, name)
@@ -508,6 +515,8 @@ class DDPOTrainer(HubModel):
 
     def _save(self, epochs: int) -> None:
         """A checkpoint after `epochs` finished epochs."""
+        # with what has been measured since the last one
+        self.run_log.write_config(self.run_settings)
         state = {
             "epochs": epochs,
             "global_step": self._global_step,
