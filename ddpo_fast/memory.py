@@ -1,6 +1,7 @@
 """How many rows a UNet call may have: from the bytes that one pair keeps for its backward pass and what is free.
 
-Sizes are powers of two: a little more or less free memory then gives the same run again, to the bit.
+On many processors the sums of a row depend on how many rows there are: sizes are kept with the run, see measured.py,
+and are powers of two, as a little more or less free memory then gives the same new run again, to the bit.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from ddpo_fast.config import DDPOConfig
+from ddpo_fast.measured import Measured
 
 # More rows gain nothing: NeMo's ControlNet gains 1.26 times from 8 to 32 images on an A100, and the bundled model on a
 # CPU 1.35 times from 6 to 48 rows and nothing beyond.
@@ -35,6 +37,7 @@ class Sizes:
         forward: a training forward of one pair.
         computing: the context that it runs in.
         to_come: bytes that training will allocate beside activations.
+        measured: where sizes that are not set are kept.
         least: the smallest of all processes' values.
     """
 
@@ -47,6 +50,7 @@ class Sizes:
         forward: Callable[[], Any],
         computing: Callable[[], AbstractContextManager[Any]],
         to_come: Callable[[], int],
+        measured: Measured,
         least: Callable[[int], int] = lambda value: value,
     ) -> None:
         self.config = config
@@ -56,32 +60,38 @@ class Sizes:
         self.forward = forward
         self.computing = computing
         self.to_come = to_come
+        self.measured = measured
         self.least = least
 
-    @cached_property
+    @property
     def merged_batches(self) -> int:
         """Sampling batches that are drawn together."""
-        if self.config.sample_merge_batches is not None:
-            return self.config.sample_merge_batches
-        rows = 2 if self.config.sample_guidance_scale > 1 else 1
-        images_that_fit = self._free_bytes() // (self._bytes_per_row * rows)
-        return batches_to_merge(self.config.sample_batch_size, rows, images_that_fit)
+        set_to = self.config.sample_merge_batches
+        return self.measured.once("merged_batches", self._fitting_batches) if set_to is None else set_to
 
-    @cached_property
+    @property
     def micro_batch_size(self) -> int:
         """(image, timestep) pairs of a training forward: parts of an update that are as equal as they can be."""
-        if self.config.train_micro_batch_size is not None:
-            return self.config.train_micro_batch_size
-        rows = self._rows_per_pair
-        fit = pairs_that_fit(self._bytes_per_row * rows, self._free_bytes(), rows)
-        return equal_parts(self.config.pairs_per_update, fit)
+        return self.measured.once(
+            "micro_batch_size", lambda: self.config.train_micro_batch_size or self._fitting_micro_batch()
+        )
 
     def halve(self) -> bool:
         """Makes the micro-batch smaller for good, after memory ran out; False if it is one pair already."""
         if self.micro_batch_size == 1:
             return False
-        self.micro_batch_size = self.micro_batch_size // 2
+        self.measured["micro_batch_size"] = self.micro_batch_size // 2
         return True
+
+    def _fitting_batches(self) -> int:
+        rows = 2 if self.config.sample_guidance_scale > 1 else 1
+        images_that_fit = self._free_bytes() // (self._bytes_per_row * rows)
+        return batches_to_merge(self.config.sample_batch_size, rows, images_that_fit)
+
+    def _fitting_micro_batch(self) -> int:
+        rows = self._rows_per_pair
+        fit = pairs_that_fit(self._bytes_per_row * rows, self._free_bytes(), rows)
+        return equal_parts(self.config.pairs_per_update, fit)
 
     @property
     def _rows_per_pair(self) -> int:

@@ -67,7 +67,9 @@ class RunLog:
         """`config.json`, which a resumed run takes its settings from."""
         if self.accelerator.is_main_process:
             text = json.dumps(settings, indent=2, default=str) + "\n"
-            (self.folder / "config.json").write_text(text, encoding="utf-8")
+            # a kill must not leave half of it
+            (self.folder / ".config.json").write_text(text, encoding="utf-8")
+            (self.folder / ".config.json").replace(self.folder / "config.json")
 
     def resume(self, state: dict[str, Any], in_place: bool) -> None:
         """Goes on after the records that the checkpoint `state` knows of; later ones are written again."""

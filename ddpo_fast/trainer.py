@@ -26,6 +26,7 @@ from ddpo_fast.config import DDPOConfig
 from ddpo_fast.health import SampleHealth, check_images
 from ddpo_fast.hub import HubModel
 from ddpo_fast.interruption import Interruption
+from ddpo_fast.measured import Measured, device_name
 from ddpo_fast.memory import Sizes
 from ddpo_fast.metrics import first_tracker
 from ddpo_fast.noise_schedule import NoiseSchedule
@@ -85,6 +86,7 @@ class DDPOTrainer(Resumption, HubModel):
         if torch.cuda.is_available():
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
         ops.require_backend(config.kernel_backend, self.accelerator.device.type)
+        self.measured = Measured(the_main_one(self.accelerator, Measured.of_run(state, self._run_settings())))
         self._check_launch()
         okay, message = self._config_check()
         if not okay:
@@ -125,7 +127,7 @@ class DDPOTrainer(Resumption, HubModel):
         if config.resume_from:
             self._resume(resume, state)
         self._started_at, self._whole_bytes = self.first_epoch, self.run_log.metrics.size()
-        self.run_settings = self._run_settings()
+        self.run_settings = {**self._run_settings(), "measured": self.measured}
         self.run_log.write_config(self.run_settings)
 
     # set-up
@@ -194,6 +196,7 @@ class DDPOTrainer(Resumption, HubModel):
             forward,
             self._computing,
             self.engine.bytes_to_come,
+            self.measured,
             lambda value: the_least(self.accelerator, value),
         )
 
@@ -522,6 +525,7 @@ class DDPOTrainer(Resumption, HubModel):
         settings = {
             "config": vars(self.config),
             "num_processes": self.accelerator.num_processes,
+            "device": device_name(self.accelerator.device),
             "base": self.base,
             **described(self.sd_pipeline),
         }
@@ -538,6 +542,8 @@ class DDPOTrainer(Resumption, HubModel):
 
     def _save(self, epochs: int, name: str = "") -> None:
         """A checkpoint after `epochs` finished epochs, or what lies under another `name` beside them."""
+        # with what has been measured since the last one
+        self.run_log.write_config(self.run_settings)
         state = {
             "epochs": epochs,
             "global_step": self._global_step,
