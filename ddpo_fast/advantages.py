@@ -46,7 +46,8 @@ class PerPromptStatTracker:
         return {prompt: {"mean": a.mean(), "std": a.std(), "count": len(a)} for prompt, a in arrays.items()}
 
     def state_dict(self) -> dict[str, list[float]]:
-        return {prompt: [float(reward) for reward in seen] for prompt, seen in self.stats.items()}
+        """Plain data, also where prompts are NumPy's strings: a checkpoint keeps it."""
+        return {str.__str__(prompt): [float(reward) for reward in seen] for prompt, seen in self.stats.items()}
 
     def load_state_dict(self, state: dict[str, list[float]]) -> None:
         self.stats = {prompt: deque(seen, maxlen=self.buffer_size) for prompt, seen in state.items()}

@@ -1,11 +1,17 @@
-"""`module:function` on the command line: the user's own reward or prompt function."""
+"""The user's own reward and prompt functions: `module:function` on the command line, and how messages name them."""
 
 from __future__ import annotations
 
+import difflib
+import functools
 import importlib
+import inspect
 import os
 import sys
+import traceback
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 
@@ -17,12 +23,99 @@ def load_function(option: str, spec: str) -> Callable[..., Any]:
     module_name, _, name = spec.partition(":")
     if not module_name or not name:
         raise ValueError(f"{option} is {spec!r} but must be a name from the list or 'module:function'")
+    if module_name.endswith(".py"):
+        raise ValueError(f"{option} is {spec!r}, a file: {_spelling(module_name, name)}")
+    module = _imported(option, spec, module_name)
+    function = getattr(module, name, None)
+    if function is None or not callable(function):
+        raise ValueError(
+            f"{option} is {spec!r}, but module {module_name} has no function {name!r}{_hint(module, name)}"
+        )
+    require_function(f"{option} {spec!r}", function)
+    return function
+
+
+def require_function(what: str, function: Any) -> None:
+    """Raises `ValueError` unless `function` can be called, and is no class that a call would only make one of."""
+    if not callable(function):
+        raise ValueError(f"{what} is {kind_of(function)} but must be a function")
+    if inspect.isclass(function):
+        raise ValueError(f"{what} is a class: give a function, or an object of the class that has __call__")
+
+
+def _imported(option: str, spec: str, module_name: str) -> ModuleType:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        function = getattr(importlib.import_module(module_name), name, None)
-    except Exception as error:
-        raise ValueError(f"{option} is {spec!r}, and importing {module_name} failed: {error!r}") from error
-    if not callable(function):
-        raise ValueError(f"{option} is {spec!r}, but module {module_name} has no function {name!r}")
-    return function
+        return importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        # the module itself, a package that it is in, or something that it imports
+        if error.name and not f"{module_name}.".startswith(f"{error.name}."):
+            reason = f"it needs {error.name!r}, which is not installed ({place_of(error)})"
+        else:
+            reason = (
+                f"there is no module {error.name or module_name!r} in {os.getcwd()} nor among the installed packages"
+            )
+    # a module that exits would end the command without a word
+    except (Exception, SystemExit) as error:
+        # a mistake of syntax says where it is
+        reason = told(error) if isinstance(error, SyntaxError) else f"{told(error)} ({place_of(error)})"
+    raise ValueError(f"{option} is {spec!r}, and importing {module_name} failed: {reason}")
+
+
+def _spelling(file: str, name: str) -> str:
+    path = Path(file)
+    parts = path.with_suffix("").parts
+    if path.is_absolute() or ".." in parts:
+        return f"start from its folder and write '{path.stem}:{name}'"
+    return f"write '{'.'.join(parts)}:{name}'"
+
+
+def _hint(module: ModuleType, name: str) -> str:
+    here, found = Path(f"{module.__name__.split('.')[0]}.py").absolute(), getattr(module, "__file__", None)
+    if here.exists() and (found is None or Path(found).absolute() != here):
+        return f" (another module has the name of your file {here.name}: rename that)"
+    close = difflib.get_close_matches(name, [n for n, value in vars(module).items() if callable(value)], n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+# words for messages, each on one line
+
+
+def name_of(function: Any) -> str:
+    """Where a function comes from: 'module.name'."""
+    named = _named(function)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def place_of(error: BaseException, function: Any = None) -> str:
+    """The line that raised: of the function's own file if it is there, else the last."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if function is None:
+        return f"line {frames[-1].lineno} of {Path(frames[-1].filename).name}"
+    file = getattr(sys.modules.get(_named(function).__module__), "__file__", None)
+    own = [frame for frame in frames if frame.filename == file] or frames
+    return f"{name_of(function)}, line {own[-1].lineno} of {Path(own[-1].filename).name}"
+
+
+def _named(function: Any) -> Any:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function if hasattr(function, "__qualname__") else type(function)
+
+
+def told(error: BaseException) -> str:
+    """An error on one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text:.500}" if text else type(error).__name__
+
+
+def kind_of(value: Any) -> str:
+    """A value in a few words."""
+    if inspect.iscoroutine(value):
+        value.close()
+        return "a coroutine (make it a plain function that calls asyncio.run)"
+    if inspect.isgenerator(value):
+        return "a generator (make it return, not yield)"
+    text = " ".join(repr(value).split())
+    return f"{text if len(text) <= 80 else f'{text:.77}...'} (of type {type(value).__name__})"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
+import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ddpo_fast.plugin import load_function
+from ddpo_fast.plugin import kind_of, load_function, name_of, place_of, told
 from ddpo_fast.tiny_sd.drawings import ANIMALS, FACES, with_article
 
 PromptFunction = Callable[[], tuple[str, Any]]
@@ -34,18 +37,103 @@ def load_prompts(spec: str) -> PromptFunction:
     """
     if spec in PROMPT_LISTS:
         return ListPrompts(PROMPT_LISTS[spec])
-    path = Path(spec).expanduser()
-    if path.is_file():
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-        prompts = [line for line in lines if line]
-        if not prompts:
-            raise ValueError(f"prompts is {spec!r}, and that file has no prompt in it: write one per line")
-        return ListPrompts(prompts)
+    if (path := _existing(spec)) is not None:
+        return ListPrompts(read_prompts(path, spec))
     if ":" not in spec:
         raise ValueError(
-            f"prompts is {spec!r}, which is neither a file nor 'module:function' nor one of {', '.join(PROMPT_LISTS)}"
+            f"prompts is {spec!r:.200}, which is neither a file nor 'module:function' nor one of "
+            f"{', '.join(PROMPT_LISTS)}"
         )
     return load_function("prompts", spec)
+
+
+def _existing(spec: str) -> Path | None:
+    try:
+        path = Path(spec).expanduser()
+        return path if spec and path.exists() else None
+    # a name too long for a file, a home of nobody
+    except (OSError, RuntimeError, ValueError):
+        return None
+
+
+def read_prompts(path: Path, spec: str) -> list[str]:
+    """The prompts of a text file, one on each line that is not empty.
+
+    In UTF-8, or in UTF-16 or UTF-32 with the mark that they begin with. Raises `ValueError` naming the file, and the
+    line where one is at fault.
+    """
+    if path.is_dir():
+        raise ValueError(f"prompts is {spec!r}, which is a folder: name a text file in it")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"prompts is {spec!r}, which cannot be read: {error.strerror}") from error
+    text = _decoded(data, spec)
+    if problem := _table_problem(path, text):
+        raise ValueError(f"prompts is {spec!r}, which is {problem}: write the prompts to a text file, one on each line")
+    # `splitlines` would end lines at rare characters too, which may be part of a prompt
+    lines = [line.strip("\ufeff \t\v\f") for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n")]
+    prompts = [line for line in lines if line]
+    if not prompts:
+        raise ValueError(f"prompts is {spec!r}, and that file has no prompt in it: write one per line")
+    return prompts
+
+
+# UTF-32's mark begins with UTF-16's
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+
+def _decoded(data: bytes, spec: str) -> str:
+    encoding = next((encoding for mark, encoding in _MARKS if data.startswith(mark)), "utf-8-sig")
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        before = data[: error.start].decode(encoding, errors="replace")
+        raise ValueError(
+            f"prompts is {spec!r}, whose line {before.count(chr(10)) + 1} is not text in "
+            f"{encoding.removesuffix('-sig').upper()} ({error.reason} at byte {error.start}): save the file as text in "
+            "UTF-8"
+        ) from None
+    if "\0" in text:
+        line = text[: text.index("\0")].count("\n") + 1
+        raise ValueError(
+            f"prompts is {spec!r}, whose line {line} has NUL bytes, as no text in UTF-8 has: save the file as text in "
+            "UTF-8"
+        )
+    return text
+
+
+def _table_problem(path: Path, text: str) -> str:
+    """What a file is if it is no list of prompts, or ''."""
+    if path.suffix.lower() in (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".yaml", ".yml", ".toml", ".xml", ".html"):
+        return f"a {path.suffix} file"
+    first = text.strip().partition("\n")[0].strip()
+    for part in (first, text):
+        if part.lstrip()[:1] in ("[", "{") and _is_json(part):
+            return "JSON"
+    fields = [field.strip(" \"'").lower() for field in re.split("[,;\t]", first)]
+    if _HEADERS & set(fields) and all(re.fullmatch(r"\w*", field) for field in fields):
+        return f"a table with the header {first!r}"
+    return ""
+
+
+_HEADERS = {"prompt", "prompts", "caption", "captions"}
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    # brackets without end are no prompt either
+    except RecursionError:
+        return True
+    return True
 
 
 class ListPrompts:
@@ -59,14 +147,30 @@ class ListPrompts:
 
 
 def draw_prompts(prompt_function: PromptFunction, count: int) -> tuple[tuple[str, ...], tuple[Any, ...]]:
-    """`count` draws as (prompts, metadata). Raises `ValueError` if the function returns anything but a pair."""
-    drawn = []
-    for _ in range(count):
-        pair = prompt_function()
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[0], str):
-            raise ValueError(
-                f"the prompt function must return (prompt, metadata) with a string first, got {pair!r:.80}"
-            )
-        drawn.append(pair)
-    prompts, metadata = zip(*drawn, strict=True)
+    """`count` draws as (prompts, metadata), the prompts as plain strings.
+
+    Raises `ValueError` if the function raised, or returned anything but a prompt and its metadata.
+    """
+    prompts, metadata = zip(*(_draw(prompt_function) for _ in range(count)), strict=True)
     return prompts, metadata
+
+
+def _draw(prompt_function: PromptFunction) -> tuple[str, Any]:
+    try:
+        pair = prompt_function()
+    # one that exits would end the run without a word
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"the prompt function raised {told(error)} ({place_of(error, prompt_function)})") from error
+    name = name_of(prompt_function)
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[0], str):
+        raise ValueError(
+            f"the prompt function must return (prompt, metadata) with a string first, got {kind_of(pair)} ({name})"
+        )
+    # plain, also of NumPy's strings and enumerations: checkpoints and pictures keep prompts
+    prompt = str.__str__(pair[0])
+    if not prompt.isprintable() and any(character == "\0" or "\ud800" <= character <= "\udfff" for character in prompt):
+        raise ValueError(
+            f"the prompt function returned {prompt!r:.80} ({name}), which is no text: it has a NUL, or half of a "
+            "character that UTF-16 writes as two"
+        )
+    return prompt, pair[1]

@@ -1,21 +1,27 @@
 """Scores of images: JPEG size, the user's own function, and the checks between it and training.
 
-A reward function takes (images [B, 3, H, W] in [0, 1], prompts, metadata), the last two as tuples of length B, and
-returns (rewards of length B, metadata).
+A reward function takes (images [B, 3, H, W] in fp32 in [0, 1], prompts, metadata), the last two as tuples of length B,
+and returns (rewards of length B, metadata).
 """
 
 from __future__ import annotations
 
 import io
+import numbers
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
+from decimal import Decimal
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
-from ddpo_fast.plugin import load_function
+from ddpo_fast.plugin import kind_of, load_function, name_of, place_of, told
+
+# the names of worker threads begin so
+WORKERS = "reward"
 
 RewardFunction = Callable[[torch.Tensor, tuple[str, ...], tuple[Any, ...]], tuple[Any, Any]]
 
@@ -60,22 +66,65 @@ def score(
 
     Raises `RuntimeError` if it raised, `ValueError` if what it returned cannot be trained on.
     """
+    # its own copy: what it changes in place is not what hooks and pictures are to show
+    own = images.clone() if isinstance(images, torch.Tensor) else images
     try:
-        result = reward_function(images, prompts, metadata)
-    except Exception as error:
-        raise RuntimeError(f"the reward function raised {type(error).__name__}: {error}") from error
+        result = reward_function(own, prompts, metadata)
+    # one that exits would end the run without a word
+    except (Exception, SystemExit) as error:
+        problem = f"the reward function raised {told(error)} ({place_of(error, reward_function)})"
+        if threading.current_thread().name.startswith(WORKERS):
+            problem += "; it ran in a worker thread: set async_reward_computation=False if it needs the main one"
+        raise RuntimeError(problem) from error
+    name = name_of(reward_function)
     if not isinstance(result, (tuple, list)) or len(result) != 2:
-        raise ValueError(f"the reward function must return (rewards, metadata), got {type(result).__name__}")
-    # fp32 also for whole numbers: advantages computed in the rewards' own type would be cut to whole numbers
-    rewards = torch.as_tensor(result[0]).detach().to(torch.float32)
-    if rewards.shape != (len(prompts),):
-        raise ValueError(
-            f"the reward function returned rewards of shape {tuple(rewards.shape)} for {len(prompts)} images"
-        )
+        raise ValueError(f"the reward function must return (rewards, metadata), got {kind_of(result)} ({name})")
+    rewards = _as_fp32(result[0], len(prompts), name)
     if not rewards.isfinite().all():
         worst = int((~rewards.isfinite()).nonzero()[0])
-        raise ValueError(f"the reward function returned {rewards[worst].item()} for prompt {prompts[worst]!r}")
+        raise ValueError(
+            f"the reward function returned {rewards[worst].item()} for prompt {prompts[worst]!r} ({name}): every image "
+            "needs a finite number"
+        )
     return rewards, result[1]
+
+
+def _as_fp32(given: Any, count: int, name: str) -> torch.Tensor:
+    """What a reward function returned as rewards, as a plain tensor [B].
+
+    In fp32 also for whole numbers: advantages computed in the rewards' own type would be cut to whole numbers. [B, 1]
+    is what a reward model's last layer gives, and TRL takes it.
+    """
+    needs = f"return {count} real numbers, one for each image, as a tensor, an array or a list"
+    try:
+        rewards = _real_numbers(given)
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+        raise ValueError(f"the reward function returned {kind_of(given)} as rewards ({name}): {needs}") from error
+    if rewards.shape[:1] != (count,) or rewards.numel() != count:
+        shape = tuple(rewards.shape)
+        raise ValueError(f"the reward function returned rewards of shape {shape} for {count} images ({name}): {needs}")
+    return rewards.reshape(count)
+
+
+def _real_numbers(given: Any) -> torch.Tensor:
+    """Numbers in a tensor, an array or a list, in fp32. Raises one of several errors for anything else."""
+    if isinstance(given, torch.Tensor):
+        if given.is_complex():
+            raise TypeError("complex numbers")
+        return given.detach().as_subclass(torch.Tensor).to(torch.float32)
+    if isinstance(given, (list, tuple)):
+        given = [_real_numbers(item).cpu().numpy() if isinstance(item, torch.Tensor) else item for item in given]
+    elif isinstance(given, np.ma.MaskedArray):
+        given = np.ma.filled(given.astype(np.float64), np.nan)
+    elif not hasattr(given, "__array__"):
+        raise TypeError("neither a tensor nor an array nor a list")
+    array = np.asarray(given)
+    if array.dtype == object and all(isinstance(item, (numbers.Real, Decimal)) for item in array.flat):
+        array = array.astype(np.float64)
+    if array.dtype.kind not in "biuf":
+        raise TypeError("not real numbers")
+    with np.errstate(over="ignore"):
+        return torch.from_numpy(array.astype(np.float32))
 
 
 _OF_THREAD = threading.local()
@@ -88,31 +137,49 @@ def _stream_of_thread(device: torch.device) -> torch.cuda.Stream:
     return _OF_THREAD.stream
 
 
+class _ThisThread(Executor):
+    """Runs what is submitted where it is submitted; its future keeps what it raised."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
 class Scoring:
     """Scores batches in worker threads while the caller goes on, each call as `score`.
 
     On a GPU the calls queue their work in a stream of their own, behind what made their images: they do not wait for
     what the caller has queued since.
+
+    Args:
+        executor: the worker threads; None to score in the caller's own, at once.
     """
 
-    def __init__(self, reward_function: RewardFunction, executor: Executor, raises_early: bool = True) -> None:
+    def __init__(self, reward_function: RewardFunction, executor: Executor | None, raises_early: bool = True) -> None:
         self.reward_function = reward_function
-        self.executor = executor
+        self.executor = executor or _ThisThread()
         # processes that sample together must not be left in the middle of it
         self.raises_early = raises_early
         # the batches are kept too, as their `id` is theirs only while they live
         self._begun: dict[int, tuple[Sequence[Any], Future[tuple[torch.Tensor, Any]]]] = {}
 
-    def begin(self, batch: Sequence[Any]) -> None:
-        """Starts scoring (images, prompts, metadata). Raises what an earlier batch raised, if it is known by now."""
-        for _, earlier in self._begun.values():
-            if self.raises_early and earlier.done():
-                earlier.result()
-        images, ready = batch[0], None
-        if isinstance(images, torch.Tensor) and images.is_cuda:
+    def begin(self, batch: Sequence[Any], ready: torch.cuda.Event | None = None) -> None:
+        """Starts scoring (images, prompts, metadata). Raises what a batch raised, if it is known by now.
+
+        On a GPU `ready` is the event that the images are behind (default: what this thread has queued so far).
+        """
+        images = batch[0]
+        if ready is None and isinstance(images, torch.Tensor) and images.is_cuda:
             ready = torch.cuda.Event()
             ready.record()
         self._begun[id(batch)] = batch, self.executor.submit(self._score, ready, *batch[:3])
+        for _, begun in self._begun.values():
+            if self.raises_early and begun.done():
+                begun.result()
 
     def results(self, batches: Sequence[Sequence[Any]]) -> list[tuple[torch.Tensor, Any]]:
         """The scores of batches in order; waits for them, and starts those that were not begun."""

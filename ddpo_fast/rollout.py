@@ -5,6 +5,7 @@ Shapes: B images of a sampling batch or of the batches drawn together, T denoisi
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from ddpo_fast import ops, sampler
+from ddpo_fast.ahead import Stopped
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.cuda_graphs import Recorded
 from ddpo_fast.memory import Sizes
@@ -32,7 +34,7 @@ class Draw:
     noise: list[torch.Tensor]  # T + 1 of [B, C, H, W], the initial latents first
 
 
-# trajectories, images [B, 3, height, width], the prompts' metadata
+# trajectories, images [B, 3, height, width] in fp32, the prompts' metadata
 Batch = tuple[Trajectory, torch.Tensor, tuple[Any, ...]]
 
 
@@ -61,17 +63,24 @@ class Rollout:
         self.negative_embed = negative_embed
         self.computing = computing
         self.sizes = sizes
+        # set from another thread to be called off at the next step
+        self.stop = threading.Event()
         self._chains: dict[tuple[Any, ...], Chain] = {}
 
     def batches(self, prompt_function: PromptFunction, iterations: int, batch_size: int) -> Iterator[Batch]:
-        """`iterations` batches, one after the other."""
-        # everything is drawn before the first image is scored: a reward may use the same random generators
+        """`iterations` batches, one after the other; all prompts and noise are drawn before this returns.
+
+        A reward may use the same random generators, and the prompt function may be bound to its thread.
+        """
         draws = [self.draw(prompt_function, batch_size) for _ in range(iterations)]
         if self.embed.remembers:
             # new prompts go to the device before anything is queued there
             with self.computing():
                 self.embed([prompt for draw in draws for prompt in draw.prompts])
-        for start in range(0, iterations, self.sizes.merged_batches):
+        return self._sampled(draws)
+
+    def _sampled(self, draws: list[Draw]) -> Iterator[Batch]:
+        for start in range(0, len(draws), self.sizes.merged_batches):
             together = draws[start : start + self.sizes.merged_batches]
             for draw, sampled in zip(together, self.sample(together), strict=True):
                 yield *sampled, draw.metadata
@@ -125,7 +134,7 @@ class Rollout:
         embeds = embeds.to(self.pipe.unet.dtype)
         key = embeds.shape, embeds.dtype
         if key not in self._chains:
-            self._chains[key] = Chain(self.pipe, self.config, embeds)
+            self._chains[key] = Chain(self.pipe, self.config, embeds, self.stop)
         return self._chains[key].run(noise, embeds)
 
 
@@ -135,8 +144,9 @@ class Chain:
     A recorded step reads the embeddings and the cached layers where they were when it was recorded.
     """
 
-    def __init__(self, pipe: Any, config: DDPOConfig, embeds: torch.Tensor) -> None:
+    def __init__(self, pipe: Any, config: DDPOConfig, embeds: torch.Tensor, stop: threading.Event) -> None:
         self.pipe = pipe
+        self.stop = stop
         self.guidance = config.sample_guidance_scale if config.sample_guidance_scale > 1 else None
         self.embeds = embeds.clone()
         # a compiled UNet would be compiled anew for every rollout's answers
@@ -160,6 +170,8 @@ class Chain:
     def _take_step(
         self, rows: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, i: int
     ) -> ops.Step:
+        if self.stop.is_set():
+            raise Stopped
         if self.cache is not None:
             self.cache.at(i)
         if self.recorded is None:
@@ -216,4 +228,9 @@ class PipelineRollout:
                 trail=torch.stack(output.latents, dim=1).float(),
                 log_probs=torch.stack(output.log_probs, dim=1).float(),
             )
-            yield trajectory, output.images, metadata
+            yield trajectory, _as_fp32(output.images), metadata
+
+
+def _as_fp32(images: Any) -> Any:
+    """A pipeline of one's own may give its network's precision, which NumPy may not know, or a graph."""
+    return images.detach().float() if isinstance(images, torch.Tensor) else images

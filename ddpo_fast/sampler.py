@@ -30,7 +30,7 @@ class DDPOPipelineOutput:
     """What a pipeline returns.
 
     Args:
-        images: the images, [B, 3, height, width] in [0, 1] for `output_type="pt"`.
+        images: the images, [B, 3, height, width] in fp32 in [0, 1] for `output_type="pt"`.
         latents: T + 1 tensors [B, C, H, W], from the initial noise to the latents of the images.
         log_probs: T tensors [B]; empty for eta = 0, where a step has no density.
     """
@@ -224,4 +224,6 @@ def decode(pipe: Any, latents: torch.Tensor, output_type: str) -> Any:
     parts = (latents / pipe.vae.config.scaling_factor).to(pipe.vae.dtype).split(at_once)
     with awake(pipe.vae, latents.device):
         pixels = torch.cat([pipe.vae.decode(part, return_dict=False)[0] for part in parts])
+    # in fp32 whatever the VAE's precision: people turn them into NumPy's arrays, which have no bf16
+    pixels = pixels.float()
     return pipe.image_processor.postprocess(pixels, output_type=output_type, do_denormalize=[True] * len(pixels))

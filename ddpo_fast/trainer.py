@@ -10,7 +10,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from copy import copy
 from dataclasses import replace
 from itertools import islice
@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from ddpo_fast import checkpoint, cuda_graphs, ops, rewards
 from ddpo_fast.advantages import PerPromptStatTracker, batch_advantages
+from ddpo_fast.ahead import ahead
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.health import SampleHealth, check_images
 from ddpo_fast.hub import HubModel
@@ -33,13 +34,14 @@ from ddpo_fast.noise_schedule import NoiseSchedule
 from ddpo_fast.optimizers import make_optimizer
 from ddpo_fast.pipeline import DDPOStableDiffusionPipeline, DefaultDDPOStableDiffusionPipeline, check_sampling
 from ddpo_fast.placement import is_split, make_engine, place_networks, trainable_parameters
+from ddpo_fast.plugin import require_function
 from ddpo_fast.ppo import LOOKING_PAYS, PPO
 from ddpo_fast.processes import make_accelerator, the_least, together
 from ddpo_fast.prompt_embeddings import PromptEmbeddings
 from ddpo_fast.prompts import PromptFunction
 from ddpo_fast.resumption import Resumption, base_digest, described
 from ddpo_fast.reward_random import RewardRandom
-from ddpo_fast.rollout import PipelineRollout, Rollout
+from ddpo_fast.rollout import Batch, PipelineRollout, Rollout
 from ddpo_fast.run_log import RunLog, claimed_folder, output_folder
 from ddpo_fast.sampler import latent_shape
 from ddpo_fast.trajectory import Trajectory, micro_batches, pair_index, training_batches
@@ -53,7 +55,7 @@ class DDPOTrainer(Resumption, HubModel):
 
     Args:
         config: settings.
-        reward_function: `(images [B, 3, H, W] in [0, 1], prompts, metadata) -> (rewards [B], metadata)`.
+        reward_function: `(images [B, 3, H, W] in fp32 in [0, 1], prompts, metadata) -> (rewards [B], metadata)`.
         prompt_function: `() -> (prompt, metadata)`. Either function may have `state_dict` and `load_state_dict`:
             checkpoints then keep its state.
         sd_pipeline: the pipeline to train.
@@ -72,6 +74,8 @@ class DDPOTrainer(Resumption, HubModel):
         image_samples_hook: Callable[[Any, Any, Any], Any] | None = None,
     ) -> None:
         config.check()
+        require_function("reward_function", reward_function)
+        require_function("prompt_function", prompt_function)
         check_sampling(sd_pipeline, config.sample_num_steps, config.sample_eta)
         self.config = config
         self.reward_fn = reward_function
@@ -114,9 +118,10 @@ class DDPOTrainer(Resumption, HubModel):
         self.stat_tracker = PerPromptStatTracker(
             config.per_prompt_stat_tracking_buffer_size, config.per_prompt_stat_tracking_min_count
         )
-        # one call at a time unless the reward may be called from several threads
-        self.executor = WorkerThreads(config.max_workers if config.async_reward_computation else 1, "reward")
+        # for rewards that may be called from several threads
+        self.executor = WorkerThreads(config.max_workers, rewards.WORKERS)
         self.interruption, self.reward_random, self.sample_health = Interruption(), RewardRandom(), SampleHealth()
+        self._sampled_at = 0.0
         self.sizes = self._make_sizes()
         self.rollout = self._make_rollout()
         self._check_parts()
@@ -207,21 +212,35 @@ class DDPOTrainer(Resumption, HubModel):
         return PipelineRollout(self.sd_pipeline, *common)
 
     def _generate_samples(
-        self, iterations: int, batch_size: int, when_decoded: Callable[[list[Any]], None] = lambda batch: None
+        self, iterations: int, batch_size: int, scoring: rewards.Scoring | None = None
     ) -> tuple[list[Trajectory], list[list[Any]]]:
         """`iterations` batches of trajectories, and for each `[images, prompts, metadata]`.
 
-        `when_decoded` is called with each of the latter as soon as its images are there.
+        With `scoring` each of the latter is scored as soon as its images are there, while a thread samples the next.
         """
         self.sd_pipeline.unet.eval()
         self.sample_health = SampleHealth()
         samples, prompt_image_pairs = [], []
-        for trajectory, images, metadata in self.rollout.batches(self.prompt_fn, iterations, batch_size):
-            self.sample_health.add(trajectory, images)
-            samples.append(trajectory)
-            prompt_image_pairs.append([images, trajectory.prompts, metadata])
-            when_decoded(prompt_image_pairs[-1])
+        with self._sampled(self.rollout.batches(self.prompt_fn, iterations, batch_size), scoring) as batches:
+            for (trajectory, images, metadata), ready in batches:
+                self.sample_health.add(trajectory, images)
+                samples.append(trajectory)
+                prompt_image_pairs.append([images, trajectory.prompts, metadata])
+                if scoring is not None:
+                    self.reward_random.begin()
+                    scoring.begin(prompt_image_pairs[-1], ready)
         return samples, prompt_image_pairs
+
+    def _sampled(self, batches: Iterator[Batch], scoring: rewards.Scoring | None) -> AbstractContextManager[Any]:
+        """Batches with the events that they are behind: made by a thread if they are scored meanwhile."""
+
+        def timed() -> Iterator[Batch]:
+            yield from batches
+            self._sampled_at = self._now()
+
+        if scoring is None or not isinstance(self.rollout, Rollout):
+            return nullcontext((batch, None) for batch in timed())
+        return ahead(timed(), self.accelerator.device, self.rollout.stop)
 
     @torch.no_grad()
     def evaluate(
@@ -242,7 +261,8 @@ class DDPOTrainer(Resumption, HubModel):
                 eta=self.config.sample_eta,
                 generator=torch.Generator().manual_seed(seed),
                 output_type="pt",
-            ).images.float()
+            ).images
+        images = images.detach().float()
         check_images(images, prompts)
         scores, _ = rewards.score(self.reward_fn, images, prompts, metadata)
         checkpoint.restore_random_state(random_state)
@@ -282,25 +302,23 @@ class DDPOTrainer(Resumption, HubModel):
             self.reward_random.begin()
             scored = together(self.accelerator, lambda: self.compute_rewards(batches, is_async))
             return samples, batches, scored, sampled
-        scoring = rewards.Scoring(self.reward_fn, self.executor, self.accelerator.num_processes == 1)
-
-        def score(batch: list[Any]) -> None:
-            self.reward_random.begin()
-            scoring.begin(batch)
-
-        samples, batches = self._generate_samples(*sizes, when_decoded=score)
-        sampled = self._now()
+        # TRL calls rewards in the caller's thread, and so do we unless they may be called from several
+        executor = self.executor if self.config.async_reward_computation else None
+        scoring = rewards.Scoring(self.reward_fn, executor, self.accelerator.num_processes == 1)
+        samples, batches = self._generate_samples(*sizes, scoring)
         scored = together(self.accelerator, lambda: scoring.results(batches))
-        return samples, batches, self._collected(scored), sampled
+        return samples, batches, self._collected(scored), self._sampled_at
 
     @property
     def _overlaps_rewards(self) -> bool:
         """Whether batches are scored while others are sampled: not if either is somebody's own way of doing it."""
-        own = type(self).compute_rewards is not DDPOTrainer.compute_rewards or isinstance(self.rollout, PipelineRollout)
-        return self.config.reward_overlap and not own
+        ours = all(
+            getattr(type(self), name) is getattr(DDPOTrainer, name) for name in ("compute_rewards", "_generate_samples")
+        )
+        return self.config.reward_overlap and ours and isinstance(self.rollout, Rollout)
 
     def _now(self) -> float:
-        """Seconds, when the device is done with what this thread gave it; rewards that run in others' go on."""
+        """Seconds, when the device is done with what this thread gave it; what others gave it goes on."""
         if self.accelerator.device.type == "cuda":
             torch.cuda.current_stream(self.accelerator.device).synchronize()
         return time.monotonic()

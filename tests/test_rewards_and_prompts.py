@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import random
+from decimal import Decimal
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,10 +21,33 @@ def test_jpeg_rewards_know_noise_from_flat():
     torch.testing.assert_close(jpeg_compressibility(images, (), ())[0], -size)
 
 
-@pytest.mark.parametrize("returned", [[1, 2, 3], torch.tensor([1, 2, 3]), torch.tensor([1.0, 2.0, 3.0]).double()])
+NUMBERS = np.array([1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        [1, 2, 3],
+        (1.0, 2.0, 3.0),
+        torch.tensor([1, 2, 3]),
+        torch.tensor([1.0, 2.0, 3.0]).double(),
+        torch.tensor([1.0, 2.0, 3.0], dtype=torch.bfloat16, requires_grad=True),
+        torch.nn.Parameter(torch.tensor([[1.0], [2.0], [3.0]])),
+        [torch.tensor(1.0), torch.tensor(2, dtype=torch.int8), torch.tensor(3.0, requires_grad=True)],
+        [torch.tensor([1.0]), torch.tensor([2.0]), torch.tensor([3.0], dtype=torch.bfloat16)],
+        *(NUMBERS.astype(kind) for kind in ("float16", "longdouble", "uint16", "object", ">f4")),
+        NUMBERS[::-1][::-1],
+        list(NUMBERS.astype("float32")),
+        [Fraction(1), Decimal(2), np.int64(3)],
+        [[1.0], [2.0], [3.0]],
+        np.ma.MaskedArray(NUMBERS),
+    ],
+)
 def test_rewards_of_any_type_become_fp32(returned):
     rewards, info = score(lambda *_: (returned, "info"), torch.zeros(3, 3, 8, 8), ("a", "b", "c"), ({},) * 3)
     assert rewards.dtype == torch.float32
+    assert type(rewards) is torch.Tensor
+    assert not rewards.requires_grad
     assert rewards.tolist() == [1, 2, 3]
     assert info == "info"
 
@@ -31,7 +57,8 @@ def test_rewards_of_any_type_become_fp32(returned):
     [
         (lambda *_: torch.ones(3), ValueError, "must return"),
         (lambda *_: (torch.ones(2), {}), ValueError, r"\(2,\) for 3 images"),
-        (lambda *_: (torch.ones(3, 1), {}), ValueError, r"\(3, 1\) for 3 images"),
+        (lambda *_: (torch.ones(3, 2), {}), ValueError, r"\(3, 2\) for 3 images"),
+        (lambda *_: (torch.ones(1, 3), {}), ValueError, r"\(1, 3\) for 3 images"),
         (lambda *_: (torch.tensor([1.0, float("nan"), 1.0]), {}), ValueError, "nan for prompt 'b'"),
         (lambda *_: (torch.tensor([1.0, 1.0, float("inf")]), {}), ValueError, "inf for prompt 'c'"),
         (lambda *_: 1 / 0, RuntimeError, "ZeroDivisionError"),

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
+import decimal
+import signal
+import sqlite3
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch
 from tiny_run import Prompts, brightness
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddpo_fast import sampler
+from ddpo_fast import DefaultDDPOStableDiffusionPipeline, sampler
 from ddpo_fast.prompt_embeddings import ENCODED_AT_ONCE, PromptEmbeddings
 from ddpo_fast.unet_cache import UNetCache, cache_problem
 
@@ -81,14 +87,183 @@ def test_rewards_run_while_the_next_batch_is_sampled(make_trainer, is_async):
     )
     reward.watch(trainer.sd_pipeline.unet)
     trainer.train(1)
-    assert all(name.startswith("reward") for name in reward.threads)
-    assert len(reward.threads) <= (2 if is_async else 1), "one call at a time, unless asked for more"
+    if is_async:
+        assert all(name.startswith("reward") for name in reward.threads)
+    else:
+        assert reward.threads == {threading.current_thread().name}, "as TRL calls it"
 
 
 def test_without_overlap_rewards_run_in_the_callers_thread(make_trainer):
     reward = NeedsTheNextBatch(expected_overlap=False)
     make_trainer(reward=reward, reward_overlap=False).train(1)
     assert reward.threads == {threading.current_thread().name}
+
+
+def with_signal(images, prompts, metadata):
+    signal.setitimer(signal.ITIMER_REAL, 100)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    return brightness(images, prompts, metadata)
+
+
+def with_event_loop() -> Callable:
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+
+    async def judge(image):
+        return float(image.mean())
+
+    def reward(images, prompts, metadata):
+        assert asyncio.get_event_loop_policy().get_event_loop() is loop
+        return [loop.run_until_complete(judge(image)) for image in images], {}
+
+    return reward
+
+
+def with_database() -> Callable:
+    database = sqlite3.connect(":memory:")
+    database.execute("create table seen (n int)")
+
+    def reward(images, prompts, metadata):
+        database.execute("insert into seen values (?)", (len(images),))
+        return brightness(images, prompts, metadata)
+
+    return reward
+
+
+def with_state_of_its_thread() -> Callable:
+    """Wrong in silence elsewhere, and no error to notice it by."""
+    local, variable = threading.local(), contextvars.ContextVar("scale", default=float("nan"))
+    local.offset = 1.0
+    variable.set(2.0)
+
+    def reward(images, prompts, metadata):
+        with decimal.localcontext() as context:
+            assert context.prec == 7
+        return images.mean((1, 2, 3)) * variable.get() + local.offset, {}
+
+    return reward
+
+
+@pytest.mark.parametrize("make", [lambda: with_signal, with_event_loop, with_database, with_state_of_its_thread])
+def test_rewards_and_prompts_keep_the_thread_that_trains(make_trainer, make):
+    """By default, as in TRL: they are set up there, in ways that no other thread sees."""
+    prompts, threads = Prompts(), set()
+
+    def draw():
+        threads.add(threading.current_thread())
+        return prompts()
+
+    with decimal.localcontext() as context:
+        context.prec = 7
+        make_trainer(reward=make(), prompts=draw, sample_merge_batches=1).train()
+    assert threads == {threading.current_thread()}
+
+
+def test_a_worker_threads_error_names_the_option(make_trainer):
+    def reward(images, prompts, metadata):
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        return brightness(images, prompts, metadata)
+
+    with pytest.raises(RuntimeError, match=r"main thread.*: set async_reward_computation=False"):
+        make_trainer(reward=reward, async_reward_computation=True).train()
+
+
+def test_sampling_ends_when_a_reward_fails(make_trainer):
+    """At its next step: whoever catches the error finds the network at rest."""
+    steps = []
+
+    def reward(images, prompts, metadata):
+        raise KeyboardInterrupt
+
+    trainer = make_trainer(reward=reward, sample_merge_batches=1, sample_num_batches_per_epoch=50)
+    trainer.sd_pipeline.unet.register_forward_pre_hook(lambda *_: steps.append(1))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    taken = len(steps)
+    assert taken < 50 * 5
+    assert not [thread for thread in threading.enumerate() if thread.name == "sampling"]
+    trainer.reward_fn = brightness
+    trainer.train(1)
+    assert len(steps) > taken + 50 * 5
+
+
+def test_what_sampling_raises_is_raised_in_the_caller(make_trainer, monkeypatch):
+    trainer = make_trainer(sample_merge_batches=1)
+    decode, decoded = sampler.decode, []
+
+    def fails(*arguments):
+        decoded.append(1)
+        if len(decoded) == 2:
+            raise torch.OutOfMemoryError("no room")
+        return decode(*arguments)
+
+    monkeypatch.setattr(sampler, "decode", fails)
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("precision", ["no", "fp16", "bf16"])
+def test_images_have_one_dtype_everywhere(make_trainer, precision):
+    """Users turn them into NumPy's arrays, which have no bf16: found in the first epoch, after a good trial call."""
+    seen = []
+
+    def look(images):
+        seen.append(images.dtype)
+        assert images.numpy().min() >= 0
+        assert images.numpy().max() <= 1
+
+    def reward(images, prompts, metadata):
+        look(images)
+        return images.numpy().mean((1, 2, 3)), {}
+
+    def hook(batches, step, tracker):
+        for images, *_ in batches:
+            look(images)
+
+    trainer = make_trainer(reward=reward, hook=hook, mixed_precision=precision)
+    look(trainer.evaluate(("a cat",), ({},))[0])
+    trainer.train(1)
+    look(trainer.sd_pipeline(prompt="a cat", num_inference_steps=2, output_type="pt").images)
+    assert set(seen) == {torch.float32}
+
+
+def test_images_of_a_pipeline_of_ones_own_have_it_too(make_trainer, model_dir):
+    class Own(DefaultDDPOStableDiffusionPipeline):
+        def __call__(self, *args, **kwargs):
+            output = super().__call__(*args, **kwargs)
+            output.images = output.images.bfloat16().requires_grad_()
+            return output
+
+    def reward(images, prompts, metadata):
+        return images.numpy().mean((1, 2, 3)), {}
+
+    trainer = make_trainer(reward=reward, pipeline=Own(model_dir, use_lora=False))
+    trainer.evaluate(("a cat",), ({},))
+    trainer.train(1)
+
+
+def test_a_reward_that_changes_its_images_changes_nothing_else(make_trainer, tmp_path):
+    shown, ends = [], []
+
+    def spoils(images, prompts, metadata):
+        rewards = brightness(images, prompts, metadata)
+        images.fill_(7.0)
+        return rewards
+
+    for reward in (brightness, spoils):
+        trainer = make_trainer(
+            reward=reward,
+            hook=lambda batches, *_: shown.append(torch.cat([batch[0] for batch in batches])),
+            output_dir=str(tmp_path / reward.__name__),
+        )
+        trainer.train(1)
+        shown.append(trainer.evaluate(("a cat",), ({},))[0])
+        ends.append(torch.cat([p.detach().flatten() for p in trainer.sd_pipeline.unet.parameters()]))
+    assert torch.equal(*ends)
+    assert torch.equal(shown[0], shown[2])
+    assert torch.equal(shown[1], shown[3])
 
 
 def test_a_reward_that_draws_random_numbers_changes_nothing(make_trainer, tmp_path):
