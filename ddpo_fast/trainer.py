@@ -36,7 +36,7 @@ from ddpo_fast.pipeline import DDPOStableDiffusionPipeline, DefaultDDPOStableDif
 from ddpo_fast.placement import is_split, make_engine, place_networks, trainable_parameters
 from ddpo_fast.plugin import require_function
 from ddpo_fast.ppo import LOOKING_PAYS, PPO
-from ddpo_fast.processes import make_accelerator, the_least, together
+from ddpo_fast.processes import make_accelerator, the_least, the_main_one, together
 from ddpo_fast.prompt_embeddings import PromptEmbeddings
 from ddpo_fast.prompts import PromptFunction
 from ddpo_fast.resumption import Resumption, base_digest, described
@@ -90,6 +90,7 @@ class DDPOTrainer(Resumption, HubModel):
         if torch.cuda.is_available():
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
         ops.require_backend(config.kernel_backend, self.accelerator.device.type)
+        self.base = base_digest(sd_pipeline)
         self.measured = Measured(the_main_one(self.accelerator, Measured.of_run(state, self._run_settings())))
         self._check_launch()
         okay, message = self._config_check()
@@ -99,7 +100,6 @@ class DDPOTrainer(Resumption, HubModel):
         self.output_dir = claimed_folder(config, self.accelerator, folder)
         self.run_log = RunLog(config, self.accelerator, self.output_dir)
         self.run_log.claim_folder(not checkpoint.goes_on_in(self.output_dir, config.resume_from))
-        self.base = base_digest(sd_pipeline)
         self.run_log.start_trackers(state.get("global_step"))
         set_seed(config.seed, device_specific=True)
         sd_pipeline.set_progress_bar_config(
