@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from huggingface_hub import _CACHED_NO_EXIST, constants, errors, hf_hub_download
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -24,6 +26,8 @@ LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 ADAPTER = "default"
 TRL_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
 TRL_RANK = 4
+# what says how strong an adapter is, beside its weights
+SCALE = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
 FUSE = "pipe.fuse_lora(); pipe.unload_lora_weights(); pipe.save_pretrained(new_folder)"
 
 
@@ -160,7 +164,10 @@ def add_adapter(unet: Any, config: LoraConfig) -> None:
         )
     active = [name for layer in before[:1] if not layer.disable_adapters for name in layer.active_adapters]
     if ADAPTER not in getattr(unet, "peft_config", {}):
-        unet.add_adapter(config, ADAPTER)
+        with warnings.catch_warnings():
+            # that there are others, which the user knows
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")
+            unet.add_adapter(config, ADAPTER)
     for _, layer in _layers(unet):
         layer.enable_adapters(True)
         layer.set_adapter([*(name for name in active if name != ADAPTER), ADAPTER])
@@ -243,10 +250,23 @@ def _sort_metadata(path: Path) -> None:
 
 def read_adapter(unet: Any, path: Path) -> None:
     """Reads the UNet's part of what `save_adapter` wrote into the adapter that is there."""
+    _check_same_shape(unet.peft_config[ADAPTER], path)
     state = {name.removeprefix("unet."): value for name, value in load_file(path).items() if _is_of_unet(name)}
     problems = set_peft_model_state_dict(unet, convert_unet_state_dict_to_peft(state), adapter_name=ADAPTER)
     if problems is not None and problems.unexpected_keys:
         raise ValueError(f"{path.parent} holds another adapter: unexpected {problems.unexpected_keys[0]}")
+
+
+def _check_same_shape(mine: LoraConfig, path: Path) -> None:
+    """Raises `ValueError` where a file's adapter has another scale than the one that its weights are read into."""
+    with safe_open(path, "pt") as file:
+        saved = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    for name in SCALE:
+        was, now = saved.get(f"unet.{name}"), getattr(mine, name)
+        if was is not None and was != now:
+            raise ValueError(
+                f"{path.parent} holds another adapter: its {name} is {was}, and this run's is {now}: give {was} again"
+            )
 
 
 def _is_of_unet(name: str) -> bool:

@@ -28,7 +28,9 @@ PARTS = {
     "text_encoder": ("CLIPTextModel",),
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
 }
-UNUSED_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
+LIBRARIES = ("diffusers", "transformers")
+UNLOADED_PARTS = ("safety_checker", "feature_extractor")
+UNUSED_PARTS = (*UNLOADED_PARTS, "image_encoder")
 CONFIGS = {
     "unet": "unet/config.json",
     "vae": "vae/config.json",
@@ -110,6 +112,8 @@ def check_model(
             _check_files(folder, has_weights)
     except ValueError as error:
         raise ValueError(f"pretrained_model {name!r} cannot be trained: {error}") from None
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"pretrained_model {name!r} cannot be trained: its configs are broken ({error!r})") from error
     if steps is not None:
         check_steps(scheduler, steps, eta)
     return configs
@@ -195,6 +199,9 @@ def hub_problem(name: str, error: Exception) -> str:
 
 def _check_parts(index: Mapping[str, Any]) -> None:
     kind = index.get("_class_name")
+    if not isinstance(kind, str):
+        # a list names a file with code beside it
+        raise ValueError(f"its kind of pipeline is {kind!r}: {REMEDY}")
     parts = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2}
     present = {name: value[1] for name, value in parts.items() if value[1] is not None}
     extra = sorted(present.keys() - PARTS.keys() - {"scheduler", *UNUSED_PARTS})
@@ -204,9 +211,14 @@ def _check_parts(index: Mapping[str, Any]) -> None:
         raise ValueError(f"it is a {kind}, which {what}: {REMEDY}")
     for name, known in PARTS.items():
         library, used = parts[name]
-        # a module in the model's own folder is code that somebody else wrote
-        if library not in ("diffusers", "transformers") or used not in known:
+        if library not in LIBRARIES or used not in known:
             raise ValueError(f"its {name} is a {library}.{used} and must be a {' or '.join(known)}: {REMEDY}")
+    for name in present.keys() - UNLOADED_PARTS:
+        # a module in the model's own folder is code that somebody else wrote
+        if parts[name][0] not in LIBRARIES:
+            raise ValueError(
+                f"its {name} is a {'.'.join(map(str, parts[name]))}, which is not of {LIBRARIES}: {REMEDY}"
+            )
 
 
 def _listed(names: list[str]) -> str:
@@ -261,6 +273,8 @@ def _check_fit(configs: ModelConfigs, tokenizer: Mapping[str, Any]) -> None:
     if channels != latent:
         raise ValueError(f"its UNet takes {channels!r} channels, and its VAE gives {latent!r}: {REMEDY}")
     length, most = tokenizer.get("model_max_length"), configs.text_encoder["max_position_embeddings"]
+    if not _is_count(len(configs.vae["block_out_channels"])):
+        raise ValueError("its VAE's block_out_channels are empty")
     if isinstance(length, int | float) and length > most:
         raise ValueError(
             f"its tokenizer gives up to {length:g} tokens (model_max_length), and its text_encoder takes {most}: set "

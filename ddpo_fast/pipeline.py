@@ -100,7 +100,10 @@ class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
         lora_alpha: int = TRL_RANK,
         lora_target_modules: Sequence[str] = TRL_TARGETS,
     ) -> None:
-        self.pretrained_model = str(pretrained_model_name)
+        name = str(pretrained_model_name)
+        folder = model_folder(name)
+        # a resumed run may be started elsewhere
+        self.pretrained_model = str(folder.absolute()) if name and folder else name
         self.pretrained_revision = pretrained_model_revision
         self.use_lora = use_lora
         targets = [lora_target_modules] if isinstance(lora_target_modules, str) else list(lora_target_modules)
@@ -271,6 +274,7 @@ def load_stable_diffusion(name: str, revision: str = "main") -> Any:
             use_safetensors=True,
             scheduler=configs.ddim,
             safety_checker=None,
+            feature_extractor=None,
             requires_safety_checker=False,
         )
     except Exception as error:

@@ -73,6 +73,7 @@ def test_an_adapter_beside_the_model_goes_on_whole(make_trainer, model, tmp_path
     recorded = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (recorded["lora_rank"], recorded["lora_alpha"]) == (8, 6)
     assert recorded["lora_target_modules"] == ["to_q", "to_v"]
+    assert recorded["pretrained_model"] == str(model)
     # as a resumed run gives them
     DefaultDDPOStableDiffusionPipeline(str(model), lora_rank=8, lora_alpha=6, lora_target_modules=["to_q", "to_v"])
 
@@ -174,6 +175,13 @@ def test_an_adapter_of_convolutions_is_saved_and_resumed(make_trainer, model_dir
         assert torch.equal(was, now), name
     final = reopened(tmp_path / "run" / "final")
     torch.testing.assert_close(unet_output(final.unet), unet_output(trainer.sd_pipeline.unet), rtol=0, atol=1e-5)
+
+
+def test_an_adapter_of_another_scale_is_not_read(model_dir, tmp_path):
+    first, second = (DefaultDDPOStableDiffusionPipeline(model_dir, lora_alpha=alpha) for alpha in (4, 16))
+    first.save_checkpoint([first.get_trainable_layers()], [], tmp_path)
+    with pytest.raises(ValueError, match="its lora_alpha is 4, and this run's is 16"):
+        second.load_checkpoint([second.get_trainable_layers()], tmp_path)
 
 
 @pytest.mark.parametrize("text", [False, True])
