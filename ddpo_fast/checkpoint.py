@@ -242,7 +242,10 @@ def run_folder(resume_from: str | Path) -> Path:
 
 def goes_on_in(folder: Path, resume_from: str) -> bool:
     """Whether `resume_from` names the run in `folder`, so that it is continued there; False for no resumption."""
-    return bool(resume_from) and run_folder(Path(resume_from).expanduser().resolve()) == folder.expanduser().resolve()
+    here = folder.expanduser().resolve()
+    if not resume_from or (here / STATE).exists():
+        return False
+    return run_folder(Path(resume_from).expanduser().resolve()) == here
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

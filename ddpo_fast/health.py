@@ -18,8 +18,8 @@ from ddpo_fast.trajectory import Trajectory
 
 logger = logging.getLogger(__name__)
 
-# exp of a larger log-ratio overflows fp32: nothing is left of the policy that sampled
-LARGEST_LOG_RATIO = math.log(torch.finfo(torch.float32).max)
+# a log-ratio is a mean over a step's elements: moved by 20 standard deviations of the noise, each adds 20^2 / 2
+LARGEST_LOG_RATIO = 20**2 / 2
 # ratios that are typically half as large again, in every pair: PPO's assumption of a small step is gone
 FAR_LOG_RATIO = 0.5
 HALF_PRECISION = "a higher mixed_precision ('bf16' or 'no')"

@@ -1,0 +1,231 @@
+"""Damaged files of a run: named in one sentence with the checkpoint to use instead, or done without."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import stat
+
+import numpy as np
+import pytest
+import torch
+from tiny_run import SETTINGS, Prompts, brightness, forget_accelerate_state
+
+from ddpo_fast import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline, checkpoint
+from ddpo_fast.metrics import MetricsFile
+
+
+@pytest.fixture(scope="module")
+def whole(model_dir, tmp_path_factory):
+    """A run of two epochs, whose files others must not change."""
+    forget_accelerate_state()
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    config = DDPOConfig(**{**SETTINGS, "output_dir": str(folder), "sample_num_steps": 2})
+    DDPOTrainer(config, brightness, Prompts(), DefaultDDPOStableDiffusionPipeline(model_dir)).train()
+    forget_accelerate_state()
+    return folder
+
+
+@pytest.fixture
+def run(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def remove(path):
+    path.unlink()
+
+
+FILES = ["state.json", "training.pt", "random_0.pt", "pytorch_lora_weights.safetensors"]
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, remove])
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_checkpoint_names_the_file_and_the_one_before_it(run, damage, name):
+    checkpoint.verify(checkpoint.find(run))
+    damage(run / "checkpoints" / "checkpoint_2" / name)
+    with pytest.raises(ValueError, match=name.replace(".", r"\.") if damage is not remove else "checkpoint_2") as found:
+        checkpoint.verify(checkpoint.find(run))
+    sentence = str(found.value)
+    assert "\n" not in sentence
+    assert sentence.endswith(f"--resume_from {run / 'checkpoints' / 'checkpoint_1'}")
+    # no checkpoint that is damaged as well is recommended
+    damage(run / "checkpoints" / "checkpoint_1" / name)
+    with pytest.raises(ValueError, match="checkpoint_2") as found:
+        checkpoint.verify(checkpoint.find(run))
+    assert "checkpoint_1" not in str(found.value)
+
+
+def without_digests(folder):
+    state = json.loads((folder / "state.json").read_text())
+    del state["files"], state["sha256"]
+    (folder / "state.json").write_text(json.dumps(state))
+
+
+@pytest.mark.parametrize("name", ["training.pt", "random_0.pt"])
+@pytest.mark.parametrize("damage", [truncate, remove])
+def test_a_checkpoint_of_an_earlier_version(run, damage, name):
+    newest = run / "checkpoints" / "checkpoint_2"
+    without_digests(newest)
+    checkpoint.verify(newest)
+    damage(newest / name)
+    with pytest.raises(ValueError, match=rf"{name}.*checkpoint_1$") as found:
+        checkpoint.verify(newest)
+    assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize("missing", ["config", "trained", "epochs"])
+def test_a_state_that_says_too_little(run, missing):
+    path = run / "checkpoints" / "checkpoint_2" / "state.json"
+    state = json.loads(path.read_text())
+    del state[missing], state["sha256"]
+    path.write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=f"does not say '{missing}'"):
+        checkpoint.read_state(path.parent)
+
+
+def test_the_trainer_refuses_a_damaged_checkpoint_and_takes_the_one_before_it(run, make_trainer):
+    flip(run / "checkpoints" / "checkpoint_2" / "training.pt")
+    options = {"use_lora": True, "output_dir": str(run), "sample_num_steps": 2}
+    with pytest.raises(ValueError, match=r"training\.pt is not as it was written"):
+        make_trainer(resume_from=str(run), **options)
+    forget_accelerate_state()
+    trainer = make_trainer(resume_from=str(run / "checkpoints" / "checkpoint_1"), **options)
+    assert trainer.first_epoch == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "epochs"),
+    [
+        (b"", []),
+        (b'{"kind": "epoch", "epoch": 0}\n{"kind": "ep', [0]),
+        (b"\0" * 20 + b'\n{"kind": "epoch", "epoch": 1}\n', [1]),
+        (b'{"kind": "epoch", "epoch": 0}\n' + b"\0" * 40, [0]),
+        (b'\xff\xfe\n3\n[]\n{"kind": "epoch", "epoch": 0}\n', [0]),
+    ],
+)
+def test_metrics_lose_only_the_lines_that_are_damaged(tmp_path, content, epochs):
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    metrics.path.write_bytes(content)
+    assert [record["epoch"] for record in metrics.read()] == epochs
+    # as a resumed run does, whose checkpoint knows of more
+    metrics.cut(1000)
+    metrics.write({"kind": "epoch", "epoch": 7})
+    assert [record["epoch"] for record in metrics.read()] == [*epochs, 7]
+    assert metrics.size() <= len(content) + 40
+
+
+def test_metrics_after_the_checkpoint_are_written_again(tmp_path):
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    metrics.cut(10)
+    metrics.write({"kind": "epoch", "epoch": 0})
+    size = metrics.size()
+    metrics.write({"kind": "epoch", "epoch": 1})
+    metrics.cut(size)
+    assert [record["epoch"] for record in metrics.read()] == [0]
+
+
+def numpy_prompt():
+    return np.random.choice(np.array(["a cat", "a dog"])), {}
+
+
+class NumpyReward:
+    def __init__(self):
+        self.best, self.rng = np.float64(0), np.random.RandomState(0)
+
+    def __call__(self, images, prompts, metadata):
+        rewards, info = brightness(images, prompts, metadata)
+        self.best = max(self.best, np.float64(rewards.max()))
+        self.rng.rand()
+        return rewards, info
+
+    def state_dict(self):
+        return {"best": self.best, "rng": self.rng.get_state()}
+
+    def load_state_dict(self, state):
+        self.best = state["best"]
+        self.rng.set_state(state["rng"])
+
+
+def test_a_run_with_numpys_types_is_resumed(make_trainer, tmp_path):
+    settings = {"per_prompt_stat_tracking": True, "per_prompt_stat_tracking_min_count": 2, "sample_num_steps": 2}
+    first = make_trainer(reward=NumpyReward(), prompts=numpy_prompt, num_epochs=1, **settings)
+    first.train()
+    forget_accelerate_state()
+    resumed = make_trainer(reward=NumpyReward(), prompts=numpy_prompt, resume_from=str(tmp_path / "run"), **settings)
+    assert resumed.first_epoch == 1
+    assert resumed.reward_fn.best == first.reward_fn.best > 0
+    assert resumed.reward_fn.rng.rand() == first.reward_fn.rng.rand()
+    assert resumed.stat_tracker.get_stats() == first.stat_tracker.get_stats()
+
+
+def test_what_cannot_be_saved_is_found_before_training(make_trainer):
+    class Unsavable(NumpyReward):
+        def __call__(self, *_):
+            raise AssertionError("it was asked for a reward")
+
+        def state_dict(self):
+            return {"scorer": lambda: 0}
+
+    with pytest.raises(ValueError, match=r"reward_function.state_dict\(\)\['scorer'\] is of type builtins.function"):
+        make_trainer(reward=Unsavable()).train()
+
+
+def test_an_adapted_convolution_can_be_saved(make_trainer, model_dir, tmp_path):
+    pipeline = DefaultDDPOStableDiffusionPipeline(model_dir, lora_target_modules=["conv1", "to_q"])
+    for parameter in pipeline.get_trainable_layers().parameters():
+        if parameter.requires_grad and parameter.dim() == 4:
+            parameter.data = parameter.data.to(memory_format=torch.channels_last)
+    make_trainer(pipeline=pipeline, num_epochs=1, sample_num_steps=2).train()
+    assert checkpoint.find(tmp_path / "run").name == "checkpoint_1"
+
+
+def test_a_full_disk_is_one_sentence_and_earlier_checkpoints_stay(make_trainer, tmp_path):
+    trainer = make_trainer(num_epochs=1, sample_num_steps=2)
+    trainer.train()
+    folder = tmp_path / "run" / "checkpoints"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # the weights have 3.6 MB and the optimizer's states twice that: each is stopped in turn
+    for limit in (100_000, 5_000_000):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        try:
+            with pytest.raises(OSError, match=r"no checkpoint could be written to .*checkpoints") as found:
+                trainer._save(2)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert "\n" not in str(found.value)
+        assert sorted(p.name for p in folder.iterdir()) == ["checkpoint_1"]
+        checkpoint.verify(folder / "checkpoint_1")
+
+
+def test_files_have_the_modes_that_the_user_wants(make_trainer, tmp_path):
+    umask = os.umask(0o027)
+    try:
+        trainer = make_trainer(use_lora=True, num_epochs=1, sample_num_steps=2)
+        trainer.train()
+        trainer.save_model()
+    finally:
+        os.umask(umask)
+    written = [path for part in ("checkpoints", "final") for path in (tmp_path / "run" / part).rglob("*")]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in written if path.is_file()} == {0o640}
+
+
+def test_a_picture_does_not_stop_a_run(make_trainer, monkeypatch, caplog):
+    def fail(*_, **__):
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr("ddpo_fast.report.draw_rewards", fail)
+    make_trainer(num_epochs=1, sample_num_steps=2).train()
+    assert "could not be drawn: RuntimeError: no fonts" in caplog.text

@@ -1,0 +1,373 @@
+"""Ctrl-C, SIGTERM and errors leave a checkpoint of the last whole epoch, and the run goes on from it; one writer."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from test_resume import flat, untimed
+from tiny_run import SETTINGS, Prompts, brightness, forget_accelerate_state
+
+from ddpo_fast import DDPOConfig, checkpoint, folder_lock
+from ddpo_fast.interruption import SIGNALS, Interruption
+from ddpo_fast.prompts import load_prompts
+from ddpo_fast.resumption import refuse_changes
+
+BATCHES = SETTINGS["sample_num_batches_per_epoch"]
+QUICK = {"sample_num_steps": 2}
+
+
+def handlers():
+    return [signal.getsignal(number) for number in SIGNALS]
+
+
+@pytest.mark.parametrize(
+    ("number", "raised"),
+    [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit), (signal.SIGHUP, SystemExit)],
+)
+def test_a_signal_ends_what_is_under_way(number, raised):
+    before = handlers()
+    with pytest.raises(raised) as ended, Interruption():
+        signal.raise_signal(number)
+    assert handlers() == before
+    assert raised is KeyboardInterrupt or ended.value.code == 128 + number
+
+
+def test_a_signal_waits_for_what_must_be_finished_and_a_second_one_does_not(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("ddpo_fast.interruption.time.monotonic", lambda: now[0])
+    done = []
+
+    def work(seconds_between):
+        with Interruption() as interruption, interruption.held():
+            signal.raise_signal(signal.SIGINT)
+            now[0] += seconds_between
+            signal.raise_signal(signal.SIGINT)
+            done.append(seconds_between)
+
+    # a launcher passes the same one on
+    for seconds in (0, 2):
+        with pytest.raises(KeyboardInterrupt):
+            work(seconds)
+    assert done == [0]
+
+
+def test_a_signal_that_somebody_catches_comes_again():
+    with Interruption() as interruption:
+        with pytest.raises(SystemExit):
+            signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            interruption.check()
+
+
+def test_others_handlers_are_left_alone():
+    mine = lambda *_: None  # noqa: E731
+    before = signal.signal(signal.SIGTERM, mine)
+    hup = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interruption():
+            assert signal.getsignal(signal.SIGTERM) is mine
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        seen = []
+        thread = threading.Thread(target=lambda: [seen.append(handlers()) for _ in [0] if Interruption().__enter__()])
+        before_thread = handlers()
+        thread.start()
+        thread.join()
+        assert seen == [before_thread]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGHUP, hup)
+
+
+def records(folder: Path) -> list[dict]:
+    return [untimed(json.loads(line)) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("number", "save_freq"), [(signal.SIGINT, 1), (signal.SIGTERM, 5)])
+def test_stopped_in_an_update_it_ends_with_the_same_bits(make_trainer, tmp_path, number, save_freq, capsys):
+    """In the third epoch, by `train` again and by a new trainer alike."""
+    settings = {**QUICK, "num_epochs": 3, "save_freq": save_freq}
+
+    def make(name, **more):
+        forget_accelerate_state()
+        prompts = load_prompts("animals")
+        return make_trainer(output_dir=str(tmp_path / name), prompts=prompts, **settings, **more)
+
+    make("whole").train()
+    stopped = make("stopped")
+    step, updates = stopped.ppo.step, []
+
+    def step_then_stop():
+        updates.append(1)
+        metrics = step()
+        if len(updates) == 5:
+            signal.raise_signal(number)
+        return metrics
+
+    stopped.ppo.step = step_then_stop
+    before = handlers()
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        stopped.train()
+    assert handlers() == before
+    assert (stopped.first_epoch, stopped._global_step) == (2, 4)
+    assert f"checkpoint_2 is there: go on with --resume_from {tmp_path / 'stopped'}" in capsys.readouterr().err
+    assert checkpoint.find(tmp_path / "stopped").name == "checkpoint_2"
+    checkpoint.verify(checkpoint.find(tmp_path / "stopped"))
+    other = make("other", resume_from=str(tmp_path / "stopped"))
+    other.train()
+    stopped.train()
+    ends = [checkpoint.find(tmp_path / name) for name in ("whole", "stopped", "other")]
+    assert {end.name for end in ends} == {"checkpoint_3"}
+    whole, *others = [(checkpoint.read_training(end), checkpoint.read_random_state(end, 0)) for end in ends]
+    assert [flat(one) for one in others] == [flat(whole)] * 2
+    assert records(tmp_path / "stopped") == records(tmp_path / "whole")
+
+
+def test_stopped_while_a_reward_runs_in_a_thread(make_trainer, tmp_path):
+    """The reward waits for something that comes only after the run was given up."""
+    given_up, calls = threading.Event(), []
+
+    def reward(images, prompts, metadata):
+        calls.append(1)
+        if len(calls) == 1 + BATCHES:
+            os.kill(os.getpid(), signal.SIGINT)
+            given_up.wait(300)
+        return brightness(images, prompts, metadata)
+
+    trainer = make_trainer(reward=reward, num_epochs=3, reward_overlap=True, **QUICK)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert not given_up.is_set()
+    assert checkpoint.find(tmp_path / "run").name == "checkpoint_1"
+    given_up.set()
+    trainer.train()
+    assert (trainer.first_epoch, trainer._global_step) == (3, 6)
+    assert [r["epoch"] for r in records(tmp_path / "run") if r["kind"] == "epoch"] == [0, 1, 2]
+    assert [r["update"] for r in records(tmp_path / "run") if r["kind"] == "update"] == list(range(6))
+
+
+def test_an_error_leaves_the_last_whole_epoch_too(make_trainer, tmp_path):
+    calls = []
+
+    def reward(images, prompts, metadata):
+        calls.append(1)
+        if len(calls) == 1 + 2 * BATCHES:
+            raise KeyError("a bug that is repaired in the next cell")
+        return brightness(images, prompts, metadata)
+
+    trainer = make_trainer(reward=reward, num_epochs=3, save_freq=10, reward_overlap=False, **QUICK)
+    with pytest.raises(RuntimeError, match="a bug"):
+        trainer.train()
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["checkpoint_2"]
+    trainer.train()
+    assert (trainer.first_epoch, trainer._global_step) == (3, 6)
+
+
+def test_a_second_call_trains_as_many_epochs_again(make_trainer, tmp_path):
+    """As TRL's does; here the epochs' numbers go on."""
+    trainer = make_trainer(num_epochs=1, **QUICK)
+    trainer.train()
+    trainer.train()
+    assert (trainer.first_epoch, trainer._global_step) == (2, 4)
+    trainer.train(epochs=2)
+    assert (trainer.first_epoch, trainer._global_step) == (4, 8)
+    assert [r["update"] for r in records(tmp_path / "run") if r["kind"] == "update"] == list(range(8))
+
+
+REWARD = """
+import time
+calls = []
+def reward(images, prompts, metadata):
+    calls.append(1)
+    if len(calls) == 6:
+        print("waiting", flush=True)
+        time.sleep(3600)
+    return images.float().mean((1, 2, 3)), {}
+"""
+
+
+def test_the_command_ends_at_once_and_without_a_traceback(model_dir, tmp_path):
+    """A reward that takes an hour, in the second epoch: the trial, the first images and two batches come before."""
+    (tmp_path / "slow.py").write_text(REWARD)
+    options = ["--pretrained_model", model_dir, "--reward", "slow:reward", "--output_dir", "run", "--num_epochs", "3"]
+    options += ["--sample_num_steps", "2", "--mixed_precision", "no", "--reward_overlap", "True"]
+    paths = os.pathsep.join([str(Path(checkpoint.__file__).parents[1]), str(tmp_path)])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ddpo_fast.cli", "train", *options],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": paths},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stdout:
+        if line == "waiting\n":
+            break
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=600)
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+    assert "checkpoint_1 is there: go on with --resume_from run" in said.splitlines()[-1]
+
+
+# one writer
+
+
+HOLDER = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("folder_lock", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+from pathlib import Path
+print(repr(module.lock(Path(sys.argv[2]))), flush=True)
+sys.stdin.read()
+"""
+
+
+def hold(folder):
+    command = [sys.executable, "-c", HOLDER, folder_lock.__file__, str(folder)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return process, process.stdout.readline().strip()
+
+
+def test_a_folder_has_one_writer_and_a_killed_one_leaves_no_lock(make_trainer, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to("run")
+    process, answer = hold(tmp_path / "run")
+    assert answer == "''"
+    try:
+        for name in ("run", "link", "link/../run"):
+            with pytest.raises(ValueError, match=f"is being written to by process {process.pid} on") as refused:
+                make_trainer(output_dir=str(tmp_path / name))
+            assert "\n" not in str(refused.value)
+            forget_accelerate_state()
+    finally:
+        process.kill()
+        process.wait()
+    trainer = make_trainer()
+    assert hold(tmp_path / "run")[1].startswith('"') or "is being written to" in hold(tmp_path / "run")[1]
+    assert trainer.output_dir == tmp_path / "run"
+
+
+def test_new_folders_are_made_by_one_each(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(folder_lock.make_new, [tmp_path / "a" / "run"] * 24))
+    assert len(set(made)) == 24
+    assert all(folder.is_dir() for folder in made)
+
+
+def test_two_runs_of_one_second_have_folders_of_their_own(make_trainer, tmp_path, monkeypatch):
+    class Still:
+        @staticmethod
+        def now():
+            from datetime import datetime
+
+            return datetime(2024, 1, 1)
+
+    monkeypatch.setattr("ddpo_fast.run_log.datetime", Still)
+    one = make_trainer(output_dir=None, logdir=str(tmp_path))
+    forget_accelerate_state()
+    other = make_trainer(output_dir=None, logdir=str(tmp_path))
+    assert one.output_dir != other.output_dir
+    assert Path(other.accelerator.logging_dir) == other.output_dir
+
+
+# what may change on resume
+
+
+@pytest.mark.parametrize(
+    ("changes", "in_place", "words"),
+    [
+        ({}, True, ""),
+        ({"train_learning_rate": 1.0}, True, ""),
+        ({"lora_alpha": 8}, False, "lora_alpha is 8"),
+        ({"pretrained_model": "/m/other"}, False, "pretrained_model is '/m/other'"),
+        ({"pretrained_model": "/m/other", "base": "b"}, False, ""),
+        ({"base": "c"}, False, "has other weights"),
+        ({"prediction_type": "v_prediction"}, False, "prediction_type"),
+        ({"reward": "redness"}, True, "reward is 'redness'.*another output_dir"),
+        ({"reward": "redness"}, False, ""),
+        ({"sample_num_steps": 7}, True, "sample_num_steps is 7.*has 50"),
+        ({"prompts": "animals"}, True, "prompts is 'animals'"),
+        ({"lora_target_modules": ["to_q", "to_k"]}, True, ""),
+    ],
+)
+def test_what_a_run_may_be_resumed_with(changes, in_place, words):
+    config = vars(DDPOConfig())
+    saved = {"lora_alpha": 4, "pretrained_model": "/m/sd", "prediction_type": "epsilon", "reward": "blueness"}
+    saved |= {"prompts": "x", "lora_target_modules": ["to_k", "to_q"], "base": "b"}
+    present = {**config, **{k: v for k, v in saved.items() if k != "base"}, **changes}
+    if not words:
+        return refuse_changes("runs/a", {"config": config, **saved}, present, in_place)
+    with pytest.raises(ValueError, match=words) as refused:
+        refuse_changes("runs/a", {"config": config, **saved}, present, in_place)
+    assert "\n" not in str(refused.value)
+    return None
+
+
+def test_another_base_model_is_refused_and_a_moved_one_is_not(make_trainer, model_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(model_dir).parent)
+    trainer = make_trainer(use_lora=True, model=f"./{Path(model_dir).name}", num_epochs=1, **QUICK)
+    trainer.train()
+    assert checkpoint.read_state(checkpoint.find(tmp_path / "run"))["pretrained_model"] == str(Path(model_dir))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(model_dir, tmp_path / "moved")
+    forget_accelerate_state()
+    options = {
+        "use_lora": True,
+        "model": str(tmp_path / "moved"),
+        "resume_from": "run",
+        "output_dir": "../" + tmp_path.name + "/run",
+    }
+    assert make_trainer(num_epochs=2, **options, **QUICK).first_epoch == 1
+    unet = UNet2DConditionModel.from_pretrained(tmp_path / "moved" / "unet")
+    with torch.no_grad():
+        unet.conv_in.bias += 1
+    unet.save_pretrained(tmp_path / "moved" / "unet")
+    forget_accelerate_state()
+    with pytest.raises(ValueError, match="pretrained_model"):
+        make_trainer(num_epochs=2, **options, **QUICK)
+
+
+def test_other_steps_begin_a_new_run(make_trainer, tmp_path):
+    make_trainer(num_epochs=1, **QUICK).train()
+    forget_accelerate_state()
+    with pytest.raises(ValueError, match=r"sample_num_steps is 3, but .* has 2: leave .* another output_dir"):
+        make_trainer(resume_from=str(tmp_path / "run"), sample_num_steps=3)
+    forget_accelerate_state()
+    branch = make_trainer(resume_from=str(tmp_path / "run"), sample_num_steps=3, output_dir=str(tmp_path / "branch"))
+    assert branch.first_epoch == 1
+    assert not branch.run_log.metrics.read()
+
+
+def test_nothing_left_to_train_is_said(make_trainer, tmp_path, caplog):
+    make_trainer(num_epochs=1, **QUICK).train()
+    forget_accelerate_state()
+    again = make_trainer(resume_from=str(tmp_path / "run"), num_epochs=1, **QUICK)
+    assert "nothing is left to train; raise num_epochs" in caplog.text
+    again.train()
+    assert again.first_epoch == 1
+
+
+def test_a_loose_checkpoint_is_no_place_for_a_run(make_trainer, tmp_path):
+    make_trainer(num_epochs=1, prompts=Prompts(), **QUICK).train()
+    shutil.copytree(tmp_path / "run" / "checkpoints" / "checkpoint_1", tmp_path / "best")
+    before = sorted(p.name for p in (tmp_path / "best").iterdir())
+    for folder in (str(tmp_path / "best"), None):
+        forget_accelerate_state()
+        with pytest.raises(ValueError, match="which is a checkpoint: give the run a folder of its own"):
+            make_trainer(resume_from=str(tmp_path / "best"), output_dir=folder, num_epochs=2, **QUICK)
+    assert sorted(p.name for p in (tmp_path / "best").iterdir()) == before
+    forget_accelerate_state()
+    new = make_trainer(resume_from=str(tmp_path / "best"), output_dir=str(tmp_path / "new"), num_epochs=2, **QUICK)
+    assert new.first_epoch == 1
