@@ -6,11 +6,11 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from run_process import finish
 
 from ddpo_fast.ops import extension
 
@@ -23,12 +23,9 @@ def rows(tmp_path_factory) -> list[dict]:
     output = tmp_path_factory.mktemp("compiled") / "kernels.json"
     # kernels that are decorated for the interpreter cannot be compiled
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
+    done = finish(
         [sys.executable, str(ROOT / "bench" / "compile_kernels.py"), "--output", str(output)],
         env=environment,
-        capture_output=True,
-        text=True,
-        timeout=500,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     print(done.stdout)
@@ -77,11 +74,8 @@ def test_sampling_and_training_sum_in_the_same_order(rows):
 def test_cuda_sources_compile(source, tmp_path):
     architectures = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in (80, 90)]
     command = ["nvcc", "-std=c++20", *architectures, extension.STABLE_ABI, *extension.CUDA_FLAGS]
-    done = subprocess.run(
+    done = finish(
         [*command, *extension.include_flags(), "-Xptxas", "-v", "-c", str(source), "-o", str(tmp_path / "made.o")],
-        capture_output=True,
-        text=True,
-        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     spills = re.findall(r"(\d+) bytes spill stores", done.stderr)
