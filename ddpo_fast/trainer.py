@@ -84,6 +84,7 @@ class DDPOTrainer(HubModel):
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
         ops.require_backend(config.kernel_backend, self.accelerator.device.type)
         self.measured = Measured(the_main_one(self.accelerator, Measured.of_run(state, self._run_settings())))
+        self.measured.keep_threads()
         self._check_launch()
         okay, message = self._config_check()
         if not okay:
