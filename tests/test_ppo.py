@@ -170,7 +170,9 @@ def test_ratio_drift_of_the_bundled_model(make_trainer, precision, guidance):
 def test_golden_losses(make_trainer, kind):
     """The bundled model's losses, gradient norms and rewards of two epochs, as they were committed.
 
-    Another processor sums in another order; the second epoch's samples carry that on.
+    Another processor sums in another order: 1e-5 of a gradient's norm, which is a sum of pairs of both signs, and a
+    hundred times less than the first epoch's bound. The second epoch's weights are 0.2 % of the way apart, as Adam's
+    first steps are signs (see rounding.py), and its samples carry that on.
     """
     trainer = make_trainer(use_lora=kind == "lora", **BUNDLED)
     trainer.train()

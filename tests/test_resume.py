@@ -25,8 +25,9 @@ TIMINGS = {"sample_s", "reward_s", "train_s", "images_per_s", "elapsed_s"}
 
 def train(*arguments: str, killed_at: tuple[str, int] | None = None) -> None:
     """`ddpo-fast train` to its end, or killed at the so-many-th call of a function."""
-    script = [str(Path(__file__).with_name("killed_run.py")), killed_at[0], str(killed_at[1])]
-    start = ["-m", "ddpo_fast.train"] if killed_at is None else script
+    start = ["-m", "ddpo_fast.train"]
+    if killed_at is not None:
+        start = [str(Path(__file__).with_name("killed_run.py")), *map(str, killed_at)]
     done = finish([sys.executable, *start, *arguments], env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == (0 if killed_at is None else -signal.SIGKILL), done.stderr[-2000:]
 
