@@ -4,13 +4,15 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-DEMO := runs/demo-$(shell date +%Y%m%d-%H%M%S)
+# full: what README shows, in minutes; quick: the same steps in seconds, for nothing but to see them
+DEMO ?= full
+DEMO_FOLDER := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 # idle OpenMP threads sleep instead of spinning, which costs a shared machine dearly
 export OMP_WAIT_POLICY ?= PASSIVE
 # DeepSpeed's own kernels are compiled where they are used, and not when it is installed
 export DS_BUILD_OPS ?= 0
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test test-fast lint clean
 
 setup: $(READY)
 
@@ -28,11 +30,19 @@ DEMO_OPTIONS := --full-finetune --prompts demo_animals --num_epochs 12 --save_fr
 	--train_adam_beta2 0.99 --train_warmup_steps 10 --train_clip_range 5e-3 --per_prompt_stat_tracking \
 	--per_prompt_stat_tracking_buffer_size 32 --per_prompt_stat_tracking_min_count 2
 
+# the last of two values counts
+DEMO_full := $(DEMO_OPTIONS)
+DEMO_quick := $(DEMO_OPTIONS) --num_epochs 2 --sample_num_steps 3 --sample_batch_size 4 --train_batch_size 4
+
+ifeq ($(filter full quick,$(DEMO)),)
+$(error DEMO is '$(DEMO)' but must be full or quick)
+endif
+
 demo: $(READY)
 	@for goal in compressibility incompressibility; do \
-		$(BIN)/ddpo-fast train --reward jpeg_$$goal --output_dir $(DEMO)/$$goal $(DEMO_OPTIONS) || exit 1; \
+		$(BIN)/ddpo-fast train --reward jpeg_$$goal --output_dir $(DEMO_FOLDER)/$$goal $(DEMO_$(DEMO)) || exit 1; \
 	done
-	@echo "look at before_after.png and rewards.png in $(DEMO)/compressibility and $(DEMO)/incompressibility"
+	@echo "look at before_after.png and rewards.png in $(DEMO_FOLDER)/compressibility and $(DEMO_FOLDER)/incompressibility"
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -40,8 +50,15 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2
+
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
+	$(PYTEST) --dist loadfile
+
+# What is not marked slow (see tests/conftest.py), in less than two minutes, most of them on the trainer and the kernels.
+# Without lint, of which mypy alone takes half a minute where it has not run before: `make lint`.
+test-fast: $(READY)
+	$(PYTEST) --dist loadfile -m "not slow"
 
 clean:
 	rm -rf $(VENV) build *.egg-info

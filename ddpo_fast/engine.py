@@ -255,6 +255,7 @@ class Engine:
 
 
 def _norm(gradients: Sequence[Tensor]) -> Tensor:
-    """The length of all gradients together, summed in fp32."""
-    norms = torch._foreach_norm(list(gradients), 2, dtype=torch.float32)
+    """The length of all gradients together, summed in fp32, or in fp64 if they are."""
+    wide = torch.promote_types(gradients[0].dtype, torch.float32)
+    norms = torch._foreach_norm(list(gradients), 2, dtype=wide)
     return torch.linalg.vector_norm(torch.stack(list(norms)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -29,6 +30,13 @@ class Measured(dict[str, int | float | str]):
         if name not in self:
             self[name] = measure()
         return self[name]  # type: ignore[return-value]
+
+    def keep_threads(self) -> None:
+        """Takes as many threads as the run began with, unless the environment says how many: a CPU splits sums."""
+        if "OMP_NUM_THREADS" not in os.environ:
+            threads = self.once("threads", torch.get_num_threads)
+            if threads != torch.get_num_threads():
+                torch.set_num_threads(threads)
 
     @classmethod
     def of_run(cls, state: Mapping[str, Any], settings: Mapping[str, Any]) -> Measured:

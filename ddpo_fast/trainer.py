@@ -92,6 +92,7 @@ class DDPOTrainer(Resumption, HubModel):
         ops.require_backend(config.kernel_backend, self.accelerator.device.type)
         self.base = base_digest(sd_pipeline)
         self.measured = Measured(the_main_one(self.accelerator, Measured.of_run(state, self._run_settings())))
+        self.measured.keep_threads()
         self._check_launch()
         okay, message = self._config_check()
         if not okay:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import warnings
 
 # before torch: on a shared machine two threads can take many times as long as one
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -19,6 +21,52 @@ from tiny_run import SETTINGS, Prompts, brightness, build_pipeline, forget_accel
 from ddpo_fast import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
 
 torch.set_num_threads(1)
+
+
+# Files and tests that `make test-fast` leaves out, by what their names begin with. A test that takes more than SLOW_S
+# of processor time, that of its processes included, and is not here is named at the end of a run.
+SLOW = """
+test_bench test_engine test_kernels_compile test_optimizer test_resume test_throughput test_two_processes
+test_adamw8bit.py::test_loops_and_avx512 test_adamw8bit.py::test_cpp_quantizes
+test_backends.py::test_a_library_is test_backends.py::test_info
+test_cli.py::test_help_lists
+test_cuda_graphs.py::test_a_recorded_run
+test_differences_from_trl.py::test_13 test_differences_from_trl.py::test_14
+test_host_adamw.py::test_it_runs_without test_host_adamw.py::test_deepspeed
+test_memory.py::test_what_was_measured test_memory.py::test_a_run_that
+test_plan.py::test_a_folder test_plan.py::test_a_plan test_plan.py::test_a_row test_plan.py::test_recorded
+test_ppo.py::test_ratio test_ppo.py::test_the_fast_path test_ppo.py::test_golden
+test_trainer.py::test_a_compiled test_trainer.py::test_packed test_trainer.py::test_packing
+test_trl_parity.py::test_same_run_as_trl[full- test_trl_parity.py::test_same_run_as_trl[lora-
+""".split()
+SLOW_S = 8.0
+
+
+def is_slow(item: pytest.Item) -> bool:
+    return item.nodeid.removeprefix("tests/").startswith(tuple(SLOW))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if is_slow(item):
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item):
+    before = processor_s()
+    result = yield
+    taken = processor_s() - before
+    if taken > SLOW_S and not is_slow(item):
+        warnings.warn(
+            f"{item.nodeid} took {taken:.0f} s of processor time: add it to SLOW in conftest.py", stacklevel=1
+        )
+    return result
+
+
+def processor_s() -> float:
+    usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 @pytest.fixture(autouse=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from op_checks import DTYPES, HALVES, assert_as_exact_as_plain, name_of
+from run_process import finish
 
 from ddpo_fast import ops
 from ddpo_fast.ops import adamw8bit, extension
@@ -272,6 +272,6 @@ def test_loops_and_avx512_make_the_same_bits(tmp_path):
         "DDPO_FAST_CACHE": str(tmp_path),
         "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{ROOT / 'tests'}",
     }
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    done = finish([sys.executable, "-c", code], env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split()[-1] == digest()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from run_process import finish
 from step_example import step_example
 
 from ddpo_fast import ops
@@ -19,9 +20,7 @@ ROOT = Path(__file__).parents[1]
 def in_process(code: str, **environment: str) -> subprocess.CompletedProcess:
     """Runs Python without the interpreter's switch and with nothing else of this process."""
     paths = {"PATH": "/usr/bin:/bin", "HOME": "/nonexistent", "PYTHONPATH": str(ROOT / "kernels")}
-    return subprocess.run(
-        [sys.executable, "-c", code], env=paths | environment, capture_output=True, text=True, timeout=120, cwd=ROOT
-    )
+    return finish([sys.executable, "-c", code], env=paths | environment, cwd=ROOT)
 
 
 def test_every_backend_runs_here_when_asked_for():

@@ -8,13 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+from run_process import finish
+
 ROOT = Path(__file__).parents[1]
 
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
     paths = f"{ROOT}:{ROOT / 'kernels'}"
     variables = {**os.environ, "PYTHONPATH": paths, "PYTHON": sys.executable} | environment
-    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    return finish(command, env=variables, cwd=ROOT)
 
 
 def test_records_and_plot(tmp_path):

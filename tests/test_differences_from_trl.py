@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rounding import drift_limits
 from safetensors.torch import load_file
 from tiny_run import SETTINGS, Prompts, brightness, forget_accelerate_state
 
@@ -193,9 +194,10 @@ def test_guidance_of_one_or_less_means_none(make_trainer, scale):
     trainer = make_trainer(sample_guidance_scale=scale, sample_merge_batches=1, train_micro_batch_size=2)
     rows = []
     trainer.sd_pipeline.unet.register_forward_pre_hook(lambda _m, inputs: rows.append(len(inputs[0])))
+    limits = drift_limits(trainer)
     trainer.train(1)
     assert set(rows) == {4, 2}  # sampling and training batches, not doubled
-    assert trainer.run_log.metrics.read()[0]["ratio_drift"] < 1e-6
+    assert trainer.run_log.metrics.read()[0]["ratio_drift"] <= limits[0]
 
 
 def test_27_latents_are_stored_once(make_trainer):

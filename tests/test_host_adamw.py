@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from run_process import finish
 from torch import nn
 
 from ddpo_fast import ops
@@ -188,7 +188,7 @@ HostAdamW8bit([p], lr=0.1, weight_decay=0).step_with([torch.ones(5000)])
 assert torch.allclose(p, torch.tensor(0.9)), p
 """
     environment = {"PATH": "/nonexistent", "DDPO_FAST_CACHE": str(tmp_path), "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    done = finish([sys.executable, "-c", code], env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -245,6 +245,6 @@ def test_deepspeed_takes_it_for_offloading(tmp_path):
         "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
     }
     command = [sys.executable, "-c", DEEPSPEED, str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    done = finish(command, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "trained by DeepSpeed" in done.stdout

@@ -6,11 +6,11 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from run_process import finish
 
 from ddpo_fast.ops import extension
 
@@ -23,12 +23,9 @@ def rows(tmp_path_factory) -> list[dict]:
     output = tmp_path_factory.mktemp("compiled") / "kernels.json"
     # kernels that are decorated for the interpreter cannot be compiled
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
+    done = finish(
         [sys.executable, str(ROOT / "bench" / "compile_kernels.py"), "--output", str(output)],
         env=environment,
-        capture_output=True,
-        text=True,
-        timeout=500,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     print(done.stdout)

@@ -106,6 +106,21 @@ def test_a_micro_batch_that_ran_out_of_memory_stays_small(weights_after, make_tr
     assert checkpoint.read_state(checkpoint.find(tmp_path / "cut"))["measured"]["micro_batch_size"] == 10
 
 
+def test_threads_are_kept(monkeypatch):
+    """As many as the environment says, else those that the run began with."""
+    now = torch.get_num_threads()
+    kept = Measured(threads=now + 1)
+    kept.keep_threads()
+    assert torch.get_num_threads() == now
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    kept.keep_threads()
+    assert torch.get_num_threads() == now + 1
+    torch.set_num_threads(now)
+    new = Measured()
+    new.keep_threads()
+    assert new == {"threads": now}
+
+
 def test_a_value_is_measured_once():
     measured = Measured(kind="sdpa")
     assert measured.once("kind", lambda: pytest.fail("it is known")) == "sdpa"

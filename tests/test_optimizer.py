@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from run_process import finish
 
 ROOT = Path(__file__).parents[1]
 
@@ -19,7 +19,7 @@ def test_a_tiny_run_writes_records_and_a_plot(tmp_path):
     options = ["--size", "tiny", "--threads", "1", "--no-deepspeed", "--output", str(output), "--plot", str(plot)]
     command = [sys.executable, "bench/optimizer.py", *options]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    done = finish(command, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = {row["contender"]: row for row in map(json.loads, output.read_text().splitlines())}
     assert set(rows) == {"ours", "ours, bf16 in and out", "torch", "torch, bf16 in and out", "bitsandbytes"}

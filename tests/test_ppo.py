@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rounding import RUNS_APART_IN_FP64, drift_limits, in_fp64
 from tiny_run import brightness
 
 from ddpo_fast.tiny_sd import MODEL
@@ -123,8 +124,7 @@ def test_looking_first_begins_when_many_pairs_were_dead(make_trainer):
 @pytest.mark.parametrize("use_lora", [False, True])
 @pytest.mark.parametrize("inner_epochs", [1, 2])
 def test_the_fast_path_trains_to_the_weights_of_the_plain_one(make_trainer, tmp_path, use_lora, inner_epochs):
-    """Sums in another order: Adam's first steps have the learning rate's size whatever the gradient's, so elements with
-    a gradient near 0 may differ; in all less than half a per cent of the distance moved."""
+    """Sums in another order, and nothing else."""
     ends = []
     for name, settings in (("plain", PLAIN), ("fast", {})):
         trainer = make_trainer(
@@ -134,13 +134,14 @@ def test_the_fast_path_trains_to_the_weights_of_the_plain_one(make_trainer, tmp_
             output_dir=str(tmp_path / name),
             **settings,
         )
+        in_fp64(trainer)
         before = trained(trainer)
         trainer.train()
         ends.append(trained(trainer))
     moved = sum((ends[0][n] - before[n]).square().sum() for n in before) ** 0.5
     apart = sum((ends[0][n] - ends[1][n]).square().sum() for n in before) ** 0.5
     assert moved > 0
-    assert apart < 5e-3 * moved
+    assert apart < RUNS_APART_IN_FP64 * moved
 
 
 BUNDLED = {
@@ -153,28 +154,25 @@ BUNDLED = {
 }
 
 
-@pytest.mark.parametrize(
-    ("precision", "limit"),
-    [
-        ("no", 1e-6),
-        ("fp16", 2e-5),
-        # the UNet's output has 8 bits; what another batch size rounds otherwise shows
-        ("bf16", 2e-3),
-    ],
-)
-def test_ratio_drift_of_the_bundled_model(make_trainer, precision, limit):
-    trainer = make_trainer(**{**BUNDLED, "num_epochs": 1, "mixed_precision": precision})
+# guidance makes the rounding of two outputs seven times as large, too large in the halves to show anything else
+@pytest.mark.parametrize(("precision", "guidance"), [("no", 5.0), ("fp16", 1.0), ("bf16", 1.0)])
+def test_ratio_drift_of_the_bundled_model(make_trainer, precision, guidance):
+    few = {"num_epochs": 1, "sample_num_steps": 2, "sample_batch_size": 2}
+    trainer = make_trainer(**BUNDLED | few | {"mixed_precision": precision, "sample_guidance_scale": guidance})
+    limits = drift_limits(trainer)
     trainer.train()
     drift = updates_of(trainer)[0]["ratio_drift"]
-    assert drift < limit
-    print(f"ratio drift of the bundled model in {precision}: {drift:.1e}")
+    assert drift <= limits[0]
+    print(f"ratio drift of the bundled model in {precision}: {drift:.1e} of {limits[0]:.1e}")
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_golden_losses(make_trainer, kind):
     """The bundled model's losses, gradient norms and rewards of two epochs, as they were committed.
 
-    Another processor sums in another order; the second epoch's samples carry that on.
+    Another processor sums in another order: 1e-5 of a gradient's norm, which is a sum of pairs of both signs, and a
+    hundred times less than the first epoch's bound. The second epoch's weights are 0.2 % of the way apart, as Adam's
+    first steps are signs (see rounding.py), and its samples carry that on.
     """
     trainer = make_trainer(use_lora=kind == "lora", **BUNDLED)
     trainer.train()

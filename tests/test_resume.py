@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
+from run_process import finish
 from safetensors.torch import load_file
 
 from ddpo_fast import checkpoint
@@ -20,55 +19,35 @@ OPTIONS = (
     "--train_num_inner_epochs 2 --train_learning_rate 1e-3 --per_prompt_stat_tracking "
     "--per_prompt_stat_tracking_min_count 2 --mixed_precision no"
 ).split()
+STEP = "ddpo_fast.engine.Engine.step"
 TIMINGS = {"sample_s", "reward_s", "train_s", "images_per_s", "elapsed_s"}
 
 
-def start(model: str, folder: Path, *more: str) -> subprocess.Popen:
-    options = ["--output_dir", str(folder), "--pretrained_model", model, *OPTIONS, *more]
-    return subprocess.Popen(
-        [sys.executable, "-m", "ddpo_fast.train", *options],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def kill_when(process: subprocess.Popen, moment) -> None:
-    deadline = time.monotonic() + 240
-    while not moment():
-        assert process.poll() is None, f"the run ended before the moment came:\n{process.stdout.read()[-2000:]}"
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-
-
-def lines(folder: Path) -> int:
-    path = folder / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
+def train(*arguments: str, killed_at: tuple[str, int] | None = None) -> None:
+    """`ddpo-fast train` to its end, or killed at the so-many-th call of a function."""
+    start = ["-m", "ddpo_fast.train"]
+    if killed_at is not None:
+        start = [str(Path(__file__).with_name("killed_run.py")), *map(str, killed_at)]
+    done = finish([sys.executable, *start, *arguments], env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == (0 if killed_at is None else -signal.SIGKILL), done.stderr[-2000:]
 
 
 def test_killed_run_ends_with_the_same_bits(model_dir, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    reference = start(model_dir, whole)
-    process = start(model_dir, killed)
-    kill_when(process, lambda: (killed / "before.pt").exists())  # before any checkpoint
+    options = ["--pretrained_model", model_dir, *OPTIONS]
+    train("--output_dir", str(whole), *options)
+    options += ["--output_dir", str(killed)]
+    train(*options, killed_at=(STEP, 3))  # before any checkpoint
+    assert (killed / "before.pt").exists()
     assert not checkpoint.numbered(killed / "checkpoints")
-    process = start(model_dir, killed, "--resume_from", str(killed))
-    kill_when(process, lambda: (killed / "checkpoints" / ".checkpoint_1.partial").exists())  # while saving
-    process = start(model_dir, killed, "--resume_from", str(killed))
-    # after some updates of the second or third epoch, on top of a checkpoint
-    kill_when(process, lambda: lines(killed) >= 12 and checkpoint.numbered(killed / "checkpoints"))
+    train(*options, "--resume_from", str(killed), killed_at=("os.fsync", 2))  # while saving
+    assert list((killed / "checkpoints").glob(".checkpoint_1.partial*"))
+    assert not checkpoint.numbered(killed / "checkpoints")
+    # in the third epoch's second update, on top of a checkpoint
+    train(*options, "--resume_from", str(killed), killed_at=(STEP, 8 + 8 + 2))
+    assert [path.name for path in checkpoint.numbered(killed / "checkpoints")] == ["checkpoint_1", "checkpoint_2"]
     # the settings come from the run itself
-    final = subprocess.run(
-        [sys.executable, "-m", "ddpo_fast.train", "--resume_from", str(killed)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert final.returncode == 0, final.stderr[-2000:]
-    assert reference.wait() == 0
+    train("--resume_from", str(killed))
     same_run(whole, killed)
 
 

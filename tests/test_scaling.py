@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from run_process import finish
 
 # before bench/paths.py would put a bare package in its place
 import ddpo_fast  # noqa: F401
@@ -161,7 +161,7 @@ def test_the_check_by_hand(monkeypatch):
 def test_command_line(tmp_path):
     plot = tmp_path / "scaling.png"
     command = [sys.executable, str(BENCH / "scaling.py"), "--devices", "1", "2", "16", "--output", str(plot)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = finish(command)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [line for line in done.stdout.splitlines() if line.startswith(("a100", "h100"))]
     assert len(lines) == 2 * 2 * (1 + 4 + 4)

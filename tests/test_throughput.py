@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from run_process import finish
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,7 +25,7 @@ def throughput(output: Path, *options: str) -> tuple[list[dict], str]:
     """(records, what was printed) of a tiny run on the CPU."""
     command = [sys.executable, "bench/throughput.py", "--device", "cpu", "--size", "tiny", "--output", str(output)]
     variables = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    done = subprocess.run([*command, *options], env=variables, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    done = finish([*command, *options], env=variables, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return [json.loads(line) for line in output.read_text().splitlines()], done.stdout
 
@@ -89,7 +89,7 @@ def test_a_profile_lists_the_longest_ops(tmp_path):
 
 def test_an_unknown_case_is_named():
     command = [sys.executable, "bench/throughput.py", "--device", "cpu", "--case", "nonsense"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    done = finish(command, cwd=ROOT)
     assert done.returncode == 2
     assert "nonsense" in done.stderr
     assert "full-fp32" in done.stderr
