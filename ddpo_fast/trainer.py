@@ -135,6 +135,8 @@ class DDPOTrainer(HubModel):
         if is_split(self.config, self.accelerator) and not self.config.zero:
             known.deepspeed = self.config.deepspeed or "accelerate's"
         known.check()
+        if self.config.seed + self.accelerator.num_processes > 2**32:
+            raise ValueError(f"seed is {self.config.seed}, and every process adds its number: use a smaller one")
         if known.optimizer_in_backward and self.accelerator.num_processes > 1:
             raise ValueError("optimizer_in_backward is True, which is for one process: leave it out")
         if known.cuda_graphs:
@@ -577,7 +579,8 @@ class DDPOTrainer(HubModel):
         random_state = checkpoint.read_random_state(resume, self.accelerator.process_index)
         if random_state is None:
             # another draw than any process made in the epochs so far
-            set_seed(self.config.seed + 1_000_003 * self.first_epoch, device_specific=True)
+            fresh = self.config.seed + 1_000_003 * self.first_epoch
+            set_seed(fresh % (2**32 - self.accelerator.num_processes), device_specific=True)
         else:
             self.engine.load_own_state(random_state["own"])
             checkpoint.restore_random_state(random_state)
