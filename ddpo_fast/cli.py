@@ -27,6 +27,7 @@ from ddpo_fast.pipeline import DefaultDDPOStableDiffusionPipeline
 from ddpo_fast.processes import the_main_one
 from ddpo_fast.prompts import PROMPT_LISTS, PromptFunction, draw_prompts, load_prompts
 from ddpo_fast.resumption import refuse_changes
+from ddpo_fast.rules import MOST_RANK
 from ddpo_fast.run_log import folder_problem
 from ddpo_fast.trainer import DDPOTrainer
 from ddpo_fast.version import __version__
@@ -71,8 +72,8 @@ class RunArguments:
 
     def __post_init__(self) -> None:
         for name in ("lora_rank", "lora_alpha"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)} but must be a whole number of at least 1")
+            if not 1 <= getattr(self, name) <= MOST_RANK:
+                raise ValueError(f"{name} is {getattr(self, name)} but must be a whole number from 1 to {MOST_RANK}")
 
     @property
     def target_modules(self) -> list[str]:

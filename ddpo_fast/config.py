@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import numbers
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional, TypeAlias, Union
+
+from ddpo_fast import rules
 
 
 def _option(default: Any, text: str, **metadata: Any) -> Any:
@@ -101,7 +99,7 @@ class DDPOConfig:
         True, "Compute prompt embeddings, their keys and values, and time embeddings once and not at every step."
     )
     reward_overlap: bool = _option(
-        True, "Score a batch in a thread of its own while the next one is sampled, one call of the reward at a time."
+        True, "Sample the next batch in a thread of its own while one is scored, in the thread that calls the trainer."
     )
     kernel_backend: str = _option(
         "auto",
@@ -156,36 +154,35 @@ class DDPOConfig:
 
     def __post_init__(self) -> None:
         for name in ("tracker_kwargs", "accelerator_kwargs", "project_kwargs"):
-            setattr(self, name, _parsed_mapping(name, getattr(self, name)))
-        if not isinstance(self.negative_prompts, (str, type(None))):
+            setattr(self, name, rules.parsed_mapping(name, getattr(self, name)))
+        if isinstance(self.negative_prompts, (list, tuple)) and all(isinstance(p, str) for p in self.negative_prompts):
             self.negative_prompts = ", ".join(self.negative_prompts)
         self.check()
-        self._check_packages()
 
     def check(self) -> None:
         """Checks every field's type and range and the rules across fields (the trainer calls it again)."""
-        for names, fits, demand in _RULES:
-            for name in names.split():
-                if not fits(getattr(self, name)):
-                    raise ValueError(f"{name} is {getattr(self, name)!r} but must be {demand}")
+        for option in fields(self):
+            setattr(self, option.name, rules.plain(getattr(self, option.name)))
+        if problem := rules.broken_rule(self):
+            raise ValueError(problem)
         if self.num_train_timesteps < 1:
             raise ValueError(
                 f"train_timestep_fraction is {self.train_timestep_fraction!r}: of sample_num_steps="
                 f"{self.sample_num_steps} it leaves no timestep to train on; use at least {1 / self.sample_num_steps:g}"
             )
-        for applies, problem in _CONFLICTS:
+        remembered, needed = self.per_prompt_stat_tracking_buffer_size, self.per_prompt_stat_tracking_min_count
+        if self.per_prompt_stat_tracking and needed > remembered:
+            raise ValueError(
+                f"per_prompt_stat_tracking_min_count is {needed}, and with per_prompt_stat_tracking_buffer_size="
+                f"{remembered} no prompt ever has so many rewards: lower it, or remember more"
+            )
+        for applies, problem in rules.CONFLICTS:
             if applies(self):
                 raise ValueError(problem)
-        message = self.batch_size_problem()
-        if message:
-            raise ValueError(message)
-
-    def _check_packages(self) -> None:
-        on_host = self.offload != "none" and not self.uses_deepspeed
-        if self.train_use_8bit_adam and not on_host and importlib.util.find_spec("bitsandbytes") is None:
-            raise ImportError("train_use_8bit_adam needs bitsandbytes: `pip install bitsandbytes`, or set it to False")
-        if self.uses_deepspeed and importlib.util.find_spec("deepspeed") is None:
-            raise ImportError("zero and deepspeed need DeepSpeed: `pip install 'deepspeed>=0.19.8'`, or leave them out")
+        if problem := self.batch_size_problem() or rules.unknown_keyword(self):
+            raise ValueError(problem)
+        if problem := rules.missing_package(self):
+            raise ImportError(problem)
 
     def batch_size_problem(self, num_processes: int = 1) -> str:
         """The broken rule between the batch sizes in one sentence, or '' (TRL's `_config_check`)."""
@@ -256,135 +253,3 @@ def _flattened(mapping: dict[str, Any], prefix: str = "") -> Any:
             yield from _flattened(value, f"{prefix}{key}/")
         else:
             yield f"{prefix}{key}", value
-
-
-def _parsed_mapping(name: str, value: Any) -> dict[str, Any]:
-    mapping = value
-    if isinstance(value, str):
-        try:
-            mapping = json.loads(value or "{}")
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{name} is {value!r} but must be a JSON object: {error}") from None
-    if not isinstance(mapping, (dict, type(None))):
-        raise ValueError(f"{name} is {value!r} but must be a dict, or a JSON object")
-    return mapping or {}
-
-
-def _whole(least: int) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= least
-
-
-def _number(fits: Callable[[float], bool]) -> Callable[[Any], bool]:
-    return lambda value: (
-        isinstance(value, numbers.Real)
-        and not isinstance(value, bool)
-        and abs(float(value)) < float("inf")
-        and fits(float(value))
-    )
-
-
-# (fields, predicate, what the value must be); NaN fails every comparison
-_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("seed num_epochs train_warmup_steps train_min_8bit_size", _whole(0), "a whole number of at least 0"),
-    ("zero", lambda v: _whole(0)(v) and v <= 3, "0, 1, 2 or 3"),
-    ("offload", lambda v: v in ("none", "optimizer", "all"), "'none', 'optimizer' or 'all'"),
-    ("train_gradient_dtype", lambda v: v in ("fp32", "half"), "'fp32' or 'half'"),
-    ("gradient_checkpointing", lambda v: v in ("none", "selective", "blocks"), "'none', 'selective' or 'blocks'"),
-    ("ema_device", lambda v: v in ("auto", "cpu"), "'auto' or 'cpu'"),
-    ("ema_decay", _number(lambda v: 0 <= v < 1), "at least 0 and below 1"),
-    ("gpu_memory", lambda v: v is None or _number(lambda g: g > 0)(v), "None or a number above 0 (GB)"),
-    ("deepspeed", lambda v: v is None or isinstance(v, str), "None or the path of a JSON file"),
-    (
-        "save_freq num_checkpoint_limit sample_num_steps sample_batch_size sample_num_batches_per_epoch "
-        "train_batch_size train_gradient_accumulation_steps train_num_inner_epochs max_workers "
-        "per_prompt_stat_tracking_buffer_size per_prompt_stat_tracking_min_count",
-        _whole(1),
-        "a whole number of at least 1",
-    ),
-    (
-        "train_micro_batch_size sample_merge_batches",
-        lambda v: v is None or _whole(1)(v),
-        "None or a whole number of at least 1",
-    ),
-    (
-        "allow_tf32 train_use_8bit_adam train_cfg per_prompt_stat_tracking async_reward_computation push_to_hub "
-        "train_recompute_log_probs train_skip_dead_pairs sample_cache reward_overlap fuse_unet compile_unet "
-        "cuda_graphs train_paged_adam stochastic_rounding optimizer_in_backward vae_slicing vae_tiling offload_frozen "
-        "auto_memory",
-        lambda v: isinstance(v, bool),
-        "True or False",
-    ),
-    (
-        "sample_eta",
-        _number(lambda v: 0 < v <= 1),
-        "above 0 and at most 1 (at 0 the sampler is deterministic and has no log-probs to train on)",
-    ),
-    ("train_timestep_fraction", _number(lambda v: 0 < v <= 1), "above 0 and at most 1"),
-    ("train_adam_beta1 train_adam_beta2", _number(lambda v: 0 <= v < 1), "at least 0 and below 1"),
-    (
-        "train_learning_rate train_adam_weight_decay sample_guidance_scale",
-        _number(lambda v: v >= 0),
-        "a number of at least 0",
-    ),
-    ("train_adam_epsilon train_adv_clip_max train_clip_range", _number(lambda v: v > 0), "a number above 0"),
-    (
-        "train_max_grad_norm",
-        lambda v: v == float("inf") or _number(lambda norm: norm > 0)(v),
-        "a number above 0, or inf to leave gradients as they are",
-    ),
-    ("mixed_precision", lambda v: v in ("no", "fp16", "bf16", None), "'no', 'fp16' or 'bf16'"),
-    (
-        "kernel_backend",
-        lambda v: v in ("auto", "triton", "csrc", "reference"),
-        "'auto', 'triton', 'csrc' or 'reference'",
-    ),
-    ("attention", lambda v: v in ("auto", "sdpa", "xformers"), "'auto', 'sdpa' or 'xformers'"),
-    (
-        "log_with",
-        lambda v: v is None or not isinstance(v, str) or v in ("wandb", "tensorboard", "all"),
-        "None, 'wandb' or 'tensorboard'",
-    ),
-    ("exp_name run_name logdir resume_from tracker_project_name", lambda v: isinstance(v, str), "a string"),
-)
-
-
-# settings that do not fit together: when, and what to do
-_CONFLICTS: tuple[tuple[Callable[[DDPOConfig], bool], str], ...] = (
-    (
-        lambda c: c.zero > 0 and c.deepspeed is not None,
-        "zero and deepspeed are both set: the file says which stage it wants, leave out zero",
-    ),
-    (
-        lambda c: c.offload != "none" and c.deepspeed is not None,
-        "offload and deepspeed are both set: ask for offload_optimizer in the file",
-    ),
-    (lambda c: c.offload == "all" and c.zero != 3, "offload is 'all', which needs zero=3: use 'optimizer'"),
-    (
-        lambda c: c.train_paged_adam and not c.train_use_8bit_adam,
-        "train_paged_adam is True, which needs train_use_8bit_adam: set that too",
-    ),
-    (
-        lambda c: c.train_paged_adam and (c.offload != "none" or c.uses_deepspeed),
-        "train_paged_adam is True, but offload or ZeRO decide where states are: leave it out",
-    ),
-    (
-        lambda c: c.stochastic_rounding and (c.mixed_precision != "bf16" or c.offload != "none" or c.uses_deepspeed),
-        "stochastic_rounding is True, which needs mixed_precision='bf16' without offload and ZeRO",
-    ),
-    (
-        lambda c: c.optimizer_in_backward and c.train_max_grad_norm != float("inf"),
-        "optimizer_in_backward is True, and a norm is known only after the backward pass: set train_max_grad_norm=inf",
-    ),
-    (
-        lambda c: (
-            c.optimizer_in_backward
-            and (c.mixed_precision == "fp16" or c.offload != "none" or c.uses_deepspeed or c.cuda_graphs)
-        ),
-        "optimizer_in_backward is True, which needs mixed_precision 'bf16' or 'no' without offload, ZeRO and "
-        "cuda_graphs",
-    ),
-    (
-        lambda c: c.uses_deepspeed and (c.cuda_graphs or c.compile_unet),
-        "cuda_graphs and compile_unet cannot look through ZeRO: leave them out",
-    ),
-)

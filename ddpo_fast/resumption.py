@@ -173,7 +173,8 @@ class Resumption:
         random_state = checkpoint.read_random_state(resume, self.accelerator.process_index)
         if random_state is None:
             # another draw than any process made in the epochs so far
-            set_seed(self.config.seed + 1_000_003 * self.first_epoch, device_specific=True)
+            fresh = self.config.seed + 1_000_003 * self.first_epoch
+            set_seed(fresh % (2**32 - self.accelerator.num_processes), device_specific=True)
         else:
             self.engine.load_own_state(random_state["own"])
             checkpoint.restore_random_state(random_state)

@@ -145,6 +145,8 @@ class DDPOTrainer(Resumption, HubModel):
         if is_split(self.config, self.accelerator) and not self.config.zero:
             known.deepspeed = self.config.deepspeed or "accelerate's"
         known.check()
+        if self.config.seed + self.accelerator.num_processes > 2**32:
+            raise ValueError(f"seed is {self.config.seed}, and every process adds its number: use a smaller one")
         if known.optimizer_in_backward and self.accelerator.num_processes > 1:
             raise ValueError("optimizer_in_backward is True, which is for one process: leave it out")
         if known.cuda_graphs:

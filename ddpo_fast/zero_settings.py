@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.loss_scale import PATIENCE
 from ddpo_fast.optimizers import BUCKET
+from ddpo_fast.rules import shown
 
 
 def zero_settings(config: DDPOConfig, precision: str, given: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -29,6 +30,7 @@ def zero_settings(config: DDPOConfig, precision: str, given: dict[str, Any] | No
         raise ValueError("mixed_precision is 'fp16', which DeepSpeed does not have on a CPU: use 'bf16' or 'no'")
     read = _read(config.deepspeed) if config.deepspeed else {"zero_optimization": _stage(config)}
     settings = dict(given or read)
+    _check_shape(settings, config)
     own: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -101,12 +103,42 @@ def _stage(config: DDPOConfig) -> dict[str, Any]:
 
 def _read(path: str) -> dict[str, Any]:
     try:
-        settings = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"deepspeed is {path!r}, which cannot be read: {error}") from None
-    if not isinstance(settings, dict) or not isinstance(settings.get("zero_optimization", {}), dict):
+        settings = json.loads(Path(path).expanduser().read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise ValueError(f"deepspeed is {path!r}, which cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"deepspeed is {path!r}, which cannot be read as JSON: {error}") from None
+    if not isinstance(settings, dict):
         raise ValueError(f"deepspeed is {path!r}, which is not a JSON object of DeepSpeed's settings")
     return {"zero_optimization": {}, **settings}
+
+
+def _check_shape(settings: dict[str, Any], config: DDPOConfig) -> None:
+    """Raises `ValueError` for parts of another kind, which would fail here or, after loading, in DeepSpeed."""
+
+    def check(name: str, value: Any, fits: bool, demand: str) -> None:
+        if not fits:
+            raise ValueError(f"deepspeed is {config.deepspeed!r}, where {name} is {shown(value)} but must be {demand}")
+
+    sections = ("zero_optimization", "fp16", "bf16", "optimizer", "data_types", "activation_checkpointing")
+    for name in sections:
+        check(name, settings.get(name, {}), isinstance(settings.get(name, {}), dict), "an object of settings")
+    stage, optimizer = settings.get("zero_optimization", {}), settings.get("optimizer")
+    for name in ("offload_optimizer", "offload_param"):
+        place = stage.get(name, {})
+        check(name, place, isinstance(place, dict), 'an object such as {"device": "cpu"}')
+        device = place.get("device", "none")
+        check(f"{name}.device", device, device in ("none", "cpu", "nvme"), "'cpu' or 'none'")
+    number = stage.get("stage", 0)
+    check("zero_optimization.stage", number, type(number) is int, "1, 2 or 3")
+    for name, value in stage.items():
+        if name.endswith(("bucket_size", "max_live_parameters", "max_reuse_distance")) and value != "auto":
+            fits = isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+            check(f"zero_optimization.{name}", value, fits, "a number above 0, or 'auto'")
+    if optimizer is not None:
+        kind, params = optimizer.get("type"), optimizer.get("params", {})
+        check("optimizer.type", kind, isinstance(kind, str), "an optimizer's name")
+        check("optimizer.params", params, isinstance(params, dict), "an object of settings")
 
 
 def _without_auto(settings: dict[str, Any]) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def test_cpp_and_cuda_compile(tmp_path):
     versions = ["installed", *os.environ.get("DDPO_FAST_TORCH_HEADERS", "").split()]
     output = tmp_path / "sources.jsonl"
     command = [sys.executable, str(ROOT / "bench" / "compile_cuda.py"), "--torch", *versions, "--output", str(output)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = finish(command)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     sources = {path.name for kind in ("*.cu", "*.cpp") for path in extension.CSRC.glob(kind)}
