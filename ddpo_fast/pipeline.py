@@ -8,8 +8,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from packaging.version import Version
 from peft import LoraConfig
 
 from ddpo_fast import adapter, ops, sampler
@@ -17,6 +19,11 @@ from ddpo_fast.adapter import ADAPTER, LORA_WEIGHTS, TRL_RANK, TRL_TARGETS
 from ddpo_fast.model_configs import check_model, first_line, model_folder, pickle_problem, variant_of
 from ddpo_fast.noise_schedule import NoiseSchedule, check_steps
 from ddpo_fast.sampler import DDPOPipelineOutput, DDPOSchedulerOutput
+
+# diffusers 0.42 warns of the older name
+IN_FP32: dict[str, Any] = {
+    "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype": torch.float32
+}
 
 
 class DDPOStableDiffusionPipeline:
@@ -227,9 +234,7 @@ class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
         if self.use_lora:
             adapter.read_adapter(_only(models), Path(input_dir) / LORA_WEIGHTS)
         else:
-            loaded = UNet2DConditionModel.from_pretrained(
-                Path(input_dir) / "unet", torch_dtype=torch.float32, use_safetensors=True
-            )
+            loaded = UNet2DConditionModel.from_pretrained(Path(input_dir) / "unet", use_safetensors=True, **IN_FP32)
             _only(models).load_state_dict(loaded.state_dict())
 
 
@@ -270,12 +275,12 @@ def load_stable_diffusion(name: str, revision: str = "main") -> Any:
             str(folder or name),
             revision=revision,
             variant=variant_of(folder) if folder else None,
-            torch_dtype=torch.float32,
             use_safetensors=True,
             scheduler=configs.ddim,
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
+            **IN_FP32,
         )
     except Exception as error:
         reason = first_line(error)
