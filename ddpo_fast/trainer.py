@@ -30,6 +30,7 @@ from ddpo_fast.memory import Sizes
 from ddpo_fast.metrics import first_tracker
 from ddpo_fast.noise_schedule import NoiseSchedule
 from ddpo_fast.optimizers import make_optimizer
+from ddpo_fast.out_of_memory import is_out_of_memory
 from ddpo_fast.pipeline import DDPOStableDiffusionPipeline, DefaultDDPOStableDiffusionPipeline
 from ddpo_fast.placement import is_split, make_engine, place_networks, trainable_parameters
 from ddpo_fast.ppo import LOOKING_PAYS, PPO
@@ -372,7 +373,9 @@ class DDPOTrainer(HubModel):
             try:
                 self.ppo.add_gradients(trained, self.sizes.micro_batch_size, looks_first, own_loss)
                 break
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 problem = str(error)
             self._take_smaller_steps(problem)
         return self.ppo.step()
@@ -385,6 +388,7 @@ class DDPOTrainer(HubModel):
                 f"out of memory with a micro-batch of {size}: set a smaller train_micro_batch_size, "
                 f"gradient_checkpointing='blocks', train_use_8bit_adam or offload='optimizer' ({problem})"
             )
+        self.ppo.forget_recordings()
         self.engine.zero_gradients()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
