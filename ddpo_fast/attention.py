@@ -157,8 +157,9 @@ def candidates() -> dict[str, Attend]:
     """What a GPU's attention is chosen from: each refuses heads that it has no kernels for."""
 
     def sdpa(backend: SDPBackend, *rows: torch.Tensor) -> torch.Tensor:
+        query, key, value = (row.transpose(1, 2) for row in rows)
         with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(*(row.transpose(1, 2) for row in rows)).transpose(1, 2)
+            return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
     kernels: dict[str, Attend] = {name: partial(sdpa, backend) for name, backend in SDPA_KERNELS.items()}
     return {**kernels, "xformers": XFormersProcessor().attend}
@@ -284,7 +285,8 @@ def set_attention(
     parameter = next(unet.parameters())
     device, dtype = torch.device(device or parameter.device), dtype or parameter.dtype
     head_dims = {module.inner_dim // module.heads for module in modules}
-    kernels, reasons = dict.fromkeys(head_dims, name), {}
+    kernels = dict.fromkeys(head_dims, name)
+    reasons: dict[str, str] = {}
     if name == "auto":
         kernels, reasons = chosen_kernels(head_dims, device, dtype, measured, agree)
     elif problem := attention_problem(name, head_dims, device, dtype):

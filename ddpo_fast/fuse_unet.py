@@ -74,7 +74,8 @@ class FusedUpsample2D(Upsample2D):
     def forward(self, hidden_states: torch.Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
         if output_size is not None or args or kwargs or 4 * hidden_states.numel() > MOST_UPSAMPLED:
             return super().forward(hidden_states, output_size, *args, **kwargs)
-        return self.conv(F.interpolate(hidden_states, scale_factor=2.0, mode="nearest"))
+        conv: Any = self.conv
+        return conv(F.interpolate(hidden_states, scale_factor=2.0, mode="nearest"))
 
 
 class FusedGEGLU(GEGLU):
@@ -231,5 +232,6 @@ def unfuse_unet(unet: Any) -> Any:
     for module in unet.modules():
         module.__class__ = PLAIN.get(type(module), type(module))
         if isinstance(module, Attention) and _is_pytorchs_choice(module.processor):
-            module.set_processor(AttnProcessor2_0())
+            plain: Any = AttnProcessor2_0()
+            module.set_processor(plain)
     return unet
