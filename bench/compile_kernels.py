@@ -69,6 +69,7 @@ def compiled(
         file.write(made.asm["cubin"])
         file.flush()
         usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    ttir = made.asm["ttir"]
     found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage)}
     layouts = dict(re.findall(r"^(#\w+) = (.*)$", made.asm["ttgir"], re.MULTILINE))
     sums = re.findall(r"\}\) : \(tensor<(\w+), (#\w+)>\) -> f32", made.asm["ttgir"])
@@ -79,9 +80,20 @@ def compiled(
         "registers": found["REG"],
         "shared_bytes": max(found["SHARED"], made.metadata.shared),
         "spilled_bytes": found["STACK"] + found["LOCAL"],
+        # two-dimensional pointers are those to activations, which may hold more elements than an int32 counts
+        "offsets": sorted(set(re.findall(r"tt\.addptr .*: tensor<\d+x\d+x!tt\.ptr<\w+>>, tensor<\w+x(i\d+)>", ttir))),
+        "atomics": re.findall(r"\b(atom[.\w:]+)", made.asm["ptx"]),
+        "contractible": contractible(ttir),
         "sums": [f"{shape} {layouts[layout]}" for shape, layout in sums],
         "vector_loads": len(re.findall(r"ld\.global[.\w:]*\.v[24]", made.asm["ptx"])),
     }
+
+
+def contractible(ttir: str) -> int:
+    """Sums of a product, which a compiler may fuse or leave alone: they round otherwise in another kernel."""
+    products = set(re.findall(r"(%\S+) = arith\.mulf ", ttir))
+    sums = re.findall(r"= arith\.(?:addf|subf) (%\S+), (%\S+) :", ttir)
+    return sum(not products.isdisjoint(operands) for operands in sums)
 
 
 def aligned(signature: dict[str, Any]) -> dict[tuple[int, ...], list[list[Any]]]:

@@ -97,6 +97,9 @@ capped full 40
 times compiled_steps steps --op step_logprob ppo_loss "${compiler[@]}"
 times compiled_norms norms --op groupnorm_silu "${compiler[@]}"
 times compiled_gates gates --op geglu "${compiler[@]}"
+# which attention a run chooses is in its log; here for each size of heads, with the reasons against the others
+stage attention attention.txt bash -c "\"$python\" -m ddpo_fast.cli info >\"$OUT/attention.txt.part\""
+stage sources sources.jsonl "$python" bench/compile_cuda.py --torch installed --output "$OUT/sources.jsonl.part"
 stage kernels kernels.jsonl "$python" bench/compile_kernels.py "${kernels[@]}" --output "$OUT/kernels.jsonl.part"
 
 records=("$OUT"/ops-*.jsonl)

@@ -18,7 +18,7 @@ import torch
 from transformers import HfArgumentParser
 
 from ddpo_fast import checkpoint, ops, plan_command, report, rewards
-from ddpo_fast.attention import attention_problem
+from ddpo_fast.attention import attention_problem, chosen_kernels, described
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.health import RunStopped
 from ddpo_fast.hub import push_problem
@@ -324,10 +324,10 @@ def info(arguments: Sequence[str]) -> None:
             print(f"  {op:<26}{running}")
             for backend, reason in reasons.items():
                 print(f"  {'':<26}not {backend}: {reason}")
-        problem = attention_problem("xformers", SD_HEAD_DIMS, device)
-        print(f"  {'attention':<26}{'sdpa' if problem else 'xformers'}")
-        if problem:
-            print(f"  {'':<26}not xformers: {problem}")
+        kernels, problems = chosen_kernels(SD_HEAD_DIMS, torch.device(device), torch.float16)
+        print(f"  {'attention':<26}{described(kernels)}")
+        for name, problem in problems.items():
+            print(f"  {'':<26}not {name}: {problem}")
 
 
 def installed(names: Sequence[str]) -> Iterator[tuple[str, str]]:

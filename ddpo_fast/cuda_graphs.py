@@ -50,6 +50,10 @@ class Recorded:
         recording.replay()
         return recording.outputs
 
+    def forget(self) -> None:
+        """Lets go of the recordings, and with them of their memory, once nobody holds their outputs."""
+        self._recordings.clear()
+
 
 def record(function: Function, arguments: Sequence[Tensor]) -> Recording:
     """Warms the function up on a stream of its own, as capturing wants it, and captures it."""

@@ -10,9 +10,11 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
 from peft.tuners import lora
 from torch import nn
 
@@ -22,6 +24,9 @@ from ddpo_fast.ops.geglu import geglu
 from ddpo_fast.ops.groupnorm_silu import groupnorm_silu
 from ddpo_fast.ops.linear import linear, onednn_is_faster
 from ddpo_fast.ops.lora_linear import lora_linear
+
+# PyTorch's kernel for channels_last counts its output's elements in an int32
+MOST_UPSAMPLED = 2**31 - 1
 
 
 class FusedGroupNorm(nn.GroupNorm):
@@ -61,6 +66,16 @@ class FusedResnetBlock2D(ResnetBlock2D):
         residual = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
         total = residual + hidden
         return total if self.output_scale_factor == 1.0 else total / self.output_scale_factor
+
+
+class FusedUpsample2D(Upsample2D):
+    """Doubles images and convolves them; diffusers makes an input of 64 rows and more contiguous for old PyTorch."""
+
+    def forward(self, hidden_states: torch.Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if output_size is not None or args or kwargs or 4 * hidden_states.numel() > MOST_UPSAMPLED:
+            return super().forward(hidden_states, output_size, *args, **kwargs)
+        conv: Any = self.conv
+        return conv(F.interpolate(hidden_states, scale_factor=2.0, mode="nearest"))
 
 
 class FusedGEGLU(GEGLU):
@@ -148,6 +163,11 @@ def _fits_resnet(block: ResnetBlock2D) -> bool:
     )
 
 
+def _fits_upsample(layer: Upsample2D) -> bool:
+    plain = layer.norm is None and layer.interpolate and not layer.use_conv_transpose
+    return plain and layer.use_conv and layer.name == "conv"
+
+
 def _fits_conv(conv: nn.Conv2d) -> bool:
     return conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
 
@@ -155,6 +175,7 @@ def _fits_conv(conv: nn.Conv2d) -> bool:
 FUSED: dict[type[nn.Module], tuple[type[nn.Module], Callable[[Any], bool]]] = {
     ResnetBlock2D: (FusedResnetBlock2D, _fits_resnet),
     nn.GroupNorm: (FusedGroupNorm, lambda norm: norm.affine),
+    Upsample2D: (FusedUpsample2D, _fits_upsample),
     GEGLU: (FusedGEGLU, lambda _: True),
     nn.Conv2d: (FrozenConv2d, _fits_conv),
     nn.Linear: (FusedLinear, lambda _: True),
@@ -202,10 +223,15 @@ def fuse_unet(unet: Any, layers: Collection[type[nn.Module]] = frozenset(FUSED))
     return unet
 
 
+def _is_pytorchs_choice(processor: Any) -> bool:
+    return type(processor) is SDPAProcessor and processor.kernel is None
+
+
 def unfuse_unet(unet: Any) -> Any:
     """Undoes `fuse_unet` in place and returns the UNet. What `set_attention` chose beyond PyTorch's attention stays."""
     for module in unet.modules():
         module.__class__ = PLAIN.get(type(module), type(module))
-        if isinstance(module, Attention) and type(module.processor) is SDPAProcessor:
-            module.set_processor(AttnProcessor2_0())
+        if isinstance(module, Attention) and _is_pytorchs_choice(module.processor):
+            plain: Any = AttnProcessor2_0()
+            module.set_processor(plain)
     return unet

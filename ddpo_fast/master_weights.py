@@ -106,11 +106,14 @@ class MasterWeights:
             # of a backward pass that was broken off
             for parameter in self.parameters:
                 parameter.grad = None
-        for i, gradient in enumerate(self.gradients):
-            if not keep:
-                self.set_gradient(i, None)
-            elif gradient is not None:
-                gradient.zero_()
+        gradients = self.gradients
+        if keep:
+            # one launch for many
+            if found := [gradient for gradient in gradients if gradient is not None]:
+                torch._foreach_zero_(found)
+            return
+        for i in range(len(gradients)):
+            self.set_gradient(i, None)
 
     def fill_gradients(self, gradient_dtype: torch.dtype) -> None:
         """Zeros where there is no gradient yet."""

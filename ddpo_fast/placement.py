@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,25 +16,27 @@ from ddpo_fast.engine import Engine, compute_dtype
 from ddpo_fast.fuse_unet import FusedLoraLinear, faster_layers, fuse_unet
 from ddpo_fast.idle import sleep
 from ddpo_fast.master_weights import MasterWeights, Truth
+from ddpo_fast.measured import Measured
 from ddpo_fast.plan import CUDA_CONTEXT, GB
+from ddpo_fast.processes import the_main_one
 from ddpo_fast.recompute import set_recompute
 from ddpo_fast.zero import ZeroEngine
 from ddpo_fast.zero_settings import prepare_communication, zero_settings
 
 
-def place_networks(pipeline: Any, config: DDPOConfig, accelerator: Accelerator) -> Any:
+def place_networks(
+    pipeline: Any, config: DDPOConfig, accelerator: Accelerator, measured: Measured | None = None
+) -> Any:
     """Puts the networks where they belong: frozen ones in the compute precision, trained weights in fp32.
+
+    Args:
+        measured: the run's; which attention is the fastest is asked of it, and kept there.
 
     Returns what the pipeline wants to have trained.
     """
     device, dtype = accelerator.device, compute_dtype(accelerator.mixed_precision)
     if config.gpu_memory is not None and device.type == "cuda":
-        share = (config.gpu_memory * GB - CUDA_CONTEXT) / torch.cuda.get_device_properties(device).total_memory
-        if share <= 0:
-            raise ValueError(
-                f"gpu_memory is {config.gpu_memory}, and CUDA alone takes {CUDA_CONTEXT / GB} GB: set more"
-            )
-        torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
+        limit_memory(config.gpu_memory, device)
     for frozen in (pipeline.vae, pipeline.text_encoder):
         if config.offload_frozen:
             sleep(frozen, dtype)
@@ -51,7 +54,8 @@ def place_networks(pipeline: Any, config: DDPOConfig, accelerator: Accelerator) 
         parameter.data = parameter.data.to(there, torch.float32 if exact else dtype)
     for buffer in pipeline.unet.buffers():
         buffer.data = buffer.data.to(device)
-    set_attention(pipeline.unet, config.attention, device, dtype)
+    agree = partial(the_main_one, accelerator)
+    set_attention(pipeline.unet, config.attention, device, dtype, measured, agree)
     if config.fuse_unet:
         layers_that_pay = faster_layers(device)
         if is_split(config, accelerator):
@@ -69,6 +73,15 @@ def place_networks(pipeline: Any, config: DDPOConfig, accelerator: Accelerator) 
     if config.compile_unet:
         pipeline.unet.compile()
     return layers
+
+
+def limit_memory(gpu_memory: float, device: torch.device) -> None:
+    """Lets this process have so many GB of the GPU. Raises `ValueError` if CUDA alone needs them."""
+    share = (gpu_memory * GB - CUDA_CONTEXT) / torch.cuda.get_device_properties(device).total_memory
+    if share <= 0:
+        raise ValueError(f"gpu_memory is {gpu_memory}, and CUDA alone takes {CUDA_CONTEXT / GB} GB: set more")
+    # PyTorch refuses a device without an index, which means the current one
+    torch.cuda.set_per_process_memory_fraction(min(1.0, share), device.index)
 
 
 def trainable_parameters(layers: Any) -> list[nn.Parameter]:

@@ -51,6 +51,8 @@ class PPO:
         self.table = table
         self.metrics = UpdateMetrics()
         self._recorded = Recorded(self._learn, engine.zero_gradients) if config.cuda_graphs else None
+        # cuDNN plans each number of rows anew, which takes longer than the rows do
+        self.fills_up = engine.zero.is_cuda
 
     def add_gradients(
         self,
@@ -77,6 +79,11 @@ class PPO:
         """One optimizer step; its metrics and those of the pairs, still on the device."""
         return {**self.metrics.means(), **self.engine.step()}
 
+    def forget_recordings(self) -> None:
+        """Frees what graphs of micro-batches keep; they are recorded again when they are needed."""
+        if self._recorded is not None:
+            self._recorded.forget()
+
     def _learn_own(self, own_loss: Loss, parts: Iterable[Pairs], total: int) -> None:
         for pairs in parts:
             share = len(pairs) / total
@@ -93,10 +100,10 @@ class PPO:
         self.metrics.at_least("ratio_drift", zero)
         if looks_first:
             index = scored[self._look(batches, scored, size, len(every))]
-        for pairs in micro_batches(batches, index, size):
+        for pairs, count in self._calls(batches, index, size, len(every)):
             found = self._learn_from(pairs, len(pairs) / len(every), len(pairs) == size)
             if not looks_first:
-                self._note(pairs, len(pairs) / len(every), len(pairs) / len(scored), *found)
+                self._note(pairs, count, len(every), len(scored), *found)
         for output in self._passes_for_others(batches, len(index), size):
             self.engine.loss_scale()
             self.engine.backward_from(output, torch.zeros_like(output))
@@ -106,12 +113,26 @@ class PPO:
         """Which pairs have a gradient, [M]."""
         dead = []
         with torch.no_grad():
-            for pairs in micro_batches(batches, index, size):
+            for pairs, count in self._calls(batches, index, size, total):
                 _, scored = self._score(*self._operands(pairs))
-                dead.append(self._note(pairs, len(pairs) / total, len(pairs) / len(index), *_logged(scored)))
+                dead.append(self._note(pairs, count, total, len(index), *_logged(scored)))
             for _ in self._passes_for_others(batches, len(index), size):
                 pass
         return ~torch.cat(dead).cpu().numpy() if dead else np.zeros(0, dtype=bool)
+
+    def _calls(self, batches: Sequence[Any], index: np.ndarray, size: int, total: int) -> Iterator[tuple[Pairs, int]]:
+        """The pairs of each UNet call for an `index` into `total`, and how many of them it is made for.
+
+        Where some were left out the last call has any size, and the next update's another one. With `fills_up` it has a
+        power of two or `size`: its last pair is repeated with an advantage of zero, so with neither loss nor gradient.
+        """
+        for start in range(0, len(index), size):
+            chunk = index[start : start + size]
+            count = len(chunk)
+            rows = min(size, 1 << (count - 1).bit_length()) if self.fills_up and len(index) < total else count
+            (pairs,) = micro_batches(batches, np.concatenate([chunk, chunk[-1:].repeat(rows - count, axis=0)]), rows)
+            pairs.advantages[count:] = 0
+            yield pairs, count
 
     def _passes_for_others(self, batches: Sequence[Any], count: int, size: int) -> Iterator[Tensor]:
         """Outputs of passes that this process does not need, and that others need its share of the weights for."""
@@ -166,20 +187,29 @@ class PPO:
     def _note(
         self,
         pairs: Pairs,
-        share: float,
-        share_of_scored: float,
+        count: int,
+        total: int,
+        scored: int,
         loss: Tensor,
         approx_kl: Tensor,
         clipfrac: Tensor,
         ratio_drift: Tensor,
         log_probs: Tensor,
     ) -> Tensor:
-        """Adds to the metrics; which of the pairs have no gradient, [N]."""
+        """Adds the first `count` pairs of a call to the metrics; which of them have no gradient, [count].
+
+        They are some of the update's `total` pairs and of those that are `scored`; the call's others only fill it up.
+        """
         edge = self.config.train_clip_range
-        ratio = torch.exp(log_probs - pairs.log_probs)
-        dead = torch.where(pairs.advantages > 0, ratio > 1 + edge, ratio < 1 - edge) | (pairs.advantages == 0)
-        self.metrics.add(share, loss=loss)
-        self.metrics.add(share_of_scored, approx_kl=approx_kl, clipfrac=clipfrac, dead=dead.float().mean())
+        change, advantages = (log_probs - pairs.log_probs)[:count], pairs.advantages[:count]
+        ratio = torch.exp(change)
+        dead = torch.where(advantages > 0, ratio > 1 + edge, ratio < 1 - edge) | (advantages == 0)
+        if count < len(pairs):
+            approx_kl = 0.5 * change.square().mean()
+            clipfrac = ((ratio - 1).abs() > edge).float().mean()
+        # a mean over the call's pairs, of which those that fill it up add nothing
+        self.metrics.add(len(pairs) / total, loss=loss)
+        self.metrics.add(count / scored, approx_kl=approx_kl, clipfrac=clipfrac, dead=dead.float().mean())
         self.metrics.at_least("ratio_drift", ratio_drift)
         return dead
 

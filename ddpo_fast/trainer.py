@@ -32,6 +32,7 @@ from ddpo_fast.memory import Sizes
 from ddpo_fast.metrics import first_tracker
 from ddpo_fast.noise_schedule import NoiseSchedule
 from ddpo_fast.optimizers import make_optimizer
+from ddpo_fast.out_of_memory import is_out_of_memory
 from ddpo_fast.pipeline import DDPOStableDiffusionPipeline, DefaultDDPOStableDiffusionPipeline, check_sampling
 from ddpo_fast.placement import is_split, make_engine, place_networks, trainable_parameters
 from ddpo_fast.plugin import require_function
@@ -106,7 +107,7 @@ class DDPOTrainer(Resumption, HubModel):
         sd_pipeline.set_progress_bar_config(
             position=1, disable=self._hides_bars, leave=False, desc="Timestep", dynamic_ncols=True
         )
-        layers = place_networks(sd_pipeline, config, self.accelerator)
+        layers = place_networks(sd_pipeline, config, self.accelerator, self.measured)
         trained = self.trainable_parameters(layers)
         self.engine = make_engine(sd_pipeline, trained, self._setup_optimizer, config, self.accelerator)
         self.optimizer = self.engine.optimizer
@@ -426,7 +427,9 @@ class DDPOTrainer(Resumption, HubModel):
             try:
                 self.ppo.add_gradients(trained, self.sizes.micro_batch_size, looks_first, own_loss)
                 break
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 problem = str(error)
             self._take_smaller_steps(problem)
         return self.ppo.step()
@@ -439,6 +442,7 @@ class DDPOTrainer(Resumption, HubModel):
                 f"out of memory with a micro-batch of {size}: set a smaller train_micro_batch_size, "
                 f"gradient_checkpointing='blocks', train_use_8bit_adam or offload='optimizer' ({problem})"
             )
+        self.ppo.forget_recordings()
         self.engine.zero_gradients()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import sys
 import types
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from test_fuse_unet import KINDS, make_unet, output_and_gradients, predict
 from ddpo_fast import attention
 from ddpo_fast.attention import SDPAProcessor, XFormersProcessor, attention_problem, is_plain, set_attention
 from ddpo_fast.fuse_unet import fuse_unet, unfuse_unet
+from ddpo_fast.measured import Measured
 
 
 @pytest.fixture
@@ -44,12 +47,12 @@ def processors(unet) -> set[type]:
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("name", ["sdpa", "auto"])
+@pytest.mark.parametrize("name", ["sdpa", "xformers"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_output_and_gradients(can_run, kind, name, lora):
     unet = make_unet(kind, lora, torch.float64)
     expected = output_and_gradients(unet)
-    assert set_attention(unet, name) == ("sdpa" if name == "sdpa" else "xformers", "")
+    assert set_attention(unet, name) == (name, "")
     torch.testing.assert_close(output_and_gradients(unet), expected, rtol=1e-7, atol=1e-10)
     modules = [module for module in unet.modules() if isinstance(module, Attention)]
     assert len(can_run) == (0 if name == "sdpa" else len(modules))
@@ -86,17 +89,171 @@ def test_copies(can_run):
     assert torch.equal(predict(copy.deepcopy(unet)), predict(unet))
 
 
-def test_auto_takes_pytorch_and_says_why(caplog, monkeypatch):
+def test_auto_takes_pytorch_on_a_cpu_and_says_why(caplog, monkeypatch):
     unet = make_unet("bundled").cpu()
     caplog.clear()
     caplog.set_level("INFO", logger="ddpo_fast.attention")
-    reason = "xformers' attention runs on CUDA only, not on cpu"
-    assert set_attention(unet, "auto") == ("sdpa", reason)
+    monkeypatch.setattr(attention, "fastest", None)
+    measured = Measured()
+    reason = "not xformers: xformers' attention runs on CUDA only, not on cpu"
+    assert set_attention(unet, "auto", measured=measured) == ("sdpa", reason)
     assert caplog.messages == [f"attention: sdpa ({reason})"]
     assert processors(unet) == {SDPAProcessor}
-    monkeypatch.setitem(sys.modules, "xformers", None)
-    assert set_attention(unet, "auto", device="cuda")[0] == "sdpa"
-    assert set_attention(unet, "auto", device="cuda")[1].startswith("xformers cannot be imported")
+    assert measured == {}
+
+
+class Kernels:
+    """Stand-ins for kernels, each as long as its number says on a clock that nothing else moves."""
+
+    def __init__(self, **times: float | Exception) -> None:
+        self.now = 0.0
+        self.calls: list[str] = []
+        self.attends = {name: partial(self._attend, name, time) for name, time in times.items()}
+
+    def _attend(self, name, time, query, key, value):
+        self.calls.append(name)
+        if isinstance(time, Exception):
+            raise time
+        self.now += time * (1 + len(self.calls) % 3)  # some rounds are disturbed
+        return query + key + value
+
+    def seconds(self, run) -> float:
+        begun = self.now
+        run()
+        return self.now - begun
+
+
+REFUSALS = {
+    "cudnn": RuntimeError("No available kernel. Aborting execution."),
+    "xformers": NotImplementedError("No operator found for `backward` with inputs:\n  query: ..."),
+}
+
+
+@pytest.mark.parametrize(
+    ("times", "expected"),
+    [
+        ({"cudnn": 2.0, "flash": 1.0, "xformers": 3.5}, "flash"),
+        ({"cudnn": 1.0, "flash": 3.5, "xformers": 2.0}, "cudnn"),
+        ({**REFUSALS, "efficient": 9.0}, "efficient"),
+        (REFUSALS, "sdpa"),
+        ({"xformers": ImportError("no xformers"), "flash": 2.0}, "flash"),
+    ],
+)
+def test_the_fastest_that_can_train_is_chosen(times, expected):
+    kernels = Kernels(**times)
+    random_state = torch.get_rng_state()
+    with torch.no_grad():
+        name, refused = attention.fastest(40, "cpu", torch.float32, kernels.attends, kernels.seconds)
+    assert name == expected
+    assert refused.keys() == {name for name, time in times.items() if isinstance(time, Exception)}
+    assert all("\n" not in reason and "inputs" not in reason for reason in refused.values())
+    for other, time in times.items():
+        runs = 1 if isinstance(time, Exception) else attention.WARM_UPS + attention.ROUNDS
+        assert kernels.calls.count(other) == runs
+    assert torch.equal(torch.get_rng_state(), random_state), "the run draws the same whether it measures or not"
+
+
+def test_a_kernel_without_a_backward_pass_is_refused():
+    def forward_only(query, key, value):
+        return query.detach()
+
+    kernels = Kernels(flash=1.0)
+    attends = {"forward only": forward_only, **kernels.attends}
+    name, refused = attention.fastest(40, "cpu", torch.float32, attends, kernels.seconds)
+    assert name == "flash"
+    assert list(refused) == ["forward only"]
+
+
+def test_pytorchs_kernels_are_asked_one_by_one():
+    rows = torch.randn(1, 16, 2, 8)
+    for name in attention.SDPA_KERNELS:
+        attend = attention.candidates()[name]
+        if name == "flash":
+            expected = SDPAProcessor().attend(rows, rows, rows)
+            torch.testing.assert_close(attend(rows, rows, rows), expected)
+        torch.testing.assert_close(
+            SDPAProcessor(name).attend(rows, rows, rows), SDPAProcessor().attend(rows, rows, rows)
+        )
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    """A GPU whose fastest attention is `answers`; what was measured."""
+    answers, asked = {40: "cudnn", 80: "flash", 160: "xformers"}, []
+
+    def fastest(head_dim, device, dtype, attends, seconds):
+        asked.append((head_dim, device.type, dtype))
+        return answers[head_dim], {"efficient": "no kernel"}
+
+    monkeypatch.setattr(attention, "fastest", fastest)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(attention, "attention_problem", lambda *_: "")
+    return answers, asked
+
+
+def test_each_head_size_is_measured_once_in_the_life_of_a_run(fake_gpu):
+    answers, asked = fake_gpu
+    measured, gpu = Measured(), torch.device("cuda")
+    first = attention.chosen_kernels({160, 40}, gpu, torch.float16, measured)
+    assert first == ({40: "cudnn", 160: "xformers"}, {"efficient": "head dim 160: no kernel"})
+    answers.update({40: "flash", 160: "flash"})
+    resumed = Measured(json.loads(json.dumps(measured)))
+    assert attention.chosen_kernels({40, 160}, gpu, torch.float16, resumed)[0] == first[0]
+    assert len(asked) == 2
+    assert set(resumed) == {f"attention of head dim {d} in float16 on a GPU" for d in (40, 160)}
+    # another precision is another question
+    assert attention.chosen_kernels({40}, gpu, torch.bfloat16, resumed)[0] == {40: "flash"}
+
+
+def test_the_main_process_decides(fake_gpu):
+    chosen, _ = attention.chosen_kernels(
+        {40, 80}, torch.device("cuda"), torch.float16, Measured(), lambda mine: "flash"
+    )
+    assert chosen == {40: "flash", 80: "flash"}
+
+
+def test_a_run_whose_xformers_is_gone_is_told_so(fake_gpu, monkeypatch):
+    measured = Measured()
+    attention.chosen_kernels({160}, torch.device("cuda"), torch.float16, measured)
+    monkeypatch.setattr(attention, "attention_problem", lambda *_: "xformers cannot be imported")
+    with pytest.raises(ValueError, match="was xformers', which cannot run now: xformers cannot be imported"):
+        attention.chosen_kernels({160}, torch.device("cuda"), torch.float16, measured)
+
+
+def test_each_module_gets_the_kernel_of_its_head_size(fake_gpu, can_run):
+    fake_gpu[0].update({4: "flash", 8: "xformers", 16: "sdpa"})
+    unet = make_unet("sd15", dtype=torch.float64)
+    expected = output_and_gradients(unet)
+    running, why = set_attention(unet, "auto", "cuda")
+    assert why.startswith("not efficient: head dim ")
+    found = set()
+    for module in (m for m in unet.modules() if isinstance(m, Attention)):
+        head_dim = module.inner_dim // module.heads
+        kernel = "xformers" if type(module.processor) is XFormersProcessor else module.processor.kernel
+        assert kernel == {4: "flash", 8: "xformers", 16: None}[head_dim]
+        found.add(head_dim)
+    assert len(found) > 1
+    assert all(f"(head dim {head_dim})" in running for head_dim in found)
+    torch.testing.assert_close(output_and_gradients(unet), expected, rtol=1e-7, atol=1e-10)
+    # a copy and a UNet whose layers are fused keep it
+    kernels = [getattr(p, "kernel", "xformers") for p in unet.attn_processors.values()]
+    for other in (copy.deepcopy(unet), unfuse_unet(fuse_unet(unet))):
+        kept = [getattr(p, "kernel", None) for p in other.attn_processors.values()]
+        assert [kernel for kernel in kept if kernel] == [kernel for kernel in kernels if kernel]
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="there is no GPU")
+def test_a_gpu_is_measured():
+    gpu = torch.device("cuda")
+    kernels, reasons = attention.chosen_kernels({40, 80, 160}, gpu, torch.float16)
+    print(kernels, reasons)
+    for head_dim, kernel in kernels.items():
+        assert kernel in attention.candidates()
+        rows = [torch.randn(2, 256, 4, head_dim, device=gpu, dtype=torch.float16) for _ in range(3)]
+        exact = SDPAProcessor().attend(*(row.double() for row in rows))
+        got = attention._processor(kernel).attend(*rows)
+        # the output, of at most a few units, and the probabilities are rounded to 11 bits
+        torch.testing.assert_close(got.double(), exact, atol=4 * 2**-11, rtol=2**-9)
 
 
 def test_xformers_says_why_not():

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from rounding import drift_limits
 
 from ddpo_fast import cuda_graphs
 from ddpo_fast.cuda_graphs import WARM_UPS, Recorded, Recording
+from ddpo_fast.trajectory import micro_batches, pair_index
 
 on_a_gpu = torch.cuda.is_available()
 
@@ -79,6 +83,44 @@ def test_a_recorded_run_ends_where_the_plain_one_does(make_trainer, tmp_path, us
     apart = sum((ends[0][n] - ends[1][n]).square().sum() for n in before) ** 0.5
     # a GPU's atomics sum in an order of their own from run to run
     assert apart < (5e-3 if precision == "no" else 5e-2) * moved
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_replay_adds_the_gradient_that_one_call_adds(make_trainer, precision):
+    trainer = make_trainer(mixed_precision=precision, cuda_graphs=True, allow_tf32=False)
+    (trajectory,), _ = trainer._generate_samples(1, 4)
+    trajectory = trajectory.with_advantages(torch.tensor([1.0, -1.0, 0.5, 2.0]))
+    pairs = next(micro_batches([trajectory], pair_index([trajectory]), 8))
+    ppo, engine, gradients = trainer.ppo, trainer.engine, []
+    with engine.computing():
+        operands = *ppo._operands(pairs), engine.loss_scale().clone()
+        # the second recorded call is a replay alone
+        for learn in (ppo._learn, ppo._recorded, ppo._recorded):
+            engine.zero_gradients()
+            learn(*operands)
+            gradients.append(torch.cat([g.flatten().double() for g in engine.weights.gradients]))
+    eager, *replayed = gradients
+    # The same kernels in the same order: only what a GPU's atomics add up may be rounded in another order. These are
+    # sums of fewer than 2^10 terms in fp32, of random sign: sqrt(2^10) roundings of the largest. Activations are
+    # rounded anew after such a sum, to half a unit of bf16.
+    bound = 2**5 * 2**-23 if precision == "no" else 2**-8
+    assert eager.norm() > 0
+    for gradient in replayed:
+        assert (gradient - eager).norm() <= (bound if on_a_gpu else 0) * eager.norm()
+
+
+def test_recordings_go_with_their_micro_batch(make_trainer):
+    """Their pools would hold the memory that ran out."""
+    trainer = make_trainer(cuda_graphs=True, train_micro_batch_size=8, num_epochs=1)
+    trainer.train()
+    recordings = list(trainer.ppo._recorded._recordings.values())
+    kept = [weakref.ref(tensor) for recording in recordings for tensor in (*recording.inputs, *recording.outputs)]
+    assert kept
+    del recordings
+    trainer._take_smaller_steps("no memory")
+    gc.collect()
+    assert not any(reference() is not None for reference in kept)
+    assert trainer.sizes.micro_batch_size == 4
 
 
 def test_without_a_gpu_there_is_a_reason(make_trainer, monkeypatch):

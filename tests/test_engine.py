@@ -305,6 +305,9 @@ def test_gradients_in_place_stay_there(make_trainer):
 # memory
 
 
+ENGINE_MISSING = "GET was unable to find an engine to execute this computation"
+
+
 def test_running_out_of_memory_halves_the_micro_batch_and_goes_on(make_trainer, tmp_path, caplog):
     """A UNet call of more than 4 rows raises half-way through a backward pass; the weights end as if none had."""
     start, reference, _ = run(make_trainer, tmp_path, "plain", in_fp64, train_micro_batch_size=2)
@@ -318,8 +321,10 @@ def test_running_out_of_memory_halves_the_micro_batch_and_goes_on(make_trainer, 
 
         @staticmethod
         def backward(ctx, grad):
-            if len(grad) > 4:
+            if len(grad) > 20:
                 raise torch.OutOfMemoryError("CUDA out of memory")
+            if len(grad) > 4:
+                raise RuntimeError(ENGINE_MISSING)
             return grad
 
     middle = trainer.sd_pipeline.unet.mid_block
@@ -331,11 +336,12 @@ def test_running_out_of_memory_halves_the_micro_batch_and_goes_on(make_trainer, 
     assert apart(trained(trainer), reference, start) < RUNS_APART_IN_FP64
 
 
-def test_without_a_smaller_micro_batch_there_is_advice(make_trainer, monkeypatch):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError(ENGINE_MISSING)])
+def test_without_a_smaller_micro_batch_there_is_advice(make_trainer, monkeypatch, error):
     trainer = make_trainer(train_micro_batch_size=1)
 
     def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     trainer.ppo.unet_output = full
     with pytest.raises(RuntimeError, match="micro-batch of 1: set a smaller train_micro_batch_size, gradient_check"):

@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from op_checks import DEVICE, DTYPES, assert_as_exact_as_plain, in_layout, name_of
+from torch.overrides import TorchFunctionMode
 
+from ddpo_fast.ops import frozen
 from ddpo_fast.ops.frozen import frozen_conv2d
 
 # the input, the weight, stride, padding, dilation, groups
@@ -101,6 +103,40 @@ def test_the_input_is_not_kept():
     kept = x.untyped_storage().data_ptr()
     assert kept in saved_storages(lambda: F.conv2d(x, weight, bias, *geometry))
     assert saved_storages(lambda: frozen_conv2d(x, weight, bias, *geometry)) == {weight.untyped_storage().data_ptr()}
+
+
+class OnCUDA(TorchFunctionMode):
+    """Tensors say that they are CUDA's; the arguments of each backward pass of a convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func == torch.Tensor.is_cuda.__get__:
+            return True
+        if "convolution_backward" in str(func):
+            self.calls.append(args)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("case", ["3x3", "shortcut", "downsampling"])
+def test_cudnn_takes_the_layout_from_a_stand_in_for_the_input(case, channels_last):
+    """The path of a GPU, on any device: a dense stand-in in the input's layout, whose values nobody reads."""
+    x, weight, _, geometry = example(case, torch.float32, channels_last)
+    y, plain = run(F.conv2d, x, weight, None, geometry)
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, torch.bfloat16).to(y.dtype)
+    with OnCUDA() as cuda:
+        dx = frozen._backward(in_layout(grad, channels_last), weight, x.shape, channels_last, *geometry)
+    ((_, stand_in, *_),) = cuda.calls
+    assert stand_in.shape == x.shape
+    assert stand_in.dtype == x.dtype
+    assert stand_in.is_contiguous(memory_format=torch.channels_last) == channels_last
+    assert stand_in.untyped_storage().nbytes() == (x.nbytes if channels_last else x.element_size())
+    torch.testing.assert_close(dx, plain)
+    assert dx.stride() == plain.stride()
 
 
 @pytest.mark.parametrize(("convolution", "kept"), [(F.conv2d, True), (frozen_conv2d, False)])

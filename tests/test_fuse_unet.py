@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.upsampling import Upsample2D
 from op_checks import DEVICE, assert_as_exact_as_plain
 from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ddpo_fast import fuse_unet as fusing
 from ddpo_fast.attention import SDPAProcessor
 from ddpo_fast.fuse_unet import fuse_unet, unfuse_unet
+from ddpo_fast.memory import MOST_ROWS
 from ddpo_fast.tiny_sd import MODEL
 
 SD15 = {
@@ -379,6 +381,38 @@ def test_gradient_checkpointing():
     expected = output_and_gradients(fuse_unet(unet))[1]
     unet.enable_gradient_checkpointing()
     torch.testing.assert_close(output_and_gradients(unet)[1], expected)
+
+
+def upsampling_layers():
+    plain = Upsample2D(4, use_conv=True)
+    fused = copy.deepcopy(plain)
+    fused.__class__ = fusing.FusedUpsample2D
+    return plain, fused
+
+
+@pytest.mark.parametrize("rows", [2, MOST_ROWS])
+def test_an_upsampler_keeps_channels_last_whatever_the_rows(rows):
+    """diffusers makes 64 rows contiguous, and every layer behind it."""
+    plain, fused = upsampling_layers()
+    assert fusing._fits_upsample(plain)
+    layouts = []
+    fused.conv.register_forward_pre_hook(lambda _, inputs: layouts.append(inputs[0].stride()[1]))
+    x = torch.randn(rows, 4, 3, 2).contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(fused(x), plain(x))
+    assert layouts == [1]
+
+
+def test_an_upsampler_goes_diffusers_way_with_another_size_or_too_many_elements(monkeypatch):
+    plain, fused = upsampling_layers()
+    x = torch.randn(2, 4, 3, 2)
+    torch.testing.assert_close(fused(x, (5, 4)), plain(x, (5, 4)))
+    called = []
+    monkeypatch.setattr(Upsample2D, "forward", lambda *_, **__: called.append(1))
+    fused(x)
+    assert not called
+    monkeypatch.setattr(fusing, "MOST_UPSAMPLED", 4 * x.numel() - 1)
+    fused(x)
+    assert called
 
 
 def test_channels_last_stays():

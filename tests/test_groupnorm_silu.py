@@ -9,6 +9,7 @@ from ddpo_fast_kernels import groupnorm_silu as kernels
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from op_checks import DEVICE, DTYPES, HALVES, assert_as_exact_as_plain, in_layout, name_of
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpo_fast.ops.backend import force_backend
 from ddpo_fast.ops.groupnorm_silu import groupnorm_silu
@@ -166,6 +167,24 @@ def test_frozen_parameters_get_no_gradient_and_change_no_other(backend):
     assert torch.equal(x.grad, dx)
     assert weight.grad is None
     assert bias.grad.isfinite().all()
+
+
+class Filled(TorchDispatchMode):
+    """How many tensors are filled with zeros."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += "zero" in func.overloadpacket.__name__
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_gradient_is_made_of_zeros_for_the_statistics():
+    x, weight, bias, grad = example((2, 40, 5, 7))
+    y = groupnorm_silu(x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), 4, EPS)
+    with Filled() as filled:
+        torch.autograd.grad(y, (x, weight, bias), grad)
+    assert filled.count == 0
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -69,6 +69,30 @@ def test_sampling_and_training_sum_in_the_same_order(rows):
     assert {k: sampling[k] for k in shared} == {k: training[k] for k in shared}
 
 
+def test_every_product_with_a_sum_is_an_explicit_one(rows):
+    """What is left to the compiler may be fused in sampling and not in training, and the log-probs differ."""
+    forward = [r for r in rows if r["op"] in ("step_logprob", "ppo_loss") and r["kernel"].startswith("fwd")]
+    assert len(forward) > 10
+    assert [r["kernel"] for r in forward if r["contractible"]] == []
+
+
+@pytest.mark.parametrize("op", ["geglu", "groupnorm_silu"])
+def test_activations_are_indexed_in_64_bits(rows, op):
+    """96 images of 4096 pixels and 5120 channels have 2e9 elements; an offset within a row or an image is less."""
+    offsets = [r["offsets"] for r in rows if r["op"] == op]
+    assert offsets
+    assert all("i64" in found for found in offsets)
+
+
+def test_the_last_program_sees_what_the_others_stored(rows):
+    """The ticket's addition releases a program's stores and acquires the others'."""
+    losses = [r for r in rows if r["op"] == "ppo_loss"]
+    assert losses
+    for row in losses:
+        assert row["atomics"]
+        assert all(".acq_rel" in atomic for atomic in row["atomics"]), row
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 def test_cpp_and_cuda_compile(tmp_path):
     """Against the installed torch; DDPO_FAST_TORCH_HEADERS="2.11.0 2.13.0" adds others, 80 MB each."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpo_fast.master_weights import MasterWeights
 
@@ -66,3 +67,26 @@ def test_fp32_has_one_set_of_weights():
     assert all(master is parameter for master, parameter in zip(weights.masters, layer.parameters(), strict=True))
     with weights.computing():
         assert layer.weight.dtype == torch.float32
+
+
+class Launches(TorchDispatchMode):
+    names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_gradients_that_stay_in_place_are_cleared_by_one_launch():
+    _, weights = make(torch.bfloat16)
+    weights.set_gradient(0, torch.ones(4, 8))
+    weights.set_gradient(1, torch.ones(4))
+    gradients = weights.gradients
+    with Launches() as launches:
+        weights.clear_gradients(keep=True)
+    assert launches.names == ["_foreach_zero_"]
+    assert not any(gradient.any() for gradient in gradients)
+    assert all(a is b for a, b in zip(weights.gradients, gradients, strict=True))
+    weights.clear_gradients()
+    assert weights.gradients == [None, None]
+    weights.clear_gradients(keep=True)

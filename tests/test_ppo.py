@@ -89,6 +89,29 @@ def test_dead_pairs_are_left_out_and_the_gradient_stays(make_trainer, tmp_path, 
     assert metrics["dead"] == pytest.approx(0.5), "of the pairs that have an advantage"
 
 
+@pytest.mark.parametrize("looks_first", [False, True])
+def test_remainders_have_few_sizes_and_the_update_stays(make_trainer, tmp_path, looks_first):
+    """Of 30 pairs 20 have an advantage and 10 a gradient: calls of 7 leave 6 and 3, which take 7 and 4 rows."""
+    found, sizes = [], []
+    for fills_up in (False, True):
+        trainer = make_trainer(train_micro_batch_size=7, output_dir=str(tmp_path / f"{fills_up}"))
+        trainer.sd_pipeline.unet.double()
+        trainer.ppo.fills_up = fills_up
+        batch = example(trainer, [1.0, 0.0, -0.5, 2.0, 0.0, -1.0], shift=1e-2)
+        seen: list[int] = []
+        count = lambda _module, inputs, seen=seen: seen.append(len(inputs[0]) // 2)  # noqa: E731
+        trainer.sd_pipeline.unet.register_forward_pre_hook(count)
+        trainer.engine.step = dict
+        metrics = {name: float(value) for name, value in trainer._update([batch], looks_first).items()}
+        found.append((torch.cat([p.grad.flatten() for p in trainer.engine.parameters]), metrics))
+        sizes.append(seen)
+    (every, all_metrics), (filled, metrics) = found
+    # zeros are added to sums in fp64
+    assert (filled - every).norm() < 1e-12 * every.norm()
+    assert metrics == pytest.approx(all_metrics, rel=1e-6)
+    assert sizes == ([[7, 7, 6, 7, 3], [7, 7, 7, 7, 4]] if looks_first else [[7, 7, 6], [7, 7, 7]])
+
+
 @pytest.mark.parametrize("precision", ["no", "fp16"])
 def test_an_epoch_without_any_advantage_trains_on_zero(make_trainer, precision):
     """Adam's weight decay still acts, as it does in TRL, and no UNet is called."""

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from ddpo_fast_kernels import ppo_loss as kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_checks import DEVICE, DTYPES, assert_as_exact_as_plain, largest, name_of
@@ -281,6 +282,28 @@ def test_the_loss_scale_saves_fp16_gradients(backend):
         lost = gradient(LossExample((3, 4, 32, 32), torch.float16), None, 1.0)
     assert largest(scaled - exact) < 0.02 * largest(exact)
     assert largest(lost - exact) > 0.05 * largest(exact)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reference", [False, True], ids=["alone", "reference"])
+def test_the_loss_scale_multiplies_the_whole_gradient(backend, reference):
+    """Of the clipped loss and of the KL to the reference; by a power of two, which rounds nothing."""
+    example = LossExample((3, 4, 5, 6), reference=reference)
+    with force_backend(backend):
+        plain, scaled = (example.fused(scale).gradient for scale in (None, torch.tensor(2.0**12, device=DEVICE)))
+    assert plain.all()
+    assert torch.equal(scaled, 2.0**12 * plain)
+
+
+def test_the_ticket_is_zero_again_after_each_launch(monkeypatch):
+    """On a GPU launches of a stream share it, and the last program of the next one averages only then."""
+    ticket = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    monkeypatch.setattr(kernels, "ticket", lambda device: ticket)
+    with force_backend("triton"):
+        first, second = (LossExample().fused() for _ in range(2))
+    assert ticket.item() == 0
+    assert first.loss.isfinite()
+    assert torch.equal(first.loss, second.loss)
 
 
 def test_gradient_in_fp64():

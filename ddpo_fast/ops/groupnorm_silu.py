@@ -141,10 +141,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     x, weight, bias, _, ctx.eps, ctx.silu = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
+    # else every backward pass would fill zeros for their gradients
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, bias, mean, rstd)
 
 
-def _differentiate(ctx: Any, grad: Tensor, *unused: Tensor) -> Any:
+def _differentiate(ctx: Any, grad: Tensor | None, *unused: None) -> Any:
+    if grad is None:
+        return (None,) * 6
     x, *norm = ctx.saved_tensors
     affine = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
     grads = BACKWARD(x, laid_out_as(x, grad), *norm, ctx.eps, ctx.silu, affine)
