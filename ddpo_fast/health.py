@@ -115,10 +115,12 @@ def check_weights(weights: dict[str, torch.Tensor], epochs: int) -> None:
 
 
 class Health:
-    """Watches an epoch's rewards and updates, which the host has read anyway; warns once of each thing."""
+    """Watches an epoch's rewards and updates, which the host has read anyway; warns once of each thing if it `speaks`,
+    as one of several processes does."""
 
-    def __init__(self, config: DDPOConfig) -> None:
+    def __init__(self, config: DDPOConfig, speaks: bool = True) -> None:
         self.config = config
+        self.speaks = speaks
         self.good = True
         self._warned: set[str] = set()
 
@@ -170,6 +172,6 @@ class Health:
 
     def _warn(self, kind: str, text: str, good: bool = False) -> None:
         self.good = self.good and good
-        if kind not in self._warned:
+        if self.speaks and kind not in self._warned:
             self._warned.add(kind)
             logger.warning(text)

@@ -29,7 +29,7 @@ class RunLog:
         self.accelerator = accelerator
         self.folder = folder
         self.metrics = MetricsFile(folder / "metrics.jsonl")
-        self.health = Health(config)
+        self.health = Health(config, accelerator.is_main_process)
         self.summary = ""
         self._earlier_s, self._started = 0.0, time.monotonic()
         self._last_update: dict[str, float] = {}
