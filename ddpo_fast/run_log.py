@@ -116,7 +116,7 @@ class RunLog:
     def draw(self) -> None:
         """`rewards.png`."""
         if self.accelerator.is_main_process:
-            report.draw_rewards(self.metrics.read(), self.folder / "rewards.png")
+            report.attempt(report.draw_rewards, self.metrics.read(), self.folder / "rewards.png")
 
     def _write(self, record: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
