@@ -96,7 +96,7 @@ def find(resume_from: str | Path) -> Path | None:
 
     Raises `ValueError` for a path that is neither a checkpoint nor a run.
     """
-    path = Path(resume_from).expanduser().absolute()
+    path = Path(resume_from).expanduser().resolve()
     if (path / STATE).exists():
         return path
     for folder in (path / "checkpoints", path):
@@ -114,7 +114,7 @@ def find(resume_from: str | Path) -> Path | None:
 
 def run_folder(resume_from: str | Path) -> Path:
     """The folder of the run that `resume_from` (its folder, its checkpoints or one checkpoint) belongs to."""
-    path = Path(resume_from).expanduser().absolute()
+    path = Path(resume_from).expanduser().resolve()
     if path.name.startswith(PREFIX):
         path = path.parent
     return path.parent if path.name == "checkpoints" else path
@@ -122,7 +122,7 @@ def run_folder(resume_from: str | Path) -> Path:
 
 def goes_on_in(folder: Path, resume_from: str) -> bool:
     """Whether `resume_from` names the run in `folder`, so that it is continued there; False for no resumption."""
-    return bool(resume_from) and run_folder(resume_from) == folder.absolute()
+    return bool(resume_from) and run_folder(resume_from) == folder.expanduser().resolve()
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
