@@ -6,6 +6,7 @@ In scripts and notebooks nothing is silenced: whose warnings are shown there is 
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,7 +17,19 @@ FILTERED = (
     "transformers.utils.import_utils",
     "transformers.tokenization_utils_base",
     "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
+    "diffusers.models.modeling_utils",
+    "DeepSpeed",
 )
+# no image is ever read; diffusers cuts long prompts before they can be an index; it is known where there is no GPU; a
+# list of no modules
+DROPPED = (
+    "requires torchvision",
+    "will result in indexing errors",
+    "Setting accelerator to CPU",
+    "that should be kept in float32: []",
+)
+# their remarks on future versions are for who calls them, and that is not the user here
+CALLED = r"(accelerate|diffusers|huggingface_hub|peft|transformers)\b"
 END = "<|endoftext|>"
 
 
@@ -29,8 +42,7 @@ class _Reworded(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         text = record.getMessage()
-        # no image is ever read; and diffusers cuts long prompts before they can be an index
-        if "requires torchvision" in text or "will result in indexing errors" in text:
+        if any(part in text for part in DROPPED):
             return False
         if not text.startswith("The following part of your input was truncated"):
             return True
@@ -44,7 +56,7 @@ class _Reworded(logging.Filter):
 
 @contextmanager
 def other_packages() -> Iterator[None]:
-    """Quiet while a command runs; afterwards every logger is as it was."""
+    """Quiet while a command runs; afterwards loggers and warnings are as they were."""
     levels = {name: logging.getLogger(name).level for name in OPTIONAL}
     reworded = _Reworded()
     for name in OPTIONAL:
@@ -52,7 +64,9 @@ def other_packages() -> Iterator[None]:
     for name in FILTERED:
         logging.getLogger(name).addFilter(reworded)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning, module=CALLED)
+            yield
     finally:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)

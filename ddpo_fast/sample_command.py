@@ -27,7 +27,11 @@ def run(options: argparse.Namespace) -> None:
         if getattr(options, name) < least:
             option = name.replace("_", "-")
             raise ValueError(f"--{option} is {getattr(options, name)} but must be a whole number of at least {least}")
-    found = checkpoint.find(options.run)
+    try:
+        found = checkpoint.find(options.run)
+    except ValueError as error:
+        # the other command's name for the same thing
+        raise ValueError(str(error).replace("resume_from is", "run is", 1)) from None
     if found is None:
         raise ValueError(f"{options.run!r} has no checkpoint yet: train it for at least save_freq epochs")
     path = picture_path(options, checkpoint.run_folder(found))

@@ -75,19 +75,20 @@ def test_importing_changes_nothing_of_the_users(tmp_path):
     assert run(STATE, cwd=tmp_path).stdout.splitlines()[-1] == "[]"
 
 
-# what every command imports before its work; a folder of this name hides an optional package of Hugging Face's
-START = (
-    "from ddpo_fast import cli\n"
-    "def command(_): import ddpo_fast.train_command, ddpo_fast.sample_command, ddpo_fast.plan_command\n"
-    "cli.COMMANDS['info'] = command\n"
-    "cli.main(['info'])"
-)
-
-
-def test_a_command_starts_without_a_word(tmp_path):
+def test_a_command_says_nothing_of_others(tmp_path, model_dir):
+    # a folder of this name hides an optional package of Hugging Face's
     (tmp_path / "kernels").mkdir()
-    done = run(START, cwd=tmp_path)
-    assert (done.stdout, done.stderr) == ("", "")
+    options = ["--num_epochs=1", "--sample_num_steps=2", "--mixed_precision=no", f"--pretrained_model={model_dir}"]
+    prompt = " ".join(["very"] * 99) + " good"
+    (tmp_path / "prompts.txt").write_text(f"{prompt}\n")
+    code = f"from ddpo_fast import cli; cli.main({['train', '--output_dir=run', '--prompts=prompts.txt', *options]!r})"
+    done = run(code, cwd=tmp_path)
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("epoch 1/1: ")]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith(
+        "a prompt is longer than the text encoder reads; this end of it has no effect: very very"
+    )
+    assert "<|endoftext|>" not in lines[0]
 
 
 def test_names_of_the_package():
@@ -124,6 +125,7 @@ PIPELINE, TOKENIZER, IMPORTS = quiet.FILTERED[2], quiet.FILTERED[1], quiet.FILTE
             "a prompt is longer than the text encoder reads; this end of it has no effect: on a hill",
         ),
         (PIPELINE, logging.WARNING, "another", "another"),
+        ("DeepSpeed", logging.WARNING, "Setting accelerator to CPU. If you have GPU", None),
         ("torch", logging.WARNING, "true and useful", "true and useful"),
     ],
 )
