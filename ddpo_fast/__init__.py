@@ -1,10 +1,17 @@
 """Fine-tune Stable Diffusion with reinforcement learning (DDPO): a drop-in replacement for TRL's DDPOTrainer."""
 
-from ddpo_fast.config import DDPOConfig
-from ddpo_fast.pipeline import DDPOStableDiffusionPipeline, DefaultDDPOStableDiffusionPipeline
-from ddpo_fast.sampler import DDPOPipelineOutput, DDPOSchedulerOutput
-from ddpo_fast.trainer import DDPOTrainer
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from ddpo_fast.version import __version__
+
+if TYPE_CHECKING:
+    from ddpo_fast.config import DDPOConfig
+    from ddpo_fast.pipeline import DDPOStableDiffusionPipeline, DefaultDDPOStableDiffusionPipeline
+    from ddpo_fast.sampler import DDPOPipelineOutput, DDPOSchedulerOutput
+    from ddpo_fast.trainer import DDPOTrainer
 
 __all__ = [
     "DDPOConfig",
@@ -15,3 +22,26 @@ __all__ = [
     "DefaultDDPOStableDiffusionPipeline",
     "__version__",
 ]
+
+# torch and diffusers take seconds to import: whoever asks for `ddpo-fast --help` or the config does not pay for them
+_HOMES = {
+    "DDPOConfig": "config",
+    "DDPOPipelineOutput": "sampler",
+    "DDPOSchedulerOutput": "sampler",
+    "DDPOStableDiffusionPipeline": "pipeline",
+    "DDPOTrainer": "trainer",
+    "DefaultDDPOStableDiffusionPipeline": "pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    # found at once from now on
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

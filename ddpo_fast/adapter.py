@@ -97,7 +97,7 @@ def load_adapter(pipe: Any, path: Path) -> None:
         ) from error
 
 
-def check_options(unet: Any, path: Path, rank: int, alpha: int, targets: Sequence[str]) -> None:
+def check_options(unet: Any, path: Path, rank: int, alpha: float, targets: Sequence[str]) -> None:
     """Raises `ValueError` for options that are neither TRL's defaults nor those of the adapter that was loaded."""
     loaded = unet.peft_config[ADAPTER]
     adapted = {name for name, layer in _layers(unet) if ADAPTER in layer.lora_A or ADAPTER in layer.lora_embedding_A}

@@ -215,7 +215,7 @@ def find(resume_from: str | Path) -> Path | None:
 
     Raises `ValueError` for a path that is neither a checkpoint nor a run.
     """
-    path = Path(resume_from).expanduser().absolute()
+    path = Path(resume_from).expanduser().resolve()
     if (path / STATE).exists():
         return path
     for folder in (path / "checkpoints", path):
@@ -234,7 +234,7 @@ def find(resume_from: str | Path) -> Path | None:
 
 def run_folder(resume_from: str | Path) -> Path:
     """The folder of the run that `resume_from` (its folder, its checkpoints or one checkpoint) belongs to."""
-    path = Path(resume_from).expanduser().absolute()
+    path = Path(resume_from).expanduser().resolve()
     if path.name.startswith(PREFIX) and path.parent.name == "checkpoints":
         path = path.parent
     return path.parent if path.name == "checkpoints" else path
@@ -245,7 +245,7 @@ def goes_on_in(folder: Path, resume_from: str) -> bool:
     here = folder.expanduser().resolve()
     if not resume_from or (here / STATE).exists():
         return False
-    return run_folder(Path(resume_from).expanduser().resolve()) == here
+    return run_folder(resume_from) == here
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

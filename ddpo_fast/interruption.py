@@ -76,5 +76,5 @@ class Interruption:
 
     def _raise(self) -> None:
         if self.asked == signal.SIGINT:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt("training was stopped")
         raise SystemExit(128 + self.asked)

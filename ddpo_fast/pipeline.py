@@ -104,7 +104,7 @@ class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
         pretrained_model_revision: str = "main",
         use_lora: bool = True,
         lora_rank: int = TRL_RANK,
-        lora_alpha: int = TRL_RANK,
+        lora_alpha: float = TRL_RANK,
         lora_target_modules: Sequence[str] = TRL_TARGETS,
     ) -> None:
         name = str(pretrained_model_name)
@@ -122,7 +122,10 @@ class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
             )
         self.sd_pipeline: Any = load_stable_diffusion(self.pretrained_model, pretrained_model_revision)
         self.lora_config = LoraConfig(
-            r=lora_rank, lora_alpha=lora_alpha, init_lora_weights="gaussian", target_modules=targets
+            r=lora_rank,
+            lora_alpha=lora_alpha,  # type: ignore[arg-type] # peft divides it by the rank, whatever it is
+            init_lora_weights="gaussian",
+            target_modules=targets,
         )
         if beside is not None:
             adapter.load_adapter(self.sd_pipeline, beside)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, fields
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
+from ddpo_fast.command_options import RunArguments, check_given, filled, given_options
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.engine import compute_dtype
 from ddpo_fast.fit import MARGIN, Choice, choose
@@ -18,19 +20,16 @@ from ddpo_fast.model_configs import ModelConfigs, check_model
 from ddpo_fast.plan import CUDA_CONTEXT, CUDA_WORKSPACES, GB
 
 
-class Run(Protocol):
-    """What `RunArguments` says of the model and of its trained part."""
-
-    pretrained_model: str
-    pretrained_revision: str
-    full_finetune: bool
-    lora_rank: int
-
-    @property
-    def target_modules(self) -> list[str]: ...
+def run(options: argparse.Namespace, arguments: Sequence[str]) -> None:
+    """Prints the memory that training takes and the fastest settings for a GPU, without loading the model."""
+    what, config = filled(RunArguments, options), filled(DDPOConfig, options)
+    check_given(given_options(arguments), what.full_finetune)
+    if options.num_processes < 1:
+        raise ValueError(f"num_processes is {options.num_processes} but must be a whole number of at least 1")
+    show(what, config, arguments, options.num_processes)
 
 
-def configs_of(run: Run, config: DDPOConfig) -> ModelConfigs:
+def configs_of(run: RunArguments, config: DDPOConfig) -> ModelConfigs:
     """Raises `ValueError` or `OSError` for a model that cannot be trained."""
     return check_model(
         run.pretrained_model, run.pretrained_revision, config.sample_num_steps, config.sample_eta, has_weights=False
@@ -38,7 +37,7 @@ def configs_of(run: Run, config: DDPOConfig) -> ModelConfigs:
 
 
 def footprint_of(
-    run: Run, config: DDPOConfig, configs: ModelConfigs, full: bool, device_type: str = "cuda"
+    run: RunArguments, config: DDPOConfig, configs: ModelConfigs, full: bool, device_type: str = "cuda"
 ) -> Footprint:
     return Footprint(
         configs,
@@ -51,7 +50,7 @@ def footprint_of(
     )
 
 
-def show(run: Run, config: DDPOConfig, given: Sequence[str], num_processes: int = 1) -> None:
+def show(run: RunArguments, config: DDPOConfig, given: Sequence[str], num_processes: int = 1) -> None:
     """Prints the plan of a LoRA, of all weights, or of both where the options `given` name neither.
 
     Raises `ValueError` where there is no GPU and no `gpu_memory`, and where nothing that was asked for fits.
@@ -114,7 +113,7 @@ def _print_once(line: str) -> None:
 
 
 def apply_auto_memory(
-    run: Run, config: DDPOConfig, device: torch.device | str, say: Callable[[str], Any] = _print_once
+    run: RunArguments, config: DDPOConfig, device: torch.device | str, say: Callable[[str], Any] = _print_once
 ) -> dict[str, Any]:
     """What `auto_memory` changes in the config for a device; sets it there and says it, a line each.
 

@@ -1,21 +1,61 @@
-"""What a person looks at after a run: the reward curve, and images before and after."""
+"""What a person looks at after a run: the reward curve, and images before and after.
+
+Figures are made without pyplot, whose backend and open figures are the user's, and text is drawn as it is written:
+prompts and rewards may contain `$`, line ends, or letters that no font here has.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import logging
+import unicodedata
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import matplotlib
 import numpy as np
 import torch
+from matplotlib import font_manager
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Row = tuple[str, torch.Tensor, Sequence[float] | None]
 
 BLUE, GRAY = "#1f5fa8", "#9aa5b1"
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
+# fonts with the letters that matplotlib's own lacks, as far as they are installed
+MORE_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Micro Hei", "Arial Unicode MS", "Noto Emoji")
+DPI, MOST_PIXELS = 120, 30_000
+# inches
+CELL, GAP, LINE, MARGIN = 1.5, 0.08, 0.14, 0.75
+# of a title: letters in a line, and lines
+LETTERS, LINES = 22, 3
+COLUMNS = 8
 
 
+def attempt(draw: Callable[..., T], *args: Any) -> T | None:
+    """`draw(*args)`; a picture that cannot be drawn is a warning and None: no run fails for it."""
+    try:
+        return draw(*args)
+    except Exception as error:
+        logger.warning("a picture could not be drawn (%s: %s)", type(error).__name__, error)
+        return None
+
+
+@contextmanager
+def _as_written() -> Iterator[None]:
+    """Text without TeX, whatever the user's style says; letters that no font has are boxes, without a warning each."""
+    with warnings.catch_warnings(), matplotlib.rc_context({"text.usetex": False}):
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        yield
+
+
+@_as_written()
 def draw_rewards(records: Sequence[dict[str, Any]], path: Path, label: str = "reward") -> None:
     """Mean reward with a band of two standard errors against images and against time, from metrics.jsonl's lines."""
     epochs = [record for record in records if record["kind"] == "epoch"]
@@ -25,46 +65,111 @@ def draw_rewards(records: Sequence[dict[str, Any]], path: Path, label: str = "re
     band = 2 * np.array([r["reward_std"] / r["images"] ** 0.5 for r in epochs])
     images = np.cumsum([r["images"] for r in epochs])
     minutes = np.array([r["elapsed_s"] for r in epochs]) / 60
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     for axis, x, name in zip(axes, (images, minutes), ("images", "minutes"), strict=True):
         axis.fill_between(x, mean - band, mean + band, color=BLUE, alpha=0.2, linewidth=0)
-        axis.plot(x, mean, color=BLUE)
+        # one epoch is a point, and a line of one point cannot be seen
+        axis.plot(x, mean, color=BLUE, marker="o" if len(epochs) == 1 else "")
         axis.set_xlabel(name)
         axis.grid(color=GRAY, alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel(label)
+    axes[0].set_ylabel(plain(label)[:60], parse_math=False, family=_fonts())
     _save(figure, path)
 
 
-def draw_before_after(
-    prompts: Sequence[str],
-    rows: Sequence[tuple[str, torch.Tensor, Sequence[float] | None]],
-    path: Path,
-) -> None:
-    """One row for each (name, images [B, 3, H, W] in [0, 1], rewards [B] or None), one column for each prompt."""
-    figure, axes = plt.subplots(
-        len(rows),
-        len(prompts),
-        figsize=(1.5 * len(prompts), 1.75 * len(rows) + 0.3),
-        squeeze=False,
-        layout="constrained",
-    )
-    for line, (name, images, rewards) in zip(axes, rows, strict=True):
-        captions = [f"{reward:.3g}" for reward in rewards] if rewards else [""] * len(images)
-        for axis, image, caption in zip(line, images, captions, strict=True):
-            axis.imshow(image.float().clamp(0, 1).permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
-            axis.set_xlabel(caption, fontsize=9)
-            axis.set_xticks([])
-            axis.set_yticks([])
-            axis.spines[:].set_visible(False)
-        line[0].set_ylabel(f"{name}\nmean {np.mean(rewards):.3g}" if rewards else name, fontsize=10)
-    for axis, prompt in zip(axes[0], prompts, strict=True):
-        axis.set_title(prompt if len(prompt) <= 24 else prompt[:23] + "…", fontsize=9)
-    _save(figure, path)
+@_as_written()
+def draw_grid(prompts: Sequence[str], rows: Sequence[Row], path: Path) -> None:
+    """Rows of images, each (name, images [B, 3, H, W] in [0, 1], rewards [B] or None), with a column for each prompt.
+
+    More prompts than fit side by side go into blocks below each other.
+    """
+    columns = min(len(prompts), COLUMNS)
+    titles = [wrapped(prompt) for prompt in prompts]
+    blocks = [range(start, min(start + columns, len(prompts))) for start in range(0, len(prompts), columns)]
+    below = [LINE if scores is not None else 0.0 for _, _, scores in rows]
+    heads = [LINE * max(1, *(titles[at].count("\n") + 1 for at in block)) + GAP for block in blocks]
+    block_height = sum(below) + len(rows) * (CELL + GAP) + GAP
+    width = MARGIN + columns * (CELL + GAP)
+    height = sum(heads) + len(blocks) * block_height
+    figure = Figure(figsize=(width, height))
+    axis = figure.add_axes((0, 0, 1, 1))
+    axis.set_axis_off()
+    y = 0.0
+    for block, head in zip(blocks, heads, strict=True):
+        y += head
+        for column, at in enumerate(block):
+            _write(axis, MARGIN + column * (CELL + GAP) + CELL / 2, y - GAP / 2, titles[at], 7.5, va="bottom")
+        for (name, images, scores), room in zip(rows, below, strict=True):
+            mean = f"\nmean {np.mean(scores):.3g}" if scores is not None else ""
+            _write(axis, MARGIN / 2, y + CELL / 2, wrapped(name, 10) + mean, 8, va="center")
+            for column, at in enumerate(block):
+                x = MARGIN + column * (CELL + GAP)
+                # the y axis points down
+                axis.imshow(_pixels(images[at]), extent=(x, x + CELL, y + CELL, y))
+                if scores is not None:
+                    _write(axis, x + CELL / 2, y + CELL + 0.02, f"{scores[at]:.3g}", 8, va="top")
+            y += CELL + GAP + room
+        y += GAP
+    axis.set(xlim=(0, width), ylim=(height, 0), aspect="auto")
+    _save(figure, path, dpi=min(DPI, MOST_PIXELS / height))
 
 
-def _save(figure: Any, path: Path) -> None:
-    aside = path.with_name(f".{path.name}")
-    figure.savefig(aside, dpi=120, format="png")
-    plt.close(figure)
+def _pixels(image: torch.Tensor) -> np.ndarray:
+    return image.float().nan_to_num().clamp(0, 1).permute(1, 2, 0).cpu().numpy()
+
+
+def _write(axis: Any, x: float, y: float, text: str, size: float, va: str) -> None:
+    axis.text(x, y, text, fontsize=size, ha="center", va=va, parse_math=False, family=_fonts(), linespacing=1.1)
+
+
+@functools.cache
+def _fonts() -> list[str]:
+    known = {font.name for font in font_manager.fontManager.ttflist}
+    return ["DejaVu Sans", *(name for name in MORE_FONTS if name in known)]
+
+
+def plain(text: str) -> str:
+    """The text in one line, without characters that steer instead of being seen."""
+    kept = (" " if unicodedata.category(c).startswith(("C", "Z")) else c for c in str(text))
+    return " ".join("".join(kept).split())
+
+
+def wrapped(text: str, letters: int = LETTERS, lines: int = LINES) -> str:
+    """At most so many lines of at most so many letters; what is left out is marked by '…'."""
+    rest, done = plain(text), list[str]()
+    while rest and len(done) < lines:
+        end = _fitting(rest, letters)
+        if end < len(rest) and " " in rest[1 : end + 1]:
+            end = rest.rindex(" ", 1, end + 1)
+        done.append(rest[:end])
+        rest = rest[end:].lstrip()
+    if rest:
+        last = done[-1]
+        done[-1] = last[: _fitting(last, letters - 1)] + "…"
+    return "\n".join(done)
+
+
+def _fitting(text: str, letters: int) -> int:
+    """How many characters of the text take the room of so many letters; at least one."""
+    room = 0.0
+    for at, character in enumerate(text):
+        if unicodedata.east_asian_width(character) in "WF":
+            room += 2
+        else:
+            room += 1.7 if character in "MW@%—" else 1.3 if character.isupper() or character in "mw" else 1
+        if room > letters:
+            return max(1, at)
+    return len(text)
+
+
+def check_ending(path: Path, option: str) -> None:
+    """Raises `ValueError` for a kind of file that is not drawn."""
+    if path.suffix.lower() not in ENDINGS:
+        raise ValueError(f"{option} is {str(path)!r} but must end in {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}")
+
+
+def _save(figure: Figure, path: Path, dpi: float = DPI) -> None:
+    aside = path.with_name(f".{path.name}.partial")
+    figure.savefig(aside, dpi=dpi, format=path.suffix.lower()[1:])
     aside.replace(path)

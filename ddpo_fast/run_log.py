@@ -119,13 +119,9 @@ class RunLog:
         )
 
     def draw(self) -> None:
-        """`rewards.png`; a run does not stop for a picture."""
-        if not self.accelerator.is_main_process:
-            return
-        try:
-            report.draw_rewards(self.metrics.read(), self.folder / "rewards.png")
-        except Exception as error:
-            logger.warning("%s could not be drawn: %s: %s", self.folder / "rewards.png", type(error).__name__, error)
+        """`rewards.png`."""
+        if self.accelerator.is_main_process:
+            report.attempt(report.draw_rewards, self.metrics.read(), self.folder / "rewards.png")
 
     def _write(self, record: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
@@ -177,5 +173,10 @@ def output_folder(config: DDPOConfig) -> Path:
         return Path(config.project_kwargs["project_dir"]).expanduser()
     if config.resume_from:
         return checkpoint.run_folder(config.resume_from)
+    return new_folder(config)
+
+
+def new_folder(config: DDPOConfig) -> Path:
+    """The folder below `logdir` that `run_name` or the time names."""
     name = config.run_name or f"{config.exp_name or 'ddpo'}-{datetime.now():%Y%m%d-%H%M%S}"
     return Path(config.logdir).expanduser() / name

@@ -1,20 +1,79 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
+from huggingface_hub import errors
+from PIL import Image
 
-from ddpo_fast import DDPOConfig, cli
+from ddpo_fast import DDPOConfig, cli, command_options, early_checks, report, rewards, train_command
+from ddpo_fast.trainer import DDPOTrainer
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = (
     "--num-epochs 1 --sample_num_steps 2 --sample_batch_size 2 --mixed_precision no --prompts animals "
     "--save_freq 1 --train_learning_rate 1e-3"
 ).split()
+CODE = (
+    "import pathlib\n"
+    "pathlib.Path(__file__).with_suffix('.ran').touch()\n"
+    "def reward(images, prompts, metadata): return images.mean((1, 2, 3)), {}\n"
+    "def other(images, prompts, metadata): return images[:, 2].mean((1, 2)), {}\n"
+    "def prompt(): return 'a $cat_', {'n': 1}\n"
+)
+
+
+@pytest.fixture(scope="module")
+def trained(model_dir, tmp_path_factory):
+    """A folder with a run of functions in `users_code.py` beside it, and what the command printed."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "users_code.py").write_text(CODE)
+    here = os.getcwd()
+    os.chdir(folder)
+    try:
+        cli.main(
+            [
+                *("train", *OPTIONS, "--output_dir", "run", "--pretrained_model", os.path.relpath(model_dir)),
+                *("--reward", "users_code:reward", "--prompts", "users_code:prompt", "--negative_prompts", "a dog"),
+            ]
+        )
+    finally:
+        os.chdir(here)
+    return folder
+
+
+@pytest.fixture
+def copied(trained, tmp_path, monkeypatch):
+    """A copy of that folder, which is the working directory; its module is not imported yet."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in (str(tmp_path), str(trained))])
+    monkeypatch.delitem(sys.modules, "users_code", raising=False)
+    yield tmp_path
+    sys.modules.pop("users_code", None)
+
+
+def stopped(arguments: list[str]) -> str:
+    """The one sentence of a command that must fail."""
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+    sentence = str(caught.value)
+    assert sentence.startswith(f"ddpo-fast {arguments[0]}: error: ")
+    assert "\n" not in sentence
+    return sentence
+
+
+# options
 
 
 @pytest.mark.parametrize(
@@ -23,47 +82,398 @@ OPTIONS = (
 def test_help_lists_every_field(command):
     done = subprocess.run([*command, "--help"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    for name in [f.name for f in fields(DDPOConfig)] + [f.name for f in fields(cli.RunArguments)]:
+    for name in [f.name for f in fields(DDPOConfig)] + [f.name for f in fields(command_options.RunArguments)]:
         assert f"--{name}" in done.stdout
 
 
-@pytest.mark.parametrize("kind", [[], ["--full-finetune"]])
-def test_train_and_sample(kind, model_dir, tmp_path, monkeypatch, capsys):
-    (tmp_path / "users_code.py").write_text(
-        "def reward(images, prompts, metadata): return images.mean((1, 2, 3)), {}\n"
-        "def prompt(): return 'a cat', {'n': 1}\n"
+def test_named_rewards():
+    assert tuple(rewards.REWARDS) == command_options.BUILT_IN_REWARDS
+
+
+def test_dashes_underscores_and_json():
+    _, config = train_command.read_options(
+        ["--train-clip-range", "0.1", "--tracker_kwargs", '{"wandb": {"name": "x"}}']
     )
+    assert config.train_clip_range == 0.1
+    assert config.tracker_kwargs == {"wandb": {"name": "x"}}
+    _, config = train_command.read_options(["--no_train_cfg", "--per_prompt_stat_tracking", "--gpu_memory", "None"])
+    assert (config.train_cfg, config.per_prompt_stat_tracking, config.gpu_memory) == (False, True, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--num_epoch 3", "there is no option --num_epoch: did you mean --num_epochs?"),
+        ("--learning-rate 3", "did you mean --train_learning_rate?"),
+        ("--model x", "did you mean --pretrained_model?"),
+        ("--zzz", "there is no option --zzz (`ddpo-fast train --help` lists the options)"),
+        ("stray", "'stray' belongs to no option"),
+        ("--num_epochs many", "--num_epochs is 'many' but must be a whole number"),
+        ("--train_cfg perhaps", "--train_cfg: Truthy value expected"),
+        ("--offload disk", "--offload: invalid choice: 'disk'"),
+        ("--seed", "--seed: expected one argument"),
+        ("--full-finetune --lora_rank 8", "--full-finetune trains all weights, and --lora_rank is of a LoRA"),
+        ("--full-finetune --lora-target-modules to_q", "--lora_target_modules is of a LoRA"),
+        ("--lora_target_modules ,", "must name a layer"),
+    ],
+)
+def test_options_that_cannot_be(options, said):
+    assert said in stopped(["train", *options.split()])
+
+
+@pytest.mark.parametrize(("words", "status"), [([], 2), (["--help"], 0), (["-h"], 0)])
+def test_help_of_all(words, status, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(words)
+    assert caught.value.code == status
+    assert capsys.readouterr().out.startswith("usage: ddpo-fast COMMAND")
+
+
+def test_unknown_command(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["trian"])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "ddpo-fast: error: there is no command 'trian': did you mean train?\n"
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "said"),
+    [
+        (ValueError("one\n  two"), 2, "ddpo-fast info: error: one two\n"),
+        (RuntimeError(""), 2, "ddpo-fast info: error: RuntimeError\n"),
+        (PermissionError(13, "denied", "x"), 2, "ddpo-fast info: error: [Errno 13] denied: 'x'\n"),
+        (KeyboardInterrupt(), 130, "\nddpo-fast info: interrupted\n"),
+    ],
+)
+def test_how_a_command_ends(raised, status, said, monkeypatch, capsys):
+    def fail(arguments):
+        raise raised
+
+    monkeypatch.setitem(cli.COMMANDS, "info", fail)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["info"])
+    assert (caught.value.code, capsys.readouterr().err) == (status, said)
+    if status == 2:
+        monkeypatch.setenv(cli.TRACEBACK, "1")
+        with pytest.raises(type(raised)):
+            cli.main(["info"])
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    code = "from ddpo_fast import cli; cli.COMMANDS['info'] = lambda _: [print('x' * 99) for _ in range(9999)]; "
+    command = f"{sys.executable} -c \"{code}cli.main(['info'])\" | head -n 1 ; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize(
+    ("told", "given", "precision"),
+    [("bf16", [], "bf16"), ("no", [], "no"), ("bf16", ["--mixed_precision", "fp16"], "fp16"), (None, [], "here")],
+)
+def test_accelerates_precision_counts_unless_another_is_given(told, given, precision, monkeypatch):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    if told:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", told)
+    here = "fp16" if torch.cuda.is_available() else "no"
+    assert train_command.read_options(given)[1].mixed_precision == (here if precision == "here" else precision)
+    # TRL's default stays in scripts
+    assert DDPOConfig().mixed_precision == "fp16"
+
+
+def test_a_precision_of_accelerates_that_is_not_ours(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    assert "accelerate's mixed_precision is 'fp8'" in stopped(["train"])
+
+
+# where a run writes
+
+
+@pytest.mark.parametrize(
+    ("options", "folder"),
+    [
+        (["--run_name", "mine"], "runs/mine"),
+        (["--run_name", "mine", "--logdir", "logs"], "logs/mine"),
+        (["--logdir", "logs"], r"logs/jpeg_compressibility-\d{8}-\d{6}"),
+        (["--reward", "a.b:c"], r"runs/a.b.c-\d{8}-\d{6}"),
+        (["--exp_name", "try"], r"runs/try-\d{8}-\d{6}"),
+        (["--project_kwargs", '{"project_dir": "there"}', "--run_name", "mine"], "there"),
+        (["--project_kwargs", '{"project_dir": "there"}', "--output_dir", "here"], "here"),
+    ],
+)
+def test_the_folder_of_a_run(options, folder):
+    assert re.fullmatch(folder, train_command.read_options(options)[1].output_dir)
+
+
+def test_a_resumed_run_stays_in_its_folder_by_any_path(copied):
+    (copied / "link").symlink_to("run")
+    (copied / "elsewhere").mkdir()
+    for named in ("run", "link", "elsewhere/../run", "run/checkpoints/checkpoint_1", "run/checkpoints"):
+        options = ["--resume_from", named, "--trust_run"]
+        assert train_command.read_options(options)[1].output_dir == str(copied / "run")
+    for folder in ("link", "elsewhere/../run"):
+        _, config = train_command.read_options([*options, "--output_dir", folder])
+        early_checks.check_before_loading(command_options.RunArguments(), config)
+    assert train_command.read_options([*options, "--run_name", "b"])[1].output_dir == "runs/b"
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, no_model):
+    (tmp_path / "file").touch()
+    folders = [tmp_path / "file" / "run"]
+    if Path("/proc/version").exists():
+        folders.append(Path("/proc/run"))
+    for folder in folders:
+        sentence = stopped(["train", "--output_dir", str(folder)])
+        assert f"output_dir is '{folder}', but nothing can be written in" in sentence
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(train_command, "make_pipeline", refuse)
+
+
+# found before the model is loaded
+
+
+def test_the_trial_has_the_models_size(no_model, model_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    sys.modules.pop("users_code", None)
-    options = [*OPTIONS, *kind, "--output_dir", "run", "--pretrained_model", model_dir]
-    cli.main(["train", *options, "--reward", "users_code:reward", "--prompts", "users_code:prompt"])
+    (tmp_path / "sized.py").write_text(
+        "def reward(images, prompts, metadata): raise KeyError(str(tuple(images.shape)))\n"
+    )
+    monkeypatch.delitem(sys.modules, "sized", raising=False)
+    sentence = stopped(["train", "--reward", "sized:reward", "--pretrained_model", model_dir])
+    assert "(2, 3, 16, 16)" in sentence
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has graphs")
+def test_cuda_graphs_without_a_gpu(no_model):
+    assert "cuda_graphs is True, but" in stopped(["train", "--cuda_graphs"])
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (errors.LocalTokenNotFoundError(), "nobody is logged in here: run `hf auth login`"),
+        (errors.OfflineModeIsEnabled("x"), "HF_HUB_OFFLINE is set"),
+        (ConnectionError("no route"), "the Hub does not answer or refuses the token (no route)"),
+    ],
+)
+def test_a_hub_without_a_login(error, said, no_model, monkeypatch):
+    def refuse():
+        raise error
+
+    monkeypatch.setattr(early_checks, "whoami", refuse)
+    assert said in stopped(["train", "--push_to_hub"])
+
+
+# training, resuming, sampling
+
+
+def test_what_a_run_leaves(trained, model_dir):
+    run = trained / "run"
+    saved = json.loads((run / "config.json").read_text())
+    assert saved["reward"] == "users_code:reward"
+    assert saved["import_folders"] == {"reward": str(trained), "prompts": str(trained)}
+    assert saved["pretrained_model"] == model_dir
+    assert saved["use_lora"] is True
+    for name in ("metrics.jsonl", "rewards.png", "before_after.png", "before.pt", "final/model_index.json"):
+        assert (run / name).stat().st_size > 0
+    assert not list(run.glob(".*"))
+
+
+def test_all_weights(model_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    options = [*OPTIONS, "--full-finetune", "--output_dir", "run", "--pretrained_model", model_dir]
+    cli.main(["train", *options, "--prompts", "prompts.txt"])
     printed = capsys.readouterr().out
     assert "4 images per epoch (2 batches of 2), 2 denoising steps each" in printed
     assert "2 (image, timestep) pairs per update" in printed
     assert "4 updates per epoch" in printed
-    run = tmp_path / "run"
-    saved = json.loads((run / "config.json").read_text())
-    assert saved["reward"] == "users_code:reward"
-    assert saved["use_lora"] is not bool(kind)
-    for name in ("metrics.jsonl", "rewards.png", "before_after.png", "final/model_index.json"):
-        assert (run / name).stat().st_size > 0
-    cli.main(["sample", "run", "--num-images", "3"])
-    assert (run / "samples.png").stat().st_size > 1000
-
-
-def test_resume_takes_the_runs_own_settings(model_dir, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    cli.main(["train", *OPTIONS, "--full-finetune", "--output_dir", "run", "--pretrained_model", model_dir])
-    run, config = cli.parse_train_options(["--resume_from", "run", "--num_epochs", "7"])
+    # built-in rewards and files of prompts need no trust, and are found from anywhere
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    run, config = train_command.read_options(["--resume_from", "../run", "--num_epochs", "7"])
     assert run.full_finetune
-    assert run.pretrained_model == model_dir
+    assert (run.pretrained_model, run.prompts) == (model_dir, str(tmp_path / "prompts.txt"))
     assert (config.num_epochs, config.sample_num_steps, config.train_learning_rate) == (7, 2, 1e-3)
     assert config.output_dir == str(tmp_path / "run")
+    for option, said in (("--full-finetune=False", "trained all weights"), ("--lora_rank=2", "is of a LoRA")):
+        assert said in stopped(["train", "--resume_from", "../run", option])
 
 
-def test_dashes_underscores_and_json():
-    _, config = cli.parse_train_options(["--train-clip-range", "0.1", "--tracker_kwargs", '{"wandb": {"name": "x"}}'])
-    assert config.train_clip_range == 0.1
-    assert config.tracker_kwargs == {"wandb": {"name": "x"}}
-    _, config = cli.parse_train_options(["--no_train_cfg", "--per_prompt_stat_tracking"])
-    assert (config.train_cfg, config.per_prompt_stat_tracking) == (False, True)
+def test_results_are_safe_before_anything_is_drawn(model_dir, tmp_path, monkeypatch, capsys, caplog):
+    def broken(*args, **kwargs):
+        assert (tmp_path / "run" / "checkpoints" / "checkpoint_1").is_dir()
+        raise KeyError("no pictures today")
+
+    monkeypatch.setattr(report, "_save", broken)
+    cli.main(["train", *OPTIONS, "--output_dir", str(tmp_path / "run"), "--pretrained_model", model_dir])
+    assert (tmp_path / "run" / "final" / "model_index.json").exists()
+    assert "a picture could not be drawn (KeyError" in caplog.text
+    assert "before_after.png" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [["train", "--num_epochs=2", "--resume_from"], ["sample"]])
+def test_functions_that_a_run_names_are_not_imported_unasked(command, copied):
+    (copied / "users_code.ran").unlink(missing_ok=True)
+    sentence = stopped([*command, "run"])
+    assert "prompts='users_code:prompt'" in sentence
+    assert "--trust_run" in sentence
+    if command[0] == "train":
+        assert "reward='users_code:reward'" in sentence
+        assert "prompts=" not in stopped([*command, "run", "--prompts", "animals"])
+    assert not (copied / "users_code.ran").exists()
+
+
+HARMFUL = {
+    "deepspeed": "theirs.json",
+    "tracker_kwargs": {"wandb": {"dir": "/tmp"}},
+    "accelerator_kwargs": {"cpu": True},
+    "project_kwargs": {"logging_dir": "/tmp", "project_dir": "/tmp"},
+    "push_to_hub": True,
+    "log_with": "wandb",
+    "tracker_project_name": "../../x",
+}
+
+
+@pytest.mark.parametrize("name", HARMFUL)
+def test_settings_of_others_need_trust(name, copied):
+    path = copied / "run" / "checkpoints" / "checkpoint_1" / "state.json"
+    state = json.loads(path.read_text())
+    own = {"reward": "jpeg_compressibility", "prompts": "animals"}
+    state["config"] = {**state["config"], "output_dir": "/elsewhere", "logdir": "/elsewhere", "run_name": "../x"}
+    path.write_text(json.dumps({**state, **own}))
+    assert train_command.read_options(["--resume_from", "run"])[1].output_dir == str(copied / "run")
+    state["config"][name] = HARMFUL[name]
+    path.write_text(json.dumps({**state, **own}))
+    sentence = stopped(["train", "--resume_from", "run"])
+    assert f"{name}=" in sentence
+    assert "/elsewhere" not in sentence
+
+
+def test_links_in_a_run_need_trust(copied):
+    (copied / "precious").write_text("mine\n")
+    (copied / "run" / "metrics.jsonl").unlink()
+    (copied / "run" / "metrics.jsonl").symlink_to(copied / "precious")
+    given = ["--reward", "jpeg_compressibility", "--prompts", "animals"]
+    assert "a link 'metrics.jsonl'" in stopped(["train", "--resume_from", "run", *given])
+    assert (copied / "precious").read_text() == "mine\n"
+
+
+def test_a_trusted_run_goes_on_from_any_folder(copied, monkeypatch, capsys):
+    # what it was trained with is found where it was, whatever has that name here
+    (copied / "users_code.py").write_text("raise ImportError('another module of this name')\n")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    cli.main(["train", "--resume_from", "run", "--num_epochs", "2", "--trust_run"])
+    assert (copied / "run" / "checkpoints" / "checkpoint_2").is_dir()
+    assert "before_after.png" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("option", "said"), [("--lora_alpha=8", "a run with lora_alpha 4: leave out --lora_alpha 8")])
+def test_another_adapter_on_resume_is_refused(option, said, copied):
+    assert said in stopped(["train", "--resume_from", "run", "--trust_run", option])
+
+
+def resumed(folder: Path, *options: str) -> None:
+    cli.main(["train", "--resume_from", "run", "--trust_run", "--num_epochs", "2", *options])
+
+
+def test_a_damaged_picture_file_stops_nothing(copied, monkeypatch, caplog):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    damaged = (copied / "run" / "before.pt").read_bytes()[:999]
+    (copied / "run" / "before.pt").write_bytes(damaged)
+    resumed(copied)
+    assert "before.pt cannot be read" in caplog.text
+    # a trained model's images do not become 'before'
+    assert (copied / "run" / "before.pt").read_bytes() == damaged
+    assert (copied / "run" / "epoch_1_after.png").exists()
+
+
+def test_another_reward_begins_another_comparison(copied, monkeypatch, caplog, capsys):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    before = (copied / "run" / "before.pt").read_bytes()
+    picture = (copied / "run" / "before_after.png").read_bytes()
+    resumed(copied, "--reward", "users_code:other")
+    assert "epoch_1_after.png will compare with the model after 1 epochs" in caplog.text
+    assert " epoch 1, " in capsys.readouterr().out
+    assert (copied / "run" / "before.pt").read_bytes() == before
+    assert (copied / "run" / "before_after.png").read_bytes() == picture
+    begun = (copied / "run" / "epoch_1.pt").read_bytes()
+    # and the next resumption goes on with it
+    cli.main(["train", "--resume_from", "run", "--trust_run", "--num_epochs", "3"])
+    assert (copied / "run" / "epoch_1.pt").read_bytes() == begun
+    assert not (copied / "run" / "epoch_2.pt").exists()
+
+
+def test_sample(copied, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    drawn = []
+    monkeypatch.setattr(report, "draw_grid", lambda *given: drawn.append(given))
+    seen = []
+    generate = train_command.DefaultDDPOStableDiffusionPipeline.__call__
+
+    def call(self, **kwargs):
+        seen.append((len(kwargs["prompt"]), set(kwargs["negative_prompt"])))
+        return generate(self, **kwargs)
+
+    monkeypatch.setattr(train_command.DefaultDDPOStableDiffusionPipeline, "__call__", call)
+    cli.main(["sample", "run", "--num-images", "11", "--trust_run"])
+    assert seen == [(8, {"a dog"}), (3, {"a dog"})] * 2
+    [(prompts, rows, path)] = drawn
+    assert path == copied / "run" / "samples.png"
+    for name, (label, images, scores) in zip(("base", "trained"), rows, strict=True):
+        assert (label, len(images), len(prompts)) == (name, 11, 11)
+        torch.testing.assert_close(torch.tensor(scores), images.mean((1, 2, 3)))
+    # without trust: no captions, and nothing is imported
+    sys.modules.pop("users_code")
+    cli.main(["sample", "run", "--num-images", "2", "--prompts", "animals"])
+    assert [scores for _, _, scores in drawn[-1][1]] == [None, None]
+    assert "users_code" not in sys.modules
+    assert "no rewards are shown" in capsys.readouterr().out
+
+
+def test_what_sample_writes(copied):
+    asked = ["sample", "run", "--num-images", "1", "--prompts", "animals", "--reward", "jpeg_compressibility"]
+    cli.main(asked)
+    first = (copied / "run" / "samples.png").read_bytes()
+    cli.main([*asked, "--seed", "1"])
+    assert (copied / "run" / "samples.png").read_bytes() == first
+    assert (copied / "run" / "samples_2.png").exists()
+    cli.main([*asked, "--output", "grid.jpg"])
+    with Image.open("grid.jpg") as image:
+        assert image.format == "JPEG"
+    assert "which exists" in stopped([*asked, "--output", "grid.jpg"])
+    cli.main([*asked, "--output", "grid.jpg", "--overwrite"])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("run --num-images 0", "--num-images is 0 but must be a whole number of at least 1"),
+        ("run --seed -1", "--seed is -1 but must be"),
+        ("run --output grid.txt", "--output is 'grid.txt' but must end in .png, .jpg"),
+        ("run --output grid", "must end in"),
+        ("run --output nowhere/grid.png", "there is no folder 'nowhere'"),
+        ("run --output run/metrics.jsonl", "must end in"),
+        ("nowhere", "error: run is 'nowhere', which does not exist"),
+        ("run/final", "error: run is 'run/final', which holds no checkpoint"),
+        ("", "the following arguments are required: run"),
+        ("run --num_image 3", "did you mean --num-images?"),
+    ],
+)
+def test_samples_that_cannot_be(options, said, copied):
+    assert said in stopped(["sample", *options.split()])
+
+
+def test_the_picture_of_an_interrupted_run_is_not_drawn(model_dir, tmp_path, monkeypatch, capsys):
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(DDPOTrainer, "train", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["train", *OPTIONS, "--output_dir", str(tmp_path / "run"), "--pretrained_model", model_dir])
+    assert caught.value.code == 130

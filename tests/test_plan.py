@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ddpo_fast import DDPOConfig, cli, plan_command
+from ddpo_fast import DDPOConfig, cli, plan_command, train_command
+from ddpo_fast.command_options import RunArguments
 from ddpo_fast.fit import LEVERS, MARGIN, choose, with_settings
 from ddpo_fast.footprint import Adapter, Footprint
 from ddpo_fast.live_bytes import LiveBytes, trace
@@ -337,12 +338,12 @@ def test_a_folder_of_configs_is_enough(sd15, capsys):
     for text in ("a LoRA of rank 4 in 24 GB", "all weights in 24 GB", "optimizer states", "Not measured"):
         assert text in printed
     lora, full = (line for line in printed.splitlines() if line.startswith("ddpo-fast train"))
-    run, parsed = cli.parse_train_options(full.split()[2:])
+    run, parsed = train_command.read_options(full.split()[2:])
     assert run.full_finetune
     # full speed: nothing is computed twice, and nothing goes to the host
     assert (parsed.gradient_checkpointing, parsed.offload, parsed.train_use_8bit_adam) == ("none", "none", True)
     assert parsed.train_learning_rate == 1e-5
-    assert not cli.parse_train_options(lora.split()[2:])[0].full_finetune
+    assert not train_command.read_options(lora.split()[2:])[0].full_finetune
 
 
 def test_the_plan_of_one_kind(sd15, capsys):
@@ -374,7 +375,7 @@ def test_a_gpu_is_asked_for(monkeypatch):
 
 
 def test_auto_memory_changes_what_is_free():
-    run = cli.RunArguments(full_finetune=True)
+    run = RunArguments(full_finetune=True)
     settings = DDPOConfig(
         mixed_precision="no", auto_memory=True, gpu_memory=0.13, train_micro_batch_size=3, train_batch_size=1
     )
@@ -390,7 +391,7 @@ def test_auto_memory_changes_what_is_free():
 def test_auto_memory_needs_a_gpu_or_a_size():
     said: list[str] = []
     settings = DDPOConfig(mixed_precision="no", auto_memory=True)
-    assert plan_command.apply_auto_memory(cli.RunArguments(), settings, "cpu", said.append) == {}
+    assert plan_command.apply_auto_memory(RunArguments(), settings, "cpu", said.append) == {}
     assert said == ["auto_memory: there is no GPU here, so nothing is chosen"]
 
 

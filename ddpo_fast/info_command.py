@@ -1,0 +1,40 @@
+"""`ddpo-fast info`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+
+import torch
+
+from ddpo_fast import ops
+from ddpo_fast.attention import chosen_kernels, described
+from ddpo_fast.version import __version__
+
+# of Stable Diffusion 1.x; 2.x and XL have 64
+SD_HEAD_DIMS = (40, 80, 160, 64)
+
+
+def run() -> None:
+    """Prints what runs on this machine, and why the rest does not."""
+    versions = [f"{name} {version}" for name, version in installed(("torch", "triton", "diffusers", "xformers"))]
+    print(f"ddpo_fast {__version__}, {', '.join(versions)}")
+    for device in ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",):
+        print(f"\n{torch.cuda.get_device_name() if device == 'cuda' else 'CPU'}")
+        for op, running, reasons in ops.status(device):
+            print(f"  {op:<26}{running}")
+            for backend, reason in reasons.items():
+                print(f"  {'':<26}not {backend}: {reason}")
+        kernels, problems = chosen_kernels(SD_HEAD_DIMS, torch.device(device), torch.float16)
+        print(f"  {'attention':<26}{described(kernels)}")
+        for name, problem in problems.items():
+            print(f"  {'':<26}not {name}: {problem}")
+
+
+def installed(names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Names and versions; 'not installed' where it is."""
+    for name in names:
+        try:
+            yield name, metadata.version(name)
+        except metadata.PackageNotFoundError:
+            yield name, "not installed"

@@ -1,0 +1,108 @@
+"""`ddpo-fast sample`."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import random
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddpo_fast import checkpoint, earlier_run, report, rewards
+from ddpo_fast.command_options import RunArguments
+from ddpo_fast.config import DDPOConfig
+from ddpo_fast.early_checks import check_can_write
+from ddpo_fast.prompts import draw_prompts, load_prompts
+from ddpo_fast.train_command import make_pipeline
+
+AT_ONCE = 8
+
+
+def run(options: argparse.Namespace) -> None:
+    """Draws a trained run's images below the base model's, from the same noise."""
+    for name, least in (("num_images", 1), ("seed", 0)):
+        if getattr(options, name) < least:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} is {getattr(options, name)} but must be a whole number of at least {least}")
+    try:
+        found = checkpoint.find(options.run)
+    except ValueError as error:
+        # the other command's name for the same thing
+        raise ValueError(str(error).replace("resume_from is", "run is", 1)) from None
+    if found is None:
+        raise ValueError(f"{options.run!r} has no checkpoint yet: train it for at least save_freq epochs")
+    checkpoint.verify(found)
+    path = picture_path(options, checkpoint.run_folder(found))
+    earlier = earlier_run.read(str(found))
+    given = {name for name in earlier_run.FUNCTIONS if getattr(options, name)}
+    earlier.check_trust(given, options.trust_run, used=["prompts"])
+    saved = earlier.options
+    model = RunArguments(**{f.name: saved[f.name] for f in fields(RunArguments) if f.name in saved})
+    reward = reward_of(earlier, options, given)
+    random.seed(options.seed)
+    prompts, metadata = draw_prompts(load_prompts(options.prompts or model.prompts), options.num_images)
+    pipeline = make_pipeline(model)
+    pipeline.sd_pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    base = draw(pipeline, prompts, saved, options.seed)
+    pipeline.load_checkpoint([pipeline.get_trainable_layers()], str(found))
+    trained = draw(pipeline, prompts, saved, options.seed)
+    rows = [
+        (name, images, rewards.score(reward, images, prompts, metadata)[0].tolist() if reward else None)
+        for name, images in (("base", base), ("trained", trained))
+    ]
+    report.draw_grid(prompts, rows, path)
+    print(f"drew {path}")
+
+
+def picture_path(options: argparse.Namespace, folder: Path) -> Path:
+    """Where the grid goes. Raises `ValueError` for a file that cannot be written or is there already."""
+    path = options.output
+    if path is None:
+        numbers = itertools.count(2)
+        path = folder / "samples.png"
+        while path.exists():
+            path = folder / f"samples_{next(numbers)}.png"
+    path = path.expanduser()
+    report.check_ending(path, "--output")
+    if path.is_dir():
+        raise ValueError(f"--output is {str(path)!r}, which is a folder: add a file's name")
+    if path.exists() and not options.overwrite:
+        raise ValueError(f"--output is {str(path)!r}, which exists: choose another name, or add --overwrite")
+    if not path.parent.is_dir():
+        raise ValueError(f"--output is {str(path)!r}, and there is no folder {str(path.parent)!r}: make it first")
+    check_can_write(path.parent, "--output")
+    return path
+
+
+def reward_of(earlier: earlier_run.EarlierRun, options: argparse.Namespace, given: set[str]) -> Any:
+    """The function for the captions; None, said, for one that the run names and nobody trusts."""
+    try:
+        earlier.check_trust(given, options.trust_run, used=["reward"])
+    except ValueError:
+        print(f"no rewards are shown: the run's is {earlier.options['reward']!r}, add --reward or --trust_run for them")
+        return None
+    spec = options.reward or earlier.options.get("reward")
+    return rewards.load_reward(spec) if spec else None
+
+
+def draw(pipeline: Any, prompts: tuple[str, ...], saved: dict[str, Any], seed: int) -> torch.Tensor:
+    """An image for each prompt [B, 3, H, W] as the run samples them, a few at a time, on the CPU."""
+    settings = {f.name: saved.get(f.name, f.default) for f in fields(DDPOConfig)}
+    generator = torch.Generator().manual_seed(seed)
+    images = []
+    for start in range(0, len(prompts), AT_ONCE):
+        batch = list(prompts[start : start + AT_ONCE])
+        drawn = pipeline(
+            prompt=batch,
+            negative_prompt=[settings["negative_prompts"] or ""] * len(batch),
+            num_inference_steps=settings["sample_num_steps"],
+            guidance_scale=settings["sample_guidance_scale"],
+            eta=settings["sample_eta"],
+            generator=generator,
+            output_type="pt",
+        )
+        images.append(drawn.images.float().cpu())
+    return torch.cat(images)
