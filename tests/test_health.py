@@ -183,7 +183,7 @@ def test_the_last_good_checkpoint_outlives_the_limit(make_trainer, tmp_path, cap
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-def test_a_reward_that_seeds_does_not_repeat_the_noise(make_trainer, caplog, overlap):
+def test_29_a_reward_that_seeds_does_not_repeat_the_noise(make_trainer, caplog, overlap):
     caplog.set_level(logging.WARNING)
     images = []
 
