@@ -139,7 +139,7 @@ def _unwritten(folder: Path, error: Exception) -> Exception:
     full = any(getattr(c, "errno", None) in FULL or "No space left" in str(c) for c in causes)
     # safetensors and torch wrap what the system said
     if full or isinstance(error, OSError) or "os error" in str(error) or "PytorchStreamWriter" in str(error):
-        reason = "the disk is full" if full else str(error).splitlines()[0]
+        reason = "No space left on device" if full else str(error).splitlines()[0]
         return OSError(
             f"no checkpoint could be written to {folder}: {reason}; make room there, or go on from the last checkpoint "
             "with another output_dir (earlier checkpoints are as they were)"
@@ -258,7 +258,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 def _parsed_state(checkpoint: Path) -> dict[str, Any]:
     try:
-        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        text = (checkpoint / STATE).read_text(encoding="utf-8")
+        state = json.loads(text)
     except (OSError, ValueError) as error:
         raise ValueError(f"{checkpoint} cannot be read: its {STATE} is damaged ({error})") from None
     if not isinstance(state, dict):
@@ -267,7 +268,7 @@ def _parsed_state(checkpoint: Path) -> dict[str, Any]:
         raise ValueError(f"{checkpoint} has format {state.get('format')!r}; this version reads format {FORMAT}")
     if missing := [name for name in NEEDED if name not in state]:
         raise ValueError(f"{checkpoint} cannot be read: its {STATE} does not say {missing[0]!r}")
-    if state.get(SEAL, _seal(state)) != _seal(state):
+    if SEAL in state and (state[SEAL] != _seal(state) or not text.endswith("\n")):
         raise ValueError(f"{checkpoint} cannot be read: its {STATE} is damaged, or was changed by hand")
     return state
 

@@ -17,6 +17,7 @@ from typing import Any
 from ddpo_fast import checkpoint
 from ddpo_fast.command_options import BUILT_IN_REWARDS, LORA_OPTIONS, TRL_TARGETS, RunArguments
 from ddpo_fast.config import DDPOConfig
+from ddpo_fast.prompts import existing
 
 FUNCTIONS = ("reward", "prompts")
 # settings of other programs, which can name files and addresses, and what leaves this machine
@@ -70,7 +71,7 @@ class EarlierRun:
         if name == "reward":
             return value in BUILT_IN_REWARDS
         if name == "prompts":
-            return isinstance(value, str) and (":" not in value or Path(value).expanduser().is_file())
+            return isinstance(value, str) and (":" not in value or existing(value) is not None)
         if name == "project_kwargs":
             return isinstance(value, dict) and set(value) <= {"total_limit"}
         if name == "log_with":

@@ -30,8 +30,12 @@ def check_before_loading(run: RunArguments, config: DDPOConfig) -> ModelConfigs:
     if config.uses_deepspeed:
         zero_settings(config, config.mixed_precision)
     folder = output_folder(config)
-    if not checkpoint.goes_on_in(folder, config.resume_from) and (problem := folder_problem(folder)):
-        raise ValueError(problem)
+    try:
+        if not checkpoint.goes_on_in(folder, config.resume_from) and (problem := folder_problem(folder)):
+            raise ValueError(problem)
+    # a name that no file system takes
+    except OSError as error:
+        raise ValueError(f"output_dir is {str(folder)!r}, which cannot be ({error.strerror}): choose another") from None
     check_can_write(folder, "output_dir")
     if config.push_to_hub and (problem := push_problem(folder.absolute().name)):
         raise ValueError(f"push_to_hub is True, but {problem}")

@@ -105,7 +105,7 @@ def check_weights(weights: dict[str, torch.Tensor], epochs: int) -> None:
     """Raises `RunStopped` if trained weights are not finite after so many epochs: they must not be saved as good."""
     if not weights:
         return
-    largest = torch.stack(torch._foreach_norm(list(weights.values()), math.inf, dtype=torch.float32))
+    largest = torch.stack([norm.double() for norm in torch._foreach_norm(list(weights.values()), math.inf)])
     if not bool(largest.isfinite().all()):
         name = list(weights)[int((~largest.isfinite()).nonzero()[0])]
         raise RunStopped(

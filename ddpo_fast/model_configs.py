@@ -169,8 +169,12 @@ def _read(name: str, revision: str, folder: Path | None, file: str, needed: bool
             raise OSError(hub_problem(name, error)) from error
         raise ValueError(f"it has no {file}: {REMEDY}") from None
     except (OSError, ValueError) as error:
-        where = str(folder / file) if folder is not None else hub_problem(name, error)
-        raise OSError(f"{where} cannot be read: {error}" if folder is not None else where) from error
+        where = hub_problem(name, error) if folder is None else ""
+        raise OSError(
+            f"pretrained_model is {name!r}, whose {file} cannot be read: {first_line(error)}"
+            if folder is not None
+            else where
+        ) from error
     try:
         found = json.loads(text)
     except ValueError as error:

@@ -37,7 +37,7 @@ def load_prompts(spec: str) -> PromptFunction:
     """
     if spec in PROMPT_LISTS:
         return ListPrompts(PROMPT_LISTS[spec])
-    if (path := _existing(spec)) is not None:
+    if (path := existing(spec)) is not None:
         return ListPrompts(read_prompts(path, spec))
     if ":" not in spec:
         raise ValueError(
@@ -47,7 +47,8 @@ def load_prompts(spec: str) -> PromptFunction:
     return load_function("prompts", spec)
 
 
-def _existing(spec: str) -> Path | None:
+def existing(spec: str) -> Path | None:
+    """The path that `spec` means, if there is something."""
     try:
         path = Path(spec).expanduser()
         return path if spec and path.exists() else None

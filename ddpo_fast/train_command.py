@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from ddpo_fast.command_options import RunArguments, check_given, filled, given_o
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.early_checks import check_before_loading, try_reward
 from ddpo_fast.pipeline import DefaultDDPOStableDiffusionPipeline
-from ddpo_fast.prompts import PromptFunction, draw_prompts, load_prompts
+from ddpo_fast.prompts import PromptFunction, draw_prompts, existing, load_prompts
 from ddpo_fast.resumption import refuse_changes
 from ddpo_fast.run_log import new_folder, output_folder
 from ddpo_fast.trainer import DDPOTrainer
@@ -106,8 +105,8 @@ def default_precision() -> str:
 def make_absolute(options: RunArguments, namespace: Any) -> None:
     """Files and folders by their whole paths, so that the run can be resumed from any working directory."""
     for holder, name in ((options, "pretrained_model"), (options, "prompts"), (namespace, "deepspeed")):
-        path = Path(getattr(holder, name) or "").expanduser()
-        if getattr(holder, name) and path.exists():
+        path = existing(getattr(holder, name) or "")
+        if path is not None:
             setattr(holder, name, str(path.resolve()))
 
 

@@ -228,4 +228,4 @@ def test_a_picture_does_not_stop_a_run(make_trainer, monkeypatch, caplog):
 
     monkeypatch.setattr("ddpo_fast.report.draw_rewards", fail)
     make_trainer(num_epochs=1, sample_num_steps=2).train()
-    assert "could not be drawn: RuntimeError: no fonts" in caplog.text
+    assert "could not be drawn (RuntimeError: no fonts)" in caplog.text

@@ -78,7 +78,13 @@ def test_importing_changes_nothing_of_the_users(tmp_path):
 def test_a_command_says_nothing_of_others(tmp_path, model_dir):
     # a folder of this name hides an optional package of Hugging Face's
     (tmp_path / "kernels").mkdir()
-    options = ["--num_epochs=1", "--sample_num_steps=2", "--mixed_precision=no", f"--pretrained_model={model_dir}"]
+    options = [
+        "--num_epochs=1",
+        "--sample_num_steps=2",
+        "--mixed_precision=no",
+        "--train_clip_range=9",
+        f"--pretrained_model={model_dir}",
+    ]
     prompt = " ".join(["very"] * 99) + " good"
     (tmp_path / "prompts.txt").write_text(f"{prompt}\n")
     code = f"from ddpo_fast import cli; cli.main({['train', '--output_dir=run', '--prompts=prompts.txt', *options]!r})"
