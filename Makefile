@@ -50,15 +50,15 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test: lint
-	$(PYTEST) --dist loadfile
+	$(PYTEST)
 
 # What is not marked slow (see tests/conftest.py), in less than two minutes, most of them on the trainer and the kernels.
 # Without lint, of which mypy alone takes half a minute where it has not run before: `make lint`.
 test-fast: $(READY)
-	$(PYTEST) --dist loadfile -m "not slow"
+	$(PYTEST) -m "not slow"
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -211,8 +211,7 @@ DDPOTrainer(config, reward, load_prompts("animals"), pipeline).train()
 """
 
 
-@pytest.mark.parametrize("zero", [0, 3])
-@pytest.mark.parametrize("how", ["raise", "kill"])
+@pytest.mark.parametrize(("how", "zero"), [("raise", 3), ("kill", 0)])
 def test_all_stop_when_one_does(model_dir, tmp_path, how, zero):
     """In its second epoch; the first one's checkpoint is whole."""
     (tmp_path / "stops.py").write_text(STOPS)

@@ -17,8 +17,8 @@ def forget_accelerate_state() -> None:
         state._shared_state.clear()
 
 
-def build_pipeline(prediction_type: str = "epsilon") -> StableDiffusionPipeline:
-    """Random weights of SD's kind: 16x16 images, 8x8 latents, a UNet of 0.9 million weights."""
+def build_pipeline(prediction_type: str = "epsilon", widths: tuple[int, int] = (32, 64)) -> StableDiffusionPipeline:
+    """Random weights of SD's kind: 16x16 images, 8x8 latents, a UNet of 0.9 million weights at these widths."""
     torch.manual_seed(0)
     tokenizer = CLIPTokenizer.from_pretrained(MODEL / "tokenizer")
     text_encoder = CLIPTextModel(
@@ -35,7 +35,7 @@ def build_pipeline(prediction_type: str = "epsilon") -> StableDiffusionPipeline:
         )
     )
     unet = UNet2DConditionModel(
-        block_out_channels=(32, 64),
+        block_out_channels=widths,
         layers_per_block=1,
         sample_size=8,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
