@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ddpo_fast.interruption import Signalled
 from ddpo_fast.plugin import kind_of, load_function, name_of, place_of, told
 
 # the names of worker threads begin so
@@ -70,6 +71,8 @@ def score(
     own = images.clone() if isinstance(images, torch.Tensor) else images
     try:
         result = reward_function(own, prompts, metadata)
+    except Signalled:
+        raise
     # one that exits would end the run without a word
     except (Exception, SystemExit) as error:
         problem = f"the reward function raised {told(error)} ({place_of(error, reward_function)})"
