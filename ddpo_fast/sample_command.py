@@ -19,6 +19,7 @@ from ddpo_fast.prompts import draw_prompts, load_prompts
 from ddpo_fast.train_command import make_pipeline
 
 AT_ONCE = 8
+SAMPLING = ("sample_num_steps", "sample_guidance_scale", "sample_eta", "negative_prompts")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -40,6 +41,7 @@ def run(options: argparse.Namespace) -> None:
     given = {name for name in earlier_run.FUNCTIONS if getattr(options, name)}
     earlier.check_trust(given, options.trust_run, used=["prompts"])
     saved = earlier.options
+    DDPOConfig(**{name: saved[name] for name in SAMPLING if name in saved}).check()
     model = RunArguments(**{f.name: saved[f.name] for f in fields(RunArguments) if f.name in saved})
     reward = reward_of(earlier, options, given)
     random.seed(options.seed)
