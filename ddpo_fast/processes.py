@@ -38,8 +38,8 @@ def launch_problem() -> str:
     for kind, variable in (("FSDP", "ACCELERATE_USE_FSDP"), ("Megatron-LM", "ACCELERATE_USE_MEGATRON_LM")):
         if os.environ.get(variable, "").lower() in ("true", "1"):
             return (
-                f"accelerate's config asks for {kind}, which is not supported: choose MULTI_GPU there (or NO), or start "
-                "with torchrun; --zero 2 or 3 splits a run's memory among its processes"
+                f"accelerate's config asks for {kind}, which is not supported: choose MULTI_GPU there (or NO), or "
+                "start with torchrun; --zero 2 or 3 splits a run's memory among its processes"
             )
     return ""
 
