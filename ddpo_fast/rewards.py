@@ -78,6 +78,9 @@ def score(
         problem = f"the reward function raised {told(error)} ({place_of(error, reward_function)})"
         if threading.current_thread().name.startswith(WORKERS):
             problem += "; it ran in a worker thread: set async_reward_computation=False if it needs the main one"
+        # a notebook has a loop of its own
+        elif "running event loop" in str(error) or "loop is already running" in str(error):
+            problem += "; set async_reward_computation=True: worker threads have no event loop yet"
         raise RuntimeError(problem) from error
     name = name_of(reward_function)
     if not isinstance(result, (tuple, list)) or len(result) != 2:
