@@ -260,7 +260,7 @@ class DDPOTrainer(Resumption, HubModel):
         random_state = checkpoint.random_state()
         self.sd_pipeline.unet.eval()
         with self._computing():
-            images = self.sd_pipeline(
+            drawn = self.sd_pipeline(
                 prompt=list(prompts),
                 negative_prompt=[self.config.negative_prompts or ""] * len(prompts),
                 num_inference_steps=self.config.sample_num_steps,
@@ -268,9 +268,9 @@ class DDPOTrainer(Resumption, HubModel):
                 eta=self.config.sample_eta,
                 generator=torch.Generator().manual_seed(seed),
                 output_type="pt",
-            ).images
-        images = images.detach().float()
-        check_images(images, prompts)
+            )
+        images = drawn.images.detach().float()
+        check_images(images, prompts, drawn.latents[-1])
         scores, _ = rewards.score(self.reward_fn, images, prompts, metadata)
         checkpoint.restore_random_state(random_state)
         return images.cpu(), scores.cpu()
