@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import random
 from dataclasses import fields
 from pathlib import Path
@@ -28,6 +29,8 @@ def run(options: argparse.Namespace) -> None:
         if getattr(options, name) < least:
             option = name.replace("_", "-")
             raise ValueError(f"--{option} is {getattr(options, name)} but must be a whole number of at least {least}")
+    if options.seed >= 2**32:
+        raise ValueError(f"--seed is {options.seed} but must be a whole number below {2**32}")
     try:
         found = checkpoint.find(options.run)
     except ValueError as error:
@@ -65,7 +68,8 @@ def picture_path(options: argparse.Namespace, folder: Path) -> Path:
     if path is None:
         numbers = itertools.count(2)
         path = folder / "samples.png"
-        while path.exists():
+        # a link to nothing would be written through
+        while os.path.lexists(path):
             path = folder / f"samples_{next(numbers)}.png"
     path = path.expanduser()
     report.check_ending(path, "--output")

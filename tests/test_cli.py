@@ -464,6 +464,7 @@ def test_what_sample_writes(copied):
     [
         ("run --num-images 0", "--num-images is 0 but must be a whole number of at least 1"),
         ("run --seed -1", "--seed is -1 but must be"),
+        ("run --seed 4294967296", "--seed is 4294967296 but must be"),
         ("run --output grid.txt", "--output is 'grid.txt' but must end in .png, .jpg"),
         ("run --output grid", "must end in"),
         ("run --output nowhere/grid.png", "there is no folder 'nowhere'"),
