@@ -90,6 +90,8 @@ def load_adapter(pipe: Any, path: Path) -> None:
         # it warns of an adapter without such a part
         if not all(map(_is_of_unet, state)):
             pipe.load_lora_into_text_encoder(state, text_encoder=pipe.text_encoder, **common)
+        if not any(ADAPTER in getattr(part, "peft_config", {}) for part in (pipe.unet, pipe.text_encoder)):
+            raise ValueError(f"nothing in it is for this kind of model (it has {next(iter(state), 'nothing')!r})")
     except Exception as error:
         raise OSError(
             f"the adapter {path} cannot be loaded by diffusers: {first_line(error)}; copy it again if it is damaged, "

@@ -9,7 +9,6 @@ checkpoints/checkpoint_7/     7 finished epochs
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import random
@@ -22,8 +21,9 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from ddpo_fast import files
+from ddpo_fast import files, recorded
 from ddpo_fast.plain import pack, unpack
+from ddpo_fast.plugin import place_of, told
 from ddpo_fast.processes import together
 
 STATE, TRAINING = "state.json", "training.pt"
@@ -31,7 +31,6 @@ PREFIX = "checkpoint_"
 FORMAT = 2
 # what state.json must say, and the digest of all that it says
 NEEDED, SEAL = ("epochs", "global_step", "trained", "config"), "sha256"
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # the state after an epoch that save_freq leaves out, until the next one
 LAST_EPOCH = ".last_epoch"
 
@@ -133,13 +132,7 @@ def _seal(state: dict[str, Any]) -> str:
 
 def _unwritten(folder: Path, error: Exception) -> Exception:
     """What a user is told of a checkpoint that could not be written."""
-    causes: list[BaseException] = [error]
-    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
-        causes.append(cause)
-    full = any(getattr(c, "errno", None) in FULL or "No space left" in str(c) for c in causes)
-    # safetensors and torch wrap what the system said
-    if full or isinstance(error, OSError) or "os error" in str(error) or "PytorchStreamWriter" in str(error):
-        reason = "No space left on device" if full else str(error).splitlines()[0]
+    if reason := files.why_unwritten(error):
         return OSError(
             f"no checkpoint could be written to {folder}: {reason}; make room there, or go on from the last checkpoint "
             "with another output_dir (earlier checkpoints are as they were)"
@@ -268,6 +261,8 @@ def _parsed_state(checkpoint: Path) -> dict[str, Any]:
         raise ValueError(f"{checkpoint} has format {state.get('format')!r}; this version reads format {FORMAT}")
     if missing := [name for name in NEEDED if name not in state]:
         raise ValueError(f"{checkpoint} cannot be read: its {STATE} does not say {missing[0]!r}")
+    if problem := recorded.problem_with(state):
+        raise ValueError(f"{checkpoint} cannot be read: its {STATE} is damaged ({problem})")
     if SEAL in state and (state[SEAL] != _seal(state) or not text.endswith("\n")):
         raise ValueError(f"{checkpoint} cannot be read: its {STATE} is damaged, or was changed by hand")
     return state
@@ -320,15 +315,25 @@ def read_training(checkpoint: Path) -> dict[str, Any]:
 
 
 def function_states(functions: dict[str, Any]) -> dict[str, Any]:
-    """The `state_dict()` of each, as plain data."""
-    return {name: pack(function.state_dict(), f"{name}.state_dict()") for name, function in functions.items()}
+    """The `state_dict()` of each, as plain data. Raises `ValueError` for one that raised, or gave something else."""
+    return {
+        name: pack(_called(f"{name}.state_dict()", function.state_dict), f"{name}.state_dict()")
+        for name, function in functions.items()
+    }
 
 
 def load_function_states(functions: dict[str, Any], training: dict[str, Any]) -> None:
     """Gives each what `function_states` kept of it."""
     for name, function in functions.items():
         if name in training:
-            function.load_state_dict(unpack(training[name]))
+            _called(f"{name}.load_state_dict()", function.load_state_dict, unpack(training[name]))
+
+
+def _called(name: str, method: Callable[..., Any], *arguments: Any) -> Any:
+    try:
+        return method(*arguments)
+    except Exception as error:
+        raise ValueError(f"{name} raised {told(error)} ({place_of(error)})") from error
 
 
 def trained_part(named_parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> dict[str, Any]:
@@ -346,6 +351,8 @@ def trained_part(named_parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> 
 
 def check_same_part(checkpoint: Path, saved: dict[str, Any], mine: dict[str, Any]) -> None:
     """Raises `ValueError` if the checkpoint's trained weights are not the ones that this run trains."""
+    if saved.keys() != mine.keys():
+        raise ValueError(f"{checkpoint} is damaged: it does not say what was trained")
     if saved != mine:
         was, now = (
             f"{'a LoRA adapter' if part['lora'] else 'a whole UNet'} of {part['weights']:,} weights "

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ddpo_fast import checkpoint
+from ddpo_fast import checkpoint, recorded
 from ddpo_fast.command_options import BUILT_IN_REWARDS, LORA_OPTIONS, TRL_TARGETS, RunArguments
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.prompts import existing
@@ -100,10 +100,12 @@ class EarlierRun:
 def read(named: str) -> EarlierRun:
     """Raises `ValueError` for what is no run."""
     found = checkpoint.find(named)
-    folder = checkpoint.run_folder(found or named)
+    # as it is named: a link in there to another run's checkpoints is to be seen
+    folder = checkpoint.run_folder(named)
     settings = checkpoint.read_state(found) if found is not None else _read_config(folder / "config.json")
-    if not isinstance(settings.get("config"), dict):
-        raise ValueError(f"{named!r} does not say its settings: they are damaged, start another run")
+    problem = recorded.problem_with(settings)
+    if problem or "config" not in settings:
+        raise ValueError(f"{named!r} does not say its settings: {problem or 'they are damaged'}, start another run")
     known = {f.name for f in fields(RunArguments)} | {f.name for f in fields(DDPOConfig)}
     options = {**settings["config"], **settings}
     options["full_finetune"] = not settings.get("use_lora", True)

@@ -15,12 +15,15 @@ from ddpo_fast.command_options import RunArguments
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.hub import push_problem
 from ddpo_fast.model_configs import ModelConfigs, check_model
+from ddpo_fast.processes import launch_problem
 from ddpo_fast.run_log import folder_problem, output_folder
 from ddpo_fast.zero_settings import zero_settings
 
 
 def check_before_loading(run: RunArguments, config: DDPOConfig) -> ModelConfigs:
     """What the model's config files say. Raises `ValueError` or `OSError` in one sentence."""
+    if problem := launch_problem():
+        raise ValueError(problem)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ops.require_backend(config.kernel_backend, device)
     if config.attention == "xformers" and (problem := attention_problem("xformers", (), device)):

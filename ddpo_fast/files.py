@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from pathlib import Path
 
 BLOCK = 2**22
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def digest(path: Path) -> str:
@@ -41,3 +43,16 @@ def sync_to_disk(folder: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
+
+
+def why_unwritten(error: Exception) -> str:
+    """What kept a library from writing a file, or '' for an error of another kind."""
+    causes: list[BaseException] = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
+        causes.append(cause)
+    if any(getattr(c, "errno", None) in FULL or "No space left" in str(c) for c in causes):
+        return "No space left on device"
+    # safetensors and torch wrap what the system said
+    if isinstance(error, OSError) or "os error" in str(error) or "PytorchStreamWriter" in str(error):
+        return str(error).splitlines()[0]
+    return ""

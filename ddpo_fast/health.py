@@ -94,11 +94,20 @@ def not_finite(prompt: str) -> str:
     )
 
 
-def check_images(images: torch.Tensor, prompts: Sequence[str]) -> None:
-    """Raises `RunStopped` naming the prompt of an image [B, ...] with pixels that are not finite."""
-    fine = images.isfinite().flatten(1).all(1)
-    if not fine.all():
-        raise RunStopped(not_finite(prompts[int((~fine).nonzero()[0])]))
+def check_images(images: torch.Tensor, prompts: Sequence[str], latents: torch.Tensor) -> None:
+    """Raises `RunStopped` naming the prompt of an image [B, ...], of `latents` [B, ...], that is not finite."""
+    for parts, told in ((latents, latents_not_finite), (images, not_finite)):
+        fine = parts.isfinite().flatten(1).all(1)
+        if not fine.all():
+            raise RunStopped(told(prompts[int((~fine).nonzero()[0])]))
+
+
+def latents_not_finite(prompt: str) -> str:
+    """What is wrong with an image whose latents are not finite."""
+    return (
+        f"the latents of the image of {prompt!r} are not finite: the model's weights are damaged, or too much for this "
+        f"precision; use {HALF_PRECISION}, copy the model again, or go on from an earlier checkpoint"
+    )
 
 
 def check_weights(weights: dict[str, torch.Tensor], epochs: int) -> None:

@@ -154,9 +154,17 @@ class HubModel(PyTorchModelHubMixin):
 
     def _write(self, folder: Path) -> None:
         if self.accelerator.is_main_process:
-            self.sd_pipeline.save_pretrained(str(folder))
-            self.create_model_card(folder=folder)
-            files.follow_umask(folder)
+            try:
+                self.sd_pipeline.save_pretrained(str(folder))
+                self.create_model_card(folder=folder)
+                files.follow_umask(folder)
+            except Exception as error:
+                if not (reason := files.why_unwritten(error)):
+                    raise
+                raise OSError(
+                    f"the model could not be written to {folder}: {reason}; make room there, then go on with "
+                    f"--resume_from {self.output_dir} to write it (the run's checkpoints are as they were)"
+                ) from error
             if folder.absolute() == self.output_dir.absolute():
                 self.run_log.write_config(self.run_settings)
         self.accelerator.wait_for_everyone()

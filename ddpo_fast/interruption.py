@@ -15,8 +15,12 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SAME_S = 0.5
 
 
+class Signalled(SystemExit):
+    """SIGTERM or SIGHUP came: unlike a user's function that exits, it is no mistake."""
+
+
 class Interruption:
-    """A context in which a signal ends the training: `KeyboardInterrupt` for Ctrl-C, else `SystemExit(128 + number)`.
+    """A context in which a signal ends the training: `KeyboardInterrupt` for Ctrl-C, else `Signalled(128 + number)`.
 
     It leaves alone what others handle or ignore, and whatever happens outside of the main thread.
     """
@@ -77,4 +81,4 @@ class Interruption:
     def _raise(self) -> None:
         if self.asked == signal.SIGINT:
             raise KeyboardInterrupt("training was stopped")
-        raise SystemExit(128 + self.asked)
+        raise Signalled(128 + self.asked)

@@ -279,6 +279,12 @@ def _check_fit(configs: ModelConfigs, tokenizer: Mapping[str, Any]) -> None:
     length, most = tokenizer.get("model_max_length"), configs.text_encoder["max_position_embeddings"]
     if not _is_count(len(configs.vae["block_out_channels"])):
         raise ValueError("its VAE's block_out_channels are empty")
+    scale = configs.vae["scaling_factor"]
+    if not isinstance(scale, int | float) or isinstance(scale, bool) or not scale > 0:
+        raise ValueError(f"its VAE's scaling_factor is {scale!r} but must be a number above 0: {AGAIN}")
+    height, width = configs.image_size
+    if height % 8 or width % 8:
+        raise ValueError(f"its images are {height} x {width}, which 8 does not divide: change its UNet's sample_size")
     if isinstance(length, int | float) and length > most:
         raise ValueError(
             f"its tokenizer gives up to {length:g} tokens (model_max_length), and its text_encoder takes {most}: set "

@@ -20,8 +20,10 @@ def pack(value: Any, name: str) -> Any:
     if value is None or isinstance(value, (bool, bytes, torch.dtype, torch.device)):
         return value
     if isinstance(value, torch.Tensor):
-        return value.detach()
-    if isinstance(value, np.ndarray) and value.dtype.kind in "biufcmMSU":
+        # of torch's own class: no other is read back
+        return value.detach().as_subclass(torch.Tensor)
+    # a masked array is not its numbers alone
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufcmMSU" and not isinstance(value, np.ma.MaskedArray):
         content = torch.frombuffer(bytearray(value.tobytes()), dtype=torch.uint8) if value.size else torch.empty(0)
         return {"__numpy__": content, "dtype": value.dtype.str, "shape": list(value.shape)}
     if isinstance(value, np.generic) and not isinstance(value.item(), np.generic):

@@ -33,6 +33,17 @@ def make_accelerator(config: DDPOConfig, output_dir: Path) -> Accelerator:
     )
 
 
+def launch_problem() -> str:
+    """Why a run cannot be split as `accelerate launch` was told, or ''."""
+    for kind, variable in (("FSDP", "ACCELERATE_USE_FSDP"), ("Megatron-LM", "ACCELERATE_USE_MEGATRON_LM")):
+        if os.environ.get(variable, "").lower() in ("true", "1"):
+            return (
+                f"accelerate's config asks for {kind}, which is not supported: choose MULTI_GPU there (or NO), or "
+                "start with torchrun; --zero 2 or 3 splits a run's memory among its processes"
+            )
+    return ""
+
+
 def the_main_one(accelerator: Accelerator, value: T) -> T:
     """The main process's value."""
     return value if accelerator.num_processes == 1 else broadcast_object_list([value])[0]

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ddpo_fast.interruption import Signalled
 from ddpo_fast.plugin import kind_of, load_function, name_of, place_of, told
 from ddpo_fast.tiny_sd.drawings import ANIMALS, FACES, with_article
 
@@ -159,6 +160,8 @@ def draw_prompts(prompt_function: PromptFunction, count: int) -> tuple[tuple[str
 def _draw(prompt_function: PromptFunction) -> tuple[str, Any]:
     try:
         pair = prompt_function()
+    except Signalled:
+        raise
     # one that exits would end the run without a word
     except (Exception, SystemExit) as error:
         raise ValueError(f"the prompt function raised {told(error)} ({place_of(error, prompt_function)})") from error

@@ -208,11 +208,11 @@ class Resumption:
     def _attended(self) -> Iterator[None]:
         """Whatever ends the training in here, a checkpoint of the last whole epoch is there afterwards."""
         with self.interruption:
-            self._prove_savable()
-            if self._is_broken:
-                self._begin_epoch_again()
-            self._is_broken, self._whole_at = True, time.monotonic()
             try:
+                self._prove_savable()
+                if self._is_broken:
+                    self._begin_epoch_again()
+                self._is_broken, self._whole_at = True, time.monotonic()
                 yield
             except BaseException as error:
                 self._keep_last_epoch(error)
@@ -229,13 +229,23 @@ class Resumption:
             checkpoint.keep_last_epoch(self._checkpoints)
             if isinstance(error, Exception):
                 return
-            found = checkpoint.numbered(self._checkpoints)
-            there = f"{found[-1]} is there" if found else "there is no checkpoint yet"
-            print(
-                f"\nstopped in epoch {self.first_epoch + 1}, {there}: go on with --resume_from {self.output_dir}",
-                file=sys.stderr,
-                flush=True,
-            )
+            self._say_how_to_go_on(f"in epoch {self.first_epoch + 1}")
+
+    def _say_how_to_go_on(self, stopped: str) -> None:
+        found = checkpoint.numbered(self._checkpoints)
+        there = f"{found[-1]} is there" if found else "there is no checkpoint yet"
+        print(f"\nstopped {stopped}, {there}: go on with --resume_from {self.output_dir}", file=sys.stderr, flush=True)
+
+    @contextmanager
+    def finishing(self) -> Iterator[None]:
+        """For what comes after the training: who stops it is told how to go on."""
+        try:
+            with self.interruption:
+                yield
+        except (KeyboardInterrupt, SystemExit):
+            if self.accelerator.is_main_process:
+                self._say_how_to_go_on("after the training")
+            raise
 
     def _begin_epoch_again(self) -> None:
         """Back to the start of the epoch that was broken off, if its updates had begun."""

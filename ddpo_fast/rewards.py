@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ddpo_fast.interruption import Signalled
 from ddpo_fast.plugin import kind_of, load_function, name_of, place_of, told
 
 # the names of worker threads begin so
@@ -70,11 +71,16 @@ def score(
     own = images.clone() if isinstance(images, torch.Tensor) else images
     try:
         result = reward_function(own, prompts, metadata)
+    except Signalled:
+        raise
     # one that exits would end the run without a word
     except (Exception, SystemExit) as error:
         problem = f"the reward function raised {told(error)} ({place_of(error, reward_function)})"
         if threading.current_thread().name.startswith(WORKERS):
             problem += "; it ran in a worker thread: set async_reward_computation=False if it needs the main one"
+        # a notebook has a loop of its own
+        elif "running event loop" in str(error) or "loop is already running" in str(error):
+            problem += "; set async_reward_computation=True: worker threads have no event loop yet"
         raise RuntimeError(problem) from error
     name = name_of(reward_function)
     if not isinstance(result, (tuple, list)) or len(result) != 2:

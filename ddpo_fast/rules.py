@@ -145,7 +145,12 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "None, 'wandb' or 'tensorboard'",
     ),
     ("tracker_project_name", lambda v: isinstance(v, str), "a string"),
-    ("negative_prompts", lambda v: v is None or isinstance(v, str), "a string, or strings that commas then separate"),
+    # half of a character that UTF-16 writes as two cannot be encoded
+    (
+        "negative_prompts",
+        lambda v: v is None or (isinstance(v, str) and v.encode() >= b""),
+        "a string, or strings that commas then separate",
+    ),
 )
 
 

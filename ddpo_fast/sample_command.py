@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import random
 from dataclasses import fields
 from pathlib import Path
@@ -19,6 +20,7 @@ from ddpo_fast.prompts import draw_prompts, load_prompts
 from ddpo_fast.train_command import make_pipeline
 
 AT_ONCE = 8
+SAMPLING = ("sample_num_steps", "sample_guidance_scale", "sample_eta", "negative_prompts")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -27,6 +29,8 @@ def run(options: argparse.Namespace) -> None:
         if getattr(options, name) < least:
             option = name.replace("_", "-")
             raise ValueError(f"--{option} is {getattr(options, name)} but must be a whole number of at least {least}")
+    if options.seed >= 2**32:
+        raise ValueError(f"--seed is {options.seed} but must be a whole number below {2**32}")
     try:
         found = checkpoint.find(options.run)
     except ValueError as error:
@@ -40,6 +44,7 @@ def run(options: argparse.Namespace) -> None:
     given = {name for name in earlier_run.FUNCTIONS if getattr(options, name)}
     earlier.check_trust(given, options.trust_run, used=["prompts"])
     saved = earlier.options
+    DDPOConfig(**{name: saved[name] for name in SAMPLING if name in saved}).check()
     model = RunArguments(**{f.name: saved[f.name] for f in fields(RunArguments) if f.name in saved})
     reward = reward_of(earlier, options, given)
     random.seed(options.seed)
@@ -63,7 +68,8 @@ def picture_path(options: argparse.Namespace, folder: Path) -> Path:
     if path is None:
         numbers = itertools.count(2)
         path = folder / "samples.png"
-        while path.exists():
+        # a link to nothing would be written through
+        while os.path.lexists(path):
             path = folder / f"samples_{next(numbers)}.png"
     path = path.expanduser()
     report.check_ending(path, "--output")

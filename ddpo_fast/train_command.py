@@ -25,6 +25,10 @@ SHOWN_PROMPTS = 8
 def run(arguments: Sequence[str]) -> None:
     """Trains as the options say, and leaves reports and the final model in the output folder."""
     options, config = read_options(arguments)
+    # the module of a reward may change the working directory
+    for name in ("output_dir", "logdir"):
+        if folder := getattr(config, name):
+            setattr(config, name, str(Path(folder).expanduser().absolute()))
     configs = check_before_loading(options, config)
     reward_function, prompt_function = rewards.load_reward(options.reward), load_prompts(options.prompts)
     random.seed(config.seed)
@@ -44,12 +48,13 @@ def run(arguments: Sequence[str]) -> None:
     say(f"writing to {trainer.output_dir}")
     before = comparison.begin(trainer, *shown)
     trainer.train()
-    # what was trained is safe before anything else is tried
-    trainer.save_model()
-    images, scores = trainer.evaluate(*shown)
-    drawn = trainer.accelerator.is_main_process and report.attempt(
-        before.draw, trainer.output_dir, shown[0], images, scores
-    )
+    with trainer.finishing():
+        # what was trained is safe before anything else is tried
+        trainer.save_model()
+        images, scores = trainer.evaluate(*shown)
+        drawn = trainer.accelerator.is_main_process and report.attempt(
+            before.draw, trainer.output_dir, shown[0], images, scores
+        )
     say(f"reward of the shown images: {before.rewards.mean():.3f} {before.label}, {scores.mean():.3f} after")
     pictures = f"see {drawn.name} and rewards.png in {trainer.output_dir}; " if drawn else ""
     say(f"{pictures}the model is in {trainer.output_dir / 'final'}")

@@ -37,7 +37,7 @@ from ddpo_fast.pipeline import DDPOStableDiffusionPipeline, DefaultDDPOStableDif
 from ddpo_fast.placement import is_split, make_engine, place_networks, trainable_parameters
 from ddpo_fast.plugin import require_function
 from ddpo_fast.ppo import LOOKING_PAYS, PPO
-from ddpo_fast.processes import make_accelerator, the_least, the_main_one, together
+from ddpo_fast.processes import launch_problem, make_accelerator, the_least, the_main_one, together
 from ddpo_fast.prompt_embeddings import PromptEmbeddings
 from ddpo_fast.prompts import PromptFunction
 from ddpo_fast.resumption import Resumption, base_digest, described
@@ -75,6 +75,8 @@ class DDPOTrainer(Resumption, HubModel):
         image_samples_hook: Callable[[Any, Any, Any], Any] | None = None,
     ) -> None:
         config.check()
+        if problem := launch_problem():
+            raise ValueError(problem)
         require_function("reward_function", reward_function)
         require_function("prompt_function", prompt_function)
         check_sampling(sd_pipeline, config.sample_num_steps, config.sample_eta)
@@ -86,7 +88,8 @@ class DDPOTrainer(Resumption, HubModel):
         self.num_train_timesteps = config.num_train_timesteps
         resume = checkpoint.find(config.resume_from) if config.resume_from else None
         state = checkpoint.read_state(resume) if resume else {}
-        folder = output_folder(config)
+        # functions of the user's may change the working directory
+        folder = output_folder(config).absolute()
         self.accelerator = make_accelerator(config, folder)
         if torch.cuda.is_available():
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
@@ -257,7 +260,7 @@ class DDPOTrainer(Resumption, HubModel):
         random_state = checkpoint.random_state()
         self.sd_pipeline.unet.eval()
         with self._computing():
-            images = self.sd_pipeline(
+            drawn = self.sd_pipeline(
                 prompt=list(prompts),
                 negative_prompt=[self.config.negative_prompts or ""] * len(prompts),
                 num_inference_steps=self.config.sample_num_steps,
@@ -265,9 +268,9 @@ class DDPOTrainer(Resumption, HubModel):
                 eta=self.config.sample_eta,
                 generator=torch.Generator().manual_seed(seed),
                 output_type="pt",
-            ).images
-        images = images.detach().float()
-        check_images(images, prompts)
+            )
+        images = drawn.images.detach().float()
+        check_images(images, prompts, drawn.latents[-1])
         scores, _ = rewards.score(self.reward_fn, images, prompts, metadata)
         checkpoint.restore_random_state(random_state)
         return images.cpu(), scores.cpu()
@@ -378,7 +381,8 @@ class DDPOTrainer(Resumption, HubModel):
             trajectory = self._rescored(trajectory)
         self._dead_shares, self._known_dead = [], self._dead_shares
         inner_epochs = training_batches(trajectory, self.config.train_batch_size, self.config.train_num_inner_epochs)
-        with self.engine.computing():
+        # a reward's module may have turned gradients off for the whole process
+        with torch.enable_grad(), self.engine.computing():
             for inner_epoch, batches in enumerate(inner_epochs):
                 self.sd_pipeline.unet.train()
                 global_step = self._train_batched_samples(inner_epoch, epoch, global_step, batches)

@@ -16,6 +16,7 @@ from huggingface_hub import constants, errors
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
+from safetensors.torch import save_file
 from tiny_run import build_pipeline
 
 from ddpo_fast import DefaultDDPOStableDiffusionPipeline, adapter
@@ -99,6 +100,13 @@ def test_an_adapter_that_is_cut_short_is_an_error(model):
     with pytest.raises(OSError, match=LORA_WEIGHTS) as caught:
         DefaultDDPOStableDiffusionPipeline(str(model))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["x", "transformer.blocks.0.attn.to_q.lora_A.weight"])
+def test_an_adapter_of_another_kind_of_model_is_no_fresh_one(model, name):
+    save_file({name: torch.zeros(2, 2)}, model / LORA_WEIGHTS)
+    with pytest.raises(OSError, match=r"nothing in it is for this kind of model .*; copy it again .*"):
+        DefaultDDPOStableDiffusionPipeline(str(model))
 
 
 def test_an_adapter_that_is_a_pickle_is_refused(model):

@@ -90,7 +90,7 @@ BAD_FIELDS = {
     "run_name": [None, "a\0b"],
     "resume_from": [None, "~no-such-user/x"],
     "tracker_project_name": [None],
-    "negative_prompts": [5, ["a", 3]],
+    "negative_prompts": [5, ["a", 3], "\ud800"],
     "project_kwargs": ["not json", "[1]", 3, "{"],
     "tracker_kwargs": ["[]", 1.5],
     "accelerator_kwargs": ["null]"],

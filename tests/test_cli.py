@@ -381,6 +381,15 @@ def test_links_in_a_run_need_trust(copied):
     assert (copied / "precious").read_text() == "mine\n"
 
 
+@pytest.mark.parametrize("linked", ["checkpoints", "checkpoints/checkpoint_1"])
+def test_a_link_to_another_runs_checkpoints_needs_trust(copied, linked):
+    # resumed there, a run would write to and remove what is another's
+    (copied / "run" / linked).rename(copied / "precious")
+    (copied / "run" / linked).symlink_to(copied / "precious")
+    given = ["--reward", "jpeg_compressibility", "--prompts", "animals"]
+    assert f"a link '{linked}'" in stopped(["train", "--resume_from", "run", *given])
+
+
 def test_a_trusted_run_goes_on_from_any_folder(copied, monkeypatch, capsys):
     # what it was trained with is found where it was, whatever has that name here
     (copied / "users_code.py").write_text("raise ImportError('another module of this name')\n")
@@ -473,6 +482,7 @@ def test_what_sample_writes(copied):
     [
         ("run --num-images 0", "--num-images is 0 but must be a whole number of at least 1"),
         ("run --seed -1", "--seed is -1 but must be"),
+        ("run --seed 4294967296", "--seed is 4294967296 but must be"),
         ("run --output grid.txt", "--output is 'grid.txt' but must end in .png, .jpg"),
         ("run --output grid", "must end in"),
         ("run --output nowhere/grid.png", "there is no folder 'nowhere'"),

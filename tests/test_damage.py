@@ -7,10 +7,12 @@ import os
 import resource
 import shutil
 import stat
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from tiny_run import SETTINGS, Prompts, brightness, forget_accelerate_state
 
 from ddpo_fast import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline, checkpoint
@@ -94,6 +96,26 @@ def test_a_state_that_says_too_little(run, missing):
     path.write_text(json.dumps(state))
     with pytest.raises(ValueError, match=f"does not say '{missing}'"):
         checkpoint.read_state(path.parent)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("epochs", "3"), ("epochs", -1), ("epochs", 1.5), ("epochs", True), ("global_step", None)),
+        *(("elapsed_s", "a"), ("metrics_bytes", -5), ("trained", 5), ("trained", {}), ("measured", [1])),
+        *(("files", ["a"]), ("files", {"a": 1}), ("import_folders", "x"), ("pretrained_model", 5)),
+        *(("lora_rank", "x"), ("lora_target_modules", 5), ("lora_target_modules", [1]), ("use_lora", "yes")),
+    ],
+)
+def test_a_state_of_other_types(run, name, value):
+    path = run / "checkpoints" / "checkpoint_2" / "state.json"
+    state = json.loads(path.read_text())
+    trained = state["trained"]
+    del state["sha256"]
+    path.write_text(json.dumps({**state, name: value}))
+    with pytest.raises(ValueError, match=r"checkpoint_2.* is damaged") as found:
+        checkpoint.check_same_part(path.parent, checkpoint.read_state(path.parent)["trained"], trained)
+    assert "\n" not in str(found.value)
 
 
 def test_the_trainer_refuses_a_damaged_checkpoint_and_takes_the_one_before_it(run, make_trainer):
@@ -183,6 +205,16 @@ def test_what_cannot_be_saved_is_found_before_training(make_trainer):
         make_trainer(reward=Unsavable()).train()
 
 
+def test_a_function_whose_state_raises(make_trainer):
+    prompts = Prompts()
+    prompts.state_dict, prompts.load_state_dict = lambda: 1 / 0, lambda state: state["seen"]
+    said = r"^prompt_function\.%s\(\) raised %s \(line \d+ of test_damage.py\)$"
+    with pytest.raises(ValueError, match=said % ("state_dict", "ZeroDivisionError: division by zero")):
+        make_trainer(prompts=prompts).train()
+    with pytest.raises(ValueError, match=said % ("load_state_dict", "KeyError: 'seen'")):
+        checkpoint.load_function_states({"prompt_function": prompts}, {"prompt_function": {}})
+
+
 def test_an_adapted_convolution_can_be_saved(make_trainer, model_dir, tmp_path):
     pipeline = DefaultDDPOStableDiffusionPipeline(model_dir, lora_target_modules=["conv1", "to_q"])
     for parameter in pipeline.get_trainable_layers().parameters():
@@ -208,6 +240,14 @@ def test_a_full_disk_is_one_sentence_and_earlier_checkpoints_stay(make_trainer, 
         assert "\n" not in str(found.value)
         assert sorted(p.name for p in folder.iterdir()) == ["checkpoint_1"]
         checkpoint.verify(folder / "checkpoint_1")
+
+
+def test_a_disk_that_is_full_at_the_end_is_one_sentence(make_trainer, monkeypatch):
+    full = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    trainer = make_trainer()
+    monkeypatch.setattr(trainer.sd_pipeline, "save_pretrained", Mock(side_effect=full))
+    with pytest.raises(OSError, match=r"final: the disk is full; .* --resume_from .*run to write it"):
+        trainer.save_model()
 
 
 def test_files_have_the_modes_that_the_user_wants(make_trainer, tmp_path):

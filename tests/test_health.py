@@ -147,6 +147,13 @@ def test_a_vae_that_overflows_stops_the_run_before_it_learns(make_trainer, tmp_p
         trainer.evaluate(("a cat",) * 2, ({},) * 2)
 
 
+def test_a_model_that_is_broken_is_not_taken_for_its_vae(make_trainer):
+    trainer = make_trainer(sample_num_steps=2)
+    next(trainer.sd_pipeline.unet.parameters()).data.fill_(NAN)
+    with pytest.raises(RunStopped, match=r"the latents of the image of 'a cat' are not finite: the model's weights"):
+        trainer.evaluate(("a cat",), ({},))
+
+
 def test_broken_weights_are_not_saved(make_trainer, tmp_path):
     trainer = make_trainer(num_epochs=1, sample_num_steps=2)
     trainer.train()

@@ -115,6 +115,20 @@ def test_a_config_that_is_broken_is_named(folder, file, text):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("file", "values", "words"),
+    [
+        ("vae/config.json", {"scaling_factor": None}, "scaling_factor is None but must be a number above 0"),
+        ("vae/config.json", {"scaling_factor": "1"}, "scaling_factor is '1' but must be a number above 0"),
+        (UNET, {"sample_size": 7}, "its images are 28 x 28, which 8 does not divide"),
+    ],
+)
+def test_images_that_cannot_be_drawn(folder, file, values, words):
+    change(folder, file, **values)
+    with pytest.raises(ValueError, match=words):
+        check_model(str(folder))
+
+
 def test_weights_that_are_a_pickle_are_refused_with_the_remedy(folder):
     weights = folder / "text_encoder" / "model.safetensors"
     weights.rename(weights.with_name("pytorch_model.bin"))

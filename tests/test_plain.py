@@ -72,6 +72,14 @@ def test_arrays_come_back_as_they_were(array):
     np.testing.assert_array_equal(back, array)
 
 
+def test_tensors_of_other_classes_become_torchs_own():
+    class Image(torch.Tensor):
+        pass
+
+    back = kept([torch.ones(2).as_subclass(Image), torch.nn.Parameter(torch.ones(2))])
+    assert [type(tensor) for tensor in back] == [torch.Tensor, torch.Tensor]
+
+
 def test_states_of_generators():
     legacy, modern, python = np.random.RandomState(1), np.random.default_rng(1), random.Random(1)
     states = kept([legacy.get_state(), modern.bit_generator.state, python.getstate()])
@@ -84,7 +92,11 @@ def test_states_of_generators():
 
 
 @pytest.mark.parametrize(
-    "value", [{1, 2}, Path("x"), lambda: 0, Point(), np.array([None]), np.random.default_rng(), torch.Generator()]
+    "value",
+    [
+        *({1, 2}, Path("x"), lambda: 0, Point(), np.array([None]), np.random.default_rng(), torch.Generator()),
+        np.ma.array([1.0, 2.0], mask=[True, False]),
+    ],
 )
 def test_other_things_are_refused_by_their_place(value):
     with pytest.raises(ValueError, match=r"reward_function.state_dict\(\)\['best'\]\[1\] is of type") as caught:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import random
 from decimal import Decimal
 from fractions import Fraction
@@ -93,3 +94,22 @@ def test_unknown_sources_are_named(load, spec):
     with pytest.raises(ValueError, match=r"prompts|reward"):
         load(spec)
     assert load_reward("math:sqrt")(4) == 2
+
+
+def test_a_reward_with_a_loop_of_its_own_in_a_notebook():
+    async def judged():
+        return [1.0]
+
+    def reward(images, prompts, metadata):
+        ready = judged()
+        try:
+            return asyncio.run(ready), {}
+        finally:
+            ready.close()
+
+    async def cell():
+        return score(reward, torch.zeros(1, 3, 8, 8), ("a cat",), ({},))
+
+    assert score(reward, torch.zeros(1, 3, 8, 8), ("a cat",), ({},))[0].tolist() == [1.0]
+    with pytest.raises(RuntimeError, match=r"asyncio.run\(\).*; set async_reward_computation=True"):
+        asyncio.run(cell())

@@ -217,7 +217,7 @@ def test_the_command_ends_at_once_and_without_a_traceback(model_dir, tmp_path):
     _, said = process.communicate(timeout=600)
     assert process.returncode == 130, said
     assert "Traceback" not in said
-    assert "checkpoint_1 is there: go on with --resume_from run" in said.splitlines()[-1]
+    assert f"checkpoint_1 is there: go on with --resume_from {tmp_path / 'run'}" in said.splitlines()[-1]
 
 
 # one writer
@@ -371,3 +371,37 @@ def test_a_loose_checkpoint_is_no_place_for_a_run(make_trainer, tmp_path):
     forget_accelerate_state()
     new = make_trainer(resume_from=str(tmp_path / "best"), output_dir=str(tmp_path / "new"), num_epochs=2, **QUICK)
     assert new.first_epoch == 1
+
+
+def test_stopped_before_the_first_epoch_it_says_how_to_go_on(make_trainer, monkeypatch, capsys):
+    monkeypatch.setattr(checkpoint, "try_saving", lambda *_: signal.raise_signal(signal.SIGINT))
+    trainer = make_trainer(**QUICK)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert f"there is no checkpoint yet: go on with --resume_from {trainer.output_dir}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["reward", "prompts"])
+def test_a_signal_in_a_users_function_is_no_mistake_of_its_own(make_trainer, capsys, place):
+    calls = []
+
+    def signalled(*_):
+        calls.append(place)
+        if len(calls) > 1:
+            signal.raise_signal(signal.SIGTERM)
+        return ("a cat", {}) if place == "prompts" else brightness(*_)
+
+    trainer = make_trainer(**QUICK, **{place: signalled})
+    with pytest.raises(SystemExit) as ended:
+        trainer.train()
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert f"go on with --resume_from {trainer.output_dir}" in capsys.readouterr().err
+
+
+def test_stopped_after_the_training_it_says_how_to_go_on(make_trainer, capsys):
+    trainer = make_trainer(**QUICK, num_epochs=1)
+    trainer.train()
+    with pytest.raises(SystemExit), trainer.finishing():
+        signal.raise_signal(signal.SIGTERM)
+    said = f"checkpoint_1 is there: go on with --resume_from {trainer.output_dir}"
+    assert said in capsys.readouterr().err

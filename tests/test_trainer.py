@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
 
 import pytest
@@ -429,3 +430,26 @@ def test_a_compiled_unet_is_one_graph_and_trains_alike(make_trainer, tmp_path, m
     moved = sum((ends[0][n] - before[n]).square().sum() for n in before) ** 0.5
     apart = sum((ends[0][n] - ends[1][n]).square().sum() for n in before) ** 0.5
     assert apart < RUNS_APART_IN_FP64 * moved
+
+
+def test_what_a_reward_does_to_the_process_does_not_stop_training(make_trainer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+
+    def reward(images, prompts, metadata):
+        os.chdir(tmp_path / "elsewhere")
+        torch.set_grad_enabled(False)
+        return brightness(images, prompts, metadata)
+
+    trainer = make_trainer(reward=reward, output_dir="run", num_epochs=1)
+    with torch.enable_grad():
+        trainer.train()
+    assert not list((tmp_path / "elsewhere").iterdir())
+    assert (tmp_path / "run" / "checkpoints" / "checkpoint_1").is_dir()
+
+
+@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM"])
+def test_a_way_of_splitting_that_is_not_supported(make_trainer, monkeypatch, variable):
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(ValueError, match=r"accelerate's config asks for .*, which is not supported: "):
+        make_trainer(pipeline=object())
