@@ -246,7 +246,7 @@ def test_a_disk_that_is_full_at_the_end_is_one_sentence(make_trainer, monkeypatc
     full = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
     trainer = make_trainer()
     monkeypatch.setattr(trainer.sd_pipeline, "save_pretrained", Mock(side_effect=full))
-    with pytest.raises(OSError, match=r"final: the disk is full; .* --resume_from .*run to write it"):
+    with pytest.raises(OSError, match=r"final: No space left on device; .* --resume_from .*run to write it"):
         trainer.save_model()
 
 
