@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # DeepSpeed's own kernels are compiled where they are used, and not when it is installed
 export DS_BUILD_OPS ?= 0
 
-.PHONY: setup demo test test-fast lint clean
+.PHONY: setup demo test test-fast test-bench lint clean
 
 setup: $(READY)
 
@@ -53,7 +53,11 @@ lint: $(READY)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test: lint
-	$(PYTEST)
+	$(PYTEST) -m "not benchmark"
+
+# the rest of the benchmarks' own tests, whole tiny runs of each script: before a figure is recorded
+test-bench: $(READY)
+	$(PYTEST) -m benchmark
 
 # What is not marked slow (see tests/conftest.py), in less than two minutes, most of them on the trainer and the kernels.
 # Without lint, of which mypy alone takes half a minute where it has not run before: `make lint`.

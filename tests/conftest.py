@@ -26,18 +26,14 @@ torch.set_num_threads(1)
 # Files and tests that `make test-fast` leaves out, by what their names begin with. A test that takes more than SLOW_S
 # of processor time, that of its processes included, and is not here is named at the end of a run.
 SLOW = """
-test_bench test_engine test_kernels_compile test_optimizer test_resume test_throughput test_two_processes
+test_backends test_bad_folders test_bench test_cli test_cuda_graphs test_damage test_engine test_kernels_compile
+test_differences_from_trl test_groupnorm_silu test_health test_host_adamw test_optimizer test_plan test_quiet_start
+test_resume test_stopping test_throughput test_trl_parity test_two_processes
 test_adamw8bit.py::test_loops_and_avx512 test_adamw8bit.py::test_cpp_quantizes
-test_backends.py::test_a_library_is test_backends.py::test_info
-test_cli.py::test_help_lists
-test_cuda_graphs.py::test_a_recorded_run
-test_differences_from_trl.py::test_13 test_differences_from_trl.py::test_14
-test_host_adamw.py::test_it_runs_without test_host_adamw.py::test_deepspeed
 test_memory.py::test_what_was_measured test_memory.py::test_a_run_that
-test_plan.py::test_a_folder test_plan.py::test_a_plan test_plan.py::test_a_row test_plan.py::test_recorded
 test_ppo.py::test_ratio test_ppo.py::test_the_fast_path test_ppo.py::test_golden
+test_rollout.py::test_sampling_ends test_scaling.py::test_command
 test_trainer.py::test_a_compiled test_trainer.py::test_packed test_trainer.py::test_packing
-test_trl_parity.py::test_same_run_as_trl[full- test_trl_parity.py::test_same_run_as_trl[lora-
 """.split()
 SLOW_S = 8.0
 

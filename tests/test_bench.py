@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from run_process import finish
 
 ROOT = Path(__file__).parents[1]
@@ -31,6 +32,7 @@ def test_records_and_plot(tmp_path):
     assert (tmp_path / "ops.png").stat().st_size > 1000
 
 
+@pytest.mark.benchmark
 def test_an_op_whose_tests_fail_is_not_timed(tmp_path):
     output = tmp_path / "ops.jsonl"
     options = ["--device", "cpu", "--size", "tiny", "--output", str(output), "--plot", str(tmp_path / "ops.png")]
@@ -40,6 +42,7 @@ def test_an_op_whose_tests_fail_is_not_timed(tmp_path):
     assert not output.exists() or not output.read_text()
 
 
+@pytest.mark.benchmark
 def test_a_report_of_passed_tests_opens_the_gate(tmp_path):
     output, report = tmp_path / "ops.jsonl", tmp_path / "tests.xml"
     options = ["--op", "geglu", "--device", "cpu", "--size", "tiny", "--output", str(output), "--tested", str(report)]
@@ -83,6 +86,7 @@ def test_memory_is_predicted_and_measured(tmp_path):
     assert plain["host_bytes"] == 0 < offload["host_bytes"] < offload["predicted_bytes"]
 
 
+@pytest.mark.benchmark
 def test_a_part_of_a_gpu_has_a_stage_of_its_own(tmp_path):
     settings = {"DRY_RUN": "1", "OUT": str(tmp_path), "ONLY": "memory-full-8"}
     done = run("bash", "bench/on_gpu.sh", **settings)

@@ -13,6 +13,7 @@ from run_process import finish
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.benchmark
 def test_a_tiny_run_writes_records_and_a_plot(tmp_path):
     pytest.importorskip("bitsandbytes")
     output, plot = tmp_path / "optimizer.jsonl", tmp_path / "optimizer.png"

@@ -56,6 +56,7 @@ def test_the_table_has_both_trainers(tmp_path):
         assert text in said
 
 
+@pytest.mark.benchmark
 def test_the_waterfall_is_drawn_and_recorded(tmp_path):
     rows, _ = throughput(tmp_path / "bars.jsonl", "--waterfall", "--case", "lora", "--technique", "plain", "fused")
     assert [row["contender"] for row in rows] == ["plain", "fused"]
@@ -67,6 +68,7 @@ def test_the_waterfall_is_drawn_and_recorded(tmp_path):
     assert (tmp_path / "bars-waterfall-lora.png").stat().st_size > 1000
 
 
+@pytest.mark.benchmark
 def test_learning_is_drawn_and_recorded(tmp_path):
     rows, said = throughput(tmp_path / "curves.jsonl", "--learning", "--seeds", "1", "--epochs", "2")
     ours, trl = rows
@@ -78,6 +80,7 @@ def test_learning_is_drawn_and_recorded(tmp_path):
     assert (tmp_path / "curves-learning.png").stat().st_size > 1000
 
 
+@pytest.mark.benchmark
 def test_a_profile_lists_the_longest_ops(tmp_path):
     (row,), said = throughput(tmp_path / "profile.jsonl", "--profile", "lora")
     times = [op["self_s"] for op in row["profile"]]
