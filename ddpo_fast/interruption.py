@@ -49,11 +49,8 @@ class Interruption:
     @contextmanager
     def held(self) -> Iterator[None]:
         """A first signal waits for the end of this; a second one does not."""
-        self._holds += 1
-        try:
+        with self.deaf():
             yield
-        finally:
-            self._holds -= 1
         self.check()
 
     @contextmanager
