@@ -41,11 +41,10 @@ from runs import PromptsInTurn, synchronize
 from workloads import EXAMPLE, FULL_RATE, NEVER, TINY, prompts
 
 from ddpo_fast.config import DDPOConfig
+from ddpo_fast.device_memory import CUDA_CONTEXT, GB
 from ddpo_fast.engine import compute_dtype
-from ddpo_fast.fit import choose
-from ddpo_fast.footprint import Adapter, Footprint
 from ddpo_fast.model_configs import check_model
-from ddpo_fast.plan import CUDA_CONTEXT, GB, predict
+from ddpo_fast.plan import Adapter, Footprint, choose, predict
 from ddpo_fast.rewards import jpeg_compressibility
 
 Row = dict[str, Any]
@@ -214,8 +213,8 @@ def model_of(spec: Row, folder: Path) -> Path:
 
 def trainer_of(config: DDPOConfig, model: Path, use_lora: bool) -> Any:
     from ddpo_fast.pipeline import DefaultDDPOStableDiffusionPipeline
-    from ddpo_fast.recompute import set_recompute
     from ddpo_fast.trainer import DDPOTrainer
+    from ddpo_fast.unet.gradient_checkpointing import set_recompute
 
     pipeline = DefaultDDPOStableDiffusionPipeline(str(model), use_lora=use_lora)
     trainer = DDPOTrainer(config, jpeg_compressibility, PromptsInTurn(prompts(False), config.seed), pipeline)

@@ -33,7 +33,7 @@ from matplotlib.figure import Figure
 from ops import say, spread
 from torch import Tensor
 
-from ddpo_fast.host_adamw import HostAdamW8bit
+from ddpo_fast.engine.host_adamw import HostAdamW8bit
 
 Row = dict[str, Any]
 SIZES = {"tiny": [5000], "full": [10_000_000, 30_000_000, 100_000_000]}

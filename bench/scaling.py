@@ -274,9 +274,9 @@ class AllReduces(TorchDispatchMode):
 def worker(folder: Path) -> None:
     """Trains all weights of the bundled model for an epoch at each line of stdin, and answers with figures."""
     from ddpo_fast import DDPOConfig, DDPOTrainer, rewards
-    from ddpo_fast.command_options import RunArguments
+    from ddpo_fast.commands.options import RunArguments
+    from ddpo_fast.commands.train import make_pipeline
     from ddpo_fast.prompts import load_prompts
-    from ddpo_fast.train_command import make_pipeline
 
     answers, sys.stdout = sys.stdout, sys.stderr
     config = DDPOConfig(**CHECKED, mixed_precision="no", output_dir=str(folder))

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from ddpo_fast import quiet
+from ddpo_fast.commands import library_messages
 from ddpo_fast.version import __version__
 
 USAGE = """usage: ddpo-fast COMMAND [options]
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     command, options = words[0], words[1:]
     try:
-        with quiet.other_packages():
+        with library_messages.other_packages():
             command_called(command)(options)
             sys.stdout.flush()
     except BrokenPipeError:
@@ -84,40 +84,40 @@ def stop(program: str, error: Exception) -> NoReturn:
 
 
 def train(arguments: Sequence[str]) -> None:
-    from ddpo_fast.command_options import train_parser
+    from ddpo_fast.commands.options import train_parser
 
     # `--help` and misspelt options end here
     train_parser().parse(arguments)
-    from ddpo_fast import train_command
+    from ddpo_fast.commands import train
 
-    train_command.run(arguments)
+    train.run(arguments)
 
 
 def plan(arguments: Sequence[str]) -> None:
-    from ddpo_fast.command_options import plan_parser
+    from ddpo_fast.commands.options import plan_parser
 
     options = plan_parser().parse(arguments)
-    from ddpo_fast import plan_command
+    from ddpo_fast.commands import plan
 
-    plan_command.run(options, arguments)
+    plan.run(options, arguments)
 
 
 def sample(arguments: Sequence[str]) -> None:
-    from ddpo_fast.command_options import sample_parser
+    from ddpo_fast.commands.options import sample_parser
 
     options = sample_parser().parse(arguments)
-    from ddpo_fast import sample_command
+    from ddpo_fast.commands import sample
 
-    sample_command.run(options)
+    sample.run(options)
 
 
 def info(arguments: Sequence[str]) -> None:
-    from ddpo_fast.command_options import info_parser
+    from ddpo_fast.commands.options import info_parser
 
     info_parser().parse(arguments)
-    from ddpo_fast import info_command
+    from ddpo_fast.commands import info
 
-    info_command.run()
+    info.run()
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"train": train, "plan": plan, "sample": sample, "info": info}

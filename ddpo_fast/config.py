@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional, TypeAlias, Union
 
-from ddpo_fast import rules
+from ddpo_fast import config_rules
 
 
 def _option(default: Any, text: str, **metadata: Any) -> Any:
@@ -154,9 +154,12 @@ class DDPOConfig:
     )
     gpu_memory: Optional[float] = _option(None, "GB of the GPU to use (default: all).")  # noqa: UP045
 
+    # not a field: set by `processes.launched` where only accelerate has settings for DeepSpeed
+    launched_with_deepspeed = False
+
     def __post_init__(self) -> None:
         for name in ("tracker_kwargs", "accelerator_kwargs", "project_kwargs"):
-            setattr(self, name, rules.parsed_mapping(name, getattr(self, name)))
+            setattr(self, name, config_rules.parsed_mapping(name, getattr(self, name)))
         if isinstance(self.negative_prompts, (list, tuple)) and all(isinstance(p, str) for p in self.negative_prompts):
             self.negative_prompts = ", ".join(self.negative_prompts)
         self.check()
@@ -164,8 +167,8 @@ class DDPOConfig:
     def check(self) -> None:
         """Checks every field's type and range and the rules across fields (the trainer calls it again)."""
         for option in fields(self):
-            setattr(self, option.name, rules.plain(getattr(self, option.name)))
-        if problem := rules.broken_rule(self):
+            setattr(self, option.name, config_rules.plain(getattr(self, option.name)))
+        if problem := config_rules.broken_rule(self):
             raise ValueError(problem)
         if self.num_train_timesteps < 1:
             raise ValueError(
@@ -178,12 +181,12 @@ class DDPOConfig:
                 f"per_prompt_stat_tracking_min_count is {needed}, and with per_prompt_stat_tracking_buffer_size="
                 f"{remembered} no prompt ever has so many rewards: lower it, or remember more"
             )
-        for applies, problem in rules.CONFLICTS:
+        for applies, problem in config_rules.CONFLICTS:
             if applies(self):
                 raise ValueError(problem)
-        if problem := self.batch_size_problem() or rules.unknown_keyword(self):
+        if problem := self.batch_size_problem() or config_rules.unknown_keyword(self):
             raise ValueError(problem)
-        if problem := rules.missing_package(self):
+        if problem := config_rules.missing_package(self):
             raise ImportError(problem)
 
     def batch_size_problem(self, num_processes: int = 1) -> str:
@@ -204,8 +207,8 @@ class DDPOConfig:
 
     @property
     def uses_deepspeed(self) -> bool:
-        """Whether these settings ask for DeepSpeed's ZeRO."""
-        return self.zero > 0 or self.deepspeed is not None
+        """Whether DeepSpeed trains: by `zero`, by `deepspeed`, or as `accelerate launch` was told."""
+        return self.zero > 0 or self.deepspeed is not None or self.launched_with_deepspeed
 
     @property
     def num_train_timesteps(self) -> int:

@@ -16,7 +16,7 @@ from packaging.version import Version
 from transformers import CLIPTextConfig
 
 from ddpo_fast import tiny_sd
-from ddpo_fast.noise_schedule import check_steps, ddim_scheduler
+from ddpo_fast.ddim import check_steps, ddim_scheduler
 
 REMEDY = "give a text-to-image Stable Diffusion 1.x or 2.x as a diffusers folder or Hub id"
 AGAIN = "copy or download the model again"

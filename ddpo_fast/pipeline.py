@@ -14,10 +14,10 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from packaging.version import Version
 from peft import LoraConfig
 
-from ddpo_fast import adapter, ops, sampler
-from ddpo_fast.adapter import ADAPTER, LORA_WEIGHTS, TRL_RANK, TRL_TARGETS
+from ddpo_fast import lora, ops, sampler
+from ddpo_fast.ddim import NoiseSchedule, check_steps
+from ddpo_fast.lora import ADAPTER, LORA_WEIGHTS, TRL_RANK, TRL_TARGETS
 from ddpo_fast.model_configs import check_model, first_line, model_folder, pickle_problem, variant_of
-from ddpo_fast.noise_schedule import NoiseSchedule, check_steps
 from ddpo_fast.sampler import DDPOPipelineOutput, DDPOSchedulerOutput
 
 # diffusers 0.42 warns of the older name
@@ -114,11 +114,11 @@ class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
         self.pretrained_revision = pretrained_model_revision
         self.use_lora = use_lora
         targets = [lora_target_modules] if isinstance(lora_target_modules, str) else list(lora_target_modules)
-        beside = adapter.find_adapter(self.pretrained_model, pretrained_model_revision)
+        beside = lora.find_adapter(self.pretrained_model, pretrained_model_revision)
         if beside is not None and not use_lora:
             raise ValueError(
                 f"use_lora is False (--full-finetune), and there is an adapter beside the model, {beside}: make one "
-                f"model of both first ({adapter.FUSE}), move the adapter away, or train it with use_lora=True"
+                f"model of both first ({lora.FUSE}), move the adapter away, or train it with use_lora=True"
             )
         self.sd_pipeline: Any = load_stable_diffusion(self.pretrained_model, pretrained_model_revision)
         self.lora_config = LoraConfig(
@@ -128,13 +128,13 @@ class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
             target_modules=targets,
         )
         if beside is not None:
-            adapter.load_adapter(self.sd_pipeline, beside)
+            lora.load_adapter(self.sd_pipeline, beside)
         # an adapter may be the text encoder's alone
         if beside is not None and ADAPTER in getattr(self.unet, "peft_config", {}):
-            adapter.check_options(self.unet, beside, lora_rank, lora_alpha, targets)
+            lora.check_options(self.unet, beside, lora_rank, lora_alpha, targets)
             self.lora_config = self.unet.peft_config[ADAPTER]
         elif use_lora:
-            adapter.check_new(self.unet, self.lora_config)
+            lora.check_new(self.unet, self.lora_config)
         self.sd_pipeline.vae.requires_grad_(False)
         self.sd_pipeline.text_encoder.requires_grad_(False)
         self.sd_pipeline.unet.requires_grad_(not self.use_lora)
@@ -204,9 +204,9 @@ class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
         Other adapters that are active stay in force and are not trained.
         """
         if self.use_lora:
-            adapter.add_adapter(self.unet, self.lora_config)
+            lora.add_adapter(self.unet, self.lora_config)
         else:
-            adapter.check_none(self.unet)
+            lora.check_none(self.unet)
         for parameter in self.unet.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -217,17 +217,17 @@ class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
         plain = copy.copy(self.sd_pipeline)
         for name in ("unet", "text_encoder"):
             network = getattr(self.sd_pipeline, name)
-            if adapter.has_adapter(network):
-                setattr(plain, name, adapter.without_adapter(network))
+            if lora.has_adapter(network):
+                setattr(plain, name, lora.without_adapter(network))
         if self.use_lora:
-            adapter.save_adapter(self.sd_pipeline, self.unet, output_dir)
+            lora.save_adapter(self.sd_pipeline, self.unet, output_dir)
         plain.save_pretrained(output_dir)
         _let_read(Path(output_dir))
 
     def save_checkpoint(self, models: list, weights: list, output_dir: str | Path) -> None:
         """Writes the trained weights of `models[0]`: the adapter's file, or a `unet` folder."""
         if self.use_lora:
-            adapter.save_adapter(self.sd_pipeline, _only(models), output_dir)
+            lora.save_adapter(self.sd_pipeline, _only(models), output_dir)
         else:
             _only(models).save_pretrained(Path(output_dir) / "unet")
         _let_read(Path(output_dir))
@@ -235,7 +235,7 @@ class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
     def load_checkpoint(self, models: list, input_dir: str | Path) -> None:
         """Reads what `save_checkpoint` wrote into the parameters that are being trained."""
         if self.use_lora:
-            adapter.read_adapter(_only(models), Path(input_dir) / LORA_WEIGHTS)
+            lora.read_adapter(_only(models), Path(input_dir) / LORA_WEIGHTS)
         else:
             loaded = UNet2DConditionModel.from_pretrained(Path(input_dir) / "unet", use_safetensors=True, **IN_FP32)
             _only(models).load_state_dict(loaded.state_dict())

@@ -18,7 +18,6 @@ from ddpo_fast.cuda_graphs import Recorded
 from ddpo_fast.engine import Engine
 from ddpo_fast.metrics import UpdateMetrics
 from ddpo_fast.trajectory import Pairs, micro_batches, pair_index
-from ddpo_fast.zero import ZeroEngine
 
 # A look costs a forward pass, a third of a pair's work, and saves all three thirds of a dead one: it pays from a third
 # on, and fewer may be dead than in the epoch before.
@@ -41,7 +40,8 @@ class PPO:
     def __init__(
         self,
         config: DDPOConfig,
-        engine: Engine | ZeroEngine,
+        engine: Engine,
+        device: torch.device,
         unet_output: UNetOutput,
         table: Callable[[], Tensor],
     ) -> None:
@@ -52,7 +52,8 @@ class PPO:
         self.metrics = UpdateMetrics()
         self._recorded = Recorded(self._learn, engine.zero_gradients) if config.cuda_graphs else None
         # cuDNN plans each number of rows anew, which takes longer than the rows do
-        self.fills_up = engine.zero.is_cuda
+        self.zero = torch.zeros((), device=device)
+        self.fills_up = device.type == "cuda"
 
     def add_gradients(
         self,
@@ -93,7 +94,7 @@ class PPO:
 
     def _learn_live(self, batches: Sequence[Any], every: np.ndarray, size: int, looks_first: bool) -> None:
         """Adds the gradients of all pairs, from those that have one as far as that is known."""
-        zero = self.engine.zero
+        zero = self.zero
         scored = index = _with_advantage(batches, every) if self.config.train_skip_dead_pairs else every
         # the losses of the others are zero; whatever else is logged is of those that were scored
         self.metrics.add(1.0, loss=zero, approx_kl=zero, clipfrac=zero, dead=zero)
@@ -137,7 +138,7 @@ class PPO:
     def _passes_for_others(self, batches: Sequence[Any], count: int, size: int) -> Iterator[Tensor]:
         """Outputs of passes that this process does not need, and that others need its share of the weights for."""
         mine = -(-count // size)
-        for _ in range(self.engine.passes_to_match(mine) - mine):
+        for _ in range(self.engine.forward_passes(mine) - mine):
             (pairs,) = micro_batches(batches, pair_index(batches)[:1], 1)
             latents, timesteps, *_, embeds = self._operands(pairs)
             yield self.unet_output(latents, timesteps, embeds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,6 +34,22 @@ def make_accelerator(config: DDPOConfig, output_dir: Path) -> Accelerator:
     )
 
 
+def launched(config: DDPOConfig, accelerator: Accelerator) -> DDPOConfig:
+    """The settings as `accelerate launch` completes them: with its precision, and with DeepSpeed if it has settings
+    for that and `config` has none. `config` itself where there is nothing to complete.
+
+    Raises `ValueError` where they do not fit together.
+    """
+    with_deepspeed = not config.uses_deepspeed and getattr(accelerator.state, "deepspeed_plugin", None) is not None
+    if config.mixed_precision == accelerator.mixed_precision and not with_deepspeed:
+        return config
+    completed = copy(config)
+    completed.mixed_precision = accelerator.mixed_precision
+    completed.launched_with_deepspeed = with_deepspeed
+    completed.check()
+    return completed
+
+
 def launch_problem() -> str:
     """Why a run cannot be split as `accelerate launch` was told, or ''."""
     for kind, variable in (("FSDP", "ACCELERATE_USE_FSDP"), ("Megatron-LM", "ACCELERATE_USE_MEGATRON_LM")):
@@ -44,12 +61,12 @@ def launch_problem() -> str:
     return ""
 
 
-def the_main_one(accelerator: Accelerator, value: T) -> T:
+def from_main_process(accelerator: Accelerator, value: T) -> T:
     """The main process's value."""
     return value if accelerator.num_processes == 1 else broadcast_object_list([value])[0]
 
 
-def the_least(accelerator: Accelerator, value: int) -> int:
+def least_of_all(accelerator: Accelerator, value: int) -> int:
     """The smallest of all processes' values: they must not differ in how they split their work."""
     if accelerator.num_processes == 1:
         return value
@@ -58,7 +75,7 @@ def the_least(accelerator: Accelerator, value: int) -> int:
     return int(least)
 
 
-def together(accelerator: Accelerator, work: Callable[[], T]) -> T:
+def raise_on_all(accelerator: Accelerator, work: Callable[[], T]) -> T:
     """`work()` in every process; if it raises in one, all raise, as the others would wait for that one for ever.
 
     Raises the process's own error, or a `RuntimeError` that says which process stopped, and why.

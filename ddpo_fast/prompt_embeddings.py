@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers.loaders import TextualInversionLoaderMixin
 
-from ddpo_fast.idle import awake
+from ddpo_fast.offload_frozen import awake
 
 # The encoder always sees this many prompts, so that an embedding's bits do not depend on which prompts came with it: a
 # resumed run, which has seen others, gets the same.

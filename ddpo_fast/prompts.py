@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ddpo_fast.interruption import Signalled
-from ddpo_fast.plugin import kind_of, load_function, name_of, place_of, told
 from ddpo_fast.tiny_sd.drawings import ANIMALS, FACES, with_article
+from ddpo_fast.user_functions import kind_of, load_function, name_of, place_of, told
 
 PromptFunction = Callable[[], tuple[str, Any]]
 

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 
-from ddpo_fast import checkpoint, health
-from ddpo_fast.processes import the_main_one
+from ddpo_fast import health
+from ddpo_fast.processes import from_main_process
+from ddpo_fast.run_folder import checkpoint
 from ddpo_fast.worker_threads import WorkerThreads
 
 logger = logging.getLogger(__name__)
@@ -158,7 +159,7 @@ class Resumption:
                 checkpoint.verify(resume)
             except ValueError as error:
                 problem = str(error)
-        if problem := the_main_one(self.accelerator, problem):
+        if problem := from_main_process(self.accelerator, problem):
             raise ValueError(problem)
 
     def _load(self, resume: Path, state: dict[str, Any]) -> None:
@@ -176,7 +177,7 @@ class Resumption:
             fresh = self.config.seed + 1_000_003 * self.first_epoch
             set_seed(fresh % (2**32 - self.accelerator.num_processes), device_specific=True)
         else:
-            self.engine.load_own_state(random_state["own"])
+            self.engine.load_process_state(random_state["own"])
             checkpoint.restore_random_state(random_state)
 
     # training that is stopped, and begun again
@@ -198,7 +199,7 @@ class Resumption:
         if is_last:
             self._save(epochs)
             return
-        if the_main_one(self.accelerator, self._keeping_s > max(5.0, 0.05 * self._epoch_s)):
+        if from_main_process(self.accelerator, self._keeping_s > max(5.0, 0.05 * self._epoch_s)):
             return
         started = time.monotonic()
         self._save(epochs, checkpoint.LAST_EPOCH)

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from ddpo_fast.interruption import Signalled
-from ddpo_fast.plugin import kind_of, load_function, name_of, place_of, told
+from ddpo_fast.user_functions import kind_of, load_function, name_of, place_of, told
 
 # the names of worker threads begin so
 WORKERS = "reward"

@@ -15,14 +15,14 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from ddpo_fast import ops, sampler
-from ddpo_fast.ahead import Stopped
+from ddpo_fast.batch_sizes import Sizes
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.cuda_graphs import Recorded
-from ddpo_fast.memory import Sizes
 from ddpo_fast.prompt_embeddings import PromptEmbeddings
 from ddpo_fast.prompts import PromptFunction, draw_prompts
+from ddpo_fast.sample_ahead import Stopped
 from ddpo_fast.trajectory import Trajectory
-from ddpo_fast.unet_cache import UNetCache, cache_problem
+from ddpo_fast.unet.sampling_cache import UNetCache, cache_problem
 
 
 @dataclass(frozen=True)

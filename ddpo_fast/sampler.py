@@ -16,8 +16,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch.utils.checkpoint import checkpoint
 
 from ddpo_fast import ops
-from ddpo_fast.idle import awake
-from ddpo_fast.noise_schedule import NoiseSchedule
+from ddpo_fast.ddim import NoiseSchedule
+from ddpo_fast.offload_frozen import awake
 
 # An image of 512 x 512 takes about a gigabyte while it is decoded in half precision, and eight keep a GPU busy.
 DECODED_AT_ONCE = 8 * 64 * 64

@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from copy import copy
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -20,32 +19,40 @@ import torch
 from accelerate.utils import gather_object, set_seed
 from tqdm.auto import tqdm
 
-from ddpo_fast import checkpoint, cuda_graphs, ops, rewards
+from ddpo_fast import cuda_graphs, ops, rewards
 from ddpo_fast.advantages import PerPromptStatTracker, batch_advantages
-from ddpo_fast.ahead import ahead
+from ddpo_fast.batch_sizes import Sizes
 from ddpo_fast.config import DDPOConfig
+from ddpo_fast.ddim import NoiseSchedule
+from ddpo_fast.device_memory import is_out_of_memory
+from ddpo_fast.engine import make_engine, make_optimizer
 from ddpo_fast.health import SampleHealth, check_images
 from ddpo_fast.hub import HubModel
 from ddpo_fast.interruption import Interruption
 from ddpo_fast.measured import Measured, device_name
-from ddpo_fast.memory import Sizes
-from ddpo_fast.metrics import first_tracker
-from ddpo_fast.noise_schedule import NoiseSchedule
-from ddpo_fast.optimizers import make_optimizer
-from ddpo_fast.out_of_memory import is_out_of_memory
 from ddpo_fast.pipeline import DDPOStableDiffusionPipeline, DefaultDDPOStableDiffusionPipeline, check_sampling
-from ddpo_fast.placement import is_split, make_engine, place_networks, trainable_parameters
-from ddpo_fast.plugin import require_function
+from ddpo_fast.placement import place_networks, trainable_parameters
 from ddpo_fast.ppo import LOOKING_PAYS, PPO
-from ddpo_fast.processes import launch_problem, make_accelerator, the_least, the_main_one, together
+from ddpo_fast.processes import (
+    from_main_process,
+    launch_problem,
+    launched,
+    least_of_all,
+    make_accelerator,
+    raise_on_all,
+)
 from ddpo_fast.prompt_embeddings import PromptEmbeddings
 from ddpo_fast.prompts import PromptFunction
 from ddpo_fast.resumption import Resumption, base_digest, described
 from ddpo_fast.reward_random import RewardRandom
 from ddpo_fast.rollout import Batch, PipelineRollout, Rollout
-from ddpo_fast.run_log import RunLog, claimed_folder, output_folder
+from ddpo_fast.run_folder import checkpoint
+from ddpo_fast.run_folder.run_log import RunLog, claimed_folder, output_folder
+from ddpo_fast.run_folder.trackers import first_tracker
+from ddpo_fast.sample_ahead import ahead
 from ddpo_fast.sampler import latent_shape
 from ddpo_fast.trajectory import Trajectory, micro_batches, pair_index, training_batches
+from ddpo_fast.user_functions import require_function
 from ddpo_fast.worker_threads import WorkerThreads
 
 logger = logging.getLogger(__name__)
@@ -94,8 +101,9 @@ class DDPOTrainer(Resumption, HubModel):
         if torch.cuda.is_available():
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
         ops.require_backend(config.kernel_backend, self.accelerator.device.type)
+        self.settings = launched(config, self.accelerator)
         self.base = base_digest(sd_pipeline)
-        self.measured = Measured(the_main_one(self.accelerator, Measured.of_run(state, self._run_settings())))
+        self.measured = Measured(from_main_process(self.accelerator, Measured.of_run(state, self._run_settings())))
         self.measured.keep_threads()
         self._check_launch()
         okay, message = self._config_check()
@@ -110,9 +118,13 @@ class DDPOTrainer(Resumption, HubModel):
         sd_pipeline.set_progress_bar_config(
             position=1, disable=self._hides_bars, leave=False, desc="Timestep", dynamic_ncols=True
         )
-        layers = place_networks(sd_pipeline, config, self.accelerator, self.measured)
+        layers = place_networks(sd_pipeline, self.settings, self.accelerator, self.measured)
         trained = self.trainable_parameters(layers)
-        self.engine = make_engine(sd_pipeline, trained, self._setup_optimizer, config, self.accelerator)
+        # a pipeline with an autocast of its own computes in that, from fp32 weights
+        precision = "no" if sd_pipeline.autocast is not None else self.settings.mixed_precision
+        self.engine = make_engine(
+            sd_pipeline.unet, trained, self._setup_optimizer, precision, self.settings, self.accelerator
+        )
         self.optimizer = self.engine.optimizer
         self.trainable_layers = layers
         self.autocast = sd_pipeline.autocast or nullcontext
@@ -130,7 +142,7 @@ class DDPOTrainer(Resumption, HubModel):
         self.sizes = self._make_sizes()
         self.rollout = self._make_rollout()
         self._check_parts()
-        self.ppo = PPO(config, self.engine, self._unet_output, self._noise_table)
+        self.ppo = PPO(config, self.engine, self.accelerator.device, self._unet_output, self._noise_table)
         # shares of pairs without a gradient in each update of the epoch, and of the one before it
         self._dead_shares: list[float] = []
         self._known_dead: list[float] = []
@@ -143,12 +155,8 @@ class DDPOTrainer(Resumption, HubModel):
     # set-up
 
     def _check_launch(self) -> None:
-        """The settings' rules with what only accelerate knows: its precision, and a DeepSpeed of its own."""
-        known = copy(self.config)
-        known.mixed_precision = self.accelerator.mixed_precision
-        if is_split(self.config, self.accelerator) and not self.config.zero:
-            known.deepspeed = self.config.deepspeed or "accelerate's"
-        known.check()
+        """What the settings can be checked against only where it is known how accelerate was launched."""
+        known = self.settings
         if self.config.seed + self.accelerator.num_processes > 2**32:
             raise ValueError(f"seed is {self.config.seed}, and every process adds its number: use a smaller one")
         if known.optimizer_in_backward and self.accelerator.num_processes > 1:
@@ -207,9 +215,9 @@ class DDPOTrainer(Resumption, HubModel):
             unet,
             forward,
             self._computing,
-            self.engine.bytes_to_come,
+            self.engine.bytes_before_first_step,
             self.measured,
-            lambda value: the_least(self.accelerator, value),
+            lambda value: least_of_all(self.accelerator, value),
         )
 
     def _make_rollout(self) -> Rollout | PipelineRollout:
@@ -296,7 +304,7 @@ class DDPOTrainer(Resumption, HubModel):
             raise
         finally:
             self.reward_random.end()
-        together(self.accelerator, self.sample_health.check)
+        raise_on_all(self.accelerator, self.sample_health.check)
         self.interruption.check()
         return found
 
@@ -307,13 +315,13 @@ class DDPOTrainer(Resumption, HubModel):
             sampled = self._now()
             is_async = self.config.async_reward_computation
             self.reward_random.begin()
-            scored = together(self.accelerator, lambda: self.compute_rewards(batches, is_async))
+            scored = raise_on_all(self.accelerator, lambda: self.compute_rewards(batches, is_async))
             return samples, batches, scored, sampled
         # TRL calls rewards in the caller's thread, and so do we unless they may be called from several
         executor = self.executor if self.config.async_reward_computation else None
         scoring = rewards.Scoring(self.reward_fn, executor, self.accelerator.num_processes == 1)
         samples, batches = self._generate_samples(*sizes, scoring)
-        scored = together(self.accelerator, lambda: scoring.results(batches))
+        scored = raise_on_all(self.accelerator, lambda: scoring.results(batches))
         return samples, batches, self._collected(scored), self._sampled_at
 
     @property
@@ -593,7 +601,7 @@ class DDPOTrainer(Resumption, HubModel):
                 self.accelerator,
                 state,
                 training,
-                self.engine.own_state(),
+                self.engine.process_state(),
                 self._write_weights,
                 self.config.project_kwargs.get("total_limit") or self.config.num_checkpoint_limit,
                 name,

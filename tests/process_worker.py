@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from tiny_run import SETTINGS, brightness, forget_accelerate_state
 
-from ddpo_fast import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline, checkpoint
+from ddpo_fast import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
 from ddpo_fast.prompts import load_prompts
+from ddpo_fast.run_folder import checkpoint
 
 LINEAR = torch.nn.functional.linear
 BATCHES = SETTINGS["sample_num_batches_per_epoch"]

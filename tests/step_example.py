@@ -8,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler
 from op_checks import DEVICE, in_layout
 
-from ddpo_fast.noise_schedule import NoiseSchedule
+from ddpo_fast.ddim import NoiseSchedule
 from ddpo_fast.tiny_sd.build import SCHEDULER
 
 GUIDANCE = 5.0

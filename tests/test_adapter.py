@@ -19,8 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_run import build_pipeline
 
-from ddpo_fast import DefaultDDPOStableDiffusionPipeline, adapter
-from ddpo_fast.adapter import LORA_WEIGHTS
+from ddpo_fast import DefaultDDPOStableDiffusionPipeline, lora
+from ddpo_fast.lora import LORA_WEIGHTS
 
 
 def write_adapter(folder: Path, text: bool = False, rank: int = 8, alpha: int = 6, **settings) -> Path:
@@ -128,11 +128,11 @@ def test_only_a_hub_that_says_so_has_no_adapter(monkeypatch, tmp_path):
         def download(*args, **kwargs):
             raise error
 
-        monkeypatch.setattr(adapter, "hf_hub_download", download)
+        monkeypatch.setattr(lora, "hf_hub_download", download)
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     fail_with(errors.RemoteEntryNotFoundError("404", response=Answer()))
-    assert adapter.find_adapter("somebody/model") is None
+    assert lora.find_adapter("somebody/model") is None
     for error, words in (
         (errors.LocalEntryNotFoundError("offline"), "may have an adapter"),
         (errors.HfHubHTTPError("503", response=Answer()), "neither be reached"),
@@ -141,16 +141,16 @@ def test_only_a_hub_that_says_so_has_no_adapter(monkeypatch, tmp_path):
     ):
         fail_with(error)
         with pytest.raises(OSError, match=words):
-            adapter.find_adapter("somebody/model")
+            lora.find_adapter("somebody/model")
 
 
 def test_a_cache_that_remembers_what_the_hub_has(monkeypatch):
     files = [type("File", (), {"path": "unet/config.json"})]
     monkeypatch.setattr("huggingface_hub.get_cached_repo_tree", lambda *args, **kwargs: files)
-    assert adapter.find_adapter("somebody/model") is None
+    assert lora.find_adapter("somebody/model") is None
     files.append(type("File", (), {"path": LORA_WEIGHTS}))
     with pytest.raises(OSError, match="may have an adapter"):
-        adapter.find_adapter("somebody/model")
+        lora.find_adapter("somebody/model")
 
 
 @pytest.mark.parametrize(
@@ -235,14 +235,14 @@ def test_equal_runs_write_equal_files(model_dir, tmp_path):
     written = set()
     for number in range(8):
         # the same set in another order
-        targets = sorted(adapter.TRL_TARGETS, reverse=number % 2 == 1)
+        targets = sorted(lora.TRL_TARGETS, reverse=number % 2 == 1)
         layers.peft_config["default"].target_modules = set(targets)
         (tmp_path / f"{number}").mkdir()
         pipeline.save_checkpoint([layers], [], tmp_path / f"{number}")
         written.add((tmp_path / f"{number}" / LORA_WEIGHTS).read_bytes())
     assert len(written) == 1
     metadata = json.loads(safe_open(tmp_path / "0" / LORA_WEIGHTS, "pt").metadata()["lora_adapter_metadata"])
-    assert metadata["unet.target_modules"] == sorted(adapter.TRL_TARGETS)
+    assert metadata["unet.target_modules"] == sorted(lora.TRL_TARGETS)
 
 
 @pytest.mark.parametrize("use_lora", [False, True])

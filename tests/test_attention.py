@@ -13,10 +13,10 @@ from diffusers.models.attention_processor import Attention, AttnProcessor, AttnP
 from op_checks import DEVICE
 from test_fuse_unet import KINDS, make_unet, output_and_gradients, predict
 
-from ddpo_fast import attention
-from ddpo_fast.attention import SDPAProcessor, XFormersProcessor, attention_problem, is_plain, set_attention
-from ddpo_fast.fuse_unet import fuse_unet, unfuse_unet
 from ddpo_fast.measured import Measured
+from ddpo_fast.unet import attention
+from ddpo_fast.unet.attention import SDPAProcessor, XFormersProcessor, attention_problem, is_plain, set_attention
+from ddpo_fast.unet.fused_layers import fuse_unet, unfuse_unet
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_copies(can_run):
 def test_auto_takes_pytorch_on_a_cpu_and_says_why(caplog, monkeypatch):
     unet = make_unet("bundled").cpu()
     caplog.clear()
-    caplog.set_level("INFO", logger="ddpo_fast.attention")
+    caplog.set_level("INFO", logger="ddpo_fast.unet.attention")
     monkeypatch.setattr(attention, "fastest", None)
     measured = Measured()
     reason = "not xformers: xformers' attention runs on CUDA only, not on cpu"

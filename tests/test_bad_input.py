@@ -13,11 +13,12 @@ import pytest
 import torch
 from tiny_run import SETTINGS, brightness
 
-from ddpo_fast import DDPOConfig, checkpoint, cli
-from ddpo_fast.plugin import load_function, require_function
+from ddpo_fast import DDPOConfig, cli
+from ddpo_fast.engine.zero_settings import zero_settings
 from ddpo_fast.prompts import draw_prompts, load_prompts
 from ddpo_fast.rewards import score
-from ddpo_fast.zero_settings import zero_settings
+from ddpo_fast.run_folder import checkpoint
+from ddpo_fast.user_functions import load_function, require_function
 
 NAN, INF = float("nan"), float("inf")
 

@@ -15,8 +15,9 @@ import torch
 from safetensors import SafetensorError
 from tiny_run import SETTINGS, Prompts, brightness, forget_accelerate_state
 
-from ddpo_fast import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline, checkpoint
-from ddpo_fast.metrics import MetricsFile
+from ddpo_fast import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
+from ddpo_fast.run_folder import checkpoint
+from ddpo_fast.run_folder.metrics_file import MetricsFile
 
 
 @pytest.fixture(scope="module")
@@ -266,6 +267,6 @@ def test_a_picture_does_not_stop_a_run(make_trainer, monkeypatch, caplog):
     def fail(*_, **__):
         raise RuntimeError("no fonts")
 
-    monkeypatch.setattr("ddpo_fast.report.draw_rewards", fail)
+    monkeypatch.setattr("ddpo_fast.run_folder.pictures.draw_rewards", fail)
     make_trainer(num_epochs=1, sample_num_steps=2).train()
     assert "could not be drawn (RuntimeError: no fonts)" in caplog.text

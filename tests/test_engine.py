@@ -9,10 +9,10 @@ import torch
 from diffusers import UNet2DConditionModel
 from rounding import RUNS_APART_IN_FP64, in_fp64
 
-from ddpo_fast import moments
-from ddpo_fast.loss_scale import LossScale
-from ddpo_fast.offload import _Staging
-from ddpo_fast.optimizers import buckets, flat, rounded_stochastically
+from ddpo_fast.engine import moments
+from ddpo_fast.engine.loss_scale import LossScale
+from ddpo_fast.engine.offload import _Staging
+from ddpo_fast.engine.optimizers import buckets, flat, rounded_stochastically
 from ddpo_fast.prompts import load_prompts
 
 
@@ -197,7 +197,7 @@ def test_offloaded_data_crosses_once_an_update(make_trainer, tmp_path, monkeypat
 
 
 def test_buckets_hold_everything_once(monkeypatch):
-    monkeypatch.setattr("ddpo_fast.optimizers.BUCKET", 10)
+    monkeypatch.setattr("ddpo_fast.engine.optimizers.BUCKET", 10)
     assert list(buckets([4, 4, 4, 30, 1, 9, 1])) == [[0, 1], [2], [3], [4, 5], [6]]
     assert list(buckets([])) == []
 
@@ -206,7 +206,7 @@ def test_buckets_hold_everything_once(monkeypatch):
 def test_buckets_do_not_change_the_step(make_trainer, tmp_path, monkeypatch, settings):
     ends = []
     for size in (25_000_000, 3000):
-        monkeypatch.setattr("ddpo_fast.optimizers.BUCKET", size)
+        monkeypatch.setattr("ddpo_fast.engine.optimizers.BUCKET", size)
         ends.append(run(make_trainer, tmp_path, str(size), mixed_precision="bf16", num_epochs=1, **settings)[1])
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 

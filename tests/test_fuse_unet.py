@@ -12,11 +12,11 @@ from op_checks import DEVICE, assert_as_exact_as_plain
 from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddpo_fast import fuse_unet as fusing
-from ddpo_fast.attention import SDPAProcessor
-from ddpo_fast.fuse_unet import fuse_unet, unfuse_unet
-from ddpo_fast.memory import MOST_ROWS
+from ddpo_fast.batch_sizes import MOST_ROWS
 from ddpo_fast.tiny_sd import MODEL
+from ddpo_fast.unet import fused_layers as fusing
+from ddpo_fast.unet.attention import SDPAProcessor
+from ddpo_fast.unet.fused_layers import fuse_unet, unfuse_unet
 
 SD15 = {
     "block_out_channels": (32, 64, 128, 128),

@@ -10,9 +10,10 @@ import pytest
 import torch
 from tiny_run import brightness
 
-from ddpo_fast import DDPOConfig, checkpoint
+from ddpo_fast import DDPOConfig
 from ddpo_fast.health import Health, RunStopped, SampleHealth, check_weights
 from ddpo_fast.rewards import jpeg_compressibility
+from ddpo_fast.run_folder import checkpoint
 from ddpo_fast.trajectory import Trajectory
 
 STEPS = 5

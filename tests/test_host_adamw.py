@@ -13,7 +13,7 @@ from run_process import finish
 from torch import nn
 
 from ddpo_fast import ops
-from ddpo_fast.host_adamw import HostAdamW8bit
+from ddpo_fast.engine.host_adamw import HostAdamW8bit
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -180,7 +180,7 @@ def test_what_does_not_fit_is_refused():
 def test_it_runs_without_a_compiler(tmp_path):
     code = """
 import torch
-from ddpo_fast.host_adamw import HostAdamW8bit
+from ddpo_fast.engine.host_adamw import HostAdamW8bit
 from ddpo_fast.ops import adamw8bit
 assert adamw8bit.OP.backend("cpu", torch.float32) == "reference"
 p = torch.nn.Parameter(torch.ones(5000))
@@ -198,7 +198,7 @@ import torch
 import deepspeed
 # its own communication by shared memory would be compiled first
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-from ddpo_fast.host_adamw import HostAdamW8bit
+from ddpo_fast.engine.host_adamw import HostAdamW8bit
 
 deepspeed.init_distributed("gloo", init_method="file://" + sys.argv[1] + "/meeting", rank=0, world_size=1)
 torch.manual_seed(0)

@@ -51,7 +51,7 @@ def test_gradients(library):
 
 
 def test_a_compiler_sees_one_graph():
-    from ddpo_fast.fuse_unet import FusedLinear
+    from ddpo_fast.unet.fused_layers import FusedLinear
 
     layer = nn.Linear(4, 5)
     layer.__class__ = FusedLinear

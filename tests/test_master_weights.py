@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddpo_fast.master_weights import MasterWeights
+from ddpo_fast.engine.master_weights import MasterWeights
 
 
 def make(dtype: torch.dtype) -> tuple[nn.Linear, MasterWeights]:

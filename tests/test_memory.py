@@ -9,16 +9,17 @@ import torch
 from tiny_run import forget_accelerate_state
 from torch import nn
 
-from ddpo_fast import checkpoint, memory
+from ddpo_fast import batch_sizes
 from ddpo_fast.measured import Measured
 from ddpo_fast.prompts import load_prompts
+from ddpo_fast.run_folder import checkpoint
 
 
 def test_kept_bytes_are_the_activations():
     """A linear layer keeps its input for its weight, GELU its input; parameters were there before."""
     network = nn.Sequential(nn.Linear(16, 32), nn.GELU())
     there = {p.untyped_storage().data_ptr() for p in network.parameters()}
-    kept = memory.kept_bytes(lambda: network(torch.zeros(10, 16)), there)
+    kept = batch_sizes.kept_bytes(lambda: network(torch.zeros(10, 16)), there)
     assert kept == 4 * 10 * (16 + 32)
 
 
@@ -32,7 +33,7 @@ def test_nothing_of_the_forward_pass_stays():
         made.append(weakref.ref(y))
         return y
 
-    memory.kept_bytes(forward, set())
+    batch_sizes.kept_bytes(forward, set())
     gc.collect()
     assert made[0]() is None
 
@@ -41,7 +42,7 @@ def test_nothing_of_the_forward_pass_stays():
     ("free", "rows_per_pair", "expected"), [(0, 2, 1), (999, 2, 4), (10**6, 2, 32), (10**6, 1, 64), (1700, 1, 8)]
 )
 def test_pairs_that_fit(free, rows_per_pair, expected):
-    pairs = memory.pairs_that_fit(100, free, rows_per_pair)
+    pairs = batch_sizes.pairs_that_fit(100, free, rows_per_pair)
     assert pairs == expected
     assert pairs == 1 or pairs * 100 <= free
 
@@ -51,11 +52,11 @@ def test_pairs_that_fit(free, rows_per_pair, expected):
     [(6, 2, 99, 2), (1, 2, 99, 12), (16, 2, 99, 1), (1, 1, 7, 7), (6, 2, 3, 1)],
 )
 def test_batches_to_merge(batch_size, rows, fit, expected):
-    assert memory.batches_to_merge(batch_size, rows, fit) == expected
+    assert batch_sizes.batches_to_merge(batch_size, rows, fit) == expected
 
 
 def test_a_machines_memory_is_shared_by_its_processes():
-    alone, shared = (memory.free_bytes(torch.device("cpu"), n) for n in (1, 4))
+    alone, shared = (batch_sizes.free_bytes(torch.device("cpu"), n) for n in (1, 4))
     assert 0 < shared < alone
 
 
@@ -65,7 +66,7 @@ def weights_after(make_trainer, tmp_path, monkeypatch):
 
     def train(name, free, epochs, **settings):
         forget_accelerate_state()
-        monkeypatch.setattr(memory, "free_bytes", lambda *_: free)
+        monkeypatch.setattr(batch_sizes, "free_bytes", lambda *_: free)
         prompts = load_prompts("animals")
         trainer = make_trainer(output_dir=str(tmp_path / name), prompts=prompts, **settings)
         trainer.train(epochs)

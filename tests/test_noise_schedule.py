@@ -8,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from ddpo_fast import ops
-from ddpo_fast.noise_schedule import PREDICTION_TYPES, NoiseSchedule, check_steps, ddim_scheduler
+from ddpo_fast.ddim import PREDICTION_TYPES, NoiseSchedule, check_steps, ddim_scheduler
 from ddpo_fast.tiny_sd.build import SCHEDULER
 
 

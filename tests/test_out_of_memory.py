@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ddpo_fast.out_of_memory import is_out_of_memory
+from ddpo_fast.device_memory import is_out_of_memory
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ddpo_fast.placement import limit_memory
-from ddpo_fast.plan import CUDA_CONTEXT, GB
+from ddpo_fast.device_memory import CUDA_CONTEXT, GB, limit_memory
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddpo_fast.plain import pack, unpack
+from ddpo_fast.run_folder.plain_data import pack, unpack
 
 
 class Name(str, enum.Enum):

@@ -11,15 +11,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ddpo_fast import DDPOConfig, cli, plan_command, train_command
-from ddpo_fast.command_options import RunArguments
-from ddpo_fast.fit import LEVERS, MARGIN, choose, with_settings
-from ddpo_fast.footprint import Adapter, Footprint
-from ddpo_fast.live_bytes import LiveBytes, trace
-from ddpo_fast.memory import kept_bytes
+from ddpo_fast import DDPOConfig, cli
+from ddpo_fast.batch_sizes import kept_bytes
+from ddpo_fast.commands import plan, train
+from ddpo_fast.commands.options import RunArguments
+from ddpo_fast.device_memory import GB
+from ddpo_fast.engine.optimizers import BUCKET
 from ddpo_fast.model_configs import check_model
-from ddpo_fast.optimizers import BUCKET
-from ddpo_fast.plan import GB, _staged, decode_bytes, predict, state_bytes
+from ddpo_fast.plan.candidates import LEVERS, MARGIN, choose, with_settings
+from ddpo_fast.plan.footprint import Adapter, Footprint
+from ddpo_fast.plan.live_bytes import LiveBytes, trace
+from ddpo_fast.plan.phases import _staged, decode_bytes, predict, state_bytes
 from ddpo_fast.tiny_sd import MODEL
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
@@ -338,12 +340,12 @@ def test_a_folder_of_configs_is_enough(sd15, capsys):
     for text in ("a LoRA of rank 4 in 24 GB", "all weights in 24 GB", "optimizer states", "Not measured"):
         assert text in printed
     lora, full = (line for line in printed.splitlines() if line.startswith("ddpo-fast train"))
-    run, parsed = train_command.read_options(full.split()[2:])
+    run, parsed = train.read_options(full.split()[2:])
     assert run.full_finetune
     # full speed: nothing is computed twice, and nothing goes to the host
     assert (parsed.gradient_checkpointing, parsed.offload, parsed.train_use_8bit_adam) == ("none", "none", True)
     assert parsed.train_learning_rate == 1e-5
-    assert not train_command.read_options(lora.split()[2:])[0].full_finetune
+    assert not train.read_options(lora.split()[2:])[0].full_finetune
 
 
 def test_the_plan_of_one_kind(sd15, capsys):
@@ -380,7 +382,7 @@ def test_auto_memory_changes_what_is_free():
         mixed_precision="no", auto_memory=True, gpu_memory=0.13, train_micro_batch_size=3, train_batch_size=1
     )
     before, said = {**vars(settings)}, []
-    changes = plan_command.apply_auto_memory(run, settings, "cpu", said.append)
+    changes = plan.apply_auto_memory(run, settings, "cpu", said.append)
     assert changes
     assert {f.name for f in fields(DDPOConfig) if before[f.name] != getattr(settings, f.name)} <= set(changes)
     assert settings.train_micro_batch_size == 3
@@ -391,7 +393,7 @@ def test_auto_memory_changes_what_is_free():
 def test_auto_memory_needs_a_gpu_or_a_size():
     said: list[str] = []
     settings = DDPOConfig(mixed_precision="no", auto_memory=True)
-    assert plan_command.apply_auto_memory(RunArguments(), settings, "cpu", said.append) == {}
+    assert plan.apply_auto_memory(RunArguments(), settings, "cpu", said.append) == {}
     assert said == ["auto_memory: there is no GPU here, so nothing is chosen"]
 
 

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 import ddpo_fast
-from ddpo_fast import quiet
+from ddpo_fast.commands import library_messages
 
 HEAVY = ("torch", "numpy", "transformers", "diffusers", "accelerate", "matplotlib")
 
@@ -64,7 +64,8 @@ def state():
     }
 before = state()
 from ddpo_fast import *
-import ddpo_fast.report, ddpo_fast.cli, ddpo_fast.train_command, ddpo_fast.sample_command, ddpo_fast.info_command
+import ddpo_fast.run_folder.pictures, ddpo_fast.cli
+import ddpo_fast.commands.train, ddpo_fast.commands.sample, ddpo_fast.commands.info
 after = state()
 assert DDPOTrainer.__name__ == "DDPOTrainer"
 print([name for name in before if before[name] != after[name]])
@@ -112,7 +113,7 @@ def test_names_of_the_package():
 
 # what is said while a command runs
 
-PIPELINE, TOKENIZER, IMPORTS = quiet.FILTERED[2], quiet.FILTERED[1], quiet.FILTERED[0]
+PIPELINE, TOKENIZER, IMPORTS = library_messages.FILTERED[2], library_messages.FILTERED[1], library_messages.FILTERED[0]
 
 
 @pytest.mark.parametrize(
@@ -127,7 +128,7 @@ PIPELINE, TOKENIZER, IMPORTS = quiet.FILTERED[2], quiet.FILTERED[1], quiet.FILTE
         (
             PIPELINE,
             logging.WARNING,
-            f"The following part of your input was truncated because of 77: ['on a hill {quiet.END * 50}']",
+            f"The following part of your input was truncated because of 77: ['on a hill {library_messages.END * 50}']",
             "a prompt is longer than the text encoder reads; this end of it has no effect: on a hill",
         ),
         (PIPELINE, logging.WARNING, "another", "another"),
@@ -141,7 +142,7 @@ def test_noise_is_left_out_and_news_is_not(name, level, text, said):
     handler.emit = lambda record: heard.append(record.getMessage())
     logger.addHandler(handler)
     try:
-        with quiet.other_packages():
+        with library_messages.other_packages():
             logger.log(level, text)
             logger.log(level, text)
         news = heard[:]

@@ -6,9 +6,9 @@ import pytest
 import torch
 from test_fuse_unet import make_unet, output_and_gradients, predict
 
-from ddpo_fast.fuse_unet import faster_layers, fuse_unet
-from ddpo_fast.memory import kept_bytes
-from ddpo_fast.recompute import set_recompute
+from ddpo_fast.batch_sizes import kept_bytes
+from ddpo_fast.unet.fused_layers import faster_layers, fuse_unet
+from ddpo_fast.unet.gradient_checkpointing import set_recompute
 
 KINDS = pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 
@@ -55,7 +55,9 @@ def test_all_of_it_together(lora):
 
 def test_sampling_runs_no_block_twice(monkeypatch):
     unet = set_recompute(make_unet("bundled"), "blocks").eval()
-    monkeypatch.setattr("ddpo_fast.recompute.checkpoint", lambda *args, **kwargs: pytest.fail("checkpointed"))
+    monkeypatch.setattr(
+        "ddpo_fast.unet.gradient_checkpointing.checkpoint", lambda *args, **kwargs: pytest.fail("checkpointed")
+    )
     with torch.no_grad():
         predict(unet)
         predict(unet.train())

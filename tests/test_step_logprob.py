@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from op_checks import DEVICE, DTYPES, assert_as_exact_as_plain, in_layout, name_of
 from step_example import GUIDANCE, SHAPES, scheduler_table, step_example
 
-from ddpo_fast.noise_schedule import PREDICTION_TYPES
+from ddpo_fast.ddim import PREDICTION_TYPES
 from ddpo_fast.ops import BACKENDS, force_backend, guided, score_step, step_logprob, take_step
 from ddpo_fast.ops.gaussian import table_rows
 

@@ -18,10 +18,11 @@ from diffusers import UNet2DConditionModel
 from test_resume import flat, untimed
 from tiny_run import SETTINGS, Prompts, brightness, forget_accelerate_state
 
-from ddpo_fast import DDPOConfig, checkpoint, folder_lock
+from ddpo_fast import DDPOConfig
 from ddpo_fast.interruption import SIGNALS, Interruption
 from ddpo_fast.prompts import load_prompts
 from ddpo_fast.resumption import refuse_changes
+from ddpo_fast.run_folder import checkpoint, folder_lock
 
 BATCHES = SETTINGS["sample_num_batches_per_epoch"]
 QUICK = {"sample_num_steps": 2}
@@ -274,7 +275,7 @@ def test_two_runs_of_one_second_have_folders_of_their_own(make_trainer, tmp_path
 
             return datetime(2024, 1, 1)
 
-    monkeypatch.setattr("ddpo_fast.run_log.datetime", Still)
+    monkeypatch.setattr("ddpo_fast.run_folder.run_log.datetime", Still)
     one = make_trainer(output_dir=None, logdir=str(tmp_path))
     forget_accelerate_state()
     other = make_trainer(output_dir=None, logdir=str(tmp_path))

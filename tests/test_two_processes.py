@@ -17,7 +17,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from run_process import finish
 
 from ddpo_fast import DDPOConfig
-from ddpo_fast.zero_settings import zero_settings
+from ddpo_fast.engine.zero_settings import zero_settings
 
 EPOCH = {"train_batch_size": 4, "train_gradient_accumulation_steps": 2, "epochs": 1}
 LORA = EPOCH | {"use_lora": True}

@@ -10,10 +10,11 @@ import torch
 from recording_streams import Device, MissingWait, put_behind_torch
 from torch import nn
 
-from ddpo_fast import cuda_graphs, optimizers, rewards
+from ddpo_fast import cuda_graphs, rewards
 from ddpo_fast.cuda_graphs import Recorded
-from ddpo_fast.idle import awake, sleep
-from ddpo_fast.offload import Offload
+from ddpo_fast.engine import optimizers
+from ddpo_fast.engine.offload import Offload
+from ddpo_fast.offload_frozen import awake, sleep
 
 
 @pytest.fixture

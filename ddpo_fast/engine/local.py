@@ -1,4 +1,4 @@
-"""From losses to weights: loss scaling, the sum over processes, clipping and the optimizer."""
+"""The engine for weights on one device or in its host's memory; several processes average their gradients."""
 
 from __future__ import annotations
 
@@ -11,22 +11,16 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor
 
-from ddpo_fast import moments
 from ddpo_fast.config import DDPOConfig
-from ddpo_fast.ema import EMA, holding
-from ddpo_fast.loss_scale import LossScale
-from ddpo_fast.master_weights import MasterWeights
-from ddpo_fast.offload import Offload
-from ddpo_fast.optimizers import Warmup, buckets, flat, step_in_buckets, step_in_place
-
-COMPUTE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-def compute_dtype(mixed_precision: str | None) -> torch.dtype:
-    return COMPUTE_DTYPES.get(mixed_precision or "no", torch.float32)
+from ddpo_fast.engine import moments
+from ddpo_fast.engine.ema import EMA, holding
+from ddpo_fast.engine.loss_scale import LossScale
+from ddpo_fast.engine.master_weights import MasterWeights
+from ddpo_fast.engine.offload import Offload
+from ddpo_fast.engine.optimizers import Warmup, buckets, flat, step_in_buckets, step_in_place
 
 
-class Engine:
+class LocalEngine:
     """Owns backward and step. What the optimizer trains is exact whatever the precision of the forward pass.
 
     Gradients are summed over micro-batches and averaged over processes once per update, so the forward may use the
@@ -47,7 +41,6 @@ class Engine:
         self.keeps_gradients = config.cuda_graphs
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.updates = 0
-        self.zero = torch.zeros((), device=accelerator.device)
         self._warmup = Warmup(optimizer, config.train_warmup_steps)
         self._scale = LossScale(accelerator.device, accelerator.mixed_precision == "fp16")
         self._random = torch.Generator(accelerator.device)
@@ -100,7 +93,7 @@ class Engine:
         """Forgets the gradients since the last update, or sets them to zero where they must stay in place."""
         self.weights.clear_gradients(keep=self.keeps_gradients)
 
-    def passes_to_match(self, mine: int) -> int:
+    def forward_passes(self, mine: int) -> int:
         """Forward passes that this process must make where it needs `mine`: no more."""
         return mine
 
@@ -206,7 +199,7 @@ class Engine:
 
     # what a checkpoint keeps
 
-    def bytes_to_come(self) -> int:
+    def bytes_before_first_step(self) -> int:
         """What the first update will allocate on the device: gradients and Adam's moments, unless they are there."""
         weights = sum(parameter.numel() for parameter in self.weights.parameters)
         gradients = 0 if self.keeps_gradients or self.config.optimizer_in_backward else self._gradient_dtype.itemsize
@@ -231,12 +224,12 @@ class Engine:
             kept["ema"] = [average.cpu() for average in self.ema.averages]
         return kept
 
-    def own_state(self) -> dict[str, Any]:
+    def process_state(self) -> dict[str, Any]:
         """What is this process's alone: nothing."""
         return {}
 
-    def load_own_state(self, saved: dict[str, Any]) -> None:
-        """Takes what an engine's `own_state` gave."""
+    def load_process_state(self, saved: dict[str, Any]) -> None:
+        """Takes what an engine's `process_state` gave."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from what any engine's `state_dict` gave; the network has the weights already."""

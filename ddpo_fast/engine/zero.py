@@ -14,11 +14,11 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ddpo_fast import moments
 from ddpo_fast.config import DDPOConfig
-from ddpo_fast.ema import EMA, holding
-from ddpo_fast.master_weights import sums_to
-from ddpo_fast.optimizers import Warmup, buckets
+from ddpo_fast.engine import moments
+from ddpo_fast.engine.ema import EMA, holding
+from ddpo_fast.engine.master_weights import sums_to
+from ddpo_fast.engine.optimizers import Warmup, buckets
 
 
 class Fragment(NamedTuple):
@@ -76,7 +76,6 @@ class ZeroEngine:
         self.network = network
         self.parameters = list(trained)
         self.updates = 0
-        self.zero = torch.zeros((), device=accelerator.device)
         exact = [p.detach().to("cpu", torch.float32, copy=True) for p in self.parameters]
         own = None if "optimizer" in settings else make_optimizer(self.parameters)
         self.deepspeed, *_ = deepspeed.initialize(
@@ -162,7 +161,7 @@ class ZeroEngine:
         for i, parameter in enumerate(self.parameters):
             self._sums[i] = parameter.grad = None
 
-    def passes_to_match(self, mine: int) -> int:
+    def forward_passes(self, mine: int) -> int:
         """Forward passes that this process must make where it needs `mine`: as many as the one with the most, as
         stage 3 brings the weights together in each."""
         if self.stage != 3 or self.accelerator.num_processes == 1:
@@ -206,16 +205,19 @@ class ZeroEngine:
         scale = self._zero.loss_scale
         self.deepspeed.step()
         self.updates += 1
-        logged = {"grad_norm": self.zero + float(self.deepspeed.get_global_grad_norm() or 0.0)}
+        logged = {"grad_norm": self._scalar(self.deepspeed.get_global_grad_norm() or 0.0)}
         if self.deepspeed.fp16_enabled():
             skipped = not self.deepspeed.was_step_applied()
-            logged |= {"skipped_step": self.zero + float(skipped), "loss_scale": self.zero + float(scale)}
+            logged |= {"skipped_step": self._scalar(skipped), "loss_scale": self._scalar(scale)}
         if self.ema is not None and self.deepspeed.was_step_applied():
             self.ema.update(self._flats)
         self._warmup.set_rate(self.updates)
         return logged
 
-    def bytes_to_come(self) -> int:
+    def _scalar(self, value: Any) -> Tensor:
+        return torch.tensor(float(value), device=self.accelerator.device)
+
+    def bytes_before_first_step(self) -> int:
         """What the first update will allocate on the device: whole gradients, and a share of Adam's moments."""
         weights = sum(shape.numel() for shape in self._shapes)
         states = 0 if self.optimizer.state or self._flats[0].device.type == "cpu" else 8
@@ -323,7 +325,7 @@ class ZeroEngine:
             self.ema.set([averages.get(id(flat), flat) for flat in self._flats])
         self._warmup.set_rate(self.updates)
 
-    def own_state(self) -> dict[str, Any]:
+    def process_state(self) -> dict[str, Any]:
         """What only this process, with the same part of everything, can go on from to the bit: 8-bit states."""
         states = [
             {name: value for name, value in self.optimizer.state.get(flat, {}).items() if name in RAW}
@@ -333,8 +335,8 @@ class ZeroEngine:
             return {}
         return {"sizes": [flat.numel() for flat in self._flats], "states": states}
 
-    def load_own_state(self, saved: dict[str, Any]) -> None:
-        """Takes what `own_state` gave, if this process has the same part of everything."""
+    def load_process_state(self, saved: dict[str, Any]) -> None:
+        """Takes what `process_state` gave, if this process has the same part of everything."""
         if saved.get("sizes") != [flat.numel() for flat in self._flats]:
             return
         for flat, state in zip(self._flats, saved["states"], strict=True):

@@ -12,8 +12,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from ddpo_fast.engine.optimizers import flat
 from ddpo_fast.ops.adamw8bit import dequantise, quantise
-from ddpo_fast.optimizers import flat
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # bitsandbytes' names

@@ -8,7 +8,7 @@ from importlib import metadata
 import torch
 
 from ddpo_fast import ops
-from ddpo_fast.attention import chosen_kernels, described
+from ddpo_fast.unet.attention import chosen_kernels, described
 from ddpo_fast.version import __version__
 
 # of Stable Diffusion 1.x; 2.x and XL have 64

@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 
-from ddpo_fast import checkpoint, earlier_run, report, rewards
-from ddpo_fast.command_options import RunArguments
+from ddpo_fast import rewards
+from ddpo_fast.commands import earlier_run
+from ddpo_fast.commands.early_checks import check_can_write
+from ddpo_fast.commands.options import RunArguments
+from ddpo_fast.commands.train import make_pipeline
 from ddpo_fast.config import DDPOConfig
-from ddpo_fast.early_checks import check_can_write
 from ddpo_fast.prompts import draw_prompts, load_prompts
-from ddpo_fast.train_command import make_pipeline
+from ddpo_fast.run_folder import checkpoint, pictures
 
 AT_ONCE = 8
 SAMPLING = ("sample_num_steps", "sample_guidance_scale", "sample_eta", "negative_prompts")
@@ -58,7 +60,7 @@ def run(options: argparse.Namespace) -> None:
         (name, images, rewards.score(reward, images, prompts, metadata)[0].tolist() if reward else None)
         for name, images in (("base", base), ("trained", trained))
     ]
-    report.draw_grid(prompts, rows, path)
+    pictures.draw_grid(prompts, rows, path)
     print(f"drew {path}")
 
 
@@ -72,7 +74,7 @@ def picture_path(options: argparse.Namespace, folder: Path) -> Path:
         while os.path.lexists(path):
             path = folder / f"samples_{next(numbers)}.png"
     path = path.expanduser()
-    report.check_ending(path, "--output")
+    pictures.check_ending(path, "--output")
     if path.is_dir():
         raise ValueError(f"--output is {str(path)!r}, which is a folder: add a file's name")
     if path.exists() and not options.overwrite:

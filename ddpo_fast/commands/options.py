@@ -13,8 +13,8 @@ from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 from transformers import HfArgumentParser
 
 from ddpo_fast.config import DDPOConfig
+from ddpo_fast.config_rules import MOST_RANK
 from ddpo_fast.prompts import PROMPT_LISTS
-from ddpo_fast.rules import MOST_RANK
 
 TRL_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
 # `rewards.REWARDS`, whose module needs torch

@@ -10,7 +10,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ddpo_fast.fuse_unet import fuse_unet
+from ddpo_fast.unet.fused_layers import fuse_unet
 
 MODES = ("none", "selective", "blocks")
 # their fused versions keep their input and nothing else

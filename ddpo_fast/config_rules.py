@@ -161,7 +161,7 @@ CONFLICTS: tuple[tuple[Callable[[Settings], bool], str], ...] = (
         "zero and deepspeed are both set: the file says which stage it wants, leave out zero",
     ),
     (
-        lambda c: c.offload != "none" and c.deepspeed is not None,
+        lambda c: c.offload != "none" and (c.deepspeed is not None or c.launched_with_deepspeed),
         "offload and deepspeed are both set: ask for offload_optimizer in the file",
     ),
     (lambda c: c.offload == "all" and c.zero != 3, "offload is 'all', which needs zero=3: use 'optimizer'"),

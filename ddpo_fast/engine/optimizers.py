@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ddpo_fast.config import DDPOConfig
-from ddpo_fast.host_adamw import HostAdamW8bit
-from ddpo_fast.master_weights import MasterWeights
+from ddpo_fast.engine.host_adamw import HostAdamW8bit
+from ddpo_fast.engine.master_weights import MasterWeights
 
 # elements of a message or of a temporary copy: each costs its way, and 100 MB hide that
 BUCKET = 25_000_000

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 from ddpo_fast.config import DDPOConfig
-from ddpo_fast.loss_scale import PATIENCE
-from ddpo_fast.optimizers import BUCKET
-from ddpo_fast.rules import shown
+from ddpo_fast.config_rules import shown
+from ddpo_fast.engine.loss_scale import PATIENCE
+from ddpo_fast.engine.optimizers import BUCKET
 
 
 def zero_settings(config: DDPOConfig, precision: str, given: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -148,6 +148,12 @@ def _without_auto(settings: dict[str, Any]) -> dict[str, Any]:
         for name, value in settings.items()
         if value != "auto"
     }
+
+
+def accelerate_settings(accelerator: Accelerator) -> dict[str, Any] | None:
+    """DeepSpeed's settings that `accelerate launch` was given, or None."""
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    return None if plugin is None else plugin.deepspeed_config
 
 
 def prepare_communication(accelerator: Accelerator) -> None:

@@ -14,10 +14,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ddpo_fast import checkpoint, recorded
-from ddpo_fast.command_options import BUILT_IN_REWARDS, LORA_OPTIONS, TRL_TARGETS, RunArguments
+from ddpo_fast.commands.options import BUILT_IN_REWARDS, LORA_OPTIONS, TRL_TARGETS, RunArguments
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.prompts import existing
+from ddpo_fast.run_folder import checkpoint, recorded_settings
 
 FUNCTIONS = ("reward", "prompts")
 # settings of other programs, which can name files and addresses, and what leaves this machine
@@ -103,7 +103,7 @@ def read(named: str) -> EarlierRun:
     # as it is named: a link in there to another run's checkpoints is to be seen
     folder = checkpoint.run_folder(named)
     settings = checkpoint.read_state(found) if found is not None else _read_config(folder / "config.json")
-    problem = recorded.problem_with(settings)
+    problem = recorded_settings.problem_with(settings)
     if problem or "config" not in settings:
         raise ValueError(f"{named!r} does not say its settings: {problem or 'they are damaged'}, start another run")
     known = {f.name for f in fields(RunArguments)} | {f.name for f in fields(DDPOConfig)}

@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from ddpo_fast import files, recorded
-from ddpo_fast.plain import pack, unpack
-from ddpo_fast.plugin import place_of, told
-from ddpo_fast.processes import together
+from ddpo_fast.processes import raise_on_all
+from ddpo_fast.run_folder import files, recorded_settings
+from ddpo_fast.run_folder.plain_data import pack, unpack
+from ddpo_fast.user_functions import place_of, told
 
 STATE, TRAINING = "state.json", "training.pt"
 PREFIX = "checkpoint_"
@@ -81,7 +81,7 @@ def save(
 
     try:
         for part in (begin, write, finish):
-            together(accelerator, part)
+            raise_on_all(accelerator, part)
     except Exception as error:
         if main:
             shutil.rmtree(aside, ignore_errors=True)
@@ -261,7 +261,7 @@ def _parsed_state(checkpoint: Path) -> dict[str, Any]:
         raise ValueError(f"{checkpoint} has format {state.get('format')!r}; this version reads format {FORMAT}")
     if missing := [name for name in NEEDED if name not in state]:
         raise ValueError(f"{checkpoint} cannot be read: its {STATE} does not say {missing[0]!r}")
-    if problem := recorded.problem_with(state):
+    if problem := recorded_settings.problem_with(state):
         raise ValueError(f"{checkpoint} cannot be read: its {STATE} is damaged ({problem})")
     if SEAL in state and (state[SEAL] != _seal(state) or not text.endswith("\n")):
         raise ValueError(f"{checkpoint} cannot be read: its {STATE} is damaged, or was changed by hand")

@@ -10,15 +10,14 @@ from dataclasses import dataclass
 
 import torch
 
+from ddpo_fast.batch_sizes import MOST_ROWS, batches_to_merge, equal_parts
 from ddpo_fast.config import DDPOConfig
-from ddpo_fast.footprint import Footprint
-from ddpo_fast.memory import MOST_ROWS, batches_to_merge, equal_parts
-from ddpo_fast.optimizers import buckets
+from ddpo_fast.device_memory import CUDA_CONTEXT, GB
+from ddpo_fast.engine import buckets
+from ddpo_fast.plan.footprint import Footprint
 
-GB = 10**9
-# Not measured: no run on a GPU has stood behind these. The CUDA context with PyTorch's kernels lies outside of the
-# allocator; workspaces of cuBLAS and cuDNN lie inside, and cuDNN makes do with less where there is no more.
-CUDA_CONTEXT = 500_000_000
+# Not measured yet on a GPU: workspaces of cuBLAS and cuDNN, inside PyTorch's allocator. cuDNN makes do with less where
+# there is no more.
 CUDA_WORKSPACES = 300_000_000
 # images that `ddpo-fast train` draws before and after, all at once
 SHOWN_IMAGES = 8

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ddpo_fast.host_adamw import HostAdamW8bit
-from ddpo_fast.master_weights import MasterWeights
-from ddpo_fast.optimizers import buckets, flat, training_only
+from ddpo_fast.engine.host_adamw import HostAdamW8bit
+from ddpo_fast.engine.master_weights import MasterWeights
+from ddpo_fast.engine.optimizers import buckets, flat, training_only
 
 
 class Offload:

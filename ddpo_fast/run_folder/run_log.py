@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ddpo_fast import checkpoint, folder_lock, report
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.health import Health
-from ddpo_fast.metrics import MetricsFile, tracker_config
-from ddpo_fast.processes import the_main_one
+from ddpo_fast.processes import from_main_process
+from ddpo_fast.run_folder import checkpoint, folder_lock, pictures
+from ddpo_fast.run_folder.metrics_file import MetricsFile
+from ddpo_fast.run_folder.trackers import tracker_config
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ class RunLog:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 # what another run began to write since is seen once the folder is locked
                 problem = folder_lock.lock(self.folder) or (folder_problem(self.folder) if is_new else "")
-        if problem := the_main_one(self.accelerator, problem):
+        if problem := from_main_process(self.accelerator, problem):
             raise ValueError(problem)
 
     def start_trackers(self, resumed_step: int | None) -> None:
@@ -121,7 +122,7 @@ class RunLog:
     def draw(self) -> None:
         """`rewards.png`."""
         if self.accelerator.is_main_process:
-            report.attempt(report.draw_rewards, self.metrics.read(), self.folder / "rewards.png")
+            pictures.attempt(pictures.draw_rewards, self.metrics.read(), self.folder / "rewards.png")
 
     def _write(self, record: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
@@ -157,12 +158,12 @@ def claimed_folder(config: DDPOConfig, accelerator: Accelerator, folder: Path) -
     """`folder`, or where nobody chose it, one like it that no other run of the same second has."""
     if not (config.output_dir or config.project_kwargs.get("project_dir") or config.resume_from or config.run_name):
         made = str(folder_lock.make_new(folder)) if accelerator.is_main_process else ""
-        folder = Path(the_main_one(accelerator, made))
+        folder = Path(from_main_process(accelerator, made))
         accelerator.project_configuration.project_dir = str(folder)
         if "logging_dir" not in config.project_kwargs:
             accelerator.project_configuration.logging_dir = str(folder)
     # the default folder carries a time, which must be the main process's
-    return Path(the_main_one(accelerator, str(folder)))
+    return Path(from_main_process(accelerator, str(folder)))
 
 
 def output_folder(config: DDPOConfig) -> Path:

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from ddpo_fast import checkpoint, report
-from ddpo_fast.processes import the_main_one
+from ddpo_fast.processes import from_main_process
+from ddpo_fast.run_folder import checkpoint, pictures
 from ddpo_fast.trainer import DDPOTrainer
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class Comparison:
         """Draws the two rows; returns the picture's path."""
         path = folder / f"{self.name}_after.png"
         rows = [(self.label, self.images, self.rewards), ("after", images, rewards)]
-        report.draw_grid(prompts, [(name, images, scores.tolist()) for name, images, scores in rows], path)
+        pictures.draw_grid(prompts, [(name, images, scores.tolist()) for name, images, scores in rows], path)
         return path
 
 
@@ -55,7 +55,7 @@ def begin(trainer: DDPOTrainer, prompts: tuple[str, ...], metadata: tuple[Any, .
     wanted = {"prompts": list(prompts), "settings": settings}
     is_main = trainer.accelerator.is_main_process
     # all draw, or none: what they read may differ
-    found = the_main_one(trainer.accelerator, _kept(trainer, wanted) if is_main else None)
+    found = from_main_process(trainer.accelerator, _kept(trainer, wanted) if is_main else None)
     if found is not None:
         return found
     name = BEFORE if trainer.first_epoch == 0 else f"epoch_{trainer.first_epoch}"

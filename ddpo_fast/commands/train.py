@@ -10,14 +10,16 @@ from typing import Any
 
 import torch
 
-from ddpo_fast import checkpoint, comparison, earlier_run, plan_command, report, rewards
-from ddpo_fast.command_options import RunArguments, check_given, filled, given_options, train_parser
+from ddpo_fast import rewards
+from ddpo_fast.commands import before_after, earlier_run, plan
+from ddpo_fast.commands.early_checks import check_before_loading, try_reward
+from ddpo_fast.commands.options import RunArguments, check_given, filled, given_options, train_parser
 from ddpo_fast.config import DDPOConfig
-from ddpo_fast.early_checks import check_before_loading, try_reward
 from ddpo_fast.pipeline import DefaultDDPOStableDiffusionPipeline
 from ddpo_fast.prompts import PromptFunction, draw_prompts, existing, load_prompts
 from ddpo_fast.resumption import refuse_changes
-from ddpo_fast.run_log import new_folder, output_folder
+from ddpo_fast.run_folder import checkpoint, pictures
+from ddpo_fast.run_folder.run_log import new_folder, output_folder
 from ddpo_fast.trainer import DDPOTrainer
 
 SHOWN_PROMPTS = 8
@@ -36,7 +38,7 @@ def run(arguments: Sequence[str]) -> None:
     shown = distinct_prompts(prompt_function, SHOWN_PROMPTS)
     try_reward(reward_function, shown, configs.image_size)
     if config.auto_memory:
-        plan_command.apply_auto_memory(options, config, "cuda" if torch.cuda.is_available() else "cpu")
+        plan.apply_auto_memory(options, config, "cuda" if torch.cuda.is_available() else "cpu")
     trainer = DDPOTrainer(config, reward_function, prompt_function, make_pipeline(options))
     trainer.run_settings.update(function_settings(options))
     trainer.run_log.write_config(trainer.run_settings)
@@ -47,18 +49,18 @@ def run(arguments: Sequence[str]) -> None:
 
     say(config.batch_arithmetic(trainer.accelerator.num_processes))
     say(f"writing to {trainer.output_dir}")
-    before = comparison.begin(trainer, *shown)
+    before = before_after.begin(trainer, *shown)
     trainer.train()
     with trainer.finishing():
         # what was trained is safe before anything else is tried
         trainer.save_model()
         images, scores = trainer.evaluate(*shown)
-        drawn = trainer.accelerator.is_main_process and report.attempt(
+        drawn = trainer.accelerator.is_main_process and pictures.attempt(
             before.draw, trainer.output_dir, shown[0], images, scores
         )
     say(f"reward of the shown images: {before.rewards.mean():.3f} {before.label}, {scores.mean():.3f} after")
-    pictures = f"see {drawn.name} and rewards.png in {trainer.output_dir}; " if drawn else ""
-    say(f"{pictures}the model is in {trainer.output_dir / 'final'}")
+    where = f"see {drawn.name} and rewards.png in {trainer.output_dir}; " if drawn else ""
+    say(f"{where}the model is in {trainer.output_dir / 'final'}")
     if config.push_to_hub:
         say(f"pushed to {trainer.push_to_hub()}")
     trainer.accelerator.end_training()

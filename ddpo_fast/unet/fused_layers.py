@@ -18,12 +18,12 @@ from diffusers.models.upsampling import Upsample2D
 from peft.tuners import lora
 from torch import nn
 
-from ddpo_fast.attention import SDPAProcessor, is_plain
 from ddpo_fast.ops.frozen import frozen_conv2d
 from ddpo_fast.ops.geglu import geglu
 from ddpo_fast.ops.groupnorm_silu import groupnorm_silu
 from ddpo_fast.ops.linear import linear, onednn_is_faster
 from ddpo_fast.ops.lora_linear import lora_linear
+from ddpo_fast.unet.attention import SDPAProcessor, is_plain
 
 # PyTorch's kernel for channels_last counts its output's elements in an int32
 MOST_UPSAMPLED = 2**31 - 1

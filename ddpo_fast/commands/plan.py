@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 
-from ddpo_fast.command_options import RunArguments, check_given, filled, given_options
+from ddpo_fast.commands.options import RunArguments, check_given, filled, given_options
 from ddpo_fast.config import DDPOConfig
+from ddpo_fast.device_memory import CUDA_CONTEXT, GB
 from ddpo_fast.engine import compute_dtype
-from ddpo_fast.fit import MARGIN, Choice, choose
-from ddpo_fast.footprint import Adapter, Footprint
 from ddpo_fast.model_configs import ModelConfigs, check_model
-from ddpo_fast.plan import CUDA_CONTEXT, CUDA_WORKSPACES, GB
+from ddpo_fast.plan import CUDA_WORKSPACES, MARGIN, Adapter, Choice, Footprint, choose
 
 
 def run(options: argparse.Namespace, arguments: Sequence[str]) -> None:

@@ -9,15 +9,16 @@ from typing import Any
 
 import torch
 
-from ddpo_fast import checkpoint, cuda_graphs, ops, rewards
-from ddpo_fast.attention import attention_problem
-from ddpo_fast.command_options import RunArguments
+from ddpo_fast import cuda_graphs, ops, rewards
+from ddpo_fast.commands.options import RunArguments
 from ddpo_fast.config import DDPOConfig
+from ddpo_fast.engine import zero_settings
 from ddpo_fast.hub import push_problem
 from ddpo_fast.model_configs import ModelConfigs, check_model
 from ddpo_fast.processes import launch_problem
-from ddpo_fast.run_log import folder_problem, output_folder
-from ddpo_fast.zero_settings import zero_settings
+from ddpo_fast.run_folder import checkpoint
+from ddpo_fast.run_folder.run_log import folder_problem, output_folder
+from ddpo_fast.unet.attention import attention_problem
 
 
 def check_before_loading(run: RunArguments, config: DDPOConfig) -> ModelConfigs:

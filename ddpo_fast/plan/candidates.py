@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
+from ddpo_fast.batch_sizes import equal_parts
 from ddpo_fast.config import DDPOConfig
-from ddpo_fast.footprint import Footprint
-from ddpo_fast.memory import equal_parts
-from ddpo_fast.plan import GB, SHOWN_IMAGES, Plan, merged_batches_of, pairs_of, predict
+from ddpo_fast.device_memory import GB
+from ddpo_fast.plan.footprint import Footprint
+from ddpo_fast.plan.phases import SHOWN_IMAGES, Plan, merged_batches_of, pairs_of, predict
 
 # of the capacity: fragments of the allocator, and what the prediction does not see
 MARGIN = 0.05

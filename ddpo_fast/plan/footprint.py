@@ -17,13 +17,13 @@ from peft import LoraConfig
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from ddpo_fast import sampler
-from ddpo_fast.attention import SDPAProcessor, is_plain
-from ddpo_fast.fuse_unet import faster_layers, fuse_unet
-from ddpo_fast.live_bytes import Trace, trace
 from ddpo_fast.model_configs import ModelConfigs
+from ddpo_fast.plan.live_bytes import Trace, trace
 from ddpo_fast.prompt_embeddings import ENCODED_AT_ONCE
-from ddpo_fast.recompute import set_recompute
-from ddpo_fast.unet_cache import UNetCache, cache_problem
+from ddpo_fast.unet.attention import SDPAProcessor, is_plain
+from ddpo_fast.unet.fused_layers import faster_layers, fuse_unet
+from ddpo_fast.unet.gradient_checkpointing import set_recompute
+from ddpo_fast.unet.sampling_cache import UNetCache, cache_problem
 
 
 @dataclass(frozen=True)

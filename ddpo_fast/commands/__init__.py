@@ -1,0 +1,1 @@
+"""The commands of `ddpo-fast`, and what each does before anything expensive starts."""

@@ -1,0 +1,59 @@
+"""metrics.jsonl: one line for each update and each epoch."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one JSON object a line, written whole, never rewritten except for what a kill left over.
+
+    It is a record, which nothing is computed from: damage costs the lines that it hit, and a warning.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, record: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def read(self) -> list[dict[str, Any]]:
+        if not self.path.exists():
+            return []
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+        records = [record for record in map(_parsed, lines) if record]
+        if lost := len(lines) - len(records):
+            logger.warning("%s is damaged: %d of its %d lines are left out", self.path, lost, len(lines))
+        return records
+
+    def size(self) -> int:
+        """Bytes so far: a checkpoint remembers them."""
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    def cut(self, size: int) -> None:
+        """Drops what was written after `size` bytes, as a resumed run writes those lines again, and a broken last line.
+
+        A file that is shorter, or gone, stays so: made longer it would be filled with zeros.
+        """
+        if (present := self.size()) < size:
+            logger.warning("%s has lost records: %d bytes of %d are left", self.path, present, size)
+        if not present:
+            return
+        with self.path.open("r+b") as file:
+            file.truncate(min(size, present))
+            whole = file.read()
+            file.truncate(whole.rfind(b"\n") + 1)
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and "kind" in record else None

@@ -1,0 +1,1 @@
+"""Changes how a diffusers UNet computes, and not what."""
