@@ -220,6 +220,16 @@ class DDPOConfig:
         """Whether a training forward has two rows per pair, as `sample_guidance_scale` <= 1 means no guidance."""
         return self.train_cfg and self.sample_guidance_scale > 1
 
+    @property
+    def rows_per_image(self) -> int:
+        """Rows of the UNet's batch for an image while sampling: guidance takes one without the prompt beside it."""
+        return 2 if self.sample_guidance_scale > 1 else 1
+
+    @property
+    def rows_per_pair(self) -> int:
+        """Rows of the UNet's batch for an (image, timestep) pair in training."""
+        return 2 if self.guides_training else 1
+
     def batch_arithmetic(self, num_processes: int = 1) -> str:
         """One paragraph for a person: how many images, pairs and updates an epoch has."""
         images = self.sample_batch_size * self.sample_num_batches_per_epoch * num_processes
