@@ -31,6 +31,8 @@ def place_networks(
     Returns what the pipeline wants to have trained.
     """
     device, dtype = accelerator.device, compute_dtype(config.mixed_precision)
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
     if config.gpu_memory is not None and device.type == "cuda":
         limit_memory(config.gpu_memory, device)
     for frozen in (pipeline.vae, pipeline.text_encoder):
@@ -69,6 +71,14 @@ def place_networks(
     if config.compile_unet:
         pipeline.unet.compile()
     return layers
+
+
+def compute_precision(pipeline: Any, config: DDPOConfig) -> str | None:
+    """What the trained network computes in: 'no', 'fp16' or 'bf16'.
+
+    A pipeline with an autocast of its own computes in that, from weights in fp32.
+    """
+    return "no" if pipeline.autocast is not None else config.mixed_precision
 
 
 def trainable_parameters(layers: Any) -> list[nn.Parameter]:
