@@ -331,7 +331,7 @@ def test_a_cache_computes_its_layers_once_per_rollout(make_trainer):
 
 
 def test_what_cannot_be_cached_says_why():
-    from test_fuse_unet import make_unet
+    from test_fused_layers import make_unet
 
     assert cache_problem(make_unet("sd15")) == ""
     assert "add_embedding" in cache_problem(make_unet("sdxl"))

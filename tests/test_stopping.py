@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from test_resume import flat, untimed
+from test_resumption import flat, untimed
 from tiny_run import SETTINGS, Prompts, brightness, forget_accelerate_state
 
 from ddpo_fast import DDPOConfig
