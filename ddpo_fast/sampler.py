@@ -16,7 +16,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch.utils.checkpoint import checkpoint
 
 from ddpo_fast import ops
-from ddpo_fast.ddim import NoiseSchedule
+from ddpo_fast.ddim import DDIMCoefficients
 from ddpo_fast.offload_frozen import awake
 
 # An image of 512 x 512 takes about a gigabyte while it is decoded in half precision, and eight keep a GPU busy.
@@ -172,7 +172,7 @@ def step_taker(
 
     `predict` is given [B, C, H, W] rows, or twice as many with guidance.
     """
-    table = NoiseSchedule.of(pipe.scheduler, eta, pipe.unet.device).table
+    table = DDIMCoefficients.of(pipe.scheduler, eta, pipe.unet.device).table
 
     def take_step(rows: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, i: int) -> ops.Step:
         output = predict(pipe.scheduler.scale_model_input(rows, t), t, i)

@@ -23,7 +23,7 @@ from ddpo_fast import cuda_graphs, ops, rewards
 from ddpo_fast.advantages import PerPromptStatTracker, batch_advantages
 from ddpo_fast.batch_sizes import Sizes
 from ddpo_fast.config import DDPOConfig
-from ddpo_fast.ddim import NoiseSchedule
+from ddpo_fast.ddim import DDIMCoefficients
 from ddpo_fast.device_memory import is_out_of_memory
 from ddpo_fast.engine import make_engine, make_optimizer
 from ddpo_fast.health import SampleHealth, check_images
@@ -496,7 +496,7 @@ class DDPOTrainer(Resumption, HubModel):
 
     def _noise_table(self) -> torch.Tensor:
         scheduler, device = self.sd_pipeline.scheduler, self.accelerator.device
-        return NoiseSchedule.of(scheduler, self.config.sample_eta, device).table
+        return DDIMCoefficients.of(scheduler, self.config.sample_eta, device).table
 
     def _unet_output(self, latents: torch.Tensor, timesteps: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
         copies = 2 if self.config.guides_training else 1
