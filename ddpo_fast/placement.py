@@ -15,9 +15,7 @@ from ddpo_fast.engine import compute_dtype, exact_weights
 from ddpo_fast.measured import Measured
 from ddpo_fast.offload_frozen import sleep
 from ddpo_fast.processes import from_main_process
-from ddpo_fast.unet.attention import set_attention
-from ddpo_fast.unet.fused_layers import FusedLoraLinear, faster_layers, fuse_unet
-from ddpo_fast.unet.gradient_checkpointing import set_recompute
+from ddpo_fast.unet import FusedLoraLinear, faster_layers, fuse_unet, set_attention, set_gradient_checkpointing
 
 
 def place_networks(
@@ -63,7 +61,7 @@ def place_networks(
             # DeepSpeed sends and flattens contiguous weights only
             pipeline.unet.to(memory_format=torch.channels_last)
         fuse_unet(pipeline.unet, layers_that_pay)
-    set_recompute(pipeline.unet, config.gradient_checkpointing)
+    set_gradient_checkpointing(pipeline.unet, config.gradient_checkpointing)
     if config.vae_slicing:
         pipeline.vae.enable_slicing()
     if config.vae_tiling:

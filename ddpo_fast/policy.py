@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ddpo_fast import ops
 from ddpo_fast.config import DDPOConfig
-from ddpo_fast.ddim import NoiseSchedule
+from ddpo_fast.ddim import DDIMCoefficients
 from ddpo_fast.engine import Engine
 from ddpo_fast.prompt_embeddings import PromptEmbeddings
 
@@ -71,7 +71,7 @@ class Policy:
     @property
     def noise_table(self) -> Tensor:
         """[K, 3] on the device: (c_x, c_m, sigma) of the step from each timestep of the scheduler."""
-        return NoiseSchedule.of(self.pipeline.scheduler, self.config.sample_eta, self.device).table
+        return DDIMCoefficients.of(self.pipeline.scheduler, self.config.sample_eta, self.device).table
 
     @contextmanager
     def computing(self) -> Iterator[None]:

@@ -24,7 +24,7 @@ from ddpo_fast.prompts import PromptFunction, draw_prompts
 from ddpo_fast.sample_ahead import Stopped
 from ddpo_fast.sampler import DenoisingChain, decode
 from ddpo_fast.trajectory import Trajectory
-from ddpo_fast.unet.sampling_cache import UNetCache, cache_problem
+from ddpo_fast.unet import UNetCache, cache_problem
 
 
 @dataclass(frozen=True)

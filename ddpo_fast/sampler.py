@@ -16,7 +16,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch.utils.checkpoint import checkpoint
 
 from ddpo_fast import ops
-from ddpo_fast.ddim import NoiseSchedule
+from ddpo_fast.ddim import DDIMCoefficients
 from ddpo_fast.offload_frozen import awake
 from ddpo_fast.policy import latent_shape, unet_output
 
@@ -77,7 +77,7 @@ class DenoisingChain:
         self.guidance_scale = guidance_scale
         self.guidance_rescale = guidance_rescale
         self.cross_attention_kwargs = cross_attention_kwargs
-        self.table = NoiseSchedule.of(pipe.scheduler, eta, pipe.unet.device).table
+        self.table = DDIMCoefficients.of(pipe.scheduler, eta, pipe.unet.device).table
 
     def predict(self, rows: torch.Tensor, t: torch.Tensor, i: int) -> torch.Tensor:
         """The UNet's output for the rows of step i, [B, C, H, W], or twice as many with guidance."""
