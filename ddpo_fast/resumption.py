@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import set_seed
 
 from ddpo_fast import health
-from ddpo_fast.processes import from_main_process
+from ddpo_fast.processes import broadcast_from_main
 from ddpo_fast.run_folder import checkpoint
 from ddpo_fast.worker_threads import WorkerThreads
 
@@ -130,12 +130,12 @@ class Resumption:
     # a checkpoint that is gone on from
 
     def _resume(self, resume: Path | None, state: dict[str, Any]) -> None:
-        in_place = checkpoint.goes_on_in(self.output_dir, self.config.resume_from)
+        in_place = checkpoint.continues_in(self.output_dir, self.config.resume_from)
         self.run_log.resume(state, in_place)
         if resume is None:
             logger.warning("%s has no checkpoint yet: the run starts from the beginning", self.config.resume_from)
             return
-        checkpoint.check_same_part(resume, state["trained"], self._trained_part())
+        checkpoint.check_trained_weights_match(resume, state["trained"], self._trained_part())
         refuse_changes(self.config.resume_from, state, self._run_settings(), in_place)
         if state["epochs"] >= self.config.num_epochs:
             logger.warning(
@@ -146,8 +146,8 @@ class Resumption:
                 self.config.num_epochs,
             )
         if in_place and self.accelerator.is_main_process:
-            checkpoint.set_aside_later(resume)
-            checkpoint.forget_last_epoch(self._checkpoints)
+            checkpoint.mark_later_superseded(resume)
+            checkpoint.discard_last_epoch(self._checkpoints)
         self.config.resume_from = str(resume)
         self._load(resume, state)
 
@@ -159,7 +159,7 @@ class Resumption:
                 checkpoint.verify(resume)
             except ValueError as error:
                 problem = str(error)
-        if problem := from_main_process(self.accelerator, problem):
+        if problem := broadcast_from_main(self.accelerator, problem):
             raise ValueError(problem)
 
     def _load(self, resume: Path, state: dict[str, Any]) -> None:
@@ -199,7 +199,7 @@ class Resumption:
         if is_last:
             self._save(epochs)
             return
-        if from_main_process(self.accelerator, self._keeping_s > max(5.0, 0.05 * self._epoch_s)):
+        if broadcast_from_main(self.accelerator, self._keeping_s > max(5.0, 0.05 * self._epoch_s)):
             return
         started = time.monotonic()
         self._save(epochs, checkpoint.LAST_EPOCH)
@@ -226,14 +226,14 @@ class Resumption:
         self.executor = WorkerThreads(self.executor.count, self.executor.name)
         if not self.accelerator.is_main_process:
             return
-        with self.interruption.deaf():
-            checkpoint.keep_last_epoch(self._checkpoints)
+        with self.interruption.suppressed():
+            checkpoint.promote_last_epoch(self._checkpoints)
             if isinstance(error, Exception):
                 return
             self._say_how_to_go_on(f"in epoch {self.first_epoch + 1}")
 
     def _say_how_to_go_on(self, stopped: str) -> None:
-        found = checkpoint.numbered(self._checkpoints)
+        found = checkpoint.list_in(self._checkpoints)
         there = f"{found[-1]} is there" if found else "there is no checkpoint yet"
         print(f"\nstopped {stopped}, {there}: go on with --resume_from {self.output_dir}", file=sys.stderr, flush=True)
 
@@ -251,7 +251,7 @@ class Resumption:
     def _begin_epoch_again(self) -> None:
         """Back to the start of the epoch that was broken off, if its updates had begun."""
         if self.accelerator.is_main_process:
-            self.run_log.metrics.cut(self._whole_bytes)
+            self.run_log.metrics.truncate(self._whole_bytes)
         if not self._is_updating:
             return
         if not self.engine.can_begin_again:
@@ -276,7 +276,7 @@ class Resumption:
         states = checkpoint.function_states(self._stateful_functions())
         with self.engine.exact():
             if self.accelerator.is_main_process:
-                checkpoint.try_saving(self._checkpoints, states, self._write_weights)
+                checkpoint.trial_save(self._checkpoints, states, self._write_weights)
         self._is_proved = True
 
     def _write_weights(self, folder: Path) -> None:
@@ -298,7 +298,7 @@ class Resumption:
         return self.sd_pipeline.unet if isinstance(self.trainable_layers, list) else self.trainable_layers
 
     def _trained_part(self) -> dict[str, Any]:
-        return checkpoint.trained_part(self._model().named_parameters())
+        return checkpoint.describe_trained_weights(self._model().named_parameters())
 
     def _run_settings(self) -> dict[str, Any]:
         raise NotImplementedError

@@ -34,12 +34,12 @@ from ddpo_fast.pipeline import DDPOStableDiffusionPipeline, DefaultDDPOStableDif
 from ddpo_fast.placement import place_networks, trainable_parameters
 from ddpo_fast.ppo import LOOKING_PAYS, PPO
 from ddpo_fast.processes import (
-    from_main_process,
+    all_reduce_min,
+    broadcast_from_main,
     launch_problem,
-    launched,
-    least_of_all,
     make_accelerator,
-    raise_on_all,
+    run_or_raise_on_all,
+    with_launch_settings,
 )
 from ddpo_fast.prompt_embeddings import PromptEmbeddings
 from ddpo_fast.prompts import PromptFunction
@@ -47,7 +47,7 @@ from ddpo_fast.resumption import Resumption, base_digest, described
 from ddpo_fast.reward_random import RewardRandom
 from ddpo_fast.rollout import Batch, PipelineRollout, Rollout
 from ddpo_fast.run_folder import checkpoint
-from ddpo_fast.run_folder.run_log import RunLog, claimed_folder, output_folder
+from ddpo_fast.run_folder.run_log import RunLog, agree_on_folder, output_folder
 from ddpo_fast.run_folder.trackers import first_tracker
 from ddpo_fast.sample_ahead import ahead
 from ddpo_fast.sampler import latent_shape
@@ -101,18 +101,18 @@ class DDPOTrainer(Resumption, HubModel):
         if torch.cuda.is_available():
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
         ops.require_backend(config.kernel_backend, self.accelerator.device.type)
-        self.settings = launched(config, self.accelerator)
+        self.settings = with_launch_settings(config, self.accelerator)
         self.base = base_digest(sd_pipeline)
-        self.measured = Measured(from_main_process(self.accelerator, Measured.of_run(state, self._run_settings())))
+        self.measured = Measured(broadcast_from_main(self.accelerator, Measured.of_run(state, self._run_settings())))
         self.measured.keep_threads()
         self._check_launch()
         okay, message = self._config_check()
         if not okay:
             raise ValueError(message)
         self._verified(resume)
-        self.output_dir = claimed_folder(config, self.accelerator, folder)
+        self.output_dir = agree_on_folder(config, self.accelerator, folder)
         self.run_log = RunLog(config, self.accelerator, self.output_dir)
-        self.run_log.claim_folder(not checkpoint.goes_on_in(self.output_dir, config.resume_from))
+        self.run_log.lock_folder(not checkpoint.continues_in(self.output_dir, config.resume_from))
         self.run_log.start_trackers(state.get("global_step"))
         set_seed(config.seed, device_specific=True)
         sd_pipeline.set_progress_bar_config(
@@ -136,7 +136,7 @@ class DDPOTrainer(Resumption, HubModel):
             config.per_prompt_stat_tracking_buffer_size, config.per_prompt_stat_tracking_min_count
         )
         # for rewards that may be called from several threads
-        self.executor = WorkerThreads(config.max_workers, rewards.WORKERS)
+        self.executor = WorkerThreads(config.max_workers, rewards.WORKER_NAME)
         self.interruption, self.reward_random, self.sample_health = Interruption(), RewardRandom(), SampleHealth()
         self._sampled_at = 0.0
         self.sizes = self._make_sizes()
@@ -217,7 +217,7 @@ class DDPOTrainer(Resumption, HubModel):
             self._computing,
             self.engine.bytes_before_first_step,
             self.measured,
-            lambda value: least_of_all(self.accelerator, value),
+            lambda value: all_reduce_min(self.accelerator, value),
         )
 
     def _make_rollout(self) -> Rollout | PipelineRollout:
@@ -304,7 +304,7 @@ class DDPOTrainer(Resumption, HubModel):
             raise
         finally:
             self.reward_random.end()
-        raise_on_all(self.accelerator, self.sample_health.check)
+        run_or_raise_on_all(self.accelerator, self.sample_health.check)
         self.interruption.check()
         return found
 
@@ -315,13 +315,13 @@ class DDPOTrainer(Resumption, HubModel):
             sampled = self._now()
             is_async = self.config.async_reward_computation
             self.reward_random.begin()
-            scored = raise_on_all(self.accelerator, lambda: self.compute_rewards(batches, is_async))
+            scored = run_or_raise_on_all(self.accelerator, lambda: self.compute_rewards(batches, is_async))
             return samples, batches, scored, sampled
         # TRL calls rewards in the caller's thread, and so do we unless they may be called from several
         executor = self.executor if self.config.async_reward_computation else None
         scoring = rewards.Scoring(self.reward_fn, executor, self.accelerator.num_processes == 1)
         samples, batches = self._generate_samples(*sizes, scoring)
-        scored = raise_on_all(self.accelerator, lambda: scoring.results(batches))
+        scored = run_or_raise_on_all(self.accelerator, lambda: scoring.results(batches))
         return samples, batches, self._collected(scored), self._sampled_at
 
     @property
@@ -365,7 +365,7 @@ class DDPOTrainer(Resumption, HubModel):
         # the latents are the largest thing that an epoch leaves, and now they are there twice
         del samples
         all_rewards = self.accelerator.gather(torch.cat(batch_rewards))
-        self.run_log.rewards(epoch, global_step, all_rewards)
+        self.run_log.log_rewards(epoch, global_step, all_rewards)
         trajectory = trajectory.with_advantages(self._advantages(trajectory.prompts, all_rewards))
         scored = time.monotonic()
         global_step = self._train_on(trajectory, epoch, global_step)
@@ -376,7 +376,7 @@ class DDPOTrainer(Resumption, HubModel):
             "train_s": ended - scored,
             "images_per_s": len(all_rewards) / (ended - started),
         }
-        self.run_log.epoch(epoch, global_step, all_rewards, timings)
+        self.run_log.log_epoch(epoch, global_step, all_rewards, timings)
         self._epoch_is_whole(epoch + 1, global_step)
         if (epoch + 1) % self.config.save_freq == 0:
             self._save(epoch + 1)
@@ -422,7 +422,7 @@ class DDPOTrainer(Resumption, HubModel):
                     metrics.pop("ratio_drift", None)
                 updates.append(metrics)
                 self.interruption.check()
-        infos = self.run_log.updates(updates, epoch, inner_epoch, global_step)
+        infos = self.run_log.log_updates(updates, epoch, inner_epoch, global_step)
         self._dead_shares += [info.get("dead", 0.0) for info in infos]
         return global_step + len(updates)
 
@@ -548,7 +548,7 @@ class DDPOTrainer(Resumption, HubModel):
                     print(f"epoch {epoch + 1}/{left.stop}: {self.run_log.summary}", file=sys.stderr, flush=True)
                 if (epoch + 1) % self.config.save_freq:
                     self._save_between(epoch + 1, epoch + 1 == left.stop)
-        self.run_log.draw()
+        self.run_log.draw_reward_curve()
         self.accelerator.wait_for_everyone()
 
     # records
@@ -595,7 +595,7 @@ class DDPOTrainer(Resumption, HubModel):
             "dead_shares": self._dead_shares,
             **checkpoint.function_states({"stat_tracker": self.stat_tracker, **self._stateful_functions()}),
         }
-        with self.interruption.held(), self.engine.exact():
+        with self.interruption.deferred(), self.engine.exact():
             checkpoint.save(
                 self._checkpoints,
                 self.accelerator,
