@@ -20,7 +20,7 @@ from ddpo_fast.device_memory import free_bytes
 from ddpo_fast.engine import Engine
 from ddpo_fast.measured import Measured
 from ddpo_fast.policy import Policy
-from ddpo_fast.processes import least_of_all
+from ddpo_fast.processes import all_reduce_min
 
 # More rows gain nothing: NeMo's ControlNet gains 1.26 times from 8 to 32 images on an A100, and the bundled model on a
 # CPU 1.35 times from 6 to 48 rows and nothing beyond.
@@ -86,7 +86,7 @@ class BatchSizes:
         """Free memory of the device, less what the first update is yet to allocate; the least of all processes, as
         they must split their work alike."""
         free = free_bytes(self.accelerator.device, self.accelerator.num_processes, self.config.gpu_memory)
-        free = least_of_all(self.accelerator, max(0, free - self.engine.bytes_before_first_step()))
+        free = all_reduce_min(self.accelerator, max(0, free - self.engine.bytes_before_first_step()))
         # a recorded micro-batch keeps its activations, and one of another size needs its own
         return free // 2 if self.config.cuda_graphs else free
 

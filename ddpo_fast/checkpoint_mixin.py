@@ -73,7 +73,7 @@ class CheckpointMixin:
             **checkpoint.function_states({"stat_tracker": self.stat_tracker, **self._stateful_functions()}),
         }
         limit = self.config.project_kwargs.get("total_limit") or self.config.num_checkpoint_limit
-        with self.interruption.held(), self.engine.exact():
+        with self.interruption.deferred(), self.engine.exact():
             checkpoint.save(
                 self.progress.checkpoints,
                 self.accelerator,
@@ -136,7 +136,7 @@ class CheckpointMixin:
         states = checkpoint.function_states(self._stateful_functions())
         with self.engine.exact():
             if self.accelerator.is_main_process:
-                checkpoint.try_saving(self.progress.checkpoints, states, self._write_weights)
+                checkpoint.trial_save(self.progress.checkpoints, states, self._write_weights)
         self._can_be_saved = True
 
     def _write_weights(self, folder: Path) -> None:
@@ -155,7 +155,7 @@ class CheckpointMixin:
         return self.sd_pipeline.unet if isinstance(self.trainable_layers, list) else self.trainable_layers
 
     def _trained_part(self) -> dict[str, Any]:
-        return checkpoint.trained_part(self._trained_model.named_parameters())
+        return checkpoint.describe_trained_weights(self._trained_model.named_parameters())
 
     def _stateful_functions(self) -> dict[str, Any]:
         functions = {"reward_function": self.reward_fn, "prompt_function": self.prompt_fn}

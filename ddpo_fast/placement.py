@@ -14,7 +14,7 @@ from ddpo_fast.device_memory import limit_memory
 from ddpo_fast.engine import compute_dtype, exact_weights
 from ddpo_fast.measured import Measured
 from ddpo_fast.offload_frozen import sleep
-from ddpo_fast.processes import from_main_process
+from ddpo_fast.processes import broadcast_from_main
 from ddpo_fast.unet import FusedLoraLinear, faster_layers, fuse_unet, set_attention, set_gradient_checkpointing
 
 
@@ -50,7 +50,7 @@ def place_networks(
         parameter.data = parameter.data.to(there, torch.float32 if exact else dtype)
     for buffer in pipeline.unet.buffers():
         buffer.data = buffer.data.to(device)
-    agree = partial(from_main_process, accelerator)
+    agree = partial(broadcast_from_main, accelerator)
     set_attention(pipeline.unet, config.attention, device, dtype, measured, agree)
     if config.fuse_unet:
         layers_that_pay = faster_layers(device)

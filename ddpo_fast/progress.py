@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.interruption import Interruption
-from ddpo_fast.processes import from_main_process
+from ddpo_fast.processes import broadcast_from_main
 from ddpo_fast.resume_checks import refuse_changes
 from ddpo_fast.run_folder import checkpoint
 from ddpo_fast.run_folder.run_log import RunLog
@@ -69,17 +69,17 @@ class Progress:
 
         Args:
             state: the checkpoint's `state.json`.
-            trained: what is trained now, as `checkpoint.trained_part` has it.
+            trained: what is trained now, as `checkpoint.describe_trained_weights` has it.
             settings: the present `run_settings`.
 
         Raises `ValueError` where the checkpoint is of another model or of settings that do not go together.
         """
-        in_place = checkpoint.goes_on_in(self.output_dir, self.config.resume_from)
+        in_place = checkpoint.continues_in(self.output_dir, self.config.resume_from)
         self.run_log.resume(state, in_place)
         if resume is None:
             logger.warning("%s has no checkpoint yet: the run starts from the beginning", self.config.resume_from)
             return
-        checkpoint.check_same_part(resume, state["trained"], trained)
+        checkpoint.check_trained_weights_match(resume, state["trained"], trained)
         refuse_changes(self.config.resume_from, state, settings, in_place)
         if state["epochs"] >= self.config.num_epochs:
             logger.warning(
@@ -90,8 +90,8 @@ class Progress:
                 self.config.num_epochs,
             )
         if in_place and self.accelerator.is_main_process:
-            checkpoint.set_aside_later(resume)
-            checkpoint.forget_last_epoch(self.checkpoints)
+            checkpoint.mark_later_superseded(resume)
+            checkpoint.discard_last_epoch(self.checkpoints)
         self.config.resume_from = str(resume)
 
     def begin(self) -> None:
@@ -130,7 +130,7 @@ class Progress:
     def begin_epoch_again(self) -> bool:
         """Drops the stopped epoch's records; returns whether its updates had begun, so that weights must go back."""
         if self.accelerator.is_main_process:
-            self.run_log.metrics.cut(self._whole_bytes)
+            self.run_log.metrics.truncate(self._whole_bytes)
         must_go_back, self.is_updating = self.is_updating, False
         return must_go_back
 
@@ -142,7 +142,7 @@ class Progress:
 
         That is more than 5 s and 5 % of an epoch. The main process decides for all.
         """
-        return not from_main_process(self.accelerator, self._keeping_s > max(5.0, 0.05 * self._epoch_s))
+        return not broadcast_from_main(self.accelerator, self._keeping_s > max(5.0, 0.05 * self._epoch_s))
 
     @contextmanager
     def timing_the_write(self) -> Iterator[None]:
@@ -154,14 +154,14 @@ class Progress:
     def _keep_last_epoch(self, error: BaseException) -> None:
         if not self.accelerator.is_main_process:
             return
-        with self.interruption.deaf():
-            checkpoint.keep_last_epoch(self.checkpoints)
+        with self.interruption.suppressed():
+            checkpoint.promote_last_epoch(self.checkpoints)
             # an error says itself what happened; Ctrl-C and signals do not
             if not isinstance(error, Exception):
                 self._say_how_to_go_on(f"in epoch {self.epochs + 1}")
 
     def _say_how_to_go_on(self, stopped: str) -> None:
-        found = checkpoint.numbered(self.checkpoints)
+        found = checkpoint.list_in(self.checkpoints)
         there = f"{found[-1]} is there" if found else "there is no checkpoint yet"
         print(f"\nstopped {stopped}, {there}: go on with --resume_from {self.output_dir}", file=sys.stderr, flush=True)
 

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.measured import device_name
-from ddpo_fast.processes import from_main_process
+from ddpo_fast.processes import broadcast_from_main
 from ddpo_fast.run_folder import checkpoint
 
 # A run goes on only with the same of these.
@@ -37,7 +37,7 @@ def verify(resume: Path | None, accelerator: Accelerator) -> None:
             checkpoint.verify(resume)
         except ValueError as error:
             problem = str(error)
-    if problem := from_main_process(accelerator, problem):
+    if problem := broadcast_from_main(accelerator, problem):
         raise ValueError(problem)
 
 

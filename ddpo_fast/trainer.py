@@ -32,14 +32,14 @@ from ddpo_fast.pipeline import DDPOStableDiffusionPipeline, DefaultDDPOStableDif
 from ddpo_fast.placement import compute_precision, place_networks, trainable_parameters
 from ddpo_fast.policy import Policy
 from ddpo_fast.ppo import PPO
-from ddpo_fast.processes import from_main_process, launched, make_accelerator, raise_on_all
+from ddpo_fast.processes import broadcast_from_main, make_accelerator, run_or_raise_on_all, with_launch_settings
 from ddpo_fast.progress import Progress
 from ddpo_fast.prompts import PromptFunction
 from ddpo_fast.resume_checks import base_digest, verify
 from ddpo_fast.reward_random import RewardRandom
 from ddpo_fast.rollout import PipelineRollout, Rollout
 from ddpo_fast.run_folder import checkpoint
-from ddpo_fast.run_folder.run_log import RunLog, claimed_folder, output_folder
+from ddpo_fast.run_folder.run_log import RunLog, agree_on_folder, output_folder
 from ddpo_fast.run_folder.trackers import first_tracker
 from ddpo_fast.sample_ahead import ahead
 from ddpo_fast.trajectory import Trajectory, in_groups, training_batches
@@ -86,9 +86,9 @@ class DDPOTrainer(CheckpointMixin, HubModel):
         folder = output_folder(config).absolute()
         self.accelerator = make_accelerator(config, folder)
         ops.require_backend(config.kernel_backend, self.accelerator.device.type)
-        settings = launched(config, self.accelerator)
+        settings = with_launch_settings(config, self.accelerator)
         self.base = base_digest(sd_pipeline)
-        self.measured = Measured(from_main_process(self.accelerator, Measured.of_run(state, self._run_settings())))
+        self.measured = Measured(broadcast_from_main(self.accelerator, Measured.of_run(state, self._run_settings())))
         self.measured.keep_threads()
         trainer_checks.after_launch(settings, self.accelerator, sd_pipeline)
         okay, message = self._config_check()
@@ -97,9 +97,9 @@ class DDPOTrainer(CheckpointMixin, HubModel):
         verify(resume, self.accelerator)
 
         # The folder, which from here on no other run can write to.
-        self.output_dir = claimed_folder(config, self.accelerator, folder)
+        self.output_dir = agree_on_folder(config, self.accelerator, folder)
         self.run_log = RunLog(config, self.accelerator, self.output_dir)
-        self.run_log.claim_folder(not checkpoint.goes_on_in(self.output_dir, config.resume_from))
+        self.run_log.lock_folder(not checkpoint.continues_in(self.output_dir, config.resume_from))
         self.run_log.start_trackers(state.get("global_step"))
         set_seed(config.seed, device_specific=True)
         sd_pipeline.set_progress_bar_config(
@@ -127,7 +127,7 @@ class DDPOTrainer(CheckpointMixin, HubModel):
         if type(sd_pipeline).__call__ is DefaultDDPOStableDiffusionPipeline.__call__:
             self.rollout = Rollout(settings, self.policy, self.sizes)
         # for rewards that may be called from several threads
-        self.executor = WorkerThreads(config.max_workers, rewards.WORKERS)
+        self.executor = WorkerThreads(config.max_workers, rewards.WORKER_NAME)
         self.reward_random, self.sample_health = RewardRandom(), SampleHealth()
         self.stat_tracker = PerPromptStatTracker(
             config.per_prompt_stat_tracking_buffer_size, config.per_prompt_stat_tracking_min_count
@@ -183,7 +183,7 @@ class DDPOTrainer(CheckpointMixin, HubModel):
             # a reward that still runs in a worker thread ends there, and nobody waits for it
             self.executor.abandon()
             raise
-        self.run_log.draw()
+        self.run_log.draw_reward_curve()
         self.accelerator.wait_for_everyone()
 
     def step(self, epoch: int, global_step: int) -> int:
@@ -198,14 +198,14 @@ class DDPOTrainer(CheckpointMixin, HubModel):
             self.image_samples_callback(scored, global_step, first_tracker(self.accelerator))
         # Compare the rewards of all processes: an advantage says how much better than the others an image is.
         all_rewards = self._gathered_rewards(scored)
-        self.run_log.rewards(epoch, global_step, all_rewards)
+        self.run_log.log_rewards(epoch, global_step, all_rewards)
         trajectory = trajectory.with_advantages(self._advantages(trajectory.prompts, all_rewards))
         timer.ends("scoring")
         # Make the steps that led to good images more likely, and the others less.
         global_step = self._train_on(trajectory, epoch, global_step)
         timer.ends("training")
         # Write down what happened, for people and for a run that is resumed.
-        self.run_log.epoch(epoch, global_step, all_rewards, timer.timings(len(all_rewards)))
+        self.run_log.log_epoch(epoch, global_step, all_rewards, timer.timings(len(all_rewards)))
         self.progress.epoch_is_whole(epoch + 1, global_step)
         if (epoch + 1) % self.config.save_freq == 0:
             self._save(epoch + 1)
@@ -223,12 +223,12 @@ class DDPOTrainer(CheckpointMixin, HubModel):
                 executor = self.executor if config.async_reward_computation else None
                 scoring = rewards.Scoring(self.reward_fn, executor, raises_early=alone)
                 samples, batches = self._generate_samples(*sizes, scoring, timer)
-                found = raise_on_all(self.accelerator, lambda: self._on_device(scoring.results(batches)))
+                found = run_or_raise_on_all(self.accelerator, lambda: self._on_device(scoring.results(batches)))
             else:
                 samples, batches = self._generate_samples(*sizes)
                 timer.ends("sampling")
                 self.reward_random.begin()
-                found = raise_on_all(
+                found = run_or_raise_on_all(
                     self.accelerator, lambda: self.compute_rewards(batches, config.async_reward_computation)
                 )
         except Exception:
@@ -237,7 +237,7 @@ class DDPOTrainer(CheckpointMixin, HubModel):
             raise
         finally:
             self.reward_random.end()
-        raise_on_all(self.accelerator, self.sample_health.check)
+        run_or_raise_on_all(self.accelerator, self.sample_health.check)
         self.interruption.check()
         # it keeps trajectories, the largest thing that an epoch has
         self.sample_health = SampleHealth()
@@ -341,7 +341,7 @@ class DDPOTrainer(CheckpointMixin, HubModel):
                 updates.append(self.ppo.update(batches, number, objective))
                 self.interruption.check()
         # only here does the host wait for the device
-        logged = self.run_log.updates(updates, epoch, inner_epoch, global_step)
+        logged = self.run_log.log_updates(updates, epoch, inner_epoch, global_step)
         self.ppo.remember([update.get("zero_gradient", 0.0) for update in logged])
         return global_step + len(updates)
 

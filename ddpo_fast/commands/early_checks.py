@@ -35,7 +35,7 @@ def check_before_loading(run: RunArguments, config: DDPOConfig) -> ModelConfigs:
         zero_settings(config, config.mixed_precision)
     folder = output_folder(config)
     try:
-        if not checkpoint.goes_on_in(folder, config.resume_from) and (problem := folder_problem(folder)):
+        if not checkpoint.continues_in(folder, config.resume_from) and (problem := folder_problem(folder)):
             raise ValueError(problem)
     # a name that no file system takes
     except OSError as error:
