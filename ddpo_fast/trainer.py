@@ -279,7 +279,9 @@ class DDPOTrainer(CheckpointMixin, HubModel):
     @property
     def _overlaps_rewards(self) -> bool:
         """Whether a batch is scored while the next is sampled: not if a subclass does either in its own way."""
-        own = _overrides(self, DDPOTrainer, "compute_rewards", "_generate_samples")
+        own = any(
+            getattr(type(self), n) is not getattr(DDPOTrainer, n) for n in ("compute_rewards", "_generate_samples")
+        )
         return self.config.reward_overlap and isinstance(self.rollout, Rollout) and not own
 
     def compute_rewards(self, prompt_image_pairs: Sequence[Sequence[Any]], is_async: bool = False) -> Any:
