@@ -60,7 +60,7 @@ def drift_limit(trainer, trajectory) -> float:
     guided = trainer.config.guides_training
     few = slice(0, 2)  # two images are enough, as the error is a mean over D elements
     noise = 0.0
-    with trainer.engine.computing(), trainer.autocast():
+    with trainer.policy.computing():
         # The UNet is called directly: a fault in the trainer's call would be measured as if it were rounding.
         unet, exact = trainer.sd_pipeline.unet, copy.deepcopy(trainer.sd_pipeline.unet).double()
         for i in range(trajectory.timesteps.shape[1]):

@@ -13,9 +13,8 @@ from op_checks import DEVICE, assert_as_exact_as_plain
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpo_fast.batch_sizes import MOST_ROWS
+from ddpo_fast.unet import SDPAProcessor, fuse_unet, unfuse_unet
 from ddpo_fast.unet import fused_layers as fusing
-from ddpo_fast.unet.attention import SDPAProcessor
-from ddpo_fast.unet.fused_layers import fuse_unet, unfuse_unet
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])

@@ -8,8 +8,7 @@ from compare_runs import same_bits, trained_weights
 from example_unets import make_unet, output_and_gradients, predict
 
 from ddpo_fast.batch_sizes import kept_bytes
-from ddpo_fast.unet.fused_layers import faster_layers, fuse_unet
-from ddpo_fast.unet.gradient_checkpointing import set_recompute
+from ddpo_fast.unet import faster_layers, fuse_unet, set_gradient_checkpointing
 
 KINDS = pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 
@@ -25,9 +24,10 @@ def test_each_mode_keeps_less_than_the_one_before(lora, fused):
     unet = make_unet("bundled", lora)
     if fused:
         fuse_unet(unet, faster_layers("cpu"))
-    none, selective, blocks = (kept(set_recompute(unet, mode)) for mode in ("none", "selective", "blocks"))
+    none, selective, blocks = (kept(set_gradient_checkpointing(unet, mode)) for mode in ("none", "selective", "blocks"))
     assert blocks < 0.6 * selective < 0.6 * 0.95 * none
-    assert kept(set_recompute(unet, "none")) == selective, "fused layers stay fused; blocks are not checkpointed"
+    # fused layers stay fused, and blocks are not checkpointed
+    assert kept(set_gradient_checkpointing(unet, "none")) == selective
 
 
 @KINDS
@@ -35,14 +35,16 @@ def test_each_mode_keeps_less_than_the_one_before(lora, fused):
 def test_blocks_give_the_same_bits(kind, lora):
     unet = make_unet(kind, lora)
     plain = output_and_gradients(unet)
-    torch.testing.assert_close(output_and_gradients(set_recompute(unet, "blocks")), plain, rtol=0, atol=0)
+    torch.testing.assert_close(output_and_gradients(set_gradient_checkpointing(unet, "blocks")), plain, rtol=0, atol=0)
 
 
 @KINDS
 def test_selective_gives_the_same_gradients_up_to_rounding(lora):
     unet = make_unet("bundled", lora, torch.float64)
     plain = output_and_gradients(unet)
-    torch.testing.assert_close(output_and_gradients(set_recompute(unet, "selective")), plain, rtol=1e-7, atol=1e-10)
+    torch.testing.assert_close(
+        output_and_gradients(set_gradient_checkpointing(unet, "selective")), plain, rtol=1e-7, atol=1e-10
+    )
 
 
 @KINDS
@@ -50,12 +52,12 @@ def test_fusing_and_both_modes_together(lora):
     """The order in which a UNet is fused and its mode is set does not matter."""
     unet = make_unet("bundled", lora, torch.float64)
     plain = output_and_gradients(unet)
-    fuse_unet(set_recompute(set_recompute(unet, "selective"), "blocks"))
+    fuse_unet(set_gradient_checkpointing(set_gradient_checkpointing(unet, "selective"), "blocks"))
     torch.testing.assert_close(output_and_gradients(unet), plain, rtol=1e-7, atol=1e-10)
 
 
 def test_sampling_does_not_checkpoint(monkeypatch):
-    unet = set_recompute(make_unet("bundled"), "blocks").eval()
+    unet = set_gradient_checkpointing(make_unet("bundled"), "blocks").eval()
     monkeypatch.setattr(
         "ddpo_fast.unet.gradient_checkpointing.checkpoint", lambda *args, **kwargs: pytest.fail("checkpointed")
     )
@@ -72,12 +74,12 @@ def test_dropout_has_the_same_mask_when_a_block_runs_again():
     torch.manual_seed(3)
     plain = output_and_gradients(unet)
     torch.manual_seed(3)
-    torch.testing.assert_close(output_and_gradients(set_recompute(unet, "blocks")), plain, rtol=0, atol=0)
+    torch.testing.assert_close(output_and_gradients(set_gradient_checkpointing(unet, "blocks")), plain, rtol=0, atol=0)
 
 
 def test_another_mode_is_refused():
     with pytest.raises(ValueError, match="gradient_checkpointing is 'some' but must be 'none', 'selective', 'blocks'"):
-        set_recompute(make_unet("bundled"), "some")
+        set_gradient_checkpointing(make_unet("bundled"), "some")
 
 
 @KINDS
@@ -85,7 +87,7 @@ def test_a_run_trains_the_same(lora, make_trainer, tmp_path):
     ends = []
     for mode in ("none", "blocks"):
         trainer = make_trainer(use_lora=lora, output_dir=str(tmp_path / mode), num_epochs=1, save_freq=9)
-        set_recompute(trainer.sd_pipeline.unet, mode)
+        set_gradient_checkpointing(trainer.sd_pipeline.unet, mode)
         trainer.step(0, 0)
         ends.append(trained_weights(trainer))
     assert same_bits(*ends)

@@ -65,7 +65,7 @@ def test_an_adapter_beside_the_model_is_trained_further(make_trainer, model, tmp
     write_adapter(model, text)
     given = reopened(model)
     trainer = make_trainer(model=str(model), use_lora=True, num_epochs=1, sample_num_steps=2)
-    assert torch.equal(trainer.embed_prompts(["a cat"])[1], given.encode_prompt("a cat", "cpu", 1, False)[0])
+    assert torch.equal(trainer.policy.embed_prompts(["a cat"])[1], given.encode_prompt("a cat", "cpu", 1, False)[0])
     trainer.train()
     trainer.save_model()
     final = reopened(tmp_path / "run" / "final")
@@ -202,7 +202,7 @@ def test_another_adapter_of_the_user_stays_active(make_trainer, model_dir, tmp_p
     trainer = make_trainer(pipeline=pipeline, num_epochs=1, sample_num_steps=2)
     # a new adapter changes no output yet
     torch.testing.assert_close(unet_output(pipeline.unet), styled, rtol=0, atol=1e-6)
-    assert torch.equal(trainer.embed_prompts(["a cat"])[1], prompt)
+    assert torch.equal(trainer.policy.embed_prompts(["a cat"])[1], prompt)
     trained = {name for name, p in pipeline.unet.named_parameters() if p.requires_grad}
     assert trained
     assert all(".default." in name for name in trained)

@@ -111,7 +111,7 @@ def test_pairs_without_a_gradient_are_left_out_and_the_gradient_stays(make_train
     assert all_pairs == {True: 30, False: 0}
     assert pairs == ({True: 10, False: 20} if scores_first else {True: 20, False: 0})
     assert metrics["skipped"] == pytest.approx(20 / 30 if scores_first else 10 / 30)
-    assert metrics["dead"] == pytest.approx(0.5), "of the pairs that have an advantage"
+    assert metrics["zero_gradient"] == pytest.approx(0.5), "of the pairs that have an advantage"
 
 
 @SCORES_FIRST
@@ -120,11 +120,11 @@ def test_calls_have_few_sizes_and_the_update_stays(make_trainer, tmp_path, score
     found, sizes = [], []
     for pads in (False, True):
         trainer = make_trainer(train_micro_batch_size=7, output_dir=tmp_path / f"{pads}", **ONE_UPDATE)
-        trainer.ppo.fills_up = pads
+        trainer.ppo.pads_last_call = pads
         watched = Watched(with_ratios(in_fp64(trainer), log_ratios))
         trainer.train(len(log_ratios))
         record = metrics_of(trainer, "update")[-1]
-        names = ("loss", "approx_kl", "clipfrac", "dead", "skipped", "ratio_drift", "grad_norm")
+        names = ("loss", "approx_kl", "clipfrac", "zero_gradient", "skipped", "ratio_drift", "grad_norm")
         found.append((watched.gradient, {name: record[name] for name in names}))
         sizes.append([size for size, _ in watched.updates[-1]])
     (every, all_metrics), (padded, metrics) = found
@@ -150,7 +150,7 @@ def test_an_epoch_without_any_advantage_trains_on_zero(make_trainer, precision):
     assert not any(rows)
     assert [u["skipped"] for u in metrics_of(trainer, "update")] == [1.0, 1.0]
     # metrics are averaged over processes, so one without any advantage must log the same names
-    assert {"loss", "approx_kl", "clipfrac", "dead", "ratio_drift"} <= set(metrics_of(trainer, "update")[0])
+    assert {"loss", "approx_kl", "clipfrac", "zero_gradient", "ratio_drift"} <= set(metrics_of(trainer, "update")[0])
     for name, after in trained_weights(trainer).items():
         torch.testing.assert_close(after, before[name] * (1 - 1e-3 * 0.1) ** 2)
 
@@ -164,7 +164,7 @@ def test_scoring_first_begins_when_many_pairs_had_no_gradient(make_trainer):
     clipped = torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0, -1.0]) * rewards.sign()
     watched = Watched(with_ratios(trainer, [1e-2 * clipped[:, None].expand(6, 5)] * 2))
     trainer.train(2)
-    shares = [record["dead"] for record in metrics_of(trainer, "update")[:2]]
+    shares = [record["zero_gradient"] for record in metrics_of(trainer, "update")[:2]]
     assert min(shares) < 0.5 < max(shares)
     scored_first = [any(not has_graph for _, has_graph in calls) for calls in watched.updates]
     assert scored_first == [False, False, *(share > 0.5 for share in shares)]

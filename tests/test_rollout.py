@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ddpo_fast import DefaultDDPOStableDiffusionPipeline, sampler
 from ddpo_fast.prompt_embeddings import ENCODED_AT_ONCE, PromptEmbeddings
 from ddpo_fast.trajectory import training_batches
-from ddpo_fast.unet.sampling_cache import UNetCache, cache_problem
+from ddpo_fast.unet import UNetCache, cache_problem
 
 
 def rows_seen(trainer) -> list[int]:
@@ -397,8 +397,8 @@ def test_the_host_never_waits_inside_sampling_and_training(make_trainer, monkeyp
     monkeypatch.setattr(trainer.engine, "step", dict)
     # the host reads an update's metrics only once all updates of an inner epoch are queued
     waits: list[list[str]] = []
-    write = trainer.run_log.updates
-    monkeypatch.setattr(trainer.run_log, "updates", lambda *args: waits.append(training.seen[:]) or write(*args))
+    write = trainer.run_log.log_updates
+    monkeypatch.setattr(trainer.run_log, "log_updates", lambda *args: waits.append(training.seen[:]) or write(*args))
     with Waits() as training:
         trainer._train_batched_samples(0, 0, 0, [batch])
     assert waits == [[]]

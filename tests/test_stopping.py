@@ -22,7 +22,7 @@ from tiny_run import SETTINGS, Prompts, brightness
 from ddpo_fast import DDPOConfig
 from ddpo_fast.interruption import SIGNALS, Interruption
 from ddpo_fast.prompts import load_prompts
-from ddpo_fast.resumption import refuse_changes
+from ddpo_fast.resume_checks import refuse_changes
 from ddpo_fast.run_folder import checkpoint, folder_lock
 
 BATCHES = SETTINGS["sample_num_batches_per_epoch"]
@@ -51,7 +51,7 @@ def test_a_signal_is_delayed_while_it_is_held_and_a_second_one_is_not(monkeypatc
     done = []
 
     def work(seconds_between):
-        with Interruption() as interruption, interruption.held():
+        with Interruption() as interruption, interruption.deferred():
             signal.raise_signal(signal.SIGINT)
             now[0] += seconds_between
             signal.raise_signal(signal.SIGINT)
