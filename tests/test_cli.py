@@ -302,7 +302,7 @@ def test_the_model_is_saved_before_pictures_are_drawn(model_dir, tmp_path, monke
         assert (tmp_path / "run" / "checkpoints" / "checkpoint_1").is_dir()
         raise KeyError("no pictures today")
 
-    monkeypatch.setattr(pictures, "_save", broken)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", broken)
     cli.main(["train", *OPTIONS, "--output_dir", str(tmp_path / "run"), "--pretrained_model", model_dir])
     assert (tmp_path / "run" / "final" / "model_index.json").exists()
     assert "a picture could not be drawn (KeyError" in caplog.text

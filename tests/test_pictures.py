@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image
 
 from ddpo_fast.run_folder import pictures
@@ -46,26 +47,23 @@ def test_any_text_is_drawn_without_a_warning(usetex, tmp_path, caplog):
 
 
 def test_titles_do_not_overlap(tmp_path, monkeypatch):
-    boxes = []
-    write = pictures._write
+    widths: list[tuple[str, float]] = []
 
-    def recorded(axis, x, y, text, *style, **options):
-        write(axis, x, y, text, *style, **options)
-        boxes.append((x, axis.texts[-1]))
-
-    def measured(figure, path, dpi):
+    def measure(figure, path, **_):
         renderer = FigureCanvasAgg(figure).get_renderer()
-        for x, text in boxes:
-            if text.get_text() and x > pictures.MARGIN:
-                widest = text.get_window_extent(renderer).width / figure.dpi
-                assert widest <= pictures.CELL + 2 * pictures.GAP, text.get_text()
+        for text in (text for axis in figure.axes for text in axis.texts):
+            # titles and rewards are in the cells' columns, and left of those are the rows' labels
+            if text.get_text() and text.get_position()[0] > pictures.MARGIN:
+                widths.append((text.get_text(), text.get_window_extent(renderer).width / figure.dpi))
+        path.touch()
 
-    monkeypatch.setattr(pictures, "_write", recorded)
-    monkeypatch.setattr(pictures, "_save", measured)
+    monkeypatch.setattr(Figure, "savefig", measure)
     pictures.draw_grid(
-        [*ODD, "Wm" * 80, "MMMM WWWW @@@@ %%%%" * 9], [("a", torch.ones(11, 3, 4, 4), [1.0] * 11)], tmp_path / "x"
+        [*ODD, "Wm" * 80, "MMMM WWWW @@@@ %%%%" * 9], [("a", torch.ones(11, 3, 4, 4), [1.0] * 11)], tmp_path / "x.png"
     )
-    assert len(boxes) > 11
+    assert len(widths) > 11
+    for text, width in widths:
+        assert width <= pictures.CELL + 2 * pictures.GAP, text
 
 
 def test_rows_are_separated_by_one_line_of_captions(tmp_path):
