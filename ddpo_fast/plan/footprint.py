@@ -23,10 +23,15 @@ from ddpo_fast import sampler
 from ddpo_fast.model_configs import ModelConfigs
 from ddpo_fast.plan.live_bytes import Trace, trace
 from ddpo_fast.prompt_embeddings import ENCODED_AT_ONCE
-from ddpo_fast.unet.attention import SDPAProcessor, is_plain
-from ddpo_fast.unet.fused_layers import faster_layers, fuse_unet
-from ddpo_fast.unet.gradient_checkpointing import set_recompute
-from ddpo_fast.unet.sampling_cache import UNetCache, cache_problem
+from ddpo_fast.unet import (
+    SDPAProcessor,
+    UNetCache,
+    cache_problem,
+    faster_layers,
+    fuse_unet,
+    is_plain,
+    set_gradient_checkpointing,
+)
 
 
 @dataclass(frozen=True)
@@ -143,12 +148,12 @@ class Footprint:
         """The forward and backward pass of a micro-batch of R rows.
 
         Args:
-            mode: of `set_recompute`.
+            mode: of `set_gradient_checkpointing`.
             gradients: None if gradients exist before the pass: each new one is then freed as soon as it has been added
                 to its total, which is not counted. Otherwise the pass makes the gradients, in this dtype: they are
                 counted, and stay until the end.
         """
-        unet = set_recompute(self._unet(), mode).train()
+        unet = set_gradient_checkpointing(self._unet(), mode).train()
         # what a pass without earlier gradients keeps
         kept: list[torch.Tensor] = []
 
@@ -174,7 +179,7 @@ class Footprint:
     @functools.cache  # noqa: B019
     def kept_per_row(self, mode: str = "none") -> int:
         """Bytes that each row of a training forward pass keeps for the backward pass."""
-        unet = set_recompute(self._unet(), mode).train()
+        unet = set_gradient_checkpointing(self._unet(), mode).train()
 
         def compute(rows: int) -> None:
             output = unet(*self._inputs(rows)).sample
