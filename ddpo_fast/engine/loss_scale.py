@@ -22,9 +22,9 @@ GROWTH_INTERVAL = 2000
 class LossScale:
     """A loss scale that is halved when a gradient overflows and doubled after `GROWTH_INTERVAL` updates without one.
 
-    Its state stays on the device, so that the host need not wait to learn whether a gradient overflowed.
-    torch.amp.GradScaler computes the same, but finds an overflow in each gradient by itself, where one look at the norm
-    of them all is enough here.
+    Its state stays on the device, so that the host need not wait to learn whether a gradient overflowed. The rule is
+    that of torch.amp.GradScaler, which reads all gradients once more to find an overflow: here the gradients' norm,
+    which is computed anyway, shows it.
 
     Args:
         enabled: False makes it 1 for good.

@@ -31,7 +31,7 @@ MARGIN = 0.05
 SMALL_CALL_ROWS = 8
 # (setting, value) pairs that save memory, the fastest first
 SAVINGS: tuple[tuple[str, Any], ...] = (
-    # computes only elementwise layers again
+    # computes norms and activation functions again, which is little work
     ("gradient_checkpointing", "selective"),
     # states of a quarter of the size, at no cost in time
     ("train_use_8bit_adam", True),
