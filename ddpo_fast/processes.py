@@ -13,13 +13,19 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object
 
+from ddpo_fast import cuda_graphs
 from ddpo_fast.config import DDPOConfig
 
 T = TypeVar("T")
 
 
 def make_accelerator(config: DDPOConfig, output_dir: Path) -> Accelerator:
-    """The processes that torchrun, `deepspeed` or `accelerate launch` started, over gloo where there is no GPU."""
+    """The processes that torchrun, `deepspeed` or `accelerate launch` started, over gloo where there is no GPU.
+
+    Raises `ValueError` for a way of splitting the run that is not supported.
+    """
+    if problem := launch_problem():
+        raise ValueError(problem)
     project: dict[str, Any] = {"project_dir": str(output_dir), "logging_dir": str(output_dir), **config.project_kwargs}
     project["automatic_checkpoint_naming"] = False
     many_on_cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
@@ -34,20 +40,25 @@ def make_accelerator(config: DDPOConfig, output_dir: Path) -> Accelerator:
     )
 
 
-def launched(config: DDPOConfig, accelerator: Accelerator) -> DDPOConfig:
+def with_launch_settings(config: DDPOConfig, accelerator: Accelerator) -> DDPOConfig:
     """The settings as `accelerate launch` completes them: with its precision, and with DeepSpeed if it has settings
     for that and `config` has none. `config` itself where there is nothing to complete.
 
-    Raises `ValueError` where they do not fit together.
+    Raises `ValueError` where they fit neither together nor the processes and the device that were started.
     """
     with_deepspeed = not config.uses_deepspeed and getattr(accelerator.state, "deepspeed_plugin", None) is not None
-    if config.mixed_precision == accelerator.mixed_precision and not with_deepspeed:
-        return config
-    completed = copy(config)
-    completed.mixed_precision = accelerator.mixed_precision
-    completed.launched_with_deepspeed = with_deepspeed
-    completed.check()
-    return completed
+    if config.mixed_precision != accelerator.mixed_precision or with_deepspeed:
+        config = copy(config)
+        config.mixed_precision = accelerator.mixed_precision
+        config.launched_with_deepspeed = with_deepspeed
+        config.check()
+    if config.seed + accelerator.num_processes > 2**32:
+        raise ValueError(f"seed is {config.seed}, and every process adds its number: use a smaller one")
+    if config.optimizer_in_backward and accelerator.num_processes > 1:
+        raise ValueError("optimizer_in_backward is True, which is for one process: leave it out")
+    if config.cuda_graphs and (problem := cuda_graphs.problem(accelerator.device)):
+        raise ValueError(f"cuda_graphs is True, but {problem}: leave it out")
+    return config
 
 
 def launch_problem() -> str:
@@ -61,12 +72,12 @@ def launch_problem() -> str:
     return ""
 
 
-def from_main_process(accelerator: Accelerator, value: T) -> T:
+def broadcast_from_main(accelerator: Accelerator, value: T) -> T:
     """The main process's value."""
     return value if accelerator.num_processes == 1 else broadcast_object_list([value])[0]
 
 
-def least_of_all(accelerator: Accelerator, value: int) -> int:
+def all_reduce_min(accelerator: Accelerator, value: int) -> int:
     """The smallest of all processes' values: they must not differ in how they split their work."""
     if accelerator.num_processes == 1:
         return value
@@ -75,7 +86,7 @@ def least_of_all(accelerator: Accelerator, value: int) -> int:
     return int(least)
 
 
-def raise_on_all(accelerator: Accelerator, work: Callable[[], T]) -> T:
+def run_or_raise_on_all(accelerator: Accelerator, work: Callable[[], T]) -> T:
     """`work()` in every process; if it raises in one, all raise, as the others would wait for that one for ever.
 
     Raises the process's own error, or a `RuntimeError` that says which process stopped, and why.

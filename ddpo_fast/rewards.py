@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import numbers
+import random
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
@@ -19,10 +20,12 @@ import torch
 from PIL import Image
 
 from ddpo_fast.interruption import Signalled
-from ddpo_fast.user_functions import kind_of, load_function, name_of, place_of, told
+from ddpo_fast.user_functions import describe_value, error_line, function_name, load_function, where_raised
+
+logger = logging.getLogger(__name__)
 
 # the names of worker threads begin so
-WORKERS = "reward"
+WORKER_NAME = "reward"
 
 RewardFunction = Callable[[torch.Tensor, tuple[str, ...], tuple[Any, ...]], tuple[Any, Any]]
 
@@ -75,16 +78,16 @@ def score(
         raise
     # one that exits would end the run without a word
     except (Exception, SystemExit) as error:
-        problem = f"the reward function raised {told(error)} ({place_of(error, reward_function)})"
-        if threading.current_thread().name.startswith(WORKERS):
+        problem = f"the reward function raised {error_line(error)} ({where_raised(error, reward_function)})"
+        if threading.current_thread().name.startswith(WORKER_NAME):
             problem += "; it ran in a worker thread: set async_reward_computation=False if it needs the main one"
         # a notebook has a loop of its own
         elif "running event loop" in str(error) or "loop is already running" in str(error):
             problem += "; set async_reward_computation=True: worker threads have no event loop yet"
         raise RuntimeError(problem) from error
-    name = name_of(reward_function)
+    name = function_name(reward_function)
     if not isinstance(result, (tuple, list)) or len(result) != 2:
-        raise ValueError(f"the reward function must return (rewards, metadata), got {kind_of(result)} ({name})")
+        raise ValueError(f"the reward function must return (rewards, metadata), got {describe_value(result)} ({name})")
     rewards = _as_fp32(result[0], len(prompts), name)
     if not rewards.isfinite().all():
         worst = int((~rewards.isfinite()).nonzero()[0])
@@ -105,7 +108,9 @@ def _as_fp32(given: Any, count: int, name: str) -> torch.Tensor:
     try:
         rewards = _real_numbers(given)
     except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
-        raise ValueError(f"the reward function returned {kind_of(given)} as rewards ({name}): {needs}") from error
+        raise ValueError(
+            f"the reward function returned {describe_value(given)} as rewards ({name}): {needs}"
+        ) from error
     if rewards.shape[:1] != (count,) or rewards.numel() != count:
         shape = tuple(rewards.shape)
         raise ValueError(f"the reward function returned rewards of shape {shape} for {count} images ({name}): {needs}")
@@ -211,3 +216,44 @@ class Scoring:
         # this thread has nothing else to do, and whoever reads the rewards is in another stream
         stream.synchronize()
         return rewards, metadata
+
+
+class RewardRandom:
+    """Gives torch's generators back as they were before an epoch's rewards: one that calls `torch.manual_seed` would
+    have every epoch sample from the same noise. Python's and NumPy's are left to prompts and rewards."""
+
+    def __init__(self) -> None:
+        self._torch: tuple[torch.Tensor, list[torch.Tensor]] | None = None
+        self._others_before: Any = None
+        self._others_after: Any = None
+        self._warned = False
+
+    def begin(self) -> None:
+        """Before the first reward of an epoch, when all that samples has been drawn; later calls do nothing."""
+        if self._torch is None:
+            on_device = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
+            self._torch = torch.get_rng_state(), on_device
+            self._others_before = _others()
+
+    def end(self) -> None:
+        """After an epoch's rewards, or what was made of them."""
+        if self._torch is None:
+            return
+        on_host, on_device = self._torch
+        torch.set_rng_state(on_host)
+        for state in on_device:
+            torch.cuda.set_rng_state(state)
+        self._torch = None
+        after = _others()
+        if after == self._others_after != self._others_before and not self._warned:
+            self._warned = True
+            logger.warning(
+                "the reward function seeds Python's or NumPy's random generator, so that prompts drawn with it repeat "
+                "every epoch: give the reward a generator of its own (random.Random, numpy.random.default_rng)"
+            )
+        self._others_after = after
+
+
+def _others() -> tuple[Any, ...]:
+    name, keys, *rest = np.random.get_state(legacy=True)
+    return random.getstate(), (name, np.asarray(keys).tobytes(), *rest)

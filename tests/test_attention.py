@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from op_checks import DEVICE
-from test_fuse_unet import KINDS, make_unet, output_and_gradients, predict
+from test_fused_layers import KINDS, make_unet, output_and_gradients, predict
 
 from ddpo_fast.measured import Measured
 from ddpo_fast.unet import attention, fuse_unet, unfuse_unet

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_fuse_unet import make_unet, output_and_gradients, predict
+from test_fused_layers import make_unet, output_and_gradients, predict
 
 from ddpo_fast.batch_sizes import kept_bytes
 from ddpo_fast.unet import faster_layers, fuse_unet, set_gradient_checkpointing
