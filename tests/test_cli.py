@@ -14,11 +14,11 @@ from one_sentence import error_of_command
 from PIL import Image
 from run_process import ROOT, finish
 
-from ddpo_fast import DDPOConfig, cli, hub, rewards
+from ddpo_fast import DDPOConfig, cli, rewards
 from ddpo_fast.commands import early_checks
 from ddpo_fast.commands import options as command_options
 from ddpo_fast.commands import train as train_command
-from ddpo_fast.run_folder import checkpoint, folder_lock, pictures
+from ddpo_fast.run_folder import checkpoint, folder_lock, hub, pictures
 from ddpo_fast.run_folder.run_log import output_folder
 from ddpo_fast.trainer import DDPOTrainer
 

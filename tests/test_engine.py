@@ -168,9 +168,9 @@ def test_paged_states_train(make_trainer, tmp_path):
 def test_offloaded_data_is_copied_once_an_update(make_trainer, tmp_path, monkeypatch):
     """Each gradient is copied to the host and each weight to the device once, for any size of micro-batches."""
     moved_bytes = []
-    move = _Staging.move
+    move = _Staging.start_copy
     monkeypatch.setattr(
-        _Staging, "move", lambda self, to, of: moved_bytes.append(sum(t.nbytes for t in of)) or move(self, to, of)
+        _Staging, "start_copy", lambda self, to, of: moved_bytes.append(sum(t.nbytes for t in of)) or move(self, to, of)
     )
     _, _, trainer = run(
         make_trainer,
@@ -234,8 +234,8 @@ def test_a_resumed_run_ends_with_the_same_bits(make_trainer, tmp_path, settings)
     assert same_bits(whole, after)
     for moment in moments.MOMENTS:
         for one, two in zip(uncut.engine.weights.masters, resumed.engine.weights.masters, strict=True):
-            kept = moments.get(uncut.engine.optimizer, one, moment)
-            assert torch.equal(kept, moments.get(resumed.engine.optimizer, two, moment))
+            kept = moments.read(uncut.engine.optimizer, one, moment)
+            assert torch.equal(kept, moments.read(resumed.engine.optimizer, two, moment))
     if "ema_decay" in settings:
         averages = zip(uncut.engine.ema.averages, resumed.engine.ema.averages, strict=True)
         assert all(torch.equal(one, two) for one, two in averages)

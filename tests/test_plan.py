@@ -19,10 +19,11 @@ from ddpo_fast.commands.options import RunArguments
 from ddpo_fast.device_memory import GB
 from ddpo_fast.engine.optimizers import BUCKET
 from ddpo_fast.model_configs import check_model
-from ddpo_fast.plan.candidates import LEVERS, MARGIN, choose, with_settings
+from ddpo_fast.plan.candidates import MARGIN, SAVINGS, choose, with_settings
 from ddpo_fast.plan.footprint import Adapter, Footprint
 from ddpo_fast.plan.live_bytes import LiveBytes, trace
-from ddpo_fast.plan.phases import decode_bytes, predict, state_bytes
+from ddpo_fast.plan.phases import decode_bytes, predict
+from ddpo_fast.plan.update_bytes import state_bytes
 from ddpo_fast.tiny_sd import MODEL
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
@@ -238,14 +239,14 @@ def test_latents_of_an_epoch(footprints):
 )
 def test_bytes_that_a_row_keeps(footprints, name, mode, gigabytes):
     """Measured with saved-tensor hooks these were 0.937, 0.780, 0.155 and 0.529 GB."""
-    assert footprints[name].kept(mode) / GB == pytest.approx(gigabytes, abs=6e-4)
+    assert footprints[name].kept_per_row(mode) / GB == pytest.approx(gigabytes, abs=6e-4)
 
 
 @pytest.mark.parametrize("name", ["full", "lora"])
 def test_the_peak_of_a_row_is_above_what_it_keeps_and_least_with_blocks(footprints, name):
     footprint = footprints[name]
     peaks = {mode: footprint.training(mode).peak(8) for mode in ("none", "blocks")}
-    assert all(peaks[mode] > 8 * footprint.kept(mode) for mode in peaks)
+    assert all(peaks[mode] > 8 * footprint.kept_per_row(mode) for mode in peaks)
     assert peaks["blocks"] < 0.35 * peaks["none"]
 
 
@@ -256,7 +257,7 @@ def test_the_trace_keeps_what_the_network_keeps(adapter):
     unet = footprint._unet().to_empty(device="cpu").train()
     there = {p.untyped_storage().data_ptr() for p in unet.parameters()}
     inputs = (torch.empty_like(x, device="cpu").zero_() for x in footprint._inputs(8))
-    assert 8 * footprint.kept() == pytest.approx(kept_bytes(lambda: unet(*inputs), there), rel=0.01)
+    assert 8 * footprint.kept_per_row() == pytest.approx(kept_bytes(lambda: unet(*inputs), there), rel=0.01)
 
 
 def test_live_bytes_are_those_of_tensors_that_exist():
@@ -304,8 +305,8 @@ def test_chosen_settings_fit_or_the_plan_says_why_none_do(footprints, name):
         assert choice.plan.peak <= limit
         assert choice.plan.totals == predict(footprints[name], with_settings(config(), choice.settings)).totals
         assert len(choice.reasons) == len(choice.settings)
-        saving = [lever for lever in LEVERS if lever in choice.settings.items()]
-        slowest.append(max((LEVERS.index(lever) for lever in saving), default=-1))
+        saving = [lever for lever in SAVINGS if lever in choice.settings.items()]
+        slowest.append(max((SAVINGS.index(lever) for lever in saving), default=-1))
         for lever, _ in saving:
             # without any one of the chosen savings even the smallest calls would not fit
             least = min(4, choice.settings["train_micro_batch_size"])

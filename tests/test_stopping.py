@@ -22,8 +22,8 @@ from tiny_run import SETTINGS, Prompts, brightness
 from ddpo_fast import DDPOConfig
 from ddpo_fast.interruption import SIGNALS, Interruption
 from ddpo_fast.prompts import load_prompts
-from ddpo_fast.resume_checks import refuse_changes
 from ddpo_fast.run_folder import checkpoint, folder_lock
+from ddpo_fast.run_folder.resume_checks import refuse_changes
 
 BATCHES = SETTINGS["sample_num_batches_per_epoch"]
 QUICK = {"sample_num_steps": 2}
