@@ -10,9 +10,11 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ddpo_fast import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
+from ddpo_fast.config import DDPOConfig
+from ddpo_fast.pipeline import DefaultDDPOStableDiffusionPipeline
 from ddpo_fast.tiny_sd import MODEL
 from ddpo_fast.tiny_sd.build import SCHEDULER
+from ddpo_fast.trainer import DDPOTrainer
 
 
 def forget_accelerate_state() -> None:
