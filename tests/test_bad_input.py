@@ -563,6 +563,12 @@ def test_deepspeeds_file(settings, words, tmp_path):
     is_one_sentence(str(caught.value), "ds.json", words)
 
 
+def test_accelerates_settings_for_deepspeed_are_named_as_such():
+    with pytest.raises(ValueError, match=r"^accelerate's configuration of DeepSpeed has no ZeRO stage") as caught:
+        zero_settings(DDPOConfig(mixed_precision="no"), "no", {"zero_optimization": {"stage": 0}})
+    is_one_sentence(str(caught.value))
+
+
 def test_deepspeeds_file_may_begin_with_a_mark(tmp_path):
     (tmp_path / "ds.json").write_bytes(codecs.BOM_UTF8 + json.dumps(ds()).encode())
     assert zero_settings(DDPOConfig(deepspeed=str(tmp_path / "ds.json")), "no")["zero_optimization"]["stage"] == 2

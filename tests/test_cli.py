@@ -180,6 +180,10 @@ def test_accelerates_precision_counts_unless_another_is_given(told, given, preci
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", told)
     here = "fp16" if torch.cuda.is_available() else "no"
     assert train_command.read_options(given)[1].mixed_precision == (here if precision == "here" else precision)
+    # a plan is for a GPU, wherever it is made
+    planned = command_options.plan_parser().parse(given).mixed_precision
+    on_gpu = command_options.precision_or_default(planned, on_gpu=True)
+    assert on_gpu == ("fp16" if precision == "here" else precision)
     # TRL's default stays in scripts
     assert DDPOConfig().mixed_precision == "fp16"
 

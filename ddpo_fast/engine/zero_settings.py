@@ -30,7 +30,9 @@ def zero_settings(config: DDPOConfig, precision: str, given: dict[str, Any] | No
         raise ValueError("mixed_precision is 'fp16', which DeepSpeed does not have on a CPU: use 'bf16' or 'no'")
     read = _read(config.deepspeed) if config.deepspeed else {"zero_optimization": _stage(config)}
     settings = dict(given or read)
-    _check_shape(settings, config)
+    # which settings a message is about: the file's, or those in its place
+    source = f"deepspeed is {config.deepspeed!r}, which" if given is None else "accelerate's configuration of DeepSpeed"
+    _check_shape(settings, source)
     own: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -44,8 +46,8 @@ def zero_settings(config: DDPOConfig, precision: str, given: dict[str, Any] | No
         asked = settings.get(name, {}).get("enabled", "auto")
         if asked not in ("auto", enabled):
             raise ValueError(
-                f"deepspeed is {config.deepspeed!r}, which has {name} enabled={asked}, but mixed_precision is "
-                f"{precision!r}: make them agree, or leave {name} out of the file"
+                f"{source} has {name} enabled={asked}, but mixed_precision is {precision!r}: make them agree, or leave "
+                f"{name} out there"
             )
         scale = {"initial_scale_power": 16, "loss_scale_window": PATIENCE, "hysteresis": 1} if name == "fp16" else {}
         own[name] = {**scale, **_without_auto(settings.get(name, {})), "enabled": enabled}
@@ -60,13 +62,10 @@ def zero_settings(config: DDPOConfig, precision: str, given: dict[str, Any] | No
     devices = {stage.get(name, {}).get("device") for name in ("offload_optimizer", "offload_param")}
     if "nvme" in devices or settings.get("data_types", {}).get("grad_accum_dtype"):
         raise ValueError(
-            f"deepspeed is {config.deepspeed!r}, which asks for nvme or grad_accum_dtype: offload to cpu, and say "
-            "train_gradient_dtype instead"
+            f"{source} asks for nvme or grad_accum_dtype: offload to cpu, and say train_gradient_dtype instead"
         )
     if stage.get("stage", 0) not in (1, 2, 3):
-        raise ValueError(
-            f"deepspeed is {config.deepspeed!r}, which has no ZeRO stage of 1, 2 or 3: without one, leave it out"
-        )
+        raise ValueError(f"{source} has no ZeRO stage of 1, 2 or 3: without one, leave DeepSpeed out")
     return settings
 
 
@@ -113,12 +112,12 @@ def _read(path: str) -> dict[str, Any]:
     return {"zero_optimization": {}, **settings}
 
 
-def _check_shape(settings: dict[str, Any], config: DDPOConfig) -> None:
+def _check_shape(settings: dict[str, Any], source: str) -> None:
     """Raises `ValueError` for parts of another kind, which would fail here or, after loading, in DeepSpeed."""
 
     def check(name: str, value: Any, fits: bool, demand: str) -> None:
         if not fits:
-            raise ValueError(f"deepspeed is {config.deepspeed!r}, where {name} is {shown(value)} but must be {demand}")
+            raise ValueError(f"{source} says that {name} is {shown(value)} but must be {demand}")
 
     sections = ("zero_optimization", "fp16", "bf16", "optimizer", "data_types", "activation_checkpointing")
     for name in sections:
