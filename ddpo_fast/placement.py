@@ -71,7 +71,7 @@ def place_networks(
     return layers
 
 
-def compute_precision(pipeline: Any, config: DDPOConfig) -> str | None:
+def compute_precision(pipeline: Any, config: DDPOConfig) -> str:
     """What the trained network computes in: 'no', 'fp16' or 'bf16'.
 
     A pipeline with an autocast of its own computes in that, from weights in fp32.
