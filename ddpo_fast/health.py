@@ -18,7 +18,7 @@ from ddpo_fast.trajectory import Trajectory
 
 logger = logging.getLogger(__name__)
 
-# A log-ratio is a mean over a step's elements of (z_old^2 - z^2) / 2, with z in standard deviations of the step's noise.
+# A log-ratio is a mean over a step's elements of (z_old^2 - z^2) / 2, z in standard deviations of the step's noise.
 # Where the Gaussian's mean has moved by 20 of them it is about 20^2 / 2: nothing is left of the policy that sampled.
 LARGEST_LOG_RATIO = 20**2 / 2
 # The typical ratio is then exp(0.5), in every pair: PPO assumes steps that are much smaller.

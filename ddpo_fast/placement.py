@@ -41,8 +41,8 @@ def place_networks(
         else:
             frozen.to(device, dtype=dtype)
 
-    # Of the UNet, trained weights stay fp32: updates are often smaller than half precision can resolve. They stay on the
-    # host where the engine keeps them there, or where DeepSpeed casts them before it moves them to the device.
+    # Of the UNet, trained weights stay fp32: updates are often smaller than half precision can resolve. They stay on
+    # the host where the engine keeps them there, or where DeepSpeed casts them before it moves them to the device.
     layers = pipeline.get_trainable_layers()
     trained = {id(parameter) for parameter in trainable_parameters(layers)}
     home = "cpu" if exact_weights(config) == "host" or config.uses_deepspeed else device
