@@ -351,7 +351,7 @@ HARMFUL = {
 
 def write_state(path: Path, state: dict) -> None:
     """As somebody with evil intent does, who knows of the digest."""
-    path.write_text(json.dumps({**state, checkpoint.SEAL: checkpoint._seal(state)}) + "\n")
+    path.write_text(json.dumps({**state, checkpoint.DIGEST: checkpoint._state_digest(state)}) + "\n")
 
 
 @pytest.mark.parametrize("name", HARMFUL)
