@@ -338,7 +338,7 @@ HARMFUL = {
 
 def write_state(path: Path, state: dict) -> None:
     """Writes a state with a valid digest, as an attacker can."""
-    path.write_text(json.dumps({**state, checkpoint.SEAL: checkpoint._seal(state)}) + "\n")
+    path.write_text(json.dumps({**state, checkpoint.DIGEST: checkpoint._state_digest(state)}) + "\n")
 
 
 @pytest.mark.parametrize("name", HARMFUL)
