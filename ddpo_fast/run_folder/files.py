@@ -26,13 +26,18 @@ def digests(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): digest(path) for path in files}
 
 
-def follow_umask(folder: Path) -> None:
-    """Gives the files below `folder` the mode that this user's new files have: safetensors makes its own 0600."""
+def follow_umask(folder: Path, *patterns: str) -> None:
+    """Gives files below `folder` the mode of this user's new files, because safetensors creates its own with 0600.
+
+    Args:
+        patterns: for `Path.glob`; all files without any.
+    """
+    # asking for the umask means setting it, for all threads of the process: a new file shows what it leaves
     plain = folder / ".mode"
     plain.touch()
     mode = plain.stat().st_mode
     plain.unlink()
-    for path in folder.rglob("*"):
+    for path in (path for pattern in patterns or ("**/*",) for path in folder.glob(pattern)):
         if path.is_file() and path.stat().st_mode != mode:
             path.chmod(mode)
 
