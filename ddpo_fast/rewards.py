@@ -7,6 +7,7 @@ and returns (rewards of length B, metadata).
 from __future__ import annotations
 
 import io
+import logging
 import numbers
 import random
 import threading

@@ -180,9 +180,9 @@ def test_paged_states_train(make_trainer, tmp_path):
 def test_offloaded_data_crosses_once_an_update(make_trainer, tmp_path, monkeypatch):
     """However many micro-batches an update has: every gradient comes down once, and every copy goes up once."""
     moved_bytes = []
-    move = _Staging.move
+    move = _Staging.start_copy
     monkeypatch.setattr(
-        _Staging, "move", lambda self, to, of: moved_bytes.append(sum(t.nbytes for t in of)) or move(self, to, of)
+        _Staging, "start_copy", lambda self, to, of: moved_bytes.append(sum(t.nbytes for t in of)) or move(self, to, of)
     )
     _, _, trainer = run(
         make_trainer,
@@ -246,8 +246,8 @@ def test_a_resumed_run_ends_with_the_same_bits(make_trainer, tmp_path, settings)
     assert all(torch.equal(whole[name], after[name]) for name in whole)
     for moment in moments.MOMENTS:
         for one, two in zip(uncut.engine.weights.masters, resumed.engine.weights.masters, strict=True):
-            kept = moments.get(uncut.engine.optimizer, one, moment)
-            assert torch.equal(kept, moments.get(resumed.engine.optimizer, two, moment))
+            kept = moments.read(uncut.engine.optimizer, one, moment)
+            assert torch.equal(kept, moments.read(resumed.engine.optimizer, two, moment))
     if "ema_decay" in settings:
         averages = zip(uncut.engine.ema.averages, resumed.engine.ema.averages, strict=True)
         assert all(torch.equal(one, two) for one, two in averages)
@@ -348,9 +348,9 @@ def test_without_a_smaller_micro_batch_there_is_advice(make_trainer, monkeypatch
         trainer.train()
 
 
-def test_frozen_networks_sleep_on_the_host(make_trainer, tmp_path):
+def test_offloaded_networks_draw_the_same(make_trainer, tmp_path):
     _, plain, _ = run(make_trainer, tmp_path, "plain", num_epochs=1)
-    _, after, _ = run(make_trainer, tmp_path, "asleep", num_epochs=1, offload_frozen=True)
+    _, after, _ = run(make_trainer, tmp_path, "offloaded", num_epochs=1, offload_frozen=True)
     assert all(torch.equal(plain[name], after[name]) for name in plain)
 
 

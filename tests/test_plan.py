@@ -18,10 +18,11 @@ from ddpo_fast.commands.options import RunArguments
 from ddpo_fast.device_memory import GB
 from ddpo_fast.engine.optimizers import BUCKET
 from ddpo_fast.model_configs import check_model
-from ddpo_fast.plan.candidates import LEVERS, MARGIN, choose, with_settings
+from ddpo_fast.plan.candidates import MARGIN, SAVINGS, choose, with_settings
 from ddpo_fast.plan.footprint import Adapter, Footprint
 from ddpo_fast.plan.live_bytes import LiveBytes, trace
-from ddpo_fast.plan.phases import _staged, decode_bytes, predict, state_bytes
+from ddpo_fast.plan.phases import decode_bytes, predict
+from ddpo_fast.plan.update_bytes import staged_weights, state_bytes
 from ddpo_fast.tiny_sd import MODEL
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
@@ -171,9 +172,9 @@ def test_updates_in_the_backward_pass_are_of_one_weight(footprints, settings):
 
 def test_host_memory_of_an_offloaded_step():
     """Two buckets take turns; the second, of 200 weights here, is the smaller one."""
-    assert _staged(SimpleNamespace(trained_sizes=[BUCKET, 200])) == BUCKET + 200
-    assert _staged(SimpleNamespace(trained_sizes=[100, 200])) == 300
-    assert _staged(SimpleNamespace(trained_sizes=[BUCKET, 200, BUCKET, 100])) == BUCKET + 200
+    assert staged_weights(SimpleNamespace(trained_sizes=[BUCKET, 200])) == BUCKET + 200
+    assert staged_weights(SimpleNamespace(trained_sizes=[100, 200])) == 300
+    assert staged_weights(SimpleNamespace(trained_sizes=[BUCKET, 200, BUCKET, 100])) == BUCKET + 200
 
 
 @pytest.mark.parametrize(
@@ -188,8 +189,8 @@ def test_an_offloaded_step_widens_gradients_unless_it_reads_them_as_they_are(foo
     host = predict(footprints["full"], config(train_micro_batch_size=1, offload="optimizer", **settings)).host
     assert host.get("fp32 gradients", 0) == wide * LARGEST
     gradient = 2 if "train_gradient_dtype" in settings else 4
-    assert host["pinned buffers"] == (gradient + 2) * _staged(footprints["full"])
-    assert LARGEST < _staged(footprints["full"]) <= 2 * LARGEST
+    assert host["pinned buffers"] == (gradient + 2) * staged_weights(footprints["full"])
+    assert LARGEST < staged_weights(footprints["full"]) <= 2 * LARGEST
 
 
 def test_idle_networks_are_there_when_they_work(footprints):
@@ -233,14 +234,14 @@ def test_latents_of_an_epoch(footprints):
 )
 def test_what_a_row_keeps(footprints, name, mode, gigabytes):
     """Counted before by other means, see the research of the project: 0.937, 0.780, 0.155 and 0.529 GB."""
-    assert footprints[name].kept(mode) / GB == pytest.approx(gigabytes, abs=6e-4)
+    assert footprints[name].kept_per_row(mode) / GB == pytest.approx(gigabytes, abs=6e-4)
 
 
 @pytest.mark.parametrize("name", ["full", "lora"])
 def test_a_row_takes_more_than_it_keeps_and_blocks_least(footprints, name):
     footprint = footprints[name]
     peaks = {mode: footprint.training(mode).peak(8) for mode in ("none", "blocks")}
-    assert all(peaks[mode] > 8 * footprint.kept(mode) for mode in peaks)
+    assert all(peaks[mode] > 8 * footprint.kept_per_row(mode) for mode in peaks)
     assert peaks["blocks"] < 0.35 * peaks["none"]
 
 
@@ -251,7 +252,7 @@ def test_the_trace_keeps_what_the_network_keeps(adapter):
     unet = footprint._unet().to_empty(device="cpu").train()
     there = {p.untyped_storage().data_ptr() for p in unet.parameters()}
     inputs = (torch.empty_like(x, device="cpu").zero_() for x in footprint._inputs(8))
-    assert 8 * footprint.kept() == pytest.approx(kept_bytes(lambda: unet(*inputs), there), rel=0.01)
+    assert 8 * footprint.kept_per_row() == pytest.approx(kept_bytes(lambda: unet(*inputs), there), rel=0.01)
 
 
 def test_live_bytes_are_those_of_tensors_that_are_there():
@@ -299,12 +300,12 @@ def test_every_gpu_fits_or_is_told_why_not(footprints, name):
         assert choice.plan.peak <= limit
         assert choice.plan.totals == predict(footprints[name], with_settings(config(), choice.settings)).totals
         assert len(choice.reasons) == len(choice.settings)
-        saving = [lever for lever in LEVERS if lever in choice.settings.items()]
-        slowest.append(max((LEVERS.index(lever) for lever in saving), default=-1))
-        for lever, _ in saving:
+        chosen = [saving for saving in SAVINGS if saving in choice.settings.items()]
+        slowest.append(max((SAVINGS.index(saving) for saving in chosen), default=-1))
+        for name_of_saving, _ in chosen:
             # what is not needed for the smallest calls that were considered is not there
             least = min(4, choice.settings["train_micro_batch_size"])
-            without = {k: v for k, v in choice.settings.items() if k != lever}
+            without = {k: v for k, v in choice.settings.items() if k != name_of_saving}
             small = {**without, "train_micro_batch_size": least, "sample_merge_batches": 1}
             assert predict(footprints[name], with_settings(config(), small)).peak > limit
     assert slowest == sorted(slowest, reverse=True)

@@ -19,7 +19,7 @@ OPTIONS = (
     "--train_num_inner_epochs 2 --train_learning_rate 1e-3 --per_prompt_stat_tracking "
     "--per_prompt_stat_tracking_min_count 2 --mixed_precision no"
 ).split()
-STEP = "ddpo_fast.engine.local.Engine.step"
+STEP = "ddpo_fast.engine.local.LocalEngine.step"
 TIMINGS = {"sample_s", "reward_s", "train_s", "images_per_s", "elapsed_s"}
 
 

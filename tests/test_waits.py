@@ -14,7 +14,7 @@ from ddpo_fast import cuda_graphs, rewards
 from ddpo_fast.cuda_graphs import Recorded
 from ddpo_fast.engine import optimizers
 from ddpo_fast.engine.offload import Offload
-from ddpo_fast.offload_frozen import awake, sleep
+from ddpo_fast.offload_frozen import offload, on_device
 
 
 @pytest.fixture
@@ -155,21 +155,21 @@ def test_rewards_wait_for_their_images_and_are_waited_for(device, monkeypatch):
     assert not [memory for memory in device.unrecorded() if memory is device.memory(images)]
 
 
-# networks that wait in host memory
+# frozen networks in host memory
 
 
-def test_an_idle_network_sleeps_in_pinned_memory_and_wakes_for_its_stream(device):
+def test_an_offloaded_network_is_in_pinned_memory_and_its_copies_are_waited_for(device):
     network = nn.Linear(3, 2)
     for tensor in network.parameters():
         device.on_device(tensor)
     expected = network(device.on_device(torch.ones(1, 3))).detach().clone()
-    sleep(network, torch.float32)
+    offload(network, torch.float32)
     homes = [parameter.data for parameter in network.parameters()]
     for home in homes:
         assert device.memory(home).pinned
         assert not home.is_cuda
     for _ in range(2):
-        with awake(network, torch.device("cuda")):
+        with on_device(network, torch.device("cuda")):
             assert all(parameter.is_cuda for parameter in network.parameters())
             assert torch.equal(network(device.on_device(torch.ones(1, 3))), expected)
         for parameter, home in zip(network.parameters(), homes, strict=True):
