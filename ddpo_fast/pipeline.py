@@ -259,8 +259,11 @@ def _give_default_mode(folder: Path) -> None:
 
 
 def check_pipeline(pipeline: DDPOStableDiffusionPipeline, config: DDPOConfig) -> None:
-    """Raises `ValueError` where a pipeline has no stochastic steps of the kind that the settings ask for, or where a
-    setting needs this module's `__call__` and the pipeline has its own."""
+    """Raises `ValueError` if a pipeline cannot take the steps, or do what another setting asks of it.
+
+    A pipeline whose class overrides both `__call__` and `scheduler_step` may sample by other steps than DDIM's, so its
+    scheduler is not checked.
+    """
     kind, ours = type(pipeline), DefaultDDPOStableDiffusionPipeline
     steps_are_ours = ours.__call__ is kind.__call__ or ours.scheduler_step is getattr(kind, "scheduler_step", None)
     if isinstance(pipeline, ours) and steps_are_ours:
