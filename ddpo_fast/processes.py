@@ -22,8 +22,8 @@ T = TypeVar("T")
 def make_accelerator(config: DDPOConfig, output_dir: Path) -> Accelerator:
     """The accelerator of a run, over the processes that torchrun, `deepspeed` or `accelerate launch` started.
 
-    `accelerator_kwargs` take precedence over what is chosen here. Raises `ValueError` for a way of splitting the run that
-    is not supported.
+    `accelerator_kwargs` take precedence over what is chosen here. Raises `ValueError` for a way of splitting the run
+    that is not supported.
     """
     if problem := launch_problem():
         raise ValueError(problem)

@@ -234,8 +234,8 @@ class Scoring:
 class RewardRandom:
     """Restores torch's random generators after an epoch's rewards to what they were before.
 
-    A reward function that calls `torch.manual_seed` would otherwise make every epoch sample from the same noise. Python's
-    and NumPy's generators are left as the prompt and reward functions leave them.
+    A reward function that calls `torch.manual_seed` would otherwise make every epoch sample from the same noise.
+    Python's and NumPy's generators are left as the prompt and reward functions leave them.
     """
 
     def __init__(self) -> None:

@@ -49,14 +49,18 @@ def read_tensors(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path.parent} is damaged: {path.name} cannot be read ({reason:.200})") from error
 
 
-def follow_umask(folder: Path) -> None:
-    """Gives the files below `folder` the mode that this user's new files have: safetensors makes its own with 0600."""
-    # The umask cannot be read without setting it, which would affect other threads: a new file tells.
-    new = folder / ".mode"
-    new.touch()
-    mode = new.stat().st_mode
-    new.unlink()
-    for path in folder.rglob("*"):
+def follow_umask(folder: Path, *patterns: str) -> None:
+    """Gives files below `folder` the mode of this user's new files, because safetensors creates its own with 0600.
+
+    Args:
+        patterns: for `Path.glob`; all files without any.
+    """
+    # asking for the umask means setting it, for all threads of the process: a new file shows what it leaves
+    plain = folder / ".mode"
+    plain.touch()
+    mode = plain.stat().st_mode
+    plain.unlink()
+    for path in (path for pattern in patterns or ("**/*",) for path in folder.glob(pattern)):
         if path.is_file() and path.stat().st_mode != mode:
             path.chmod(mode)
 
