@@ -96,8 +96,9 @@ def test_a_replay_adds_the_gradient_that_one_call_adds(make_trainer, tmp_path, p
             train_gradient_accumulation_steps=1,
             output_dir=tmp_path / f"{graphs}",
         )
+        # both sample, which sets the scheduler's timesteps, and both train on the samples of the first one
+        (trajectory,), _ = trainer._generate_samples(1, 4)
         if not batch:
-            (trajectory,), _ = trainer._generate_samples(1, 4)
             batch = {name: trajectory[name] for name in PER_IMAGE_AND_STEP}
             batch["advantages"] = torch.tensor([1.0, -1.0, 0.5, 2.0], device=trajectory.timesteps.device)
         engine = trainer.engine
