@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
+from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Any
 
@@ -16,9 +17,26 @@ class WorkerThreads(Executor):
     def __init__(self, count: int, name: str) -> None:
         self.count = count
         self.name = name
+        self._start_over()
+
+    def _start_over(self) -> None:
         self._work: SimpleQueue[Any] = SimpleQueue()
         self._threads: list[threading.Thread] = []
         weakref.finalize(self, _end, self._work, self._threads)
+
+    @contextmanager
+    def abandoned_on_error(self) -> Iterator[None]:
+        """Whatever ends the block with an error or a signal, nobody waits for the threads any more."""
+        try:
+            yield
+        except BaseException:
+            self.abandon()
+            raise
+
+    def abandon(self) -> None:
+        """What is queued and under way ends in its threads, for nobody; the next call starts new ones."""
+        self.shutdown(wait=False)
+        self._start_over()
 
     def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """Calls `function` in one of the threads."""

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpo_fast import DefaultDDPOStableDiffusionPipeline, sampler
 from ddpo_fast.prompt_embeddings import ENCODED_AT_ONCE, PromptEmbeddings
-from ddpo_fast.unet.sampling_cache import UNetCache, cache_problem
+from ddpo_fast.unet import UNetCache, cache_problem
 
 
 def rows_seen(trainer) -> list[int]:
@@ -331,7 +331,7 @@ def test_a_cache_computes_its_layers_once_per_rollout(make_trainer):
 
 
 def test_what_cannot_be_cached_says_why():
-    from test_fuse_unet import make_unet
+    from test_fused_layers import make_unet
 
     assert cache_problem(make_unet("sd15")) == ""
     assert "add_embedding" in cache_problem(make_unet("sdxl"))
@@ -391,12 +391,12 @@ def test_the_host_never_waits_inside_sampling_and_training(make_trainer, use_lor
         samples = [trajectory for trajectory, _ in trainer.rollout.sample(draws)]
     assert sampling.seen == []
     trajectory = samples[0].with_advantages(torch.tensor([1.0, -1.0, 0.5, -0.5]))
-    batch = trajectory.transitions(torch.arange(4), torch.arange(5).expand(4, -1), None)
+    batch = trajectory.training_batch(torch.arange(4), torch.arange(5).expand(4, -1), None)
     trainer.sd_pipeline.unet.train()
     step = trainer.engine.step
     trainer.engine.step = dict
     with trainer.engine.computing(), Waits() as training:
-        trainer._update([batch])
+        trainer.ppo.update([batch], 0, None)
     assert training.seen == []
     trainer.engine.step = step
 

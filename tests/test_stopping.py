@@ -15,14 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from test_resume import flat, untimed
+from test_resumption import flat, untimed
 from tiny_run import SETTINGS, Prompts, brightness, forget_accelerate_state
 
 from ddpo_fast import DDPOConfig
 from ddpo_fast.interruption import SIGNALS, Interruption
 from ddpo_fast.prompts import load_prompts
-from ddpo_fast.resumption import refuse_changes
 from ddpo_fast.run_folder import checkpoint, folder_lock
+from ddpo_fast.run_folder.resume_checks import refuse_changes
 
 BATCHES = SETTINGS["sample_num_batches_per_epoch"]
 QUICK = {"sample_num_steps": 2}
@@ -50,7 +50,7 @@ def test_a_signal_waits_for_what_must_be_finished_and_a_second_one_does_not(monk
     done = []
 
     def work(seconds_between):
-        with Interruption() as interruption, interruption.held():
+        with Interruption() as interruption, interruption.deferred():
             signal.raise_signal(signal.SIGINT)
             now[0] += seconds_between
             signal.raise_signal(signal.SIGINT)
@@ -120,7 +120,7 @@ def test_stopped_in_an_update_it_ends_with_the_same_bits(make_trainer, tmp_path,
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         stopped.train()
     assert handlers() == before
-    assert (stopped.first_epoch, stopped._global_step) == (2, 4)
+    assert (stopped.first_epoch, stopped.progress.global_step) == (2, 4)
     assert f"checkpoint_2 is there: go on with --resume_from {tmp_path / 'stopped'}" in capsys.readouterr().err
     assert checkpoint.find(tmp_path / "stopped").name == "checkpoint_2"
     checkpoint.verify(checkpoint.find(tmp_path / "stopped"))
@@ -152,7 +152,7 @@ def test_stopped_while_a_reward_runs_in_a_thread(make_trainer, tmp_path):
     assert checkpoint.find(tmp_path / "run").name == "checkpoint_1"
     given_up.set()
     trainer.train()
-    assert (trainer.first_epoch, trainer._global_step) == (3, 6)
+    assert (trainer.first_epoch, trainer.progress.global_step) == (3, 6)
     assert [r["epoch"] for r in records(tmp_path / "run") if r["kind"] == "epoch"] == [0, 1, 2]
     assert [r["update"] for r in records(tmp_path / "run") if r["kind"] == "update"] == list(range(6))
 
@@ -171,7 +171,7 @@ def test_an_error_leaves_the_last_whole_epoch_too(make_trainer, tmp_path):
         trainer.train()
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["checkpoint_2"]
     trainer.train()
-    assert (trainer.first_epoch, trainer._global_step) == (3, 6)
+    assert (trainer.first_epoch, trainer.progress.global_step) == (3, 6)
 
 
 def test_a_second_call_trains_as_many_epochs_again(make_trainer, tmp_path):
@@ -179,9 +179,9 @@ def test_a_second_call_trains_as_many_epochs_again(make_trainer, tmp_path):
     trainer = make_trainer(num_epochs=1, **QUICK)
     trainer.train()
     trainer.train()
-    assert (trainer.first_epoch, trainer._global_step) == (2, 4)
+    assert (trainer.first_epoch, trainer.progress.global_step) == (2, 4)
     trainer.train(epochs=2)
-    assert (trainer.first_epoch, trainer._global_step) == (4, 8)
+    assert (trainer.first_epoch, trainer.progress.global_step) == (4, 8)
     assert [r["update"] for r in records(tmp_path / "run") if r["kind"] == "update"] == list(range(8))
 
 
@@ -375,7 +375,7 @@ def test_a_loose_checkpoint_is_no_place_for_a_run(make_trainer, tmp_path):
 
 
 def test_stopped_before_the_first_epoch_it_says_how_to_go_on(make_trainer, monkeypatch, capsys):
-    monkeypatch.setattr(checkpoint, "try_saving", lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(checkpoint, "trial_save", lambda *_: signal.raise_signal(signal.SIGINT))
     trainer = make_trainer(**QUICK)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()

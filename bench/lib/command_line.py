@@ -16,7 +16,7 @@ def new_parser(description: str | None) -> argparse.ArgumentParser:
 def add_device_and_size(parser: argparse.ArgumentParser) -> None:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=["cpu", "cuda"], default=default, help="default: cuda where there is one")
-    parser.add_argument("--size", choices=["tiny", "full"], default="full", help="tiny: only to see that the script runs")
+    parser.add_argument("--size", choices=["tiny", "full"], default="full", help="tiny: to see the script run")
 
 
 def print_progress(text: str) -> None:
