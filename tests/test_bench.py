@@ -1,4 +1,4 @@
-"""The benchmarks run, and refuse what is not proved."""
+"""The scripts of bench/ run, and ops.py times no op whose tests fail."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_an_op_whose_tests_fail_is_not_timed(tmp_path):
 
 
 @pytest.mark.benchmark
-def test_a_report_of_passed_tests_opens_the_gate(tmp_path):
+def test_an_op_is_timed_if_a_report_says_that_its_tests_passed(tmp_path):
     output, report = tmp_path / "ops.jsonl", tmp_path / "tests.xml"
     options = ["--op", "geglu", "--device", "cpu", "--size", "tiny", "--output", str(output), "--tested", str(report)]
     options += ["--test-command", "false"]
@@ -87,7 +87,7 @@ def test_memory_is_predicted_and_measured(tmp_path):
 
 
 @pytest.mark.benchmark
-def test_a_part_of_a_gpu_has_a_stage_of_its_own(tmp_path):
+def test_memory_is_compared_under_a_cap(tmp_path):
     settings = {"DRY_RUN": "1", "OUT": str(tmp_path), "ONLY": "memory-full-8"}
     done = run("bash", "bench/on_gpu.sh", **settings)
     assert done.returncode == 0, done.stdout

@@ -1,4 +1,4 @@
-"""The optimizers' benchmark runs, and its figures are those of what it says that it measures."""
+"""optimizer.py runs and counts the bytes of each optimizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The scaling model's properties, and its numbers against ones worked out by hand."""
+"""Properties of the scaling model, its results against ones worked out by hand, and the script."""
 
 from __future__ import annotations
 

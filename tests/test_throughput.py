@@ -1,4 +1,4 @@
-"""The comparison with TRL runs, takes turns, and notices what got slower."""
+"""throughput.py compares with TRL in turns, and reports what is slower than an earlier record."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_the_table_has_both_trainers(tmp_path):
         assert row["rows_per_s"] == pytest.approx(2 * 4 * 2 * 2 / row["epoch_s"])
         assert 0 < row["tflop_per_s"] < 2 * row["peak_tflop_per_s"]
         assert row["peak_bytes"] > 2**27
-    # the same prompts and noise draw the same images, but for what the first updates' roundings did
+    # the same prompts and noise give the same images, except for rounding in the first updates
     assert ours["reward_mean"] == pytest.approx(trl["reward_mean"], rel=0.05)
     speed_up = ours["images_per_s"] / trl["images_per_s"]
     assert trl["ours_over_this"]["per_round"] == [pytest.approx(speed_up)]
@@ -75,7 +75,7 @@ def test_learning_is_drawn_and_recorded(tmp_path):
     rows, said = throughput(tmp_path / "curves.jsonl", "--learning", "--seeds", "1", "--epochs", "2")
     ours, trl = rows
     assert (ours["contender"], trl["contender"]) == ("ours", "trl")
-    # a quarter more for ours
+    # ours trains for a quarter more epochs
     assert (len(ours["seconds"]), len(trl["seconds"])) == (3, 2)
     assert ours["reward"][0] == pytest.approx(trl["reward"][0], rel=0.02)
     assert "ours" in said
@@ -111,11 +111,11 @@ def test_what_got_slower_is_flagged(bench):
     against = bench("compare_with_record")
     now = speeds(10.0, 10.1, 9.9)
     assert against.compare([now], [speeds(20.0, 20.5, 19.0)])[1]
-    # the same, faster than before, within the noise of either, and less than matters
+    # the same speed, faster, within the range of either's rounds, and slower by a negligible share
     for old in (now, speeds(5.0, 5.1, 5.2), speeds(12.0, 10.1, 13.0), speeds(10.11, 10.12, 10.15)):
         lines, slower = against.compare([now], [old])
         assert not slower, lines
-    # a single round knows nothing of its noise
+    # a single round does not show how much rounds differ
     assert not against.compare([speeds(9.5)], [speeds(10.0)])[1]
     assert against.compare([speeds(8.5)], [speeds(10.0)])[1]
 
@@ -170,5 +170,5 @@ def test_work_is_counted(bench):
     assert ours.settings["fuse_unet"] is False
     assert "fuse_unet" not in trl.settings
     counted = flops.flops_of(MODEL, use_lora=False)
-    # backward takes a forward for the inputs and one for the weights
+    # the backward pass takes a forward pass's FLOPs for the inputs' gradients and as many for the weights'
     assert 2.9 < counted["trained"] / counted["forward"] < 3.0

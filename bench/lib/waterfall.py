@@ -47,14 +47,14 @@ def with_gains(rows: list[Row]) -> list[Row]:
 
 
 def print_bars(rows: list[Row]) -> None:
-    print(f"{'waterfall: ' + rows[0]['case']:<30}{'images/s':>10}{'least..most':>20}{'gain over the bar before':>32}")
+    print(f"{'waterfall: ' + rows[0]['case']:<30}{'images/s':>10}{'least..most':>20}{'gain over the bar before':>34}")
     for row in rows:
         if "failed" in row:
             print(f"{row['title']:<30} FAILED: {row['failed']}")
             continue
         gain = row["gain"]
         over = "" if gain is None else f"{gain['median']:.3f}x ({gain['min']:.3f}..{gain['max']:.3f}) {row['over']}"
-        print(f"{row['title']:<30}{row['images_per_s']:>10.3f}{speed_range(row['rounds']):>20}{over:>32}")
+        print(f"{row['title']:<30}{row['images_per_s']:>10.3f}{speed_range(row['rounds']):>20}{over:>34}")
 
 
 def totals(rows: list[Row]) -> dict[str, float]:
