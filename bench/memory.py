@@ -183,9 +183,9 @@ def trained(spec: Row) -> Row:
         if "cap" in spec:
             # without a cap, a CPU counts as 64 GB, at which no memory needs to be saved
             capacity = cap * GB if cap else torch.cuda.mem_get_info()[1] if device == "cuda" else 64 * GB
-            chosen = choose(footprint, config, capacity, shown_images=0).settings
+            chosen = choose(footprint, config, capacity, evaluated_images=0).settings
             config = DDPOConfig(**{**vars(config), **chosen})
-        plan = predict(footprint, config, shown_images=0)
+        plan = predict(footprint, config, evaluated_images=0)
         if cap and device == "cuda":
             share = (cap * GB - CUDA_CONTEXT) / torch.cuda.get_device_properties(0).total_memory
             torch.cuda.set_per_process_memory_fraction(share)

@@ -3,7 +3,7 @@
 namespace ddpo_fast {
 namespace {
 
-// so many blocks are worth a thread
+// the fewest blocks of 256 weights that are given to a thread
 constexpr int64_t GRAIN = 64;
 
 void check(
@@ -48,7 +48,8 @@ Quantizer quantizer_of(const Tensor& decades, int64_t moment) {
   return Quantizer(d);
 }
 
-// Elements of any type at a position, from and to fp32. Chosen once: asking a tensor takes as long as a block.
+// Converts a tensor's elements from and to fp32. It is chosen once for each tensor, because asking a tensor for its
+// dtype takes as long as updating a block.
 struct Converter {
   char* data = nullptr;
   int64_t size = 0;
@@ -68,7 +69,8 @@ Converter converter_of(const Tensor& tensor, void* data) {
   return found;
 }
 
-// A block that ends early, padded with weights of zero: they change no scale.
+// Updates the last block if it has fewer than 256 weights. It is padded with weights, gradients and moments of zero,
+// which do not change the block's scales; 127 is the code of zero in the signed map.
 void adamw_tail(
     const AdamStep& s,
     const float* grad,
@@ -142,7 +144,7 @@ void adamw8bit(
         adamw_block(s, values, p + at, c1 + at, c2 + at, a1[block], a2[block]);
       else
         adamw_tail(s, values, count, p + at, c1 + at, c2 + at, a1[block], a2[block]);
-      // while the block is in the cache
+      // the half-precision copy is written while the block is still in the cache
       if (copy.data) copy.store(p + at, count, copy.data + at * copy.size);
     }
   });

@@ -1,8 +1,9 @@
-// A block of an AdamW step with 8-bit states: 256 weights, and per moment 256 codes and one scale.
+// An AdamW step with 8-bit moments for one block: 256 weights and, for each moment, 256 codes and one scale.
 //
-// A code stands for a value of a map, times the scale. Both maps consist of decades that are each divided evenly, so
-// the nearest value is found by arithmetic. `ddpo_fast/ops/adamw8bit.py` makes the tables and says what is computed.
-// With AVX-512 VBMI tables lie in registers; elsewhere the same is written as loops that compilers make vectors of.
+// `ddpo_fast/ops/adamw8bit.py` says what is computed and makes the tables. A code stands for a value of a map times the
+// block's scale. The maps consist of decades that are divided into equal parts, so the nearest value's code is found by
+// arithmetic. With AVX-512 VBMI the tables are kept in vector registers; elsewhere the same computation is written as
+// loops that compilers vectorise.
 #pragma once
 
 #include "convert.h"
@@ -20,17 +21,22 @@
 namespace ddpo_fast {
 
 constexpr int64_t BLOCK = 256;
-// what is quantized at a time: division and root of one part run beside the shuffles of another
+// Weights that are updated before their moments are quantized. The processor overlaps the divisions and square roots of
+// one part with the shuffles of another, which use other execution units.
 constexpr int64_t PART = 64;
 constexpr int64_t DECADES = 8;
 
-// Where decades of |value| / scale begin, and the line that counts codes within: min(slope * size + offset, last).
+// For each decade, the size |value| / scale at which it begins, and the line min(slope * size + offset, last), whose
+// integer part counts codes from that of zero.
 struct Decades {
   float threshold[DECADES], slope[DECADES], offset[DECADES], last[DECADES];
 };
 
-// Two extremes' bits. Floats above zero are ordered as their bits are; unsigned, those below zero come after them, the
-// lowest last, and then NaN. Nothing below zero: `least` is the largest value too.
+// The bits of the largest and of the lowest value of a block, found by integer comparisons, which unlike comparisons of
+// floats do not lose a NaN. As signed integers, the bits of floats from zero up are ordered as the floats are, and all
+// bits of negative floats are smaller: the maximum is that of the largest value. As unsigned integers, negative floats
+// come after the positive ones, the lowest one last, and NaN with its sign set after that: the maximum is that of the
+// lowest value, or of the largest one if none is negative.
 struct Extremes {
   int32_t most = 0;
   uint32_t least = 0;
@@ -41,11 +47,12 @@ struct Extremes {
 inline __m512 as_floats(__m512i bits) { return _mm512_castsi512_ps(bits); }
 inline __m512i as_bits(__m512 floats) { return _mm512_castps_si512(floats); }
 
-// Unpacking and packing work within quarters of a register: they are in order if dwords are dealt out like this
-// before or after.
+// AVX-512's unpack and pack instructions work within each quarter of a register. This permutation of dwords, before an
+// unpack or after a pack, brings the elements into order.
 inline __m512i dealt() { return _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15); }
 
-// Four tables of bytes, which are looked up 64 codes at a time: gathering floats takes several times as long.
+// The map as four tables of bytes, one for each byte of a float. A shuffle looks 64 codes up in a table of 128 bytes at
+// once; gathering floats takes several times as long.
 struct Map {
   __m512i bytes[4][4];
 
@@ -59,7 +66,7 @@ struct Map {
   }
 };
 
-// The map's values for 64 codes.
+// Looks up the map's values for 64 codes.
 inline void look_up(const Map& map, const uint8_t* codes, __m512 values[4]) {
   const __m512i c = _mm512_permutexvar_epi32(dealt(), _mm512_loadu_si512(codes));
   const __mmask64 upper = _mm512_movepi8_mask(c);
@@ -76,7 +83,7 @@ inline void look_up(const Map& map, const uint8_t* codes, __m512 values[4]) {
   values[3] = as_floats(_mm512_unpackhi_epi16(high1, high2));
 }
 
-// value = map[code] * scale + (SIGNED ? rest * grad : (rest * grad)^2)
+// The moment after this gradient, map[code] * scale + (SIGNED ? rest * grad : (rest * grad)^2); beta is in the scale.
 template <bool SIGNED>
 inline Extremes next_moment(
     const Map& map, const uint8_t* codes, float scale, const float* grad, float rest, float* values) {
@@ -97,8 +104,9 @@ inline Extremes next_moment(
   return {_mm512_reduce_max_epi32(most), _mm512_reduce_max_epu32(least)};
 }
 
-// The decades, looked up by a size's exponent. A binade holds at most one threshold: adding `ahead` to the bits
-// carries sizes from there on into the next exponent, so that all sizes of a decade come to the same line.
+// The decades' lines in tables of 32 entries, looked up by the lowest five bits of a size's exponent. Each binade
+// (range of one exponent) holds at most one decade's threshold. Adding `ahead` to a size's bits carries the sizes from
+// that threshold on into the next exponent, so that all sizes of a decade find the same line.
 struct Quantizer {
   __m512i ahead[2];
   __m512 slope[2], offset[2], last[2];
@@ -127,11 +135,11 @@ struct Quantizer {
   }
 };
 
-// How many codes from that of zero 16 values between -1 and 1 are.
+// For 16 values between -1 and 1, the distance of their codes from that of zero, with the value's sign.
 template <bool SIGNED>
 inline __m512i steps_from_zero(const Quantizer& q, __m512 x) {
   const __m512 size = SIGNED ? _mm512_abs_ps(x) : x;
-  // five bits of the exponent are enough for 2^-31 and more, and nothing below has a code
+  // five bits of the exponent tell the sizes from 2^-31 up apart, and smaller sizes round to zero
   const __m512i bits = as_bits(_mm512_max_ps(size, _mm512_set1_ps(0x1p-31f)));
   const __m512i ahead = _mm512_permutex2var_epi32(q.ahead[0], _mm512_srli_epi32(bits, 23), q.ahead[1]);
   const __m512i at = _mm512_srli_epi32(_mm512_add_epi32(bits, ahead), 23);
@@ -143,6 +151,7 @@ inline __m512i steps_from_zero(const Quantizer& q, __m512 x) {
   return _mm512_cvttps_epi32(place);
 }
 
+// Stores the codes of a part's values; `inverse` is one over the block's scale.
 template <bool SIGNED>
 inline void quantize_part(const Quantizer& quantizer, const float* values, float inverse, uint8_t* codes) {
   __m512i n[4];
@@ -174,7 +183,7 @@ template <bool SIGNED>
 inline Extremes next_moment(
     const Map& map, const uint8_t* codes, float scale, const float* grad, float rest, float* values) {
   Extremes found;
-  // by itself: no compiler looks a table up in vectors as fast as it does one by one
+  // a loop of its own: compilers do not vectorise a table look-up well, and it would slow down the loop below
   for (int64_t i = 0; i < BLOCK; ++i) values[i] = map.values[codes[i]];
   for (int64_t i = 0; i < BLOCK; ++i) {
     const float scaled = grad[i] * rest;
@@ -188,7 +197,8 @@ inline Extremes next_moment(
 
 template <bool SIGNED>
 inline void quantize_part(const Quantizer& quantizer, const float* values, float inverse, uint8_t* codes) {
-  // a copy: for all that the compiler knows, codes are written over the quantizer
+  // A local copy. uint8_t may alias anything, so the compiler would have to assume that writing a code changes the
+  // quantizer, and load it again for each value.
   const Decades d = quantizer.decades;
   for (int64_t i = 0; i < PART; ++i) {
     const float x = values[i] * inverse;
@@ -208,7 +218,7 @@ inline void quantize_part(const Quantizer& quantizer, const float* values, float
 
 #endif
 
-// What does not change from block to block.
+// The scalars and tables of an update, which are the same for all blocks.
 struct AdamStep {
   float beta1, beta2, rest1, rest2, decay, eps, step_size;
   float lowest;  // the value of the first moment's code 0
@@ -216,20 +226,20 @@ struct AdamStep {
   Quantizer quantizer1, quantizer2;
 };
 
-// One over a scale. A subnormal scale, whose inverse could be infinite, becomes zero, and its values with it.
+// Returns one over a scale. A subnormal scale, whose inverse could be infinite, is set to zero, and so are its values.
 inline float inverse_of(float& scale) {
   if (scale < FLT_MIN) scale = 0;
   return scale == 0 ? 0 : 1 / scale;
 }
 
-// The scale at which the largest and the lowest value have codes of their own; NaN if one is NaN.
+// The smallest scale with which both the largest and the lowest value lie within the map; NaN if one is NaN.
 inline float scale_of(Extremes extremes, float lowest) {
   const float above = std::bit_cast<float>(extremes.most);
   const float below = extremes.least > 0x80000000u ? std::bit_cast<float>(extremes.least) / lowest : 0;
   return above >= below ? above : below > above ? below : above + below;
 }
 
-// All 256 elements of every argument are there.
+// Updates a whole block: every pointer must have 256 elements. Inlined, so that the tables stay in registers.
 __attribute__((always_inline)) inline void adamw_block(
     const AdamStep& s,
     const float* grad,

@@ -1,4 +1,6 @@
-// What every op checks and knows about its tensors. B images, D elements of an image, K rows of the table.
+// Checks and descriptions of tensors that all ops share. B images, D elements of an image, K rows of the table.
+//
+// Only torch's stable ABI is used (torch/csrc/stable and torch/headeronly): one library serves torch 2.11 and later.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -44,7 +46,9 @@ inline void check_shape(const char* name, const Tensor& tensor, std::initializer
     STD_TORCH_CHECK((tensor).numel() == (like).numel(), #tensor " must be as large as latents"); \
   } while (false)
 
-// Where element d of a row (in NCHW order) lies: rows are contiguous or channels_last.
+// How the rows of the UNet's output lie in memory: contiguous or channels_last. Latents are always contiguous; ops
+// count the elements of both in NCHW order. With guidance there are two rows for each image: first the unconditional
+// outputs of all images, then those for their texts.
 struct Rows {
   int64_t images;
   int64_t elements;
@@ -95,7 +99,7 @@ inline void check_step(const Tensor& latents, const Tensor& table, const Tensor&
   if (timesteps.dim() > 0) CHECK_SHAPE(timesteps, latents.size(0));
 }
 
-// Calls f with a value of the tensor's type.
+// Calls f with a value of the C++ type of the tensor's elements, which f takes the type from.
 template <typename F>
 void for_dtype(const Tensor& tensor, const F& f) {
   switch (tensor.scalar_type()) {

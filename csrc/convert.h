@@ -1,4 +1,4 @@
-// Runs of numbers from and to fp32, rounded to nearest even.
+// Converts n consecutive numbers from and to fp32, rounding to nearest even.
 #pragma once
 
 #include "common.h"
@@ -15,6 +15,7 @@ inline void to_float(const float* values, int64_t n, float* out) { std::memcpy(o
 
 inline void to_float(const BFloat16* values, int64_t n, float* out) {
   for (int64_t i = 0; i < n; ++i) {
+    // bf16 is the upper half of fp32
     const uint32_t bits = static_cast<uint32_t>(values[i].x) << 16;
     std::memcpy(out + i, &bits, sizeof bits);
   }
@@ -35,7 +36,8 @@ inline void from_float(const float* values, int64_t n, BFloat16* out) {
   for (int64_t i = 0; i < n; ++i) {
     uint32_t bits;
     std::memcpy(&bits, values + i, sizeof bits);
-    // to nearest, ties to even; adding to a NaN could make it infinite
+    // adds just under half of the last kept bit, and exactly half where that bit is 1: ties go to even. NaN is set
+    // apart, because the addition could carry into its sign or make it infinite.
     const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     out[i].x = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
   }

@@ -1,7 +1,8 @@
-// The Gaussian denoising step on the GPU: one block owns an image.
+// The Gaussian denoising step on the GPU, defined in `ddpo_fast/ops/gaussian.py`. A block computes a whole image.
 //
-// Sampling and training share these functions and the order of the sum, and contraction is off but for explicit fused
-// multiply-adds: both compute the same log-prob to the last bit.
+// Sampling and training must compute the same log-prob in every bit, so that ratios are exactly 1 while the policy has
+// not changed. Both call these functions, with the same number of threads and the same order of the sum. The compiler
+// may not fuse products and sums by itself (--fmad=false); where it pays, `__fmaf_rn` is called.
 #pragma once
 
 #include "common.h"
@@ -18,7 +19,7 @@ namespace ddpo_fast {
 constexpr int THREADS = 512;
 constexpr float LOG_SQRT_2PI = 0.9189385332046727f;
 
-// what a kernel needs to know of `Rows`, and the guidance scale
+// `Rows` and the guidance scale, in a struct that is passed to kernels by value
 struct Layout {
   int64_t images;
   int64_t elements;
@@ -58,22 +59,25 @@ __device__ inline void from_float(float value, float* out) { *out = value; }
 __device__ inline void from_float(float value, __half* out) { *out = __float2half_rn(value); }
 __device__ inline void from_float(float value, __nv_bfloat16* out) { *out = __float2bfloat16_rn(value); }
 
+// The alignment makes the compiler load and store four elements in one instruction.
 template <typename T>
 struct alignas(4 * sizeof(T)) Four {
   T values[4];
 };
 
-// Calls f(first element) for each group of up to four consecutive elements that this thread owns.
+// Calls f(index of the first element) for each four consecutive elements that this thread computes.
 template <typename F>
 __device__ void for_fours(int64_t elements, const F& f) {
   for (int64_t d = 4 * threadIdx.x; d < elements; d += 4 * THREADS) f(d);
 }
 
+// The offset in memory of element d of a channels_last or contiguous row, counted in NCHW order.
 __device__ inline int64_t place(const Layout& layout, int64_t d) {
   return layout.channels_last ? (d % layout.pixels) * layout.channels + d / layout.pixels : d;
 }
 
-// Four consecutive elements of a row in fp32, zeros beyond its end; in one transaction where they lie together.
+// Loads four consecutive elements of a row into fp32, zeros beyond its end. In one instruction where they are adjacent
+// and every row is aligned, which a row length divisible by four ensures.
 template <typename T>
 __device__ void load_four(const T* row, const Layout& layout, bool strided, int64_t d, float out[4]) {
   if (!strided && layout.elements % 4 == 0) {
@@ -87,6 +91,7 @@ __device__ void load_four(const T* row, const Layout& layout, bool strided, int6
     out[j] = d + j < layout.elements ? to_float(row[strided ? place(layout, d + j) : d + j]) : 0.0f;
 }
 
+// Stores what `load_four` would load.
 template <typename T>
 __device__ void store_four(const float values[4], const Layout& layout, bool strided, int64_t d, T* row) {
   if (!strided && layout.elements % 4 == 0) {
@@ -101,6 +106,7 @@ __device__ void store_four(const float values[4], const Layout& layout, bool str
     if (d + j < layout.elements) from_float(values[j], row + (strided ? place(layout, d + j) : d + j));
 }
 
+// Loads four elements of the model's output for an image; with guidance, u + s (t - u) of its two rows.
 template <typename T>
 __device__ void load_guided(const T* output, const Layout& layout, int64_t image, int64_t d, float out[4]) {
   load_four(output + image * layout.elements, layout, layout.channels_last, d, out);
@@ -111,7 +117,7 @@ __device__ void load_guided(const T* output, const Layout& layout, int64_t image
   for (int j = 0; j < 4; ++j) out[j] = __fmaf_rn(layout.guidance, text[j] - out[j], out[j]);
 }
 
-// The gradient to the model's output from that to the guided one: what `load_guided` combines.
+// Stores the gradient for the model's output, given that for the guided output.
 template <typename T>
 __device__ void store_guided(const float grad[4], const Layout& layout, int64_t image, int64_t d, T* output) {
   T* row = output + image * layout.elements;
@@ -137,17 +143,18 @@ __device__ inline Coefficients coefficients(const float* table, const int64_t* t
   return {entry[0], entry[1], entry[2]};
 }
 
-// The step's mean: the model's output goes in, the mean comes out.
+// Replaces the model's output in `mean` by the step's mean, c_m * output + c_x * latents.
 __device__ inline void mean_four(const Coefficients& c, const float latents[4], float mean[4]) {
 #pragma unroll
   for (int j = 0; j < 4; ++j) mean[j] = __fmaf_rn(c.c_m, mean[j], c.c_x * latents[j]);
 }
 
-// Sum over the block, the same in every thread and in every launch.
+// The sum over the block's threads, returned to each of them. The order is fixed, so it is the same in every launch: a
+// butterfly within each warp, then every thread adds the sums of all warps in order.
 __device__ inline float block_sum(float value) {
   __shared__ float warps[THREADS / 32];
   for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
-  // the last sum may still be read
+  // threads may still be reading the sums of an earlier call
   __syncthreads();
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
   __syncthreads();
@@ -160,7 +167,7 @@ __device__ inline float log_density(float sum_of_squares, int64_t elements, floa
   return -(sum_of_squares / static_cast<float>(elements)) / (2.0f * sigma * sigma) - logf(sigma) - LOG_SQRT_2PI;
 }
 
-// Calls f with a null pointer to the CUDA type of the tensor's elements.
+// Calls f with a null pointer to the CUDA type of the tensor's elements, which f takes the type from.
 template <typename F>
 void for_cuda_type(const Tensor& tensor, const F& f) {
   switch (tensor.scalar_type()) {

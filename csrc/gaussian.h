@@ -1,7 +1,8 @@
-// The Gaussian denoising step on the CPU, a tile of an image at a time.
+// The Gaussian denoising step on the CPU, defined in `ddpo_fast/ops/gaussian.py`, one tile of an image at a time.
 //
-// Sampling and training share these functions, and contraction is off but for explicit fused multiply-adds: both
-// compute the same log-prob to the last bit, whatever the number of threads.
+// Sampling and training must compute the same log-prob in every bit, so that ratios are exactly 1 while the policy has
+// not changed. Both call these functions, which add up in one order, whatever the number of threads. The compiler may
+// not fuse products and sums by itself (-ffp-contract=off); where it pays, `__builtin_fmaf` is called.
 #pragma once
 
 #include "convert.h"
@@ -11,11 +12,13 @@
 
 namespace ddpo_fast {
 
-// a tile's buffers fit the first-level cache
+// elements of a tile: a few fp32 buffers of this size fit into a first-level cache of 32 KB
 constexpr int64_t TILE = 1024;
+// log(sqrt(2 pi))
 constexpr double LOG_SQRT_2PI = 0.91893853320467274178;
 
-// Calls f(position in the tile, position in the row, count) for each run of elements of one channel.
+// For channels_last rows: splits elements [start, start + n) in NCHW order into pieces of one channel each and calls
+// f(index in the tile, offset in the row, count). Elements of a piece are rows.channels apart in memory.
 template <typename F>
 void for_runs(const Rows& rows, int64_t start, int64_t n, const F& f) {
   for (int64_t i = 0; i < n;) {
@@ -27,6 +30,7 @@ void for_runs(const Rows& rows, int64_t start, int64_t n, const F& f) {
   }
 }
 
+// Reads elements [start, start + n) of a row, in NCHW order, into fp32.
 template <typename T>
 void load_tile(const T* data, const Rows& rows, int64_t row, int64_t start, int64_t n, float* out) {
   data += row * rows.elements;
@@ -36,6 +40,7 @@ void load_tile(const T* data, const Rows& rows, int64_t row, int64_t start, int6
   });
 }
 
+// Writes a tile where `load_tile` would read it.
 template <typename T>
 void store_tile(const float* tile, const Rows& rows, int64_t row, int64_t start, int64_t n, T* data) {
   data += row * rows.elements;
@@ -45,6 +50,7 @@ void store_tile(const float* tile, const Rows& rows, int64_t row, int64_t start,
   });
 }
 
+// Reads the model's output for a tile of an image; with guidance, u + s (t - u) of its two rows.
 template <typename T>
 void load_guided(
     const T* output, const Rows& rows, int64_t image, int64_t start, int64_t n, float guidance, float* out) {
@@ -55,6 +61,7 @@ void load_guided(
   for (int64_t i = 0; i < n; ++i) out[i] = __builtin_fmaf(guidance, text[i] - out[i], out[i]);
 }
 
+// On the CPU an index out of range would read foreign memory. On a GPU the timesteps cannot be checked without a wait.
 inline void check_timesteps(const Tensor& timesteps, const Tensor& table) {
   for (int64_t i = 0; i < timesteps.numel(); ++i) {
     const int64_t row = timesteps.const_data_ptr<int64_t>()[i];
@@ -62,7 +69,7 @@ inline void check_timesteps(const Tensor& timesteps, const Tensor& table) {
   }
 }
 
-// The gradient to the model's output from that to the guided one: what `load_guided` combines. Overwrites the tile.
+// Stores the gradient for the model's output, given that for the guided output in `tile`, which is overwritten.
 template <typename T>
 void store_guided(float* tile, const Rows& rows, int64_t image, int64_t start, int64_t n, float guidance, T* data) {
   if (!rows.guided) return store_tile(tile, rows, image, start, n, data);
@@ -87,11 +94,13 @@ inline Coefficients coefficients(const Tensor& table, const Tensor& timesteps, i
   return {entry[0], entry[1], entry[2]};
 }
 
-// The step's mean for a tile: the model's output goes in, the mean comes out.
+// Replaces the model's output in `mean` by the step's mean, c_m * output + c_x * latents.
 inline void mean_tile(const Coefficients& c, const float* latents, int64_t n, float* mean) {
   for (int64_t i = 0; i < n; ++i) mean[i] = __builtin_fmaf(c.c_m, mean[i], c.c_x * latents[i]);
 }
 
+// The sum of a tile's squares in a fixed order: 32 partial sums in fp32, which the compiler keeps in vector registers
+// whatever their width, then their sum in fp64. Tiles are added in fp64, too.
 inline double sum_of_squares(const float* values, int64_t n) {
   constexpr int64_t LANES = 32;
   float lanes[LANES] = {};
@@ -104,18 +113,18 @@ inline double sum_of_squares(const float* values, int64_t n) {
   return sum;
 }
 
-// Mean over an image's elements of a Gaussian's log-density, from the squared differences to its mean.
+// A Gaussian's log-density averaged over an image's elements, given the sum of their squared distances from its mean.
 inline float log_density(double sum_of_squares, int64_t elements, double sigma) {
   return static_cast<float>(-(sum_of_squares / elements) / (2 * sigma * sigma) - std::log(sigma) - LOG_SQRT_2PI);
 }
 
-// Calls f(start, n) for the tiles of an image, in order: a sum over them does not depend on the number of threads.
+// Calls f(start, n) for the tiles of an image, in order.
 template <typename F>
 void for_tiles(const Rows& rows, const F& f) {
   for (int64_t start = 0; start < rows.elements; start += TILE) f(start, std::min(TILE, rows.elements - start));
 }
 
-// Calls f(image) for all images, in parallel.
+// Calls f(image) for all images, in parallel. A thread computes whole images, so sums do not depend on their number.
 template <typename F>
 void for_images(const Rows& rows, const F& f) {
   torch::stable::parallel_for(0, rows.images, 1, [&](int64_t begin, int64_t end) {

@@ -6,16 +6,17 @@
 namespace ddpo_fast {
 namespace {
 
+// What a pair contributes to the loss and the metrics.
 struct Terms {
   float loss;
   float change;
   float moved;
   float reference_kl;
-  // d loss / d log_prob
+  // d term / d log_prob: -A r, and 0 where the ratio is clipped
   float slope;
 };
 
-// std::min and std::max drop NaN on one side; a NaN advantage or ratio must reach the loss
+// Not std::min and std::max, which drop a NaN on one side: a NaN advantage or ratio must reach the loss.
 float clamp(float value, float low, float high) { return value < low ? low : (value > high ? high : value); }
 
 Terms settle_pair(float log_prob, float old_log_prob, float advantage, float reference_kl, const Bounds& bounds) {
@@ -29,6 +30,7 @@ Terms settle_pair(float log_prob, float old_log_prob, float advantage, float ref
   return {term + bounds.reference_weight * reference_kl, change, std::abs(ratio - 1), reference_kl, beyond ? 0 : plain};
 }
 
+// In fp64 and one after the other, so that the means do not depend on the number of threads.
 void average(const std::vector<Terms>& pairs, const Bounds& bounds, float* loss, float* metrics) {
   double sums[4] = {};
   float largest = 0;
@@ -37,7 +39,7 @@ void average(const std::vector<Terms>& pairs, const Bounds& bounds, float* loss,
     sums[1] += 0.5 * pair.change * pair.change;
     sums[2] += pair.moved > bounds.clip_range;
     sums[3] += pair.reference_kl;
-    // stays NaN once it is
+    // written so that a NaN replaces the largest value and then stays
     if (!(pair.moved <= largest) && !std::isnan(largest)) largest = pair.moved;
   }
   const double count = pairs.size();
@@ -82,7 +84,8 @@ void ppo_loss(
     const T* output = static_cast<const T*>(model_output.const_data_ptr());
     const T* reference = reference_output ? static_cast<const T*>(reference_output->const_data_ptr()) : nullptr;
     T* gradient = static_cast<T*>(grad.mutable_data_ptr());
-    // a thread takes whole pairs: its differences are still in its cache when they become the gradient
+    // A thread computes whole pairs. The differences of the first pass are still in its cache when the second pass
+    // turns them into the gradient.
     torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
       std::vector<float> difference(rows.elements), apart(reference ? rows.elements : 0);
       for (int64_t pair = begin; pair < end; ++pair) {
@@ -109,7 +112,7 @@ void ppo_loss(
         pairs[pair] = settle_pair(
             log_prob, old_log_probs.const_data_ptr<float>()[pair], advantages.const_data_ptr<float>()[pair],
             static_cast<float>(apart_sum / rows.elements / (2 * variance)), bounds);
-        // d log_prob / d mean = difference / (sigma^2 D), d mean / d guided = c_m
+        // the factor that both terms share: d mean / d guided = c_m, 1 / sigma^2, and the means over D and over pairs
         const double share = scale * c.c_m / variance / latents.numel();
         const float slope = static_cast<float>(share * pairs[pair].slope);
         const float reference_slope = static_cast<float>(share * bounds.reference_weight);

@@ -15,7 +15,7 @@ struct Pairs {
   const float* grad_scale;
 };
 
-// `scratch` holds what is averaged, [5, pairs], and behind it the ticket
+// `scratch` holds the terms to be averaged, [5, pairs], followed by the ticket.
 struct Results {
   float* loss;
   float* metrics;
@@ -24,10 +24,10 @@ struct Results {
   unsigned int* ticket;
 };
 
-// fminf and fmaxf drop NaN; a NaN advantage or ratio must reach the loss
+// Not fminf and fmaxf, which drop a NaN: a NaN advantage or ratio must reach the loss.
 __device__ float clamp(float value, float low, float high) { return value < low ? low : (value > high ? high : value); }
 
-// Stores a pair's log-prob and its terms of the averages (one thread does); returns d loss / d log_prob.
+// Stores a pair's log-prob and its terms of the averages (in one thread); returns d term / d log_prob in every thread.
 __device__ float settle_pair(
     float log_prob, float reference_kl, const Pairs& pairs, const Bounds& bounds, const Results& results) {
   const int64_t pair = blockIdx.x, count = gridDim.x;
@@ -49,13 +49,16 @@ __device__ float settle_pair(
   return beyond ? 0.0f : plain;
 }
 
+// The sum of `count` values in a fixed order. Volatile: other blocks wrote them during the launch, and a read must not
+// be served from this multiprocessor's first-level cache.
 __device__ float column_sum(const volatile float* column, int64_t count) {
   float sum = 0;
   for (int64_t i = threadIdx.x; i < count; i += THREADS) sum += column[i];
   return block_sum(sum);
 }
 
-// Means over the pairs, always in the same order, and the largest |ratio - 1|.
+// Stores the means over the pairs, added in a fixed order, and the largest |ratio - 1|. Atomic additions from every
+// block would be simpler, but their order, and so the loss, would differ between launches.
 __device__ void average(const Results& results) {
   const int64_t count = gridDim.x;
   __shared__ float largest[THREADS];
@@ -70,12 +73,15 @@ __device__ void average(const Results& results) {
   *results.loss = sums[0] / count;
   results.metrics[0] = sums[1] / count;
   results.metrics[1] = sums[2] / count;
-  // a maximum passes over NaN, a sum does not
+  // fmaxf ignores NaN; the sum shows whether there is one
   results.metrics[2] = isnan(sums[3]) ? sums[3] : mine;
   results.metrics[3] = sums[4] / count;
 }
 
-// Whether all other blocks have drawn their tickets before; what they stored can then be read.
+// Whether this block is the last of the launch to arrive here. Blocks run in no particular order and cannot wait for
+// each other, so each draws a ticket when it has stored its terms, and the one with the last ticket knows that all are
+// stored. The fence before the ticket makes a block's stores visible to others before its ticket is; the fence after it
+// keeps later reads from moving ahead of it. This is the pattern of CUDA's threadFenceReduction sample.
 __device__ bool is_last(unsigned int* ticket) {
   __shared__ bool last;
   if (threadIdx.x == 0) {
@@ -117,12 +123,12 @@ __global__ void __launch_bounds__(THREADS) ppo_loss_fwd_kernel(
   const float elements = static_cast<float>(layout.elements);
   const float log_prob = log_density(block_sum(squares), layout.elements, c.sigma);
   const float reference_kl = reference ? block_sum(apart_squares) / elements / (2.0f * c.sigma * c.sigma) : 0.0f;
-  // d log_prob / d mean = difference / (sigma^2 D), d mean / d guided = c_m
+  // the factor that both terms share: d mean / d guided = c_m, 1 / sigma^2, and the means over D and over the pairs
   float share = c.c_m / (c.sigma * c.sigma) / (elements * static_cast<float>(gridDim.x));
   if (pairs.grad_scale) share *= *pairs.grad_scale;
   const float slope = share * settle_pair(log_prob, reference_kl, pairs, bounds, results);
   const float reference_slope = share * bounds.reference_weight;
-  // the rows were read a moment ago: this pass reads them from the cache
+  // the same loads again: the rows are still in the caches, and registers do not hold a whole image
   for_fours(layout.elements, [&](int64_t d) {
     float guided[4], mean[4], x[4], following[4], other[4], grads[4];
     load_guided(output, layout, pair, d, guided);
@@ -165,6 +171,7 @@ void ppo_loss(
       guidance_scale.has_value(), metrics, log_probs, grad);
   const int64_t count = rows.images;
   const cudaStream_t stream = current_stream(latents);
+  // a fresh ticket for each launch, so that launches on several streams do not share one
   Tensor scratch = torch::stable::new_empty(log_probs, {5 * count + 1});
   float* ticket = scratch.mutable_data_ptr<float>() + 5 * count;
   STD_TORCH_CHECK(

@@ -1,4 +1,4 @@
-// What the CPU's and the GPU's loss share.
+// What the CPU's and the GPU's clipped loss share. `ddpo_fast/ops/ppo_loss.py` derives the loss and its gradient.
 #pragma once
 
 #include "common.h"

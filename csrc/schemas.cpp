@@ -1,4 +1,5 @@
-// Every op fills tensors that its caller allocated; `ddpo_fast/ops/` says what they mean.
+// The schemas of the compiled ops. Each op fills tensors that its caller allocated; the module of the same name in
+// `ddpo_fast/ops/` says what the arguments mean. Only the CPU's library contains this file.
 #include "common.h"
 
 STABLE_TORCH_LIBRARY(ddpo_fast_csrc, m) {

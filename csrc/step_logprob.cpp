@@ -36,7 +36,7 @@ void step_logprob(
         for (int64_t i = 0; i < n; ++i) {
           const float following = __builtin_fmaf(c.sigma, z[at + i], mean[i]);
           stored[at + i] = following;
-          // what is stored is scored: the rounded sum, not sigma * noise
+          // the log-prob of what is stored: the rounded sum minus the mean, which is not exactly sigma * noise
           mean[i] = following - mean[i];
         }
         store_tile(stored + at, rows, image, start, n, input);
@@ -77,7 +77,7 @@ void step_logprob_backward(
     T* grad = static_cast<T*>(grad_output.mutable_data_ptr());
     for_images(rows, [&](int64_t image) {
       const Coefficients c = coefficients(table, timesteps, image);
-      // d log_prob / d mean = difference / (sigma^2 D)
+      // d log_prob / d mean = difference / (sigma^2 D), at fixed next latents
       const float slope = grad_scores[image] / (c.sigma * c.sigma * rows.elements);
       for_tiles(rows, [&](int64_t start, int64_t n) {
         alignas(64) float mean[TILE], uncond[TILE], text[TILE] = {};
@@ -88,6 +88,7 @@ void step_logprob_backward(
         if (rows.guided) load_tile(grad_input, rows, image + rows.images, start, n, text);
         for (int64_t i = 0; i < n; ++i) {
           const float difference = following[at + i] - mean[i];
+          // the mean acts on the log-prob, the next latents, and the UNet's input, which holds them twice if guided
           const float grad_mean = __builtin_fmaf(slope, difference, grad_following[at + i]) + (uncond[i] + text[i]);
           grad_x[at + i] = c.c_x * grad_mean;
           uncond[i] = c.c_m * grad_mean;

@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(THREADS) step_logprob_fwd_kernel(
       store_four(following, layout, layout.channels_last, d, next_input + row + layout.images * layout.elements);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      // what is stored is scored: the rounded sum, not sigma * noise
+      // the log-prob of what is stored: the rounded sum minus the mean, which is not exactly sigma * noise
       const float difference = following[j] - mean[j];
       squares = __fmaf_rn(difference, difference, squares);
     }
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(THREADS) step_logprob_bwd_kernel(
   const int64_t row = image * layout.elements;
   const int64_t text_row = row + layout.images * layout.elements;
   const Coefficients c = coefficients(table, timesteps, per_image);
-  // d log_prob / d mean = difference / (sigma^2 D)
+  // d log_prob / d mean = difference / (sigma^2 D), at fixed next latents
   const float slope = grad_log_probs[image] / (c.sigma * c.sigma * static_cast<float>(layout.elements));
   for_fours(layout.elements, [&](int64_t d) {
     float mean[4], x[4], following[4], grad[4], uncond[4], text[4] = {};
@@ -74,6 +74,7 @@ __global__ void __launch_bounds__(THREADS) step_logprob_bwd_kernel(
     mean_four(c, x, mean);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
+      // the mean acts on the log-prob, the next latents, and the UNet's next input, which holds them twice if guided
       const float grad_mean = __fmaf_rn(slope, following[j] - mean[j], grad[j]) + (uncond[j] + text[j]);
       grad[j] = c.c_x * grad_mean;
       uncond[j] = c.c_m * grad_mean;

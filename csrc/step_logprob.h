@@ -1,4 +1,4 @@
-// What the CPU's and the GPU's sampling step check alike. Each check returns how the rows lie.
+// The checks that the CPU's and the GPU's denoising step share. Each returns the layout of the rows.
 #pragma once
 
 #include "common.h"

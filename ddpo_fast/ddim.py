@@ -1,4 +1,37 @@
-"""Diffusion schedulers as a table: each step's mean is `c_x * latents + c_m * model_output`, its std is `sigma`."""
+"""DDIM's denoising step as three numbers for each timestep: `c_x`, `c_m` and `sigma`.
+
+The step from timestep t to an earlier timestep s draws
+
+    x_s = c_x x_t + c_m m + sigma z,    z ~ N(0, 1),
+
+where m is the UNet's output. This is all that sampling, the log-prob and the loss know about a scheduler. Below,
+`a_t` is DDPM's cumulated product of (1 - beta), the scheduler's `alphas_cumprod[t]` (written alpha_t in the DDIM paper,
+alpha-bar_t in DDPM, arXiv 2006.11239, eq. 4), with which the forward process is
+
+    x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps.
+
+DDIM (arXiv 2010.02502) steps, by its equations 12 and 16, with
+
+    x_s   = sqrt(a_s) x_0 + d eps + sigma z,    d = sqrt(1 - a_s - sigma^2)
+    sigma = eta sqrt((1 - a_s) / (1 - a_t)) sqrt(1 - a_t / a_s)
+
+where x_0 and eps are the model's estimates. eta = 1 gives DDPM's ancestral sampling, the stochastic policy that DDPO
+(arXiv 2305.13301) trains; eta = 0 is deterministic and has no density. Both estimates are linear in x_t and m:
+
+    epsilon:   m = eps,                                x_0 = (x_t - sqrt(1 - a_t) m) / sqrt(a_t)
+               c_x = sqrt(a_s / a_t)                   c_m = d - sqrt(a_s) sqrt(1 - a_t) / sqrt(a_t)
+    sample:    m = x_0,                                eps = (x_t - sqrt(a_t) m) / sqrt(1 - a_t)
+               c_x = d / sqrt(1 - a_t)                 c_m = sqrt(a_s) - d sqrt(a_t) / sqrt(1 - a_t)
+    v (arXiv 2202.00512): m = sqrt(a_t) eps - sqrt(1 - a_t) x_0, so that
+               x_0 = sqrt(a_t) x_t - sqrt(1 - a_t) m,  eps = sqrt(1 - a_t) x_t + sqrt(a_t) m
+               c_x = sqrt(a_s) sqrt(a_t) + d sqrt(1 - a_t)
+               c_m = d sqrt(a_t) - sqrt(a_s) sqrt(1 - a_t)
+
+The last step differs between libraries. diffusers' `DDIMScheduler` lets it end at `final_alpha_cumprod`, which is 1
+with `set_alpha_to_one`; then sigma is 0 and the step has no density. TRL clamps the earlier timestep to 0 before it
+decides between `alphas_cumprod` and `final_alpha_cumprod`, so it never uses the latter: its last step ends at
+`alphas_cumprod[0]` and keeps a positive sigma. This module does the same.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +54,9 @@ logger = logging.getLogger(__name__)
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 SPACINGS = ("leading", "trailing", "linspace")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
-# what a DDIM scheduler takes from the config of any scheduler that adds the noise that DDIM takes away
-CARRIED = (
+# The settings of the forward process and of the timesteps. Every diffusers scheduler with the forward process above has
+# them under these names, and DDIM can sample the models that were made for it.
+COPIED_SETTINGS = (
     "num_train_timesteps",
     "beta_start",
     "beta_end",
@@ -35,12 +69,15 @@ CARRIED = (
 
 
 def ddim_scheduler(config: Mapping[str, Any]) -> DDIMScheduler:
-    """A DDIM scheduler for a model that was made for the diffusers scheduler with this `scheduler_config.json`.
+    """Makes a DDIM scheduler for a model whose `scheduler_config.json` is `config`, whatever scheduler that names.
 
-    As `StableDiffusionPipeline`'s constructor repairs old configs, `clip_sample` is off and `steps_offset` is 1;
-    thresholding, which is for pixels, is off too. 'linspace' would end with a step without noise at timestep 0, whose
-    log-prob does not exist: it becomes 'trailing', which is the same to within one timestep a step without that one.
-    Raises `ValueError` for a scheduler of another kind of noise.
+    `clip_sample` is off and `steps_offset` is 1, as `StableDiffusionPipeline`'s constructor sets them in old configs.
+    Thresholding, which is meant for pixels and not for latents, is off too. The spacing 'linspace' ends with a step at
+    timestep 0, which has no noise and therefore no log-prob, so it is replaced by 'trailing': to within one timestep,
+    'linspace' with n steps is 'trailing' with n - 1 steps and one more step at timestep 0.
+
+    Raises `ValueError` for a scheduler whose forward process is not DDPM's (flow matching, for instance), and for
+    settings that DDIM cannot use.
     """
     name = config.get("_class_name", "DDIMScheduler")
     kind = getattr(diffusers, name, None) if isinstance(name, str) and name.endswith("Scheduler") else None
@@ -49,15 +86,16 @@ def ddim_scheduler(config: Mapping[str, Any]) -> DDIMScheduler:
     defaults = {key: value.default for key, value in inspect.signature(kind.__init__).parameters.items()}
     given = {**defaults, **config}
     flow = name.startswith("FlowMatch") or given.get("use_flow_sigmas") or "flow" in str(given.get("prediction_type"))
-    # a scheduler whose package is missing here has no defaults, and its file says all
+    # Schedulers with another forward process lack `beta_start` or have a setting of their own. One that needs a package
+    # which is not installed shows no defaults here, and its file holds every setting.
     other = "beta_start" not in given or "snr_shift_scale" in given or given.get("timestep_type") == "continuous"
     if flow or other:
         what = "of flow matching" if flow else "of another kind of noise than DDIM's"
         raise ValueError(f"its scheduler is {name}, which is {what}")
-    settings = {key: given[key] for key in CARRIED if key in given}
+    settings = {key: given[key] for key in COPIED_SETTINGS if key in given}
     _check_choices(settings)
     if settings.get("timestep_spacing") == "linspace":
-        _say_once("timestep_spacing of the model is 'linspace', whose last step has no noise: 'trailing' is used")
+        _warn_once("timestep_spacing of the model is 'linspace', whose last step has no noise: 'trailing' is used")
         settings["timestep_spacing"] = "trailing"
     try:
         scheduler = DDIMScheduler(
@@ -65,21 +103,23 @@ def ddim_scheduler(config: Mapping[str, Any]) -> DDIMScheduler:
             clip_sample=False,
             thresholding=False,
             steps_offset=1,
-            # the last step ends at the first timestep, as in `DDIMCoefficients`
+            # where diffusers' own last step ends; `DDIMCoefficients` does not use it
             set_alpha_to_one=config.get("set_alpha_to_one", False),
         )
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"its scheduler's config cannot be used: {error}") from error
-    _check_noise(scheduler)
+    _check_alphas(scheduler)
     return scheduler
 
 
+# cached, so that each sentence is logged once per process
 @functools.cache
-def _say_once(sentence: str) -> None:
+def _warn_once(sentence: str) -> None:
     logger.warning(sentence)
 
 
 def _check_choices(settings: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for a setting that `DDIMScheduler` would accept and only fail on while sampling."""
     for key, choices in (
         ("prediction_type", PREDICTION_TYPES),
         ("timestep_spacing", SPACINGS),
@@ -93,7 +133,8 @@ def _check_choices(settings: Mapping[str, Any]) -> None:
         raise ValueError(f"its scheduler's num_train_timesteps is {steps!r} but must be a whole number of at least 1")
 
 
-def _check_noise(scheduler: Any) -> None:
+def _check_alphas(scheduler: Any) -> None:
+    """Raises `ValueError` unless a_t falls from timestep to timestep, between 1 and 0, and the model can predict."""
     alphas, config = scheduler.alphas_cumprod, scheduler.config
     if len(alphas) != config.num_train_timesteps:
         raise ValueError(
@@ -109,7 +150,7 @@ def _check_noise(scheduler: Any) -> None:
 
 
 def check_steps(scheduler: Any, steps: int, eta: float) -> None:
-    """Raises `ValueError` where `steps` stochastic DDIM steps of a scheduler have no density."""
+    """Raises `ValueError` if a scheduler cannot take `steps` DDIM steps with `eta` that each have a density."""
     _check_ddim(scheduler)
     if steps > scheduler.config.num_train_timesteps:
         raise ValueError(_too_many(steps, scheduler.config.num_train_timesteps))
@@ -133,19 +174,28 @@ def _too_many(steps: int, most: int) -> str:
 
 @dataclass(frozen=True)
 class DDIMCoefficients:
-    """(c_x, c_m, sigma) of every timestep, [num_train_timesteps, 3] fp32 on the device: lookups never wait."""
+    """(c_x, c_m, sigma) of every timestep: `table` is [num_train_timesteps, 3], fp32, on the device.
+
+    The table has a row for each training timestep and not only for those that are sampled, so that a timestep is its
+    own row number and looking it up is a gather on the device, without a copy to the host.
+    """
 
     table: torch.Tensor
 
     def at(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(c_x, c_m, sigma) for integer `timesteps`, each of their shape."""
-        # `take`, as indexing by a tensor without dimensions would wait for its value
+        # `take` and not `[]`: indexing by a tensor without dimensions copies its value to the host, and so waits for
+        # all work that is queued on the device
         c_x, c_m, sigma = (self.table[:, i].take(timesteps) for i in range(3))
         return c_x, c_m, sigma
 
     @classmethod
     def of(cls, scheduler: Any, eta: float, device: torch.device) -> DDIMCoefficients:
-        """`from_scheduler`, made once for each eta and for each state that a scheduler comes in."""
+        """The same as `from_scheduler`, computed once for each eta and each state of a scheduler.
+
+        A scheduler is mutable: `set_timesteps` and assignments to its config change its steps, so the key holds
+        everything that the table depends on.
+        """
         config = scheduler.config
         tables = _TABLES.setdefault(scheduler, {})
         key = (
@@ -162,23 +212,26 @@ class DDIMCoefficients:
 
     @classmethod
     def from_scheduler(cls, scheduler: Any, eta: float, device: torch.device | str) -> DDIMCoefficients:
-        """The stochastic DDIM steps (arXiv 2010.02502, eq. 12 and 16) of a diffusers scheduler after `set_timesteps`.
+        """The steps (see the top of this module) of a diffusers scheduler after `set_timesteps`.
 
-        Computed in fp64. A step leads from a sampled timestep to the next one that is sampled, the last step to
-        timestep 0, where as in TRL it keeps a positive std: `final_alpha_cumprod` is not used. The rows of other
-        timesteps are TRL's, `num_train_timesteps // num_inference_steps` apart.
+        A step leads from a sampled timestep to the next one that is sampled, and the last step leads to timestep 0.
+        Timesteps that are not sampled have rows too, for callers of `scheduler_step` with a timestep of their own:
+        their step is `num_train_timesteps // num_inference_steps` long, as all steps are in TRL.
 
-        Raises `ValueError` for a scheduler whose step is not linear, and where a step with `eta` has no noise.
+        Raises `ValueError` for a scheduler whose step is not linear in the latents and the model's output, and where
+        a sampled step has no noise although `eta` is above 0.
         """
         _check_linear(scheduler)
-        alpha = scheduler.alphas_cumprod.to("cpu", torch.float64)
+        # fp64: c_m is a difference of two nearly equal numbers when steps are short
+        a_t = scheduler.alphas_cumprod.to("cpu", torch.float64)
         sampled = torch.tensor(_sampled(scheduler))
-        before = (torch.arange(len(alpha)) - len(alpha) // scheduler.num_inference_steps).clamp(min=0)
-        before[sampled] = torch.cat([sampled[1:], sampled.new_zeros(1)])
-        previous = alpha[before]
-        variance = eta**2 * (1 - previous) / (1 - alpha) * (1 - alpha / previous)
-        direction = (1 - previous - variance).clamp(min=0).sqrt()
-        c_x, c_m = _mean_coefficients(scheduler.config.prediction_type, alpha, previous, direction)
+        s = (torch.arange(len(a_t)) - len(a_t) // scheduler.num_inference_steps).clamp(min=0)
+        s[sampled] = torch.cat([sampled[1:], sampled.new_zeros(1)])
+        a_s = a_t[s]
+        variance = eta**2 * (1 - a_s) / (1 - a_t) * (1 - a_t / a_s)
+        # zero where a_t is (zero terminal SNR) if eta is 1: rounding may make it negative
+        direction = (1 - a_s - variance).clamp(min=0).sqrt()
+        c_x, c_m = _mean_coefficients(scheduler.config.prediction_type, a_t, a_s, direction)
         table = torch.stack([c_x, c_m, variance.sqrt()], dim=1)
         if not torch.isfinite(table[sampled]).all():
             at = int(sampled[~torch.isfinite(table[sampled]).all(dim=1)][0])
@@ -193,13 +246,18 @@ class DDIMCoefficients:
         return cls(table.to(device, torch.float32))
 
 
+# by scheduler; an entry goes when its scheduler does
 _TABLES: WeakKeyDictionary[Any, dict[tuple, DDIMCoefficients]] = WeakKeyDictionary()
-# a scheduler's tensor of timesteps and its values, which are on the device
+# the tensor of timesteps that a scheduler had when it was last asked, and that tensor's values
 _SAMPLED: WeakKeyDictionary[Any, tuple[torch.Tensor, tuple[int, ...]]] = WeakKeyDictionary()
 
 
 def _sampled(scheduler: Any) -> tuple[int, ...]:
-    """The timesteps that are sampled; the host waits for them once after `set_timesteps`, which waits too."""
+    """The timesteps that are sampled, in order.
+
+    They lie on the device, so reading them makes the host wait. They are read once after each `set_timesteps`, which
+    assigns a new tensor and copies it to the device anyway.
+    """
     kept = _SAMPLED.get(scheduler)
     if kept is None or kept[0] is not scheduler.timesteps:
         kept = _SAMPLED[scheduler] = scheduler.timesteps, tuple(scheduler.timesteps.tolist())
@@ -207,6 +265,7 @@ def _sampled(scheduler: Any) -> tuple[int, ...]:
 
 
 def _check_linear(scheduler: Any) -> None:
+    """Raises `ValueError` unless the scheduler's steps are DDIM's, linear, and lead from later to earlier timesteps."""
     _check_ddim(scheduler)
     config = scheduler.config
     if scheduler.num_inference_steps is None:
@@ -228,12 +287,12 @@ def _check_linear(scheduler: Any) -> None:
 
 
 def _mean_coefficients(
-    prediction_type: str, alpha: torch.Tensor, previous: torch.Tensor, direction: torch.Tensor
+    prediction_type: str, a_t: torch.Tensor, a_s: torch.Tensor, direction: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`sqrt(previous) * x0 + direction * eps` with x0 and eps written in the latents and the model's output."""
-    signal, noise = alpha.sqrt(), (1 - alpha).sqrt()
+    """(c_x, c_m) by the formulas at the top of this module; `direction` is d."""
+    signal, noise = a_t.sqrt(), (1 - a_t).sqrt()
     if prediction_type == "epsilon":
-        return previous.sqrt() / signal, direction - previous.sqrt() * noise / signal
+        return a_s.sqrt() / signal, direction - a_s.sqrt() * noise / signal
     if prediction_type == "sample":
-        return direction / noise, previous.sqrt() - direction * signal / noise
-    return previous.sqrt() * signal + direction * noise, direction * signal - previous.sqrt() * noise
+        return direction / noise, a_s.sqrt() - direction * signal / noise
+    return a_s.sqrt() * signal + direction * noise, direction * signal - a_s.sqrt() * noise

@@ -1,4 +1,4 @@
-"""Memory of the device: how much of it a run may use, what is free, and which errors mean that it ran out."""
+"""A device's memory: how much of it is free, how much a run may use, and which errors say that it ran out."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import psutil
 import torch
 
 GB = 10**9
-# Bytes of the CUDA context with PyTorch's kernels, outside of PyTorch's allocator. Assumed: not measured on a GPU yet.
+# Bytes that the CUDA context with PyTorch's kernels takes, outside of PyTorch's allocator: assumed, not measured.
 CUDA_CONTEXT = 500_000_000
 
-# PyTorch's allocator has a type for it; libraries only say so.
-# what PyTorch, cuDNN, cuBLAS and the CUDA runtime say when memory is short, as far as it is not `OutOfMemoryError`
-SAID = (
+# Parts of the messages by which PyTorch, cuDNN, cuBLAS and the CUDA runtime report a lack of memory. Only PyTorch's own
+# allocator raises an `OutOfMemoryError`; the rest are plain `RuntimeError`s.
+OUT_OF_MEMORY_MESSAGES = (
     "CUDA out of memory",
     "CUDA error: out of memory",
     "cudaErrorMemoryAllocation",
-    # convolutions: no engine's workspace fits
+    # for a convolution: cuDNN has found no algorithm whose workspace fits
     "unable to find an engine",
     "Unable to find a valid cuDNN algorithm",
     "CUDNN_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
     "CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
-    # a library's handle and its workspace are made at its first call
+    # a library allocates its handle and workspace at its first call
     "CUDNN_STATUS_NOT_INITIALIZED",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUBLAS_STATUS_NOT_INITIALIZED",
@@ -32,18 +32,22 @@ SAID = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out."""
+    """Whether an error says that memory ran out, on a GPU or on the CPU."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    said = str(error)
-    return isinstance(error, RuntimeError) and any(words in said for words in SAID)
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in OUT_OF_MEMORY_MESSAGES)
 
 
 def free_bytes(device: torch.device, num_processes: int = 1, gpu_memory: float | None = None) -> int:
-    """What a process may still allocate on its device: of a GPU its own, or `gpu_memory` GB of it, of a machine its
-    share."""
+    """Bytes that this process may still allocate on its device.
+
+    Args:
+        num_processes: of the run. Each is assumed to have a GPU of its own, and on a CPU an equal share of the memory.
+        gpu_memory: GB of the GPU to use; None for all of it.
+    """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
+        # CUDA counts as used what PyTorch's allocator has reserved: of that, too, the unallocated part is free
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         if gpu_memory is None:
             return free
@@ -52,9 +56,13 @@ def free_bytes(device: torch.device, num_processes: int = 1, gpu_memory: float |
 
 
 def limit_memory(gpu_memory: float, device: torch.device) -> None:
-    """Lets this process have so many GB of the GPU. Raises `ValueError` if CUDA alone needs them."""
+    """Limits PyTorch's allocator so that the process takes `gpu_memory` GB of the GPU at most.
+
+    Raises `ValueError` if the CUDA context alone needs that much.
+    """
+    # the context is outside of the allocator
     share = (gpu_memory * GB - CUDA_CONTEXT) / torch.cuda.get_device_properties(device).total_memory
     if share <= 0:
         raise ValueError(f"gpu_memory is {gpu_memory}, and CUDA alone takes {CUDA_CONTEXT / GB} GB: set more")
-    # PyTorch refuses a device without an index, which means the current one
+    # by its index (None: the current device), as PyTorch refuses torch.device("cuda"), which has none
     torch.cuda.set_per_process_memory_fraction(min(1.0, share), device.index)

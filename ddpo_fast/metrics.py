@@ -12,8 +12,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ddpo_fast import ops
-
 T = TypeVar("T")
 
 
@@ -50,11 +48,6 @@ def approx_kl(log_probs: Tensor, old_log_probs: Tensor) -> Tensor:
 def clip_fraction(ratio: Tensor, clip_range: float) -> Tensor:
     """Share of the ratios [N] that are out of the clip range, whether or not the clip takes their gradient, []."""
     return ((ratio - 1).abs() > clip_range).float().mean()
-
-
-def has_no_gradient(ratio: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
-    """Which pairs [N] the clipped loss gives no gradient: no advantage, or clipped on the side it favours."""
-    return ops.is_clipped(advantages, clip_range, ratio) | (advantages == 0)
 
 
 class EpochTimer:

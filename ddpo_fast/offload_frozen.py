@@ -1,4 +1,4 @@
-"""Frozen networks that wait in host memory until they are needed."""
+"""Keeps frozen networks in host memory and brings them to the device only while they compute."""
 
 from __future__ import annotations
 
@@ -8,28 +8,31 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-
-@contextmanager
-def awake(network: nn.Module, device: torch.device | str) -> Iterator[None]:
-    """The network's tensors are on `device`, and afterwards where they were: nothing is copied back."""
-    device = torch.device(device)
-    tensors = [*network.parameters(), *network.buffers()]
-    homes = [tensor.data for tensor in tensors]
-    if all(home.device.type == device.type for home in homes):
-        yield
-        return
-    for tensor, home in zip(tensors, homes, strict=True):
-        tensor.data = home.to(device, non_blocking=True)
-    try:
-        yield
-    finally:
-        for tensor, home in zip(tensors, homes, strict=True):
-            tensor.data = home
+from ddpo_fast.temporary_values import temporary_values
 
 
-def sleep(network: nn.Module, dtype: torch.dtype) -> None:
-    """Puts the network's tensors into host memory that a GPU reads at full speed."""
+def offload(network: nn.Module, dtype: torch.dtype) -> None:
+    """Moves the network's parameters and buffers to host memory, in `dtype`, pinned if there is a GPU."""
     network.to("cpu", dtype=dtype)
     if torch.cuda.is_available():
         for tensor in [*network.parameters(), *network.buffers()]:
+            # only from page-locked memory can CUDA copy at the bus's full speed, and without stopping the host
             tensor.data = tensor.data.pin_memory()
+
+
+@contextmanager
+def on_device(network: nn.Module, device: torch.device | str) -> Iterator[None]:
+    """Inside, the network's parameters and buffers are on `device`; afterwards they are where they were before.
+
+    The copies on the device are dropped and not copied back, as a frozen network has not changed them. Does nothing for
+    a network that is on such a device already.
+    """
+    device = torch.device(device)
+    tensors = [*network.parameters(), *network.buffers()]
+    if all(tensor.device.type == device.type for tensor in tensors):
+        yield
+        return
+    # the copies are queued on the current stream, where the network's kernels are queued behind them
+    copies = [tensor.data.to(device, non_blocking=True) for tensor in tensors]
+    with temporary_values(tensors, copies):
+        yield

@@ -15,6 +15,7 @@ from packaging.version import Version
 from peft import LoraConfig
 
 from ddpo_fast import lora, ops, sampler
+from ddpo_fast.config import DDPOConfig
 from ddpo_fast.ddim import DDIMCoefficients, check_steps
 from ddpo_fast.lora import ADAPTER, LORA_WEIGHTS, TRL_RANK, TRL_TARGETS
 from ddpo_fast.model_configs import check_model, first_line, model_folder, pickle_problem, variant_of
@@ -257,13 +258,20 @@ def _let_read(folder: Path) -> None:
         path.chmod(mode)
 
 
-def check_sampling(pipeline: DDPOStableDiffusionPipeline, steps: int, eta: float) -> None:
-    """Raises `ValueError` where a pipeline that samples by this module's steps has no such steps to take."""
-    if isinstance(pipeline, DefaultDDPOStableDiffusionPipeline):
-        kind = type(pipeline)
-        ours = DefaultDDPOStableDiffusionPipeline
-        if kind.__call__ is ours.__call__ or kind.scheduler_step is ours.scheduler_step:
-            check_steps(pipeline.scheduler, steps, eta)
+def check_pipeline(pipeline: DDPOStableDiffusionPipeline, config: DDPOConfig) -> None:
+    """Raises `ValueError` where a pipeline has no stochastic steps of the kind that the settings ask for, or where a
+    setting needs this module's `__call__` and the pipeline has its own."""
+    kind, ours = type(pipeline), DefaultDDPOStableDiffusionPipeline
+    steps_are_ours = ours.__call__ is kind.__call__ or ours.scheduler_step is getattr(kind, "scheduler_step", None)
+    if isinstance(pipeline, ours) and steps_are_ours:
+        check_steps(pipeline.scheduler, config.sample_num_steps, config.sample_eta)
+    if config.offload_frozen and kind.__call__ is not ours.__call__:
+        raise ValueError("offload_frozen is True, but the pipeline's own __call__ wants its networks on the device")
+    if config.cuda_graphs and pipeline.autocast is not None:
+        raise ValueError(
+            "cuda_graphs is True, but this pipeline has an autocast, whose casts are forgotten before a graph reads "
+            "them: leave it out"
+        )
 
 
 def load_stable_diffusion(name: str, revision: str = "main") -> Any:

@@ -13,7 +13,7 @@ from ddpo_fast.config import DDPOConfig
 from ddpo_fast.device_memory import limit_memory
 from ddpo_fast.engine import compute_dtype, exact_weights
 from ddpo_fast.measured import Measured
-from ddpo_fast.offload_frozen import sleep
+from ddpo_fast.offload_frozen import offload
 from ddpo_fast.processes import broadcast_from_main
 from ddpo_fast.unet import FusedLoraLinear, faster_layers, fuse_unet, set_attention, set_gradient_checkpointing
 
@@ -35,7 +35,7 @@ def place_networks(
         limit_memory(config.gpu_memory, device)
     for frozen in (pipeline.vae, pipeline.text_encoder):
         if config.offload_frozen:
-            sleep(frozen, dtype)
+            offload(frozen, dtype)
         else:
             frozen.to(device, dtype=dtype)
     own_precision = pipeline.autocast is not None

@@ -19,7 +19,7 @@ from ddpo_fast.config import DDPOConfig
 from ddpo_fast.cuda_graphs import Recorded
 from ddpo_fast.device_memory import is_out_of_memory
 from ddpo_fast.engine import Engine
-from ddpo_fast.metrics import UpdateMetrics, approx_kl, clip_fraction, has_no_gradient
+from ddpo_fast.metrics import UpdateMetrics, approx_kl, clip_fraction
 from ddpo_fast.policy import Policy
 from ddpo_fast.trajectory import Pairs, TrainingBatch, Trajectory, pair_index, pairs_of
 
@@ -42,6 +42,8 @@ class PPO:
 
     Args:
         sizes: says how many pairs a UNet call has.
+
+    Raises `ValueError` where `optimizer_in_backward` is set and an update takes more than one UNet call.
     """
 
     def __init__(self, config: DDPOConfig, policy: Policy, engine: Engine, sizes: BatchSizes) -> None:
@@ -50,6 +52,12 @@ class PPO:
         self.engine = engine
         self.sizes = sizes
         self.metrics = UpdateMetrics()
+        calls = -(-config.pairs_per_update // sizes.micro_batch_size) if config.optimizer_in_backward else 1
+        if calls > 1:
+            raise ValueError(
+                f"optimizer_in_backward is True, but an update takes {calls} UNet calls, and it must be one: leave it "
+                "out, or make updates smaller"
+            )
         # share of pairs without a gradient in each update of this epoch so far, and of the one before
         self.zero_gradient_shares: list[float] = []
         self._shares_before: list[float] = []
@@ -259,7 +267,7 @@ class PPO:
         clip_range = self.config.train_clip_range
         new, old, advantages = log_probs[:count], pairs.log_probs[:count], pairs.advantages[:count]
         ratio = torch.exp(new - old)
-        without = has_no_gradient(ratio, advantages, clip_range)
+        without = ops.is_clipped(advantages, clip_range, ratio) | (advantages == 0)
         if count < pairs.number:
             kl, clipfrac = approx_kl(new, old), clip_fraction(ratio, clip_range)
         self.metrics.add(pairs.number / total, loss=loss)

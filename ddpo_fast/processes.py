@@ -13,13 +13,19 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object
 
+from ddpo_fast import cuda_graphs
 from ddpo_fast.config import DDPOConfig
 
 T = TypeVar("T")
 
 
 def make_accelerator(config: DDPOConfig, output_dir: Path) -> Accelerator:
-    """The processes that torchrun, `deepspeed` or `accelerate launch` started, over gloo where there is no GPU."""
+    """The processes that torchrun, `deepspeed` or `accelerate launch` started, over gloo where there is no GPU.
+
+    Raises `ValueError` for a way of splitting the run that is not supported.
+    """
+    if problem := launch_problem():
+        raise ValueError(problem)
     project: dict[str, Any] = {"project_dir": str(output_dir), "logging_dir": str(output_dir), **config.project_kwargs}
     project["automatic_checkpoint_naming"] = False
     many_on_cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
@@ -38,16 +44,21 @@ def with_launch_settings(config: DDPOConfig, accelerator: Accelerator) -> DDPOCo
     """The settings as `accelerate launch` completes them: with its precision, and with DeepSpeed if it has settings
     for that and `config` has none. `config` itself where there is nothing to complete.
 
-    Raises `ValueError` where they do not fit together.
+    Raises `ValueError` where they fit neither together nor the processes and the device that were started.
     """
     with_deepspeed = not config.uses_deepspeed and getattr(accelerator.state, "deepspeed_plugin", None) is not None
-    if config.mixed_precision == accelerator.mixed_precision and not with_deepspeed:
-        return config
-    completed = copy(config)
-    completed.mixed_precision = accelerator.mixed_precision
-    completed.launched_with_deepspeed = with_deepspeed
-    completed.check()
-    return completed
+    if config.mixed_precision != accelerator.mixed_precision or with_deepspeed:
+        config = copy(config)
+        config.mixed_precision = accelerator.mixed_precision
+        config.launched_with_deepspeed = with_deepspeed
+        config.check()
+    if config.seed + accelerator.num_processes > 2**32:
+        raise ValueError(f"seed is {config.seed}, and every process adds its number: use a smaller one")
+    if config.optimizer_in_backward and accelerator.num_processes > 1:
+        raise ValueError("optimizer_in_backward is True, which is for one process: leave it out")
+    if config.cuda_graphs and (problem := cuda_graphs.problem(accelerator.device)):
+        raise ValueError(f"cuda_graphs is True, but {problem}: leave it out")
+    return config
 
 
 def launch_problem() -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers.loaders import TextualInversionLoaderMixin
 
-from ddpo_fast.offload_frozen import awake
+from ddpo_fast.offload_frozen import on_device
 
 # The encoder always sees this many prompts, so that an embedding's bits do not depend on which prompts came with it: a
 # resumed run, which has seen others, gets the same.
@@ -54,7 +54,7 @@ class PromptEmbeddings:
         # as diffusers asks the text encoder
         masked = getattr(self.text_encoder.config, "use_attention_mask", False)
         mask = tokens.attention_mask.to(self.device) if masked else None
-        with awake(self.text_encoder, self.device):
+        with on_device(self.text_encoder, self.device):
             return ids, self.text_encoder(ids, attention_mask=mask)[0]
 
     def tokenize(self, prompts: Sequence[str]) -> torch.Tensor:

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ddpo_fast import ops
 from ddpo_fast.ddim import DDIMCoefficients
-from ddpo_fast.offload_frozen import awake
+from ddpo_fast.offload_frozen import on_device
 from ddpo_fast.policy import latent_shape, unet_output
 
 # An image of 512 x 512 takes about a gigabyte while it is decoded in half precision, and eight keep a GPU busy.
@@ -218,7 +218,7 @@ def _generate(
     pipe.check_inputs(prompt, height, width, callback_steps, negative_prompt, prompt_embeds, negative_prompt_embeds)
     device, guide = pipe.unet.device, guidance_scale > 1.0
     # the text encoder may be kept in host memory while it is idle
-    with torch.no_grad(), awake(pipe.text_encoder, device):
+    with torch.no_grad(), on_device(pipe.text_encoder, device):
         text, negative = pipe.encode_prompt(
             prompt,
             device,
@@ -255,7 +255,7 @@ def decode(pipe: Any, latents: torch.Tensor, output_type: str) -> Any:
         return latents
     at_once = max(1, DECODED_AT_ONCE // latents.shape[-2:].numel())
     parts = (latents / pipe.vae.config.scaling_factor).to(pipe.vae.dtype).split(at_once)
-    with awake(pipe.vae, latents.device):
+    with on_device(pipe.vae, latents.device):
         pixels = torch.cat([pipe.vae.decode(part, return_dict=False)[0] for part in parts])
     # in fp32 whatever the VAE's precision: people turn them into NumPy's arrays, which have no bf16
     pixels = pixels.float()

@@ -17,7 +17,7 @@ import torch
 from accelerate.utils import gather_object, set_seed
 from tqdm.auto import tqdm
 
-from ddpo_fast import ops, rewards, trainer_checks
+from ddpo_fast import ops, rewards
 from ddpo_fast.advantages import PerPromptStatTracker, batch_advantages
 from ddpo_fast.batch_sizes import BatchSizes
 from ddpo_fast.checkpoint_mixin import CheckpointMixin
@@ -27,13 +27,12 @@ from ddpo_fast.health import SampleHealth, check_images
 from ddpo_fast.interruption import Interruption
 from ddpo_fast.measured import Measured
 from ddpo_fast.metrics import EpochTimer, approx_kl, clip_fraction
-from ddpo_fast.pipeline import DDPOStableDiffusionPipeline, DefaultDDPOStableDiffusionPipeline
+from ddpo_fast.pipeline import DDPOStableDiffusionPipeline, DefaultDDPOStableDiffusionPipeline, check_pipeline
 from ddpo_fast.placement import compute_precision, place_networks, trainable_parameters
 from ddpo_fast.policy import Policy
 from ddpo_fast.ppo import PPO
 from ddpo_fast.processes import broadcast_from_main, make_accelerator, run_or_raise_on_all, with_launch_settings
 from ddpo_fast.prompts import PromptFunction
-from ddpo_fast.reward_random import RewardRandom
 from ddpo_fast.rollout import PipelineRollout, Rollout
 from ddpo_fast.run_folder import checkpoint
 from ddpo_fast.run_folder.hub import HubModel
@@ -42,6 +41,7 @@ from ddpo_fast.run_folder.resume_checks import base_digest, verify
 from ddpo_fast.run_folder.run_log import RunLog, agree_on_folder, output_folder
 from ddpo_fast.run_folder.trackers import first_tracker
 from ddpo_fast.trajectory import Trajectory, in_groups, training_batches
+from ddpo_fast.user_functions import require_function
 from ddpo_fast.worker_threads import WorkerThreads
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,10 @@ class DDPOTrainer(CheckpointMixin, HubModel):
         sd_pipeline: DDPOStableDiffusionPipeline,
         image_samples_hook: Callable[[Any, Any, Any], Any] | None = None,
     ) -> None:
-        trainer_checks.before_launch(config, reward_function, prompt_function, sd_pipeline)
+        config.check()
+        require_function("reward_function", reward_function)
+        require_function("prompt_function", prompt_function)
+        check_pipeline(sd_pipeline, config)
         self.config = config
         self.reward_fn = reward_function
         self.prompt_fn = prompt_function
@@ -89,7 +92,6 @@ class DDPOTrainer(CheckpointMixin, HubModel):
         self.base = base_digest(sd_pipeline)
         self.measured = Measured(broadcast_from_main(self.accelerator, Measured.of_run(state, self._run_settings())))
         self.measured.keep_threads()
-        trainer_checks.after_launch(settings, self.accelerator, sd_pipeline)
         okay, message = self._config_check()
         if not okay:
             raise ValueError(message)
@@ -126,12 +128,11 @@ class DDPOTrainer(CheckpointMixin, HubModel):
         if type(sd_pipeline).__call__ is DefaultDDPOStableDiffusionPipeline.__call__:
             self.rollout = Rollout(settings, self.policy, self.sizes)
         self.executor = WorkerThreads(config.max_workers, rewards.WORKER_NAME)
-        self.reward_random, self.sample_health = RewardRandom(), SampleHealth()
+        self.reward_random, self.sample_health = rewards.RewardRandom(), SampleHealth()
         self.stat_tracker = PerPromptStatTracker(
             config.per_prompt_stat_tracking_buffer_size, config.per_prompt_stat_tracking_min_count
         )
         self.ppo = PPO(settings, self.policy, self.engine, self.sizes)
-        trainer_checks.before_training(settings, self.rollout, self.sizes)
 
         # How far the run is.
         self.interruption = Interruption()

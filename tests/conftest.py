@@ -4,7 +4,7 @@ import os
 import resource
 import warnings
 
-# before torch: on a shared machine two threads can take many times as long as one
+# Set before torch is imported. On a machine that others use too, two threads can take many times as long as one.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
@@ -13,23 +13,24 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    # before anyone imports triton: its kernels then run on the CPU
+    # set before triton is imported: its kernels then run on the CPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from tiny_run import SETTINGS, Prompts, brightness, build_pipeline, forget_accelerate_state
+from tiny_run import build_pipeline, build_trainer, forget_accelerate_state
 
-from ddpo_fast import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
+from ddpo_fast import DDPOTrainer
 
 torch.set_num_threads(1)
 
 
-# Files and tests that `make test-fast` leaves out, by what their names begin with. A test that takes more than SLOW_S
-# of processor time, that of its processes included, and is not here is named at the end of a run.
+# The beginnings of names of files and tests that `make test-fast` leaves out. pytest's summary names each test that
+# took more than SLOW_S seconds of processor time, that of its child processes included, and is not in this list.
 SLOW = """
 test_backends test_bad_folders test_bench test_cli test_cuda_graphs test_damage test_engine test_kernels_compile
 test_differences_from_trl test_fused_layers test_groupnorm_silu test_health test_host_adamw test_optimizer test_plan
 test_quiet_start
 test_resumption test_stopping test_throughput test_trl_parity test_two_processes
+test_lora.py::test_an_adapter_beside
 test_adamw8bit.py::test_loops_and_avx512 test_adamw8bit.py::test_cpp_quantizes
 test_batch_sizes.py::test_what_was_measured test_batch_sizes.py::test_a_run_that
 test_ppo.py::test_ratio test_ppo.py::test_the_fast_path test_ppo.py::test_golden
@@ -49,7 +50,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if is_slow(item):
             item.add_marker(pytest.mark.slow)
             slow_files.add(item.path)
-    # a long file that is begun last has one of two processes wait for the other
+    # slow files first: if one began last, the other process of pytest-xdist would have nothing to do meanwhile
     items.sort(key=lambda item: item.path not in slow_files)
 
 
@@ -79,7 +80,7 @@ def fresh_accelerate_state():
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory) -> str:
-    """The random pipeline, saved."""
+    """The folder of a pipeline with random weights."""
     folder = tmp_path_factory.mktemp("random_sd")
     build_pipeline().save_pretrained(folder)
     return str(folder)
@@ -87,7 +88,7 @@ def model_dir(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def narrow_model_dir(tmp_path_factory) -> str:
-    """The same with a sixteenth of the UNet's weights, for fp16: processors take ten times as long in it as in fp32."""
+    """The same with a sixteenth of the UNet's weights, for fp16, in which CPUs take ten times as long as in fp32."""
     folder = tmp_path_factory.mktemp("narrow_sd")
     build_pipeline(widths=(8, 16)).save_pretrained(folder)
     return str(folder)
@@ -95,22 +96,18 @@ def narrow_model_dir(tmp_path_factory) -> str:
 
 @pytest.fixture
 def make_trainer(model_dir, narrow_model_dir, tmp_path):
-    """`make_trainer(use_lora=..., hook=..., reward=..., prompts=..., **settings)`."""
+    """`make_trainer(use_lora=..., hook=..., reward=..., prompts=..., **settings)`; its folder is `tmp_path / "run"`."""
 
-    def make(
-        *, use_lora=False, hook=None, reward=brightness, prompts=None, pipeline=None, model=None, **settings
-    ) -> DDPOTrainer:
-        model = model or (narrow_model_dir if settings.get("mixed_precision") == "fp16" else model_dir)
-        config = DDPOConfig(**{**SETTINGS, "output_dir": str(tmp_path / "run"), **settings})
-        pipeline = pipeline or DefaultDDPOStableDiffusionPipeline(model, use_lora=use_lora)
-        return DDPOTrainer(config, reward, prompts or Prompts(), pipeline, image_samples_hook=hook)
+    def make(*, model=None, output_dir=tmp_path / "run", **options) -> DDPOTrainer:
+        model = model or (narrow_model_dir if options.get("mixed_precision") == "fp16" else model_dir)
+        return build_trainer(model, output_dir, **options)
 
     return make
 
 
 @pytest.fixture
 def poisoned_empty(monkeypatch):
-    """Fresh memory is full of NaN: an element that a kernel forgets to write shows."""
+    """Fills new tensors of `torch.empty` with NaN, so that an element that a kernel does not write is noticed."""
 
     def poison(make):
         def made(*args, **kwargs):

@@ -1,6 +1,6 @@
-"""`killed_run.py PLACE COUNT OPTIONS...`: `ddpo-fast train`, killed as it calls PLACE for the COUNT-th time.
+"""`killed_run.py PLACE COUNT OPTIONS...`: runs `ddpo-fast train` and kills it at the COUNT-th call of PLACE.
 
-PLACE is a function by its full name. So a kill comes at its moment however busy the machine is.
+PLACE is the full name of a function. A kill by time would come at another place on a busy machine.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How every backend of every op is judged: against fp64, by the error of plain PyTorch at the same precision."""
+"""The check of an op's backends: their error against fp64 is compared with that of PyTorch in the same precision."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-# on a GPU machine the same tests run the same kernels compiled
+# on a machine with a GPU the same tests run compiled kernels
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALVES = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, *HALVES)
@@ -30,8 +30,8 @@ def assert_as_exact_as_plain(
 ) -> None:
     """Each error is at most twice plain PyTorch's, plus a floor of two roundings of the largest exact value.
 
-    The floor is for values that plain PyTorch happens to hit: kernels sum in another order, Triton's `exp` and `log`
-    are good to 2 units in the last place, and interpreted Triton cuts bf16 off where hardware rounds.
+    The floor is needed where plain PyTorch's result happens to be exact: kernels sum in another order, Triton's `exp`
+    and `log` are exact to 2 units in the last place, and interpreted Triton truncates to bf16 where hardware rounds.
     """
     for i, (a, p, e) in enumerate(zip(actual, plain, exact, strict=True)):
         assert a.shape == e.shape, f"output {i} has shape {tuple(a.shape)}, not {tuple(e.shape)}"

@@ -1,9 +1,9 @@
-"""A CUDA device made of a CPU: it computes at once, keeps what has to happen before what, and fails on a missing wait.
+"""A stand-in for a CUDA device that computes on the CPU, tracks the order of operations, and fails on a missing wait.
 
-Every stream and every thread of the host has a vector clock (Lamport's happened-before). A stream's operation comes
-after what its thread did before and after the stream's own operations; events and synchronisation join clocks. Of two
-accesses to one storage, one of them a write, the first must come before the second in this order. A capture of a graph
-waits for nothing here, and its accesses are the replay's.
+Every stream and every thread of the host has a vector clock (Lamport's happened-before relation). An operation of a
+stream comes after the earlier operations of its thread and of the stream; events and synchronisation join clocks. Of
+two accesses to one storage, of which one is a write, the first must have happened before the second. Capturing a graph
+is not checked: the accesses of a captured graph count when it is replayed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 CUDA = torch.device("cuda", 0)
-# the host waits for what these give it
+# methods that give a value to the host, which waits for it
 READS_VALUES = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__")
 
 
@@ -26,7 +26,7 @@ class MissingWait(AssertionError):
 
 
 class Timeline:
-    """What a stream or a thread knows to be done: for each of them the number of its operations."""
+    """The clock of a stream or a thread: of each timeline, how many operations have happened before this point."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -42,10 +42,10 @@ class Timeline:
 
 
 class Memory:
-    """A storage: where it is, and who last wrote and read it."""
+    """A storage: where it is, and which timelines last wrote to it and read it."""
 
     def __init__(self, storage: Any, maker: Timeline | None) -> None:
-        self.storage = storage  # kept, so that no other takes its address
+        self.storage = storage  # a reference, so that no other storage gets its address
         self.maker = maker
         self.on_device = False
         self.pinned = False
@@ -80,7 +80,7 @@ class Device(TorchFunctionMode):
         return tensor
 
     def unrecorded(self) -> list[Memory]:
-        """Device memory that its allocator may give away while another stream than its own works on it."""
+        """Device memory that another stream uses without `record_stream`: the allocator may reuse it too early."""
         return [m for m in self._memories.values() if m.on_device and m.users - m.recorded - {m.maker}]
 
     def _accesses(self, reads: list[Memory], writes: list[Memory], timeline: Timeline) -> None:
@@ -123,14 +123,14 @@ class Device(TorchFunctionMode):
         return result
 
     def _without_device(self, name: str, args: Any, kwargs: Any) -> tuple[bool, Any, Any, bool]:
-        """What a CPU can be asked, and whether it was to make device memory or page-locked memory."""
+        """(makes device memory, args, kwargs, pinned): the arguments without those that a CPU does not accept."""
         wanted = [a for a in (*args[1:], kwargs.get("device")) if isinstance(a, (str, torch.device))]
         moves_up = any(torch.device(device).type == "cuda" for device in wanted)
         if moves_up:
             kwargs.pop("device", None)
             args = tuple(a for a in args if not isinstance(a, (str, torch.device)))
         if name == "to" and wanted:
-            # a copy, as it would be between memories
+            # between host and device memory `to` always copies
             kwargs["copy"] = True
         return moves_up, args, kwargs, bool(kwargs.pop("pin_memory", False))
 
@@ -163,7 +163,7 @@ class Device(TorchFunctionMode):
 
     @contextmanager
     def thread(self, begins_after: dict[Timeline, int] | None = None) -> Iterator[Timeline]:
-        """Another thread of the host, which knows what its creator had done; on the default stream, as threads are."""
+        """Runs as another thread of the host, after what its creator had done, and on the default stream."""
         before = self.host, self.stream
         self.host, self.stream = Timeline("worker thread"), self.default
         self.host.join(before[0].clock if begins_after is None else begins_after)
@@ -182,7 +182,7 @@ class Device(TorchFunctionMode):
 
 
 def put_behind_torch(device: Device, monkeypatch: Any) -> None:
-    """torch.cuda's streams, events and graphs are the device's."""
+    """Replaces torch.cuda's streams, events and graphs by those of the device."""
 
     class Stream:
         def __init__(self, of: Any = None, timeline: Timeline | None = None) -> None:
@@ -199,7 +199,7 @@ def put_behind_torch(device: Device, monkeypatch: Any) -> None:
 
     class Event:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            self.clock: dict[Timeline, int] = {}  # one that was not recorded is done
+            self.clock: dict[Timeline, int] = {}  # an event that was not recorded counts as complete
 
         def record(self, stream: Stream | None = None) -> None:
             self.clock = dict((stream.timeline if stream else device.stream).clock)
@@ -217,7 +217,7 @@ def put_behind_torch(device: Device, monkeypatch: Any) -> None:
 
     @contextmanager
     def graph(made: Graph, stream: Stream, capture_error_mode: str) -> Iterator[None]:
-        assert capture_error_mode == "thread_local", "other threads go on"
+        assert capture_error_mode == "thread_local", "other threads use CUDA meanwhile"
         with device.on_stream(stream):
             device.capturing = made.accesses
             yield
@@ -228,6 +228,6 @@ def put_behind_torch(device: Device, monkeypatch: Any) -> None:
     stand_ins["is_available"] = lambda: True
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
-    # it takes no other streams than CUDA's
+    # `Tensor.record_stream` accepts real CUDA streams only
     record = lambda tensor, stream: device.memory(tensor).recorded.add(stream.timeline)  # noqa: E731
     monkeypatch.setattr(torch.Tensor, "record_stream", record)

@@ -1,7 +1,7 @@
-"""What rounding may do on any processor: asked of the network, in fp64, and not of the processor at hand.
+"""Bounds for differences by rounding that hold on any processor: measured with the network in fp64.
 
-On some processors the sums of a row do not depend on how many rows there are, and then two UNet calls with other rows
-agree to the bit. On others (oneDNN with AMX or AVX-512, every GPU) they agree to the network's rounding.
+On some processors the sums of a row do not depend on the number of rows, and then UNet calls with different numbers of
+rows give equal bits. On others (oneDNN with AMX or AVX-512, every GPU) they differ by rounding.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ import torch
 
 from ddpo_fast import ops
 
-# What one fp64 rounding grows to, in a run: gradients agree to about 1e-13. Adam's first steps have the size of the
-# learning rate whatever the gradient's, so elements whose gradient is as near to 0 as that may take the other sign: of
-# N(0, 1) a share of 1e-13, each twice as far as a step apart, in all 2 sqrt(1e-13) = 6e-7 of the way.
+# How far two fp64 runs may be apart, as a share of how far training moves the weights. Rounding makes gradients differ
+# by about 1e-13. Adam's first steps have the size of the learning rate for any size of the gradient, so an element
+# whose gradient is that near to 0 may step in the other direction. Of gradients from N(0, 1) that is a share of 1e-13,
+# each apart by two steps: in all 2 sqrt(1e-13) = 6e-7 of the way.
 RUNS_APART_IN_FP64 = 1e-5
 
 
 def in_fp64(trainer):
-    """The trainer with its chain, its networks, its losses and its steps in fp64, for what is not about rounding."""
+    """Makes the trainer sample, compute and update in fp64, for tests of what is not rounding."""
     trainer.sd_pipeline.unet.double()
     trainer.sd_pipeline.vae.double()
     draw = trainer.rollout.draw
@@ -34,32 +35,33 @@ def in_fp64(trainer):
 
 
 def drift_limits(trainer) -> list[float]:
-    """Gets, as the trainer trains, the `ratio_drift` that an epoch's first update may have by rounding alone."""
-    limits, train_on = [], trainer._train_on
+    """A list that gets, with an epoch's samples, the `ratio_drift` that its first update may have by rounding alone."""
+    limits, generate = [], trainer._generate_samples
 
-    def train_on_measured(trajectory, *rest):
-        limits.append(drift_limit(trainer, trajectory))
-        return train_on(trajectory, *rest)
+    def generate_and_measure(*args, **kwargs):
+        samples, batches = generate(*args, **kwargs)
+        limits.append(drift_limit(trainer, samples[0]))
+        return samples, batches
 
-    trainer._train_on = train_on_measured
+    trainer._generate_samples = generate_and_measure
     return limits
 
 
 @torch.no_grad()
 def drift_limit(trainer, trajectory) -> float:
-    """How far from 1 the ratio may be of a transition that sampling and training score with the same weights.
+    """How far from 1 rounding may move the ratio of a transition that is sampled and scored with the same weights.
 
-    Two evaluations of the network in its precision are apart by d, element by element, of at most twice the root mean
-    square of one's error, which is measured against the same weights in fp64. Of a transition `next = mean + sigma z`
-    the log-prob `mean_D(-z^2 / 2)` then changes by `a mean_D(z d) - a^2 mean_D(d^2) / 2` with `a = c_m / sigma`. The
-    noise z was drawn without looking at the network, so the first term is normal with a standard deviation of
-    `a rms(d) / sqrt(D)`: six of them are passed by one pair in 10^9. `exp` and the subtraction round a few times more.
+    Two evaluations of the network in its precision differ by d, whose root mean square is at most twice that of one
+    evaluation's error, which is measured against the same weights in fp64. The log-prob `mean_D(-z^2 / 2)` of a
+    transition `next = mean + sigma z` then changes by `a mean_D(z d) - a^2 mean_D(d^2) / 2` with `a = c_m / sigma`. The
+    noise z does not depend on the network, so the first term is normal with a standard deviation of
+    `a rms(d) / sqrt(D)`; one pair in 10^9 exceeds six of them. `exp` and the subtraction add a few roundings.
     """
     guided = trainer.config.guides_training
-    few = slice(0, 2)  # an error is a mean over D elements already
+    few = slice(0, 2)  # two images are enough, as the error is a mean over D elements
     noise = 0.0
     with trainer.policy.computing():
-        # not by the trainer's own call, which may have another fault than rounding
+        # The UNet is called directly: a fault in the trainer's call would be measured as if it were rounding.
         unet, exact = trainer.sd_pipeline.unet, copy.deepcopy(trainer.sd_pipeline.unet).double()
         for i in range(trajectory.timesteps.shape[1]):
             timesteps, embeds = trajectory.timesteps[few, i], trajectory.prompt_embeds[few]
@@ -71,8 +73,21 @@ def drift_limit(trainer, trajectory) -> float:
             rounded = unet(rows, *operands).sample.double()
             error = rounded - exact(rows.double(), operands[0], operands[1].double()).sample
             error = ops.guided(error, trainer.config.sample_guidance_scale) if guided else error
-            _, c_m, sigma = trainer.policy.noise_table[timesteps].double().unbind(1)
             rms = error.square().mean((1, 2, 3)).sqrt()
-            noise = max(noise, float((2 * rms * c_m.abs() / sigma).max()))
+            noise = max(noise, float((2 * rms * mean_per_sigma(trainer, timesteps)).max()))
     elements = trajectory.trail[0, 0].numel()
     return 6 * noise / elements**0.5 + noise**2 / 2 + 8 * torch.finfo(torch.float32).eps
+
+
+def mean_per_sigma(trainer, timesteps: torch.Tensor) -> torch.Tensor:
+    """|c_m| / sigma of the steps from `timesteps` [b]: how far the network's output moves the mean of a step.
+
+    Of a step from 0 to 0 with an output of ones the mean is c_m, so the log-prob is `-(c_m / sigma)^2 / 2` less than
+    with an output of zeros.
+    """
+    zeros = torch.zeros(len(timesteps), 1, 1, 1, dtype=torch.float64, device=timesteps.device)
+    step, eta = trainer.sd_pipeline.scheduler_step, trainer.config.sample_eta
+    at_zero, at_one = (
+        step(output, timesteps, zeros, eta=eta, prev_sample=zeros).log_probs for output in (zeros, zeros + 1)
+    )
+    return (2 * (at_zero - at_one)).double().sqrt()

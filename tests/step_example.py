@@ -1,4 +1,4 @@
-"""Inputs of a denoising step, the same for every test of the ops that compute one."""
+"""Inputs of a denoising step for the tests of all ops that compute one."""
 
 from __future__ import annotations
 

@@ -1,37 +1,35 @@
-"""The 8-bit AdamW step against fp64, against bitsandbytes, and its C++ against its definition."""
+"""The 8-bit AdamW step against fp64 and against bitsandbytes, and its C++ code against its definition in PyTorch."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from op_checks import DTYPES, HALVES, assert_as_exact_as_plain, name_of
-from run_process import finish
+from run_process import environment, finish
 
 from ddpo_fast import ops
 from ddpo_fast.ops import adamw8bit, extension
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
-ROOT = Path(__file__).parents[1]
 BACKENDS = ("csrc", "reference")
 SIZES = (1, 255, 256, 257, 5000, 70_000)
 SETTINGS = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 1e-2}
 
 
 def fresh(n: int, seed: int = 0) -> list[torch.Tensor]:
-    """Weights, codes and scales before the first step."""
+    """Weights, codes and scales of both moments before the first step."""
     generator = torch.Generator().manual_seed(seed)
     codes = [torch.zeros(n, dtype=torch.uint8) for _ in range(2)]
     return [torch.randn(n, generator=generator), *codes, *(torch.zeros(-(-n // 256)) for _ in range(2))]
 
 
 def gradient(n: int, step: int) -> torch.Tensor:
-    """Seven magnitudes side by side, and zeros."""
+    """A gradient of elements of seven orders of magnitude, a tenth of which are zero."""
     generator = torch.Generator().manual_seed(1000 + step)
     sizes = 10 ** (-7 * torch.rand(n, generator=generator))
     return torch.randn(n, generator=generator) * sizes * (torch.rand(n, generator=generator) > 0.1)
@@ -50,7 +48,7 @@ def trained(n: int, steps: int = 4, backend: str = "csrc") -> list[torch.Tensor]
 
 
 def scaled_values(signed: bool) -> torch.Tensor:
-    """Values of eight magnitudes in blocks whose largest value is 1: they are their own scaled values."""
+    """Values of eight orders of magnitude in blocks of 256 whose largest value, and so their scale, is 1."""
     values = 10 ** (-8 * torch.rand(2**18, generator=torch.Generator().manual_seed(0)))
     values *= 0.99 if signed else 1  # a value below -0.993 would make the scale larger
     values[1::2] *= -1 if signed else 1
@@ -59,20 +57,20 @@ def scaled_values(signed: bool) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("signed", [True, False])
-def test_the_map_is_that_of_bitsandbytes(signed):
+def test_the_quantization_map_equals_that_of_bitsandbytes(signed):
     theirs = bitsandbytes.functional.create_dynamic_map(signed=signed)
     assert torch.equal(ops.quantization_map(signed), theirs)
 
 
 @pytest.mark.parametrize("signed", [True, False])
-def test_codes_are_those_of_the_nearest_values(signed):
+def test_each_value_gets_the_code_of_the_nearest_value(signed):
     values, values_of = scaled_values(signed).double(), ops.quantization_map(signed).double()
     codes, scales = ops.quantise(values.float(), signed)
     assert torch.equal(scales, torch.ones_like(scales))
-    # the second moment's zero is not used
+    # a second moment is never stored as zero
     candidates = values_of if signed else values_of[1:]
     best = torch.cat([(part[:, None] - candidates).abs().amin(dim=1) for part in values.split(4096)])
-    # midway between two values rounding decides: places among 128 codes are exact to some 1e-5
+    # midway between two values rounding decides: positions among 128 codes are computed to about 1e-5
     assert ((values - values_of[codes.int()]).abs() <= best + 1e-6 * values.abs()).all()
     assert len(codes.unique()) == (256 if signed else 255)
 
@@ -81,7 +79,7 @@ def test_codes_are_those_of_the_nearest_values(signed):
 @pytest.mark.parametrize("scale", [1.0, 3e-38, 1e-45, 1e18])
 def test_quantizing_again_changes_nothing(signed, scale):
     values = torch.randn(256 * 2000 + 100, generator=torch.Generator().manual_seed(0)) * scale
-    # blocks whose extreme is negative have another scale than the signed map's largest value would give
+    # a block whose largest element is negative has another scale: the signed map's ends are not symmetric
     first = ops.quantise(values if signed else values.square(), signed)
     second = ops.quantise(ops.dequantise(*first, signed), signed)
     assert torch.equal(first[0], second[0])
@@ -100,8 +98,9 @@ def test_cpp_quantizes_its_own_states_to_themselves(n):
 
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_cpp_and_definition_agree(n, dtype):
-    """On one step from the same state: sums are rounded once or twice, which decides between two codes at most."""
+def test_cpp_and_the_definition_agree(n, dtype):
+    """In one step from the same state. A fused multiply-add rounds once and separate operations twice, so a code may be
+    off by one."""
     grad = gradient(n, 9).to(dtype)
     results = []
     for backend in BACKENDS:
@@ -150,7 +149,7 @@ def test_the_number_of_threads_changes_no_bit():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_parts_of_a_flat_buffer_make_the_same_step(backend, monkeypatch):
-    monkeypatch.setattr(adamw8bit, "PIECE", 512)  # the definition works piece by piece itself
+    monkeypatch.setattr(adamw8bit, "PIECE", 512)  # the definition itself works in pieces of this size
     n, cut = 3000, 1280
     whole, parts, grad, out = trained(n), trained(n), gradient(n, 9), torch.empty(n, dtype=torch.bfloat16)
     with ops.force_backend(backend):
@@ -164,7 +163,7 @@ def test_parts_of_a_flat_buffer_make_the_same_step(backend, monkeypatch):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_gradients_of_zero_only_decay_weights(backend):
+def test_zero_gradients_only_decay_the_weights(backend):
     n = 600
     state = fresh(n)
     expected = state[0] * (1 - 1e-5)
@@ -177,8 +176,9 @@ def test_gradients_of_zero_only_decay_weights(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("size", [1e-30, 1e-12, 1e12, 1e18])
-def test_sizes_of_gradients_cancel_until_eps_or_overflow(backend, size):
-    """Steps of plain Adam are as long for any size of gradients; at 1e-30 squares are zero and eps alone divides."""
+def test_the_step_does_not_depend_on_the_size_of_gradients_until_eps_or_overflow(backend, size):
+    """Adam divides the mean gradient by its root mean square, so its size cancels. Squares of 1e-30 underflow to zero,
+    and then the divisor is eps alone."""
     n = 1000
     state = fresh(n)
     start = state[0].clone()
@@ -188,13 +188,13 @@ def test_sizes_of_gradients_cancel_until_eps_or_overflow(backend, size):
     moved = (start - state[0]).abs().double()
     assert torch.isfinite(state[0]).all()
     expected = 3e-3 * (1 if size > 1e-15 else size / 1e-16)
-    # three roundings of a weight near 1, and two scales that are a rounding apart
+    # three roundings of a weight near 1, and two scales that differ by one rounding
     assert (moved - expected).abs().max() <= 1e-6
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_is_rarely_moved_does_not_leap(backend):
-    """A mean of squares that were rounded to zero beside a mean that was not would divide it by eps alone."""
+def test_a_weight_with_rare_gradients_takes_no_large_step(backend):
+    """If 8-bit rounding made the second moment zero and the first one not, the step would be the first moment / eps."""
     n = 2560
     state = fresh(n)
     start = state[0].clone()
@@ -207,7 +207,7 @@ def test_what_is_rarely_moved_does_not_leap(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_shows(backend, value):
+def test_values_that_are_not_finite_reach_the_weights(backend, value):
     n = 600
     state, grad = trained(n), gradient(n, 9)
     grad[300] = value
@@ -220,7 +220,7 @@ def test_what_is_not_finite_shows(backend, value):
 
 @pytest.mark.parametrize("dtype", HALVES, ids=name_of)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_nothing_is_read_of_the_copy(backend, dtype):
+def test_the_copy_is_only_written(backend, dtype):
     n = 300
     state, out = trained(n), torch.full((n,), float("nan"), dtype=dtype)
     with ops.force_backend(backend):
@@ -228,11 +228,11 @@ def test_nothing_is_read_of_the_copy(backend, dtype):
     assert torch.isfinite(out).all()
 
 
-def test_no_weights_are_no_work():
+def test_an_empty_tensor_of_weights():
     ops.adamw8bit_(*fresh(0), torch.zeros(0), step=1, lr=1e-3)
 
 
-def test_what_does_not_fit_is_refused():
+def test_shapes_and_dtypes_that_do_not_fit_are_refused():
     state, grad = fresh(300), torch.zeros(300)
     with pytest.raises(ValueError, match="step is 0"):
         ops.adamw8bit_(*state, grad, step=0, lr=1e-3)
@@ -252,7 +252,7 @@ def test_what_does_not_fit_is_refused():
 
 
 def digest() -> str:
-    """Of the bits of a few steps, half-precision gradients and copies among them."""
+    """SHA-256 of the states and copies after a few steps, one of them with half-precision gradients."""
     found = hashlib.sha256()
     for n in SIZES:
         state, out = trained(n), torch.empty(n, dtype=torch.float16)
@@ -262,16 +262,11 @@ def digest() -> str:
     return found.hexdigest()
 
 
-@pytest.mark.skipif("avx512_vbmi" not in extension._processor_flags(), reason="there is only one path here")
+@pytest.mark.skipif("avx512_vbmi" not in extension._processor_flags(), reason="this processor has no AVX-512 VBMI")
 def test_loops_and_avx512_make_the_same_bits(tmp_path):
-    """Other processors take the path without AVX-512: compiled here as for them, it gives the same."""
+    """Processors without AVX-512 run plain loops: compiled without AVX-512 here, the step gives the same bits."""
     code = "import test_adamw8bit as t; assert not t.extension.reasons('cpu'); print(t.digest())"
-    environment = {
-        **os.environ,
-        "CXX": f"{os.environ.get('CXX') or 'c++'} -mno-avx512vbmi -mno-avx512f",
-        "DDPO_FAST_CACHE": str(tmp_path),
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{ROOT / 'tests'}",
-    }
-    done = finish([sys.executable, "-c", code], env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
+    compiler = f"{os.environ.get('CXX') or 'c++'} -mno-avx512vbmi -mno-avx512f"
+    variables = environment(CXX=compiler, DDPO_FAST_CACHE=str(tmp_path))
+    done = finish([sys.executable, "-c", code], env=variables)
     assert done.stdout.split()[-1] == digest()

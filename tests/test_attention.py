@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from example_unets import KINDS, make_unet, output_and_gradients, predict
 from op_checks import DEVICE
-from test_fused_layers import KINDS, make_unet, output_and_gradients, predict
 
 from ddpo_fast.measured import Measured
 from ddpo_fast.unet import attention, fuse_unet, unfuse_unet
@@ -20,7 +20,7 @@ from ddpo_fast.unet.attention import SDPAProcessor, XFormersProcessor, attention
 
 @pytest.fixture
 def fake_xformers(monkeypatch):
-    """xformers with an attention that runs anywhere, in place of the real one; its calls' shapes."""
+    """Replaces xformers' attention by one that runs on any device; the shapes of its calls."""
     calls = []
 
     def memory_efficient_attention(query, key, value):
@@ -56,18 +56,18 @@ def test_the_same_output_and_gradients(can_run, kind, name, lora):
     modules = [module for module in unet.modules() if isinstance(module, Attention)]
     assert len(can_run) == (0 if name == "sdpa" else len(modules))
     if name != "sdpa":
-        # the heads stay where the projections put them
+        # heads are not transposed: [batch, tokens, heads, head size]
         shapes = {(rows, shape[2] * shape[3]) for queries in can_run for shape in queries[:1] for rows in shape[:1]}
         assert shapes == {(2, module.inner_dim) for module in modules}
 
 
-def test_masks_go_to_pytorch(can_run):
+def test_attention_with_a_mask_uses_pytorch(can_run):
     unet = make_unet("sd15", dtype=torch.float64)
     mask = torch.tensor([[1, 1, 1, 0, 0, 0, 0], [1] * 7], device=DEVICE)
     expected = predict(unet, encoder_attention_mask=mask)
     set_attention(unet, "xformers")
     torch.testing.assert_close(predict(unet, encoder_attention_mask=mask), expected, rtol=1e-9, atol=1e-10)
-    # self-attention has no mask
+    # only cross-attention has a mask
     assert can_run
     assert all(query == key for query, key, _ in can_run)
 
@@ -82,13 +82,13 @@ def test_fusing_keeps_the_chosen_attention(can_run):
     assert processors(unfuse_unet(unet)) == {AttnProcessor2_0}
 
 
-def test_copies(can_run):
+def test_a_copied_unet_keeps_the_attention(can_run):
     unet = make_unet("bundled")
     set_attention(unet, "xformers")
     assert torch.equal(predict(copy.deepcopy(unet)), predict(unet))
 
 
-def test_auto_takes_pytorch_on_a_cpu_and_says_why(caplog, monkeypatch):
+def test_auto_uses_pytorch_on_a_cpu_and_logs_why(caplog, monkeypatch):
     unet = make_unet("bundled").cpu()
     caplog.clear()
     caplog.set_level("INFO", logger="ddpo_fast.unet.attention")
@@ -102,7 +102,7 @@ def test_auto_takes_pytorch_on_a_cpu_and_says_why(caplog, monkeypatch):
 
 
 class Kernels:
-    """Stand-ins for kernels, each as long as its number says on a clock that nothing else moves."""
+    """Replaces kernels by functions that only advance a clock, each by the time given for it."""
 
     def __init__(self, **times: float | Exception) -> None:
         self.now = 0.0
@@ -113,7 +113,7 @@ class Kernels:
         self.calls.append(name)
         if isinstance(time, Exception):
             raise time
-        self.now += time * (1 + len(self.calls) % 3)  # some rounds are disturbed
+        self.now += time * (1 + len(self.calls) % 3)  # two of three rounds take longer, as on a busy machine
         return query + key + value
 
     def seconds(self, run) -> float:
@@ -163,7 +163,7 @@ def test_a_kernel_without_a_backward_pass_is_refused():
     assert list(refused) == ["forward only"]
 
 
-def test_pytorchs_kernels_are_asked_one_by_one():
+def test_each_of_pytorchs_kernels_is_tried():
     rows = torch.randn(1, 16, 2, 8)
     for name in attention.SDPA_KERNELS:
         attend = attention.candidate_kernels()[name]
@@ -177,7 +177,7 @@ def test_pytorchs_kernels_are_asked_one_by_one():
 
 @pytest.fixture
 def fake_gpu(monkeypatch):
-    """A GPU whose fastest attention is `answers`; what was measured."""
+    """Replaces the measurement by `answers`, as if this were a GPU; the calls that it got."""
     answers, asked = {40: "cudnn", 80: "flash", 160: "xformers"}, []
 
     def fastest(head_dim, device, dtype, attends, seconds):
@@ -190,7 +190,7 @@ def fake_gpu(monkeypatch):
     return answers, asked
 
 
-def test_each_head_size_is_measured_once_in_the_life_of_a_run(fake_gpu):
+def test_each_head_size_is_measured_once_in_a_run(fake_gpu):
     answers, asked = fake_gpu
     measured, gpu = Measured(), torch.device("cuda")
     first = attention.choose_kernels({160, 40}, gpu, torch.float16, measured)
@@ -200,7 +200,7 @@ def test_each_head_size_is_measured_once_in_the_life_of_a_run(fake_gpu):
     assert attention.choose_kernels({40, 160}, gpu, torch.float16, resumed)[0] == first[0]
     assert len(asked) == 2
     assert set(resumed) == {f"attention of head dim {d} in float16 on a GPU" for d in (40, 160)}
-    # another precision is another question
+    # the fastest kernel may be another one in another precision
     assert attention.choose_kernels({40}, gpu, torch.bfloat16, resumed)[0] == {40: "flash"}
 
 
@@ -211,7 +211,7 @@ def test_the_main_process_decides(fake_gpu):
     assert chosen == {40: "flash", 80: "flash"}
 
 
-def test_a_run_whose_xformers_is_gone_is_told_so(fake_gpu, monkeypatch):
+def test_a_resumed_run_without_its_xformers_is_refused(fake_gpu, monkeypatch):
     measured = Measured()
     attention.choose_kernels({160}, torch.device("cuda"), torch.float16, measured)
     monkeypatch.setattr(attention, "attention_problem", lambda *_: "xformers cannot be imported")
@@ -234,7 +234,7 @@ def test_each_module_gets_the_kernel_of_its_head_size(fake_gpu, can_run):
     assert len(found) > 1
     assert all(f"(head dim {head_dim})" in running for head_dim in found)
     torch.testing.assert_close(output_and_gradients(unet), expected, rtol=1e-7, atol=1e-10)
-    # a copy and a UNet whose layers are fused keep it
+    # a copy, and a UNet whose layers are fused, keep the choice
     kernels = [getattr(p, "kernel", "xformers") for p in unet.attn_processors.values()]
     for other in (copy.deepcopy(unet), unfuse_unet(fuse_unet(unet))):
         kept = [getattr(p, "kernel", None) for p in other.attn_processors.values()]
@@ -255,30 +255,30 @@ def test_a_gpu_is_measured():
         torch.testing.assert_close(got.double(), exact, atol=4 * 2**-11, rtol=2**-9)
 
 
-def test_xformers_says_why_not():
+def test_the_reason_why_xformers_cannot_run():
     unet = make_unet("bundled").cpu()
     with pytest.raises(ValueError, match="'xformers' was asked for but cannot run: xformers' attention runs on CUDA"):
         set_attention(unet, "xformers")
     assert processors(unet) == {AttnProcessor2_0}
 
 
-def test_unknown_names():
+def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="'flash' but must be 'auto', 'sdpa', 'xformers'"):
         set_attention(make_unet("bundled"), "flash")
 
 
-def test_pytorch_always_can():
+def test_pytorchs_attention_can_always_run():
     assert attention_problem("sdpa", [40, 80, 160], "cpu", torch.float64) == ""
 
 
-def test_every_head_dim_is_tried(fake_xformers, monkeypatch):
+def test_every_head_size_is_tried(fake_xformers, monkeypatch):
     monkeypatch.setattr(attention, "_refusal", lambda head_dim, *_: f"not {head_dim}" if head_dim > 100 else "")
     assert attention_problem("xformers", [40, 80], "cuda") == ""
     assert attention_problem("xformers", [160, 40, 320], "cuda") == "not 160"
 
 
-def test_the_trial_trains(fake_xformers, monkeypatch):
-    """Kernels may exist for the forward pass alone."""
+def test_the_trial_has_a_backward_pass(fake_xformers, monkeypatch):
+    """xformers has kernels for a forward pass only."""
     assert attention._refusal(40, "cpu", torch.float32) == ""
 
     class ForwardOnly(torch.autograd.Function):
@@ -296,7 +296,7 @@ def test_the_trial_trains(fake_xformers, monkeypatch):
     assert reason == "xformers refuses head dim 40 in float32 on cpu: No operator found for `backward`"
 
 
-def test_the_real_xformers_is_asked():
+def test_the_real_xformers():
     pytest.importorskip("xformers.ops")
     reason = attention._refusal(40, "cpu", torch.float32)
     assert reason.startswith("xformers refuses head dim 40 in float32 on cpu: No operator found")
@@ -308,14 +308,14 @@ def test_the_real_xformers_is_asked():
     [{"qk_norm": "layer_norm"}, {"norm_num_groups": 8}, {"rescale_output_factor": 2.0}, {"residual_connection": True}],
     ids=lambda settings: next(iter(settings)),
 )
-def test_other_attention_is_left_alone(settings):
+def test_attention_with_other_options_keeps_its_processor(settings):
     module = Attention(query_dim=32, heads=4, dim_head=8, **settings)
     assert not is_plain(module)
     set_attention(torch.nn.Sequential(module), "sdpa")
     assert type(module.processor) is AttnProcessor2_0
 
 
-def test_other_processors_are_left_alone():
+def test_other_processors_are_kept():
     module = Attention(query_dim=32, heads=4, dim_head=8, processor=AttnProcessor())
     set_attention(torch.nn.Sequential(module), "sdpa")
     assert type(module.processor) is AttnProcessor

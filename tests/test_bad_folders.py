@@ -1,4 +1,4 @@
-"""Model folders and checkpoints that are broken: one sentence that names the file, and nothing on the disk changes."""
+"""Broken model folders and checkpoints: one sentence names the file, and nothing on the disk changes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from test_bad_input import ends_with_one_sentence, files_in, is_one_sentence
+from file_damage import cut, files_in, flip_a_bit
+from one_sentence import ends_with_one_sentence, refused
 from tiny_run import SETTINGS, forget_accelerate_state
 
 from ddpo_fast import cli
@@ -20,16 +21,6 @@ OPTIONS = [f"--{name}={value}" for name, value in {**SETTINGS, "sample_num_steps
 MORE = ["--num_epochs", "3"]
 
 # damage
-
-
-def flip_a_bit(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) * 3 // 4] ^= 1
-    path.write_bytes(data)
-
-
-def cut(share: float, less: int = 0):
-    return lambda path: path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share) - less])
 
 
 DAMAGE = {
@@ -68,14 +59,13 @@ def folder_instead(path: Path) -> None:
         ("unet", shutil.rmtree),
     ],
 )
-def test_model_folders(model_dir, tmp_path, file, damage):
+def test_a_broken_model_folder_is_refused_and_unchanged(model_dir, tmp_path, file, damage):
     model = tmp_path / "model"
     shutil.copytree(model_dir, model)
     damage(model / file)
     before = files_in(model)
-    with pytest.raises((ValueError, OSError)) as caught:
+    with refused((ValueError, OSError), "", "pretrained_model", str(model)):
         DefaultDDPOStableDiffusionPipeline(str(model))
-    is_one_sentence(str(caught.value), "pretrained_model", str(model))
     assert files_in(model) == before
 
 
@@ -119,7 +109,7 @@ def test_a_damaged_checkpoint_is_refused_and_names_the_one_before(run, capsys, f
         lambda state: [],
     ],
 )
-def test_a_checkpoint_of_something_else(run, capsys, change):
+def test_a_state_file_of_another_kind_is_refused(run, capsys, change):
     path = run / "checkpoints" / "checkpoint_2" / "state.json"
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
     before = files_in(run)
@@ -129,7 +119,7 @@ def test_a_checkpoint_of_something_else(run, capsys, change):
 
 @pytest.mark.parametrize("file", ["before.pt", "metrics.jsonl"])
 @pytest.mark.parametrize("damage", ["empty", "half", "missing"])
-def test_what_only_pictures_need_does_not_stop_a_run(run, file, damage):
+def test_a_damaged_file_that_only_pictures_need_does_not_stop_a_run(run, file, damage):
     DAMAGE[damage](run / file)
     cli.main(["train", "--resume_from", str(run), *MORE])
     assert (run / "checkpoints" / "checkpoint_3" / "state.json").exists()
@@ -142,7 +132,7 @@ def test_what_only_pictures_need_does_not_stop_a_run(run, file, damage):
 @pytest.mark.parametrize(
     "place", ["file/run", "/proc/run", "/dev/null/run", "/dev/full", "a" * 300, "/sys/kernel/run", "file"]
 )
-def test_output_folders_that_cannot_be_written(place, tmp_path, monkeypatch, capsys):
+def test_an_output_folder_that_cannot_be_written_is_refused(place, tmp_path, monkeypatch, capsys):
     def load(*args, **kwargs):
         raise AssertionError("a model was loaded before the mistake was found")
 
@@ -154,7 +144,7 @@ def test_output_folders_that_cannot_be_written(place, tmp_path, monkeypatch, cap
 
 
 def test_a_disk_that_fills_up(run, monkeypatch, capsys):
-    """The earlier checkpoints are whole, and no half of one lies beside them."""
+    """Earlier checkpoints stay complete, and no partial one is left beside them."""
 
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -4,14 +4,15 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
+from one_sentence import error_of_command
 from PIL import Image
+from run_process import ROOT, finish
 
 from ddpo_fast import DDPOConfig, cli, rewards
 from ddpo_fast.commands import early_checks
@@ -21,7 +22,6 @@ from ddpo_fast.run_folder import checkpoint, folder_lock, hub, pictures
 from ddpo_fast.run_folder.run_log import output_folder
 from ddpo_fast.trainer import DDPOTrainer
 
-ROOT = Path(__file__).parents[1]
 OPTIONS = (
     "--num-epochs 1 --sample_num_steps 2 --sample_batch_size 2 --mixed_precision no --prompts animals "
     "--save_freq 1 --train_learning_rate 1e-3"
@@ -37,7 +37,7 @@ CODE = (
 
 @pytest.fixture(scope="module")
 def trained(model_dir, tmp_path_factory):
-    """A folder with a run of functions in `users_code.py` beside it, and what the command printed."""
+    """A folder with a run and, beside it, the module `users_code.py` of its functions; and what the command printed."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "users_code.py").write_text(CODE)
     here = os.getcwd()
@@ -56,7 +56,7 @@ def trained(model_dir, tmp_path_factory):
 
 @pytest.fixture
 def copied(trained, tmp_path, monkeypatch):
-    """A copy of that folder, which is the working directory; its module is not imported yet."""
+    """A copy of that folder as the working directory; its module is not imported yet."""
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
@@ -66,17 +66,6 @@ def copied(trained, tmp_path, monkeypatch):
     sys.modules.pop("users_code", None)
 
 
-def stopped(arguments: list[str]) -> str:
-    """The one sentence of a command that must fail."""
-    with pytest.raises(SystemExit) as caught:
-        cli.main(arguments)
-    assert caught.value.code == 2
-    sentence = str(caught.value)
-    assert sentence.startswith(f"ddpo-fast {arguments[0]}: error: ")
-    assert "\n" not in sentence
-    return sentence
-
-
 # options
 
 
@@ -84,17 +73,16 @@ def stopped(arguments: list[str]) -> str:
     "command", [[sys.executable, "ddpo_fast/train.py"], [str(Path(sys.executable).parent / "ddpo-fast"), "train"]]
 )
 def test_help_lists_every_field(command):
-    done = subprocess.run([*command, "--help"], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+    done = finish([*command, "--help"], cwd=ROOT)
     for name in [f.name for f in fields(DDPOConfig)] + [f.name for f in fields(command_options.RunArguments)]:
         assert f"--{name}" in done.stdout
 
 
-def test_named_rewards():
+def test_the_options_know_the_names_of_all_rewards():
     assert tuple(rewards.REWARDS) == command_options.BUILT_IN_REWARDS
 
 
-def test_dashes_underscores_and_json():
+def test_options_with_dashes_underscores_and_json():
     _, config = train_command.read_options(
         ["--train-clip-range", "0.1", "--tracker_kwargs", '{"wandb": {"name": "x"}}']
     )
@@ -121,19 +109,19 @@ def test_dashes_underscores_and_json():
         ("--lora_target_modules ,", "must name a layer"),
     ],
 )
-def test_options_that_cannot_be(options, said):
-    assert said in stopped(["train", *options.split()])
+def test_wrong_options_are_refused(options, said):
+    assert said in error_of_command(["train", *options.split()])
 
 
 @pytest.mark.parametrize(("words", "status"), [([], 2), (["--help"], 0), (["-h"], 0)])
-def test_help_of_all(words, status, capsys):
+def test_help_lists_the_commands(words, status, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(words)
     assert caught.value.code == status
     assert capsys.readouterr().out.startswith("usage: ddpo-fast COMMAND")
 
 
-def test_unknown_command(capsys):
+def test_an_unknown_command_is_refused(capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(["trian"])
     assert caught.value.code == 2
@@ -149,7 +137,7 @@ def test_unknown_command(capsys):
         (KeyboardInterrupt(), 130, "\nddpo-fast info: interrupted\n"),
     ],
 )
-def test_how_a_command_ends(raised, status, said, monkeypatch, capsys):
+def test_exit_status_and_message_of_each_error(raised, status, said, monkeypatch, capsys):
     def fail(arguments):
         raise raised
 
@@ -163,30 +151,29 @@ def test_how_a_command_ends(raised, status, said, monkeypatch, capsys):
             cli.main(["info"])
 
 
-def test_a_reader_that_goes_away_is_no_error():
+def test_a_closed_pipe_is_not_an_error():
     code = "from ddpo_fast import cli; cli.COMMANDS['info'] = lambda _: [print('x' * 99) for _ in range(9999)]; "
     command = f"{sys.executable} -c \"{code}cli.main(['info'])\" | head -n 1 ; exit ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
-    assert (done.returncode, done.stderr) == (141, "")
+    assert finish(["bash", "-c", command], status=141, cwd=ROOT).stderr == ""
 
 
 @pytest.mark.parametrize(
     ("told", "given", "precision"),
     [("bf16", [], "bf16"), ("no", [], "no"), ("bf16", ["--mixed_precision", "fp16"], "fp16"), (None, [], "here")],
 )
-def test_accelerates_precision_counts_unless_another_is_given(told, given, precision, monkeypatch):
+def test_the_precision_of_accelerates_config_is_the_default(told, given, precision, monkeypatch):
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     if told:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", told)
     here = "fp16" if torch.cuda.is_available() else "no"
     assert train_command.read_options(given)[1].mixed_precision == (here if precision == "here" else precision)
-    # TRL's default stays in scripts
+    # in a script the default is TRL's
     assert DDPOConfig().mixed_precision == "fp16"
 
 
-def test_a_precision_of_accelerates_that_is_not_ours(monkeypatch):
+def test_an_unknown_precision_of_accelerates_config_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
-    assert "accelerate's mixed_precision is 'fp8'" in stopped(["train"])
+    assert "accelerate's mixed_precision is 'fp8'" in error_of_command(["train"])
 
 
 # where a run writes
@@ -204,7 +191,7 @@ def test_a_precision_of_accelerates_that_is_not_ours(monkeypatch):
         (["--project_kwargs", '{"project_dir": "there"}', "--output_dir", "here"], "here"),
     ],
 )
-def test_the_folder_of_a_run(options, folder):
+def test_where_a_run_writes(options, folder):
     assert re.fullmatch(folder, str(output_folder(train_command.read_options(options)[1])))
 
 
@@ -226,7 +213,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, no_model):
     if Path("/proc/version").exists():
         folders.append(Path("/proc/run"))
     for folder in folders:
-        sentence = stopped(["train", "--output_dir", str(folder)])
+        sentence = error_of_command(["train", "--output_dir", str(folder)])
         assert f"output_dir is '{folder}', but nothing can be written in" in sentence
 
 
@@ -238,23 +225,23 @@ def no_model(monkeypatch):
     monkeypatch.setattr(train_command, "make_pipeline", refuse)
 
 
-# found before the model is loaded
+# refused before a model is loaded
 
 
-def test_the_trial_has_the_models_size(no_model, model_dir, tmp_path, monkeypatch):
+def test_the_reward_is_tried_on_images_of_the_models_size(no_model, model_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sized.py").write_text(
         "def reward(images, prompts, metadata): raise KeyError(str(tuple(images.shape)))\n"
     )
     monkeypatch.delitem(sys.modules, "sized", raising=False)
-    sentence = stopped(["train", "--reward", "sized:reward", "--pretrained_model", model_dir])
+    sentence = error_of_command(["train", "--reward", "sized:reward", "--pretrained_model", model_dir])
     assert "(2, 3, 16, 16)" in sentence
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has graphs")
 def test_cuda_graphs_without_a_gpu(no_model):
-    assert "cuda_graphs is True, but" in stopped(["train", "--cuda_graphs"])
+    assert "cuda_graphs is True, but" in error_of_command(["train", "--cuda_graphs"])
 
 
 @pytest.mark.parametrize(
@@ -264,14 +251,14 @@ def test_cuda_graphs_without_a_gpu(no_model):
         (ConnectionError("no route"), "the Hub does not answer (no route)"),
     ],
 )
-def test_a_hub_without_a_login(error, said, no_model, monkeypatch):
+def test_push_to_hub_without_a_login_is_refused(error, said, no_model, monkeypatch):
     def refuse():
         raise error
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "get_token", lambda: error and "token")
     monkeypatch.setattr(hub, "whoami", refuse)
-    assert said in stopped(["train", "--push_to_hub"])
+    assert said in error_of_command(["train", "--push_to_hub"])
 
 
 # training, resuming, sampling
@@ -289,7 +276,7 @@ def test_what_a_run_leaves(trained, model_dir):
     assert [path.name for path in run.glob(".*")] == [folder_lock.LOCK]
 
 
-def test_all_weights(model_dir, tmp_path, monkeypatch, capsys):
+def test_a_run_that_trains_all_weights(model_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.txt").write_text("a cat\n")
     options = [*OPTIONS, "--full-finetune", "--output_dir", "run", "--pretrained_model", model_dir]
@@ -298,7 +285,7 @@ def test_all_weights(model_dir, tmp_path, monkeypatch, capsys):
     assert "4 images per epoch (2 batches of 2), 2 denoising steps each" in printed
     assert "2 (image, timestep) pairs per update" in printed
     assert "4 updates per epoch" in printed
-    # built-in rewards and files of prompts need no trust, and are found from anywhere
+    # built-in rewards and files of prompts need no --trust_run, and are found from any working directory
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     run, config = train_command.read_options(["--resume_from", "../run", "--num_epochs", "7"])
@@ -307,15 +294,15 @@ def test_all_weights(model_dir, tmp_path, monkeypatch, capsys):
     assert (config.num_epochs, config.sample_num_steps, config.train_learning_rate) == (7, 2, 1e-3)
     assert output_folder(config) == tmp_path / "run"
     for option, said in (("--full-finetune=False", "trained all weights"), ("--lora_rank=2", "is of a LoRA")):
-        assert said in stopped(["train", "--resume_from", "../run", option])
+        assert said in error_of_command(["train", "--resume_from", "../run", option])
 
 
-def test_results_are_safe_before_anything_is_drawn(model_dir, tmp_path, monkeypatch, capsys, caplog):
+def test_the_model_is_saved_before_pictures_are_drawn(model_dir, tmp_path, monkeypatch, capsys, caplog):
     def broken(*args, **kwargs):
         assert (tmp_path / "run" / "checkpoints" / "checkpoint_1").is_dir()
         raise KeyError("no pictures today")
 
-    monkeypatch.setattr(pictures, "_save", broken)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", broken)
     cli.main(["train", *OPTIONS, "--output_dir", str(tmp_path / "run"), "--pretrained_model", model_dir])
     assert (tmp_path / "run" / "final" / "model_index.json").exists()
     assert "a picture could not be drawn (KeyError" in caplog.text
@@ -323,14 +310,14 @@ def test_results_are_safe_before_anything_is_drawn(model_dir, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("command", [["train", "--num_epochs=2", "--resume_from"], ["sample"]])
-def test_functions_that_a_run_names_are_not_imported_unasked(command, copied):
+def test_functions_that_a_run_names_are_not_imported_without_trust(command, copied):
     (copied / "users_code.ran").unlink(missing_ok=True)
-    sentence = stopped([*command, "run"])
+    sentence = error_of_command([*command, "run"])
     assert "prompts='users_code:prompt'" in sentence
     assert "--trust_run" in sentence
     if command[0] == "train":
         assert "reward='users_code:reward'" in sentence
-        assert "prompts=" not in stopped([*command, "run", "--prompts", "animals"])
+        assert "prompts=" not in error_of_command([*command, "run", "--prompts", "animals"])
     assert not (copied / "users_code.ran").exists()
 
 
@@ -346,12 +333,12 @@ HARMFUL = {
 
 
 def write_state(path: Path, state: dict) -> None:
-    """As somebody with evil intent does, who knows of the digest."""
+    """Writes a state with a valid digest, as an attacker can."""
     path.write_text(json.dumps({**state, checkpoint.SEAL: checkpoint._seal(state)}) + "\n")
 
 
 @pytest.mark.parametrize("name", HARMFUL)
-def test_settings_of_others_need_trust(name, copied):
+def test_harmful_settings_of_a_run_need_trust(name, copied):
     path = copied / "run" / "checkpoints" / "checkpoint_1" / "state.json"
     state = json.loads(path.read_text())
     own = {"reward": "jpeg_compressibility", "prompts": "animals"}
@@ -360,7 +347,7 @@ def test_settings_of_others_need_trust(name, copied):
     assert output_folder(train_command.read_options(["--resume_from", "run"])[1]) == copied / "run"
     state["config"][name] = HARMFUL[name]
     write_state(path, {**state, **own})
-    sentence = stopped(["train", "--resume_from", "run"])
+    sentence = error_of_command(["train", "--resume_from", "run"])
     assert f"{name}=" in sentence
     assert "/elsewhere" not in sentence
 
@@ -370,21 +357,21 @@ def test_links_in_a_run_need_trust(copied):
     (copied / "run" / "metrics.jsonl").unlink()
     (copied / "run" / "metrics.jsonl").symlink_to(copied / "precious")
     given = ["--reward", "jpeg_compressibility", "--prompts", "animals"]
-    assert "a link 'metrics.jsonl'" in stopped(["train", "--resume_from", "run", *given])
+    assert "a link 'metrics.jsonl'" in error_of_command(["train", "--resume_from", "run", *given])
     assert (copied / "precious").read_text() == "mine\n"
 
 
 @pytest.mark.parametrize("linked", ["checkpoints", "checkpoints/checkpoint_1"])
 def test_a_link_to_another_runs_checkpoints_needs_trust(copied, linked):
-    # resumed there, a run would write to and remove what is another's
+    # a run that is resumed there would overwrite and remove another run's files
     (copied / "run" / linked).rename(copied / "precious")
     (copied / "run" / linked).symlink_to(copied / "precious")
     given = ["--reward", "jpeg_compressibility", "--prompts", "animals"]
-    assert f"a link '{linked}'" in stopped(["train", "--resume_from", "run", *given])
+    assert f"a link '{linked}'" in error_of_command(["train", "--resume_from", "run", *given])
 
 
-def test_a_trusted_run_goes_on_from_any_folder(copied, monkeypatch, capsys):
-    # what it was trained with is found where it was, whatever has that name here
+def test_a_trusted_run_is_resumed_from_any_working_directory(copied, monkeypatch, capsys):
+    # its module is imported from where it was, even if this directory has a module of the same name
     (copied / "users_code.py").write_text("raise ImportError('another module of this name')\n")
     monkeypatch.setattr(sys, "path", list(sys.path))
     cli.main(["train", "--resume_from", "run", "--num_epochs", "2", "--trust_run"])
@@ -394,42 +381,43 @@ def test_a_trusted_run_goes_on_from_any_folder(copied, monkeypatch, capsys):
 
 @pytest.mark.parametrize(("option", "said"), [("--lora_alpha=8", "a run with lora_alpha 4: leave out --lora_alpha 8")])
 def test_another_adapter_on_resume_is_refused(option, said, copied):
-    assert said in stopped(["train", "--resume_from", "run", "--trust_run", option])
+    assert said in error_of_command(["train", "--resume_from", "run", "--trust_run", option])
 
 
 def resumed(folder: Path, *options: str) -> None:
     cli.main(["train", "--resume_from", "run", "--trust_run", "--num_epochs", "2", *options])
 
 
-def test_a_damaged_picture_file_stops_nothing(copied, monkeypatch, caplog):
+def test_a_damaged_file_of_first_images_does_not_stop_the_run(copied, monkeypatch, caplog):
     monkeypatch.setattr(sys, "path", list(sys.path))
     damaged = (copied / "run" / "before.pt").read_bytes()[:999]
     (copied / "run" / "before.pt").write_bytes(damaged)
     resumed(copied)
     assert "before.pt cannot be read" in caplog.text
-    # a trained model's images do not become 'before'
+    # images of a trained model are not saved as the first ones
     assert (copied / "run" / "before.pt").read_bytes() == damaged
     assert (copied / "run" / "epoch_1_after.png").exists()
 
 
-def test_another_reward_is_another_run_with_a_comparison_of_its_own(copied, monkeypatch, caplog, capsys):
+def test_another_reward_begins_a_new_run_with_its_own_comparison(copied, monkeypatch, caplog, capsys):
     monkeypatch.setattr(sys, "path", list(sys.path))
     kept = {name: (copied / "run" / name).read_bytes() for name in ("before.pt", "before_after.png")}
     other = ["--trust_run", "--num_epochs", "2", "--reward", "users_code:other"]
-    assert "begin a new run from there with another output_dir" in stopped(["train", "--resume_from", "run", *other])
+    sentence = error_of_command(["train", "--resume_from", "run", *other])
+    assert "begin a new run from there with another output_dir" in sentence
     cli.main(["train", "--resume_from", "run", *other, "--output_dir", "new"])
     assert "epoch_1_after.png will compare with the model after 1 epochs" in caplog.text
     assert " epoch 1, " in capsys.readouterr().out
     assert kept == {name: (copied / "run" / name).read_bytes() for name in kept}
     assert not (copied / "new" / "before.pt").exists()
     begun = (copied / "new" / "epoch_1.pt").read_bytes()
-    # and the next resumption goes on with it
+    # the next resumed run compares with the same images
     cli.main(["train", "--resume_from", "new", "--trust_run", "--num_epochs", "3"])
     assert (copied / "new" / "epoch_1.pt").read_bytes() == begun
     assert not (copied / "new" / "epoch_2.pt").exists()
 
 
-def test_sample(copied, monkeypatch, capsys):
+def test_sample_draws_the_base_and_the_trained_model(copied, monkeypatch, capsys):
     monkeypatch.setattr(sys, "path", list(sys.path))
     drawn = []
     monkeypatch.setattr(pictures, "draw_grid", lambda *given: drawn.append(given))
@@ -448,7 +436,7 @@ def test_sample(copied, monkeypatch, capsys):
     for name, (label, images, scores) in zip(("base", "trained"), rows, strict=True):
         assert (label, len(images), len(prompts)) == (name, 11, 11)
         torch.testing.assert_close(torch.tensor(scores), images.mean((1, 2, 3)))
-    # without trust: no captions, and nothing is imported
+    # without --trust_run no rewards are shown, and nothing is imported
     sys.modules.pop("users_code")
     cli.main(["sample", "run", "--num-images", "2", "--prompts", "animals"])
     assert [scores for _, _, scores in drawn[-1][1]] == [None, None]
@@ -456,7 +444,7 @@ def test_sample(copied, monkeypatch, capsys):
     assert "no rewards are shown" in capsys.readouterr().out
 
 
-def test_what_sample_writes(copied):
+def test_files_that_sample_writes(copied):
     asked = ["sample", "run", "--num-images", "1", "--prompts", "animals", "--reward", "jpeg_compressibility"]
     cli.main(asked)
     first = (copied / "run" / "samples.png").read_bytes()
@@ -466,7 +454,7 @@ def test_what_sample_writes(copied):
     cli.main([*asked, "--output", "grid.jpg"])
     with Image.open("grid.jpg") as image:
         assert image.format == "JPEG"
-    assert "which exists" in stopped([*asked, "--output", "grid.jpg"])
+    assert "which exists" in error_of_command([*asked, "--output", "grid.jpg"])
     cli.main([*asked, "--output", "grid.jpg", "--overwrite"])
 
 
@@ -486,8 +474,8 @@ def test_what_sample_writes(copied):
         ("run --num_image 3", "did you mean --num-images?"),
     ],
 )
-def test_samples_that_cannot_be(options, said, copied):
-    assert said in stopped(["sample", *options.split()])
+def test_wrong_options_of_sample_are_refused(options, said, copied):
+    assert said in error_of_command(["sample", *options.split()])
 
 
 def test_the_picture_of_an_interrupted_run_is_not_drawn(model_dir, tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""Recording and replaying: the bookkeeping with a stand-in for CUDA, which a GPU machine replaces by the real thing."""
+"""Recording UNet calls as CUDA graphs and replaying them; on a machine without a GPU a stand-in records them."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ import weakref
 
 import pytest
 import torch
+from compare_runs import metrics_of, relative_distance, same_bits, trained_weights
 from rounding import drift_limits
 
 from ddpo_fast import cuda_graphs
 from ddpo_fast.cuda_graphs import WARM_UPS, Recorded, Recording
-from ddpo_fast.trajectory import pair_index, pairs_of
 
 on_a_gpu = torch.cuda.is_available()
+PER_IMAGE_AND_STEP = ("prompt_embeds", "negative_prompt_embeds", "timesteps", "latents", "next_latents", "log_probs")
 
 
 @pytest.fixture(autouse=True)
 def recorder(monkeypatch):
-    """On a CPU a replay calls the function again and writes its outputs where those of the recording were."""
+    """On a CPU a replay calls the function again and copies its outputs to where those of the recording are."""
     if on_a_gpu:
         return
 
@@ -51,7 +52,7 @@ def test_replays_read_new_arguments_and_undo_warm_ups():
     for i in range(1, 4):
         assert torch.equal(recorded(ones, i * ones)[0], (1 + i) * ones)
         if not on_a_gpu and i == 1:
-            total.fill_(3.0)  # the stand-in's own recording counts, a captured graph's does not
+            total.fill_(3.0)  # the stand-in runs the function while it records, and capturing a graph does not
         assert total.item() == 3 * i
     assert torch.equal(recorded(ones[:2], ones[:2])[0], 2 * ones[:2])
 
@@ -65,65 +66,92 @@ def test_a_recorded_run_ends_where_the_plain_one_does(make_trainer, tmp_path, us
             use_lora=use_lora,
             mixed_precision=precision,
             cuda_graphs=graphs,
-            train_micro_batch_size=8,  # 20 pairs an update: two that are recorded and a rest that is not
+            train_micro_batch_size=8,  # 20 pairs an update: two calls that are recorded, and 4 pairs that are not
             sample_merge_batches=1,
             allow_tf32=False,
             output_dir=str(tmp_path / f"{graphs}"),
         )
-        trained = {n: p for n, p in trainer.sd_pipeline.unet.named_parameters() if p.requires_grad}
-        before = {n: p.detach().clone() for n, p in trained.items()}
+        before = trained_weights(trainer)
         limits = drift_limits(trainer)
         trainer.train()
-        ends.append({n: p.detach().clone() for n, p in trained.items()})
-        updates = [r for r in trainer.run_log.metrics.read() if r["kind"] == "update"]
-        assert updates[0]["ratio_drift"] <= limits[0]
+        ends.append(trained_weights(trainer))
+        assert metrics_of(trainer, "update")[0]["ratio_drift"] <= limits[0]
     if not on_a_gpu:
-        assert all(torch.equal(ends[0][name], ends[1][name]) for name in before)
-    moved = sum((ends[0][n] - before[n]).square().sum() for n in before) ** 0.5
-    apart = sum((ends[0][n] - ends[1][n]).square().sum() for n in before) ** 0.5
-    # a GPU's atomics sum in an order of their own from run to run
-    assert apart < (5e-3 if precision == "no" else 5e-2) * moved
+        assert same_bits(*ends)
+    # atomic additions on a GPU sum in another order in each run
+    assert relative_distance(ends[1], ends[0], before) < (5e-3 if precision == "no" else 5e-2)
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_a_replay_adds_the_gradient_that_one_call_adds(make_trainer, precision):
-    trainer = make_trainer(mixed_precision=precision, cuda_graphs=True, allow_tf32=False)
-    (trajectory,), _ = trainer._generate_samples(1, 4)
-    trajectory = trajectory.with_advantages(torch.tensor([1.0, -1.0, 0.5, 2.0]))
-    pairs = pairs_of([trajectory], pair_index([trajectory], 5)[:8], guided=True)
-    ppo, engine, gradients = trainer.ppo, trainer.engine, []
-    with engine.computing():
-        operands = *pairs, engine.loss_scale().clone()
-        # the second recorded call is a replay alone
-        for learn in (ppo._add_gradient, ppo._recorded, ppo._recorded):
-            engine.zero_gradients()
-            learn(*operands)
+def test_a_replay_adds_the_gradient_that_one_call_adds(make_trainer, tmp_path, precision):
+    """An update of 4 images x 2 steps, which is one call of 8 pairs."""
+    gradients, batch = [], {}
+    for graphs in (False, True):
+        trainer = make_trainer(
+            mixed_precision=precision,
+            cuda_graphs=graphs,
+            allow_tf32=False,
+            train_timestep_fraction=0.4,
+            train_micro_batch_size=8,
+            train_gradient_accumulation_steps=1,
+            output_dir=tmp_path / f"{graphs}",
+        )
+        if not batch:
+            (trajectory,), _ = trainer._generate_samples(1, 4)
+            batch = {name: trajectory[name] for name in PER_IMAGE_AND_STEP}
+            batch["advantages"] = torch.tensor([1.0, -1.0, 0.5, 2.0], device=trajectory.timesteps.device)
+        engine = trainer.engine
+
+        def keep_gradient(engine=engine):
             gradients.append(torch.cat([g.flatten().double() for g in engine.weights.gradients]))
+            engine.zero_gradients()
+            return {}
+
+        engine.step = keep_gradient
+        # with graphs the first call records, and the second one is a replay alone
+        for _ in range(1 + graphs):
+            trainer._train_batched_samples(0, 0, 0, [batch])
     eager, *replayed = gradients
-    # The same kernels in the same order: only what a GPU's atomics add up may be rounded in another order. These are
-    # sums of fewer than 2^10 terms in fp32, of random sign: sqrt(2^10) roundings of the largest. Activations are
-    # rounded anew after such a sum, to half a unit of bf16.
+    # The same kernels run in the same order, so only sums by atomic additions may differ. These have fewer than 2^10
+    # terms of random sign in fp32, so they differ by sqrt(2^10) roundings of the largest. In bf16 activations are
+    # rounded after such a sum, by half a unit of bf16.
     bound = 2**5 * 2**-23 if precision == "no" else 2**-8
     assert eager.norm() > 0
+    assert len(replayed) == 2
     for gradient in replayed:
         assert (gradient - eager).norm() <= (bound if on_a_gpu else 0) * eager.norm()
 
 
-def test_recordings_go_with_their_micro_batch(make_trainer):
-    """Their pools would hold the memory that ran out."""
+def test_recordings_go_with_their_micro_batch(make_trainer, monkeypatch):
+    """Recordings keep the activations of their micro-batch: they are freed when memory runs out in a later update."""
     trainer = make_trainer(cuda_graphs=True, train_micro_batch_size=8, num_epochs=1)
+    record, kept = cuda_graphs.record, []
+
+    def watched(*arguments):
+        recording = record(*arguments)
+        kept.extend(weakref.ref(tensor) for tensor in (*recording.inputs, *recording.outputs))
+        return recording
+
+    monkeypatch.setattr(cuda_graphs, "record", watched)
     trainer.train()
-    recordings = list(trainer.ppo._recorded._recordings.values())
-    kept = [weakref.ref(tensor) for recording in recordings for tensor in (*recording.inputs, *recording.outputs)]
-    assert kept
-    del recordings
-    trainer.ppo._halve_micro_batch("no memory")
+    assert any(reference() is not None for reference in kept)
+    recorded, seen = len(kept), []
+
+    def run_out_once(unet, _inputs):
+        # the stand-in's replay calls the network, a real replay does not: the remainder of an update always does
+        if unet.training and not seen:
+            seen.append(unet)
+            raise torch.OutOfMemoryError("no memory")
+
+    trainer.sd_pipeline.unet.register_forward_pre_hook(run_out_once)
+    trainer.train()
     gc.collect()
-    assert not any(reference() is not None for reference in kept)
+    assert seen
+    assert not any(reference() is not None for reference in kept[:recorded])
     assert trainer.sizes.micro_batch_size == 4
 
 
-def test_without_a_gpu_there_is_a_reason(make_trainer, monkeypatch):
+def test_without_a_gpu_the_setting_is_refused(make_trainer, monkeypatch):
     if on_a_gpu:
         pytest.skip("there is a GPU")
     monkeypatch.undo()

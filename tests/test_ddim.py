@@ -1,4 +1,4 @@
-"""The coefficient table against diffusers' DDIM in fp64 and against TRL's step."""
+"""The table of step coefficients against diffusers' DDIM in fp64 and against TRL's step."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def test_mean_is_diffusers_ddim_step(prediction_type, steps, eta):
     schedule = DDIMCoefficients.from_scheduler(scheduler, eta, "cpu")
     generator = torch.Generator().manual_seed(0)
     x, m = torch.randn(2, 3, 4, 8, 8, generator=generator, dtype=torch.float64)
-    for t in scheduler.timesteps[:-1]:  # the last step differs on purpose: TRL keeps its std above 0
+    for t in scheduler.timesteps[:-1]:  # in the last step TRL keeps the std above 0, and diffusers does not
         c_x, c_m, sigma = (c.double().expand(3) for c in schedule.at(t))
         theirs = scheduler.step(m, int(t), x, eta=eta, variance_noise=torch.zeros_like(x)).prev_sample
         ours = ops.take_step(m, x, torch.zeros_like(x), c_x, c_m, sigma)
-        # the table is fp32: one rounding of each coefficient
+        # the table is in fp32: each coefficient is rounded once
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_step_is_trls(prediction_type):
+def test_the_step_equals_trls(prediction_type):
     from trl.models.modeling_sd_base import scheduler_step
 
     scheduler = make_scheduler(10, prediction_type=prediction_type)
@@ -45,11 +45,11 @@ def test_step_is_trls(prediction_type):
     t = scheduler.timesteps.clone()
     theirs = scheduler_step(scheduler, m, t, x, eta=1.0, prev_sample=following).log_probs
     ours = ops.score_step(m, x, following, *schedule.at(t))
-    # TRL's sigma comes from differences of fp32 numbers near 1
+    # TRL computes sigma from differences of fp32 numbers near 1
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_std_is_positive_at_every_step_and_last():
+def test_std_is_positive_at_every_step_including_the_last():
     for steps in (1, 2, 10, 50, 500):
         scheduler = make_scheduler(steps)
         _, _, sigma = DDIMCoefficients.from_scheduler(scheduler, 1.0, "cpu").at(scheduler.timesteps)
@@ -77,7 +77,7 @@ def test_scheduler_without_timesteps_is_refused():
     ("spacing", "steps", "zero_snr"), [("trailing", 7, False), ("trailing", 50, True), ("leading", 7, False)]
 )
 def test_a_step_leads_to_the_next_sampled_timestep(prediction_type, spacing, steps, zero_snr):
-    """From latents of one timestep's noise, a model that is right leads to those of the next one's."""
+    """With the true noise as the model's output, a step leads from latents at one timestep to those at the next."""
     if zero_snr and prediction_type == "epsilon":
         pytest.skip("latents without a signal do not say what an image is")
     scheduler = make_scheduler(
@@ -99,7 +99,7 @@ def test_a_step_leads_to_the_next_sampled_timestep(prediction_type, spacing, ste
 
 
 def test_leading_steps_are_trls_to_the_bit():
-    """Every row, of timesteps that are not sampled too, as TRL's stride gives it."""
+    """All rows of the table are TRL's, also those of timesteps that are not sampled."""
     scheduler = make_scheduler(20)
     alpha = scheduler.alphas_cumprod.double()
     previous = alpha[(torch.arange(1000) - 50).clamp(min=0)]
@@ -117,7 +117,7 @@ def test_leading_steps_are_trls_to_the_bit():
         (5, {"timestep_spacing": "linspace"}, "sample timestep 0"),
         (5, {"steps_offset": 0}, "sample timestep 0"),
         (1000, {"timestep_spacing": "trailing"}, "sample timestep 0"),
-        # one more step than was asked for, by a rounding of diffusers'
+        # diffusers rounds so that there is one step more than was asked for
         (61, {"timestep_spacing": "trailing"}, "use another number of steps"),
         (5, {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True}, "pure noise"),
         (1001, {}, "1001 sampling steps reach past"),
@@ -135,7 +135,7 @@ def test_another_scheduler_is_not_stepped_as_ddim():
         DDIMCoefficients.of(scheduler, 1.0, torch.device("cpu"))
 
 
-def test_a_table_is_kept_for_what_it_was_made_of():
+def test_a_table_is_computed_again_only_for_other_inputs():
     scheduler, cpu = make_scheduler(10), torch.device("cpu")
     first = DDIMCoefficients.of(scheduler, 1.0, cpu)
     scheduler.set_timesteps(10)
@@ -169,12 +169,12 @@ def test_a_model_made_for_any_scheduler_is_sampled_by_ddim(name):
     assert scheduler.config.timestep_spacing == ("trailing" if kept == "linspace" else kept)
 
 
-def test_a_scheduler_whose_package_is_missing_here_is_not_needed():
+def test_a_schedulers_missing_package_is_not_needed():
     scheduler = ddim_scheduler({"_class_name": "LMSDiscreteScheduler", "timestep_spacing": "linspace", **BETAS})
     assert torch.equal(scheduler.alphas_cumprod, DDIMScheduler(**BETAS).alphas_cumprod)
 
 
-def test_what_a_schedulers_config_says_of_the_model_is_carried():
+def test_settings_of_the_model_are_taken_from_the_schedulers_config():
     betas = torch.linspace(0.001, 0.5, 100).tolist()
     config = {
         "_class_name": "EulerDiscreteScheduler",

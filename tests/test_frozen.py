@@ -18,7 +18,7 @@ CASES = {
     "downsampling": ((2, 6, 8, 8), (6, 6, 3, 3), (2, 2), (1, 1), (1, 1), 1),
     "grouped, dilated": ((3, 6, 9, 8), (4, 3, 3, 2), (2, 1), (2, 0), (1, 2), 2),
     "one pixel": ((1, 1, 1, 1), (1, 1, 3, 3), (1, 1), (1, 1), (1, 1), 1),
-    # the CPU's own kernels that know channels_last take more than 16 images
+    # on a CPU only calls of more than 16 images run channels_last kernels
     "many images": ((17, 2, 3, 3), (4, 2, 3, 3), (1, 1), (1, 1), (1, 1), 1),
     "many shortcuts": ((17, 2, 3, 3), (4, 2, 1, 1), (1, 1), (0, 0), (1, 1), 1),
 }
@@ -48,7 +48,7 @@ def run(function, x, weight, bias, geometry, dtype=None):
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_is_pytorchs_convolution(dtype, case, channels_last, bias):
+def test_equals_pytorchs_convolution(dtype, case, channels_last, bias):
     arguments = example(case, dtype, channels_last, bias)
     actual, plain = run(frozen_conv2d, *arguments), run(F.conv2d, *arguments)
     assert_as_exact_as_plain(actual, plain, run(F.conv2d, *arguments, dtype=torch.float64))
@@ -79,7 +79,7 @@ def test_empty_batch():
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("case", ["3x3", "many shortcuts", "grouped, dilated"])
-def test_operators_are_registered_well(case, channels_last):
+def test_opcheck(case, channels_last):
     x, weight, bias, geometry = example(case, torch.float32, channels_last)
     y = F.conv2d(x, weight, bias, *geometry)
     backward = (torch.randn_like(y), weight, x.shape, channels_last, *geometry)
@@ -106,7 +106,7 @@ def test_the_input_is_not_kept():
 
 
 class OnCUDA(TorchFunctionMode):
-    """Tensors say that they are CUDA's; the arguments of each backward pass of a convolution."""
+    """Makes tensors claim to be CUDA's; the arguments of each call of a convolution's backward op."""
 
     def __init__(self):
         super().__init__()
@@ -123,8 +123,8 @@ class OnCUDA(TorchFunctionMode):
 @pytest.mark.usefixtures("poisoned_empty")
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("case", ["3x3", "shortcut", "downsampling"])
-def test_cudnn_takes_the_layout_from_a_stand_in_for_the_input(case, channels_last):
-    """The path of a GPU, on any device: a dense stand-in in the input's layout, whose values nobody reads."""
+def test_cudnn_takes_the_layout_from_a_placeholder_of_the_input(case, channels_last):
+    """As on a GPU: cuDNN gets a tensor in the input's layout, whose values it does not read."""
     x, weight, _, geometry = example(case, torch.float32, channels_last)
     y, plain = run(F.conv2d, x, weight, None, geometry)
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, torch.bfloat16).to(y.dtype)
@@ -140,7 +140,7 @@ def test_cudnn_takes_the_layout_from_a_stand_in_for_the_input(case, channels_las
 
 
 @pytest.mark.parametrize(("convolution", "kept"), [(F.conv2d, True), (frozen_conv2d, False)])
-def test_the_input_dies_before_the_backward_pass(convolution, kept):
+def test_the_input_is_freed_before_the_backward_pass(convolution, kept):
     x, weight, bias, geometry = example("3x3")
     hidden = x.requires_grad_() * 2
     alive = weakref.ref(hidden)
@@ -175,7 +175,7 @@ def test_autocast_decides_the_dtype():
         assert torch.equal(a, p)
 
 
-def test_refuses_weights_that_are_trained():
+def test_trained_weights_are_refused():
     x, weight, bias, geometry = example("3x3")
     with pytest.raises(ValueError, match="frozen weights"):
         frozen_conv2d(x, weight.requires_grad_(), bias, *geometry)

@@ -8,87 +8,13 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.upsampling import Upsample2D
+from example_unets import KINDS, add_adapter, inputs_of, make_unet, output_and_gradients, predict, trained_parameters
 from op_checks import DEVICE, assert_as_exact_as_plain
-from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpo_fast.batch_sizes import MOST_ROWS
-from ddpo_fast.tiny_sd import MODEL
 from ddpo_fast.unet import SDPAProcessor, fuse_unet, unfuse_unet
 from ddpo_fast.unet import fused_layers as fusing
-
-SD15 = {
-    "block_out_channels": (32, 64, 128, 128),
-    "layers_per_block": 1,
-    "cross_attention_dim": 24,
-    "attention_head_dim": 8,
-}
-SDXL = {
-    "block_out_channels": (32, 64, 128),
-    "layers_per_block": 1,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 2),
-    "attention_head_dim": (4, 8, 16),
-    "use_linear_projection": True,
-    "cross_attention_dim": 24,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 8,
-    "projection_class_embeddings_input_dim": 6 * 8 + 16,
-}
-KINDS = ("bundled", "sd15", "sdxl")
-
-
-def make_unet(kind: str, lora: bool = False, dtype: torch.dtype = torch.float32, **settings) -> UNet2DConditionModel:
-    """A UNet in training mode; with `lora` frozen and with a trained adapter."""
-    torch.manual_seed(0)
-    if kind == "bundled":
-        unet = UNet2DConditionModel.from_pretrained(MODEL / "unet", torch_dtype=torch.float32)
-    else:
-        unet = UNet2DConditionModel(**{**(SD15 if kind == "sd15" else SDXL), "sample_size": 8, **settings})
-    if lora:
-        add_adapter(unet)
-    return unet.to(DEVICE, dtype).train()
-
-
-def add_adapter(unet: UNet2DConditionModel, name: str = "default", **settings) -> None:
-    unet.requires_grad_(False)
-    targets = ["to_k", "to_q", "to_v", "to_out.0"]
-    unet.add_adapter(LoraConfig(r=3, lora_alpha=5, target_modules=targets, **settings), name)
-    for parameter_name, parameter in unet.named_parameters():
-        if "lora_B" in parameter_name:
-            torch.nn.init.normal_(parameter, std=0.2)
-
-
-def inputs_of(unet: UNet2DConditionModel, dtype: torch.dtype | None = None) -> dict:
-    generator = torch.Generator().manual_seed(1)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator).to(DEVICE, dtype or unet.dtype)
-
-    added = {"text_embeds": draw(2, 16), "time_ids": draw(2, 6)}
-    return {
-        "sample": draw(2, 4, 8, 8),
-        "timestep": torch.tensor([3, 700], device=DEVICE),
-        "encoder_hidden_states": draw(2, 7, unet.config.cross_attention_dim),
-        "added_cond_kwargs": added if unet.config.addition_embed_type else None,
-    }
-
-
-def predict(unet: UNet2DConditionModel, **others) -> torch.Tensor:
-    return unet(**{**inputs_of(unet), **others}).sample
-
-
-def trained(unet: UNet2DConditionModel) -> dict[str, torch.nn.Parameter]:
-    return {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
-
-
-def output_and_gradients(unet: UNet2DConditionModel, **others) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    output = predict(unet, **others)
-    weights = torch.linspace(-1, 1, output.numel(), device=DEVICE, dtype=torch.float64).view_as(output)
-    parameters = trained(unet)
-    gradients = torch.autograd.grad((output * weights).sum(), list(parameters.values()))
-    return output, dict(zip(parameters, gradients, strict=True))
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
@@ -144,7 +70,7 @@ def test_sampling_and_training_compute_the_same_bits(lora):
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_undone_without_a_trace(kind, lora):
+def test_unfusing_restores_the_unet(kind, lora):
     unet = make_unet(kind, lora)
     classes = [type(module) for module in unet.modules()]
     names, bits = list(unet.state_dict()), predict(unet)
@@ -161,7 +87,7 @@ def test_undone_without_a_trace(kind, lora):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_everything_that_can_be_is_fused(kind):
+def test_every_layer_that_can_be_fused_is_fused(kind):
     unet = fuse_unet(make_unet(kind, lora=True))
     left = {type(module) for module in unet.modules()} & set(fusing.FUSED)
     assert not left
@@ -183,7 +109,7 @@ class DivisionsByOne(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_nothing_is_divided_by_one(kind):
+def test_blocks_do_not_divide_by_an_output_scale_of_one(kind):
     unet = make_unet(kind)
     counts = []
     for model in (unet, fuse_unet(copy.deepcopy(unet))):
@@ -196,7 +122,7 @@ def test_nothing_is_divided_by_one(kind):
 
 
 def saved_bytes(unet: UNet2DConditionModel) -> int:
-    """What the forward pass keeps for the backward pass, weights not counted."""
+    """Bytes that the forward pass keeps for the backward pass, without the weights."""
     own = {parameter.untyped_storage().data_ptr() for parameter in unet.parameters()}
     kept = {}
 
@@ -226,14 +152,14 @@ def test_requires_grad_may_change_afterwards():
     unet.requires_grad_(False)
     unet.conv_in.bias.requires_grad_()
     assert saved_bytes(unet) < 0.9 * everything
-    (name,) = trained(unet)
+    (name,) = trained_parameters(unet)
     _, gradients = output_and_gradients(unet)
     unfuse_unet(unet).requires_grad_()
     torch.testing.assert_close(gradients[name], output_and_gradients(unet)[1][name], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_saved_as_the_plain_unet_is(tmp_path, lora):
+def test_a_fused_unet_is_saved_as_a_plain_one(tmp_path, lora):
     unet = make_unet("sd15", lora)
     unet.save_pretrained(tmp_path / "plain")
     fuse_unet(unet).save_pretrained(tmp_path / "fused")
@@ -247,7 +173,7 @@ def test_saved_as_the_plain_unet_is(tmp_path, lora):
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda unet: pickle.loads(pickle.dumps(unet))])
-def test_copies(copied):
+def test_copies_are_independent(copied):
     unet = fuse_unet(make_unet("bundled", lora=True))
     twin = copied(unet)
     assert [type(module) for module in twin.modules()] == [type(module) for module in unet.modules()]
@@ -272,7 +198,7 @@ def test_copies(copied):
     ],
     ids=lambda settings: next(iter(settings)),
 )
-def test_other_unets_compute_the_same(settings):
+def test_unets_with_other_options_compute_the_same(settings):
     unet = make_unet("sd15", dtype=torch.float64, **settings)
     labels = torch.tensor([1.0, 5.0], dtype=torch.float64, device=DEVICE)
     results = []
@@ -282,7 +208,7 @@ def test_other_unets_compute_the_same(settings):
     torch.testing.assert_close(results[1], results[0], rtol=1e-7, atol=1e-9)
 
 
-def test_masks():
+def test_attention_masks():
     unet = make_unet("sd15", lora=True, dtype=torch.float64)
     mask = torch.tensor([[1, 1, 1, 0, 0, 0, 0], [1] * 7], device=DEVICE)
     plain = predict(unet, encoder_attention_mask=mask)
@@ -304,7 +230,7 @@ def scaled(unet):
 
 
 def hooked(unet):
-    """Twice what B answers, as seen by a hook that only a call of the module runs."""
+    """A forward hook on lora_B that doubles its output; it runs only if the module itself is called."""
     for module in unet.modules():
         if isinstance(module, fusing.lora.Linear):
             module.lora_B["default"].register_forward_hook(lambda module, inputs, output: 2 * output)
@@ -325,7 +251,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_adapters_in_every_state(change):
-    """On a fused UNet and before fusing: an adapter that is not the plain case goes peft's way."""
+    """Changed on a fused UNet and before fusing: an adapter in an unusual state is computed by peft."""
     plain = make_unet("sd15", lora=True, dtype=torch.float64, **TINY)
     before = predict(plain)
     fused = fuse_unet(copy.deepcopy(plain))
@@ -342,14 +268,14 @@ def test_adapters_in_every_state(change):
     torch.testing.assert_close(predict(fuse_unet(plain)), results[0], rtol=1e-9, atol=1e-10)
 
 
-def test_adapters_train_the_layer_below_too():
+def test_adapters_pass_gradients_to_the_weight_below():
     plain = make_unet("sd15", lora=True, dtype=torch.float64).requires_grad_()
     expected = output_and_gradients(plain)[1]
     torch.testing.assert_close(output_and_gradients(fuse_unet(plain))[1], expected, rtol=1e-7, atol=1e-10)
 
 
-def test_a_module_with_a_forward_of_its_own_is_left_alone():
-    """accelerate's offloading replaces `forward` in the instance, where a change of class would not show."""
+def test_a_module_with_its_own_forward_is_not_fused():
+    """accelerate's offloading sets `forward` on the instance, which hides the forward of a new class."""
     unet = make_unet("sd15", dtype=torch.float64)
     expected = predict(unet)
     calls = []
@@ -366,7 +292,7 @@ def test_a_module_with_a_forward_of_its_own_is_left_alone():
     assert type(unet.mid_block.resnets[1]) is fusing.FusedResnetBlock2D
 
 
-def test_hooks_stay():
+def test_hooks_still_run():
     unet = make_unet("bundled")
     seen = []
     unet.mid_block.resnets[0].norm1.register_forward_hook(lambda *_: seen.append("norm"))
@@ -390,8 +316,8 @@ def upsampling_layers():
 
 
 @pytest.mark.parametrize("rows", [2, MOST_ROWS])
-def test_an_upsampler_keeps_channels_last_whatever_the_rows(rows):
-    """diffusers makes 64 rows contiguous, and every layer behind it."""
+def test_an_upsampler_keeps_channels_last_for_any_number_of_rows(rows):
+    """diffusers makes 64 rows or more contiguous, and so the inputs of all later layers."""
     plain, fused = upsampling_layers()
     assert fusing._fits_upsample(plain)
     layouts = []
@@ -401,7 +327,7 @@ def test_an_upsampler_keeps_channels_last_whatever_the_rows(rows):
     assert layouts == [1]
 
 
-def test_an_upsampler_goes_diffusers_way_with_another_size_or_too_many_elements(monkeypatch):
+def test_an_upsampler_with_another_size_or_too_many_elements_is_diffusers(monkeypatch):
     plain, fused = upsampling_layers()
     x = torch.randn(2, 4, 3, 2)
     torch.testing.assert_close(fused(x, (5, 4)), plain(x, (5, 4)))
@@ -414,7 +340,7 @@ def test_an_upsampler_goes_diffusers_way_with_another_size_or_too_many_elements(
     assert called
 
 
-def test_channels_last_stays():
+def test_channels_last_is_kept_through_the_unet():
     unet = fuse_unet(make_unet("sd15", lora=True)).to(memory_format=torch.channels_last)
     layouts = []
     for module in unet.modules():

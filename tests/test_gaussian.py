@@ -14,7 +14,7 @@ def example(dtype=torch.float64, shape=(3, 4, 8, 8)):
     return [v.to(dtype) for v in (m, x, following, c_x, c_m, sigma)]
 
 
-def test_is_the_mean_log_density_of_a_gaussian():
+def test_log_prob_is_the_mean_log_density_of_a_gaussian():
     m, x, following, c_x, c_m, sigma = example()
     mean = c_x[:, None, None, None] * x + c_m[:, None, None, None] * m
     expected = Normal(mean, sigma[:, None, None, None]).log_prob(following).mean((1, 2, 3))
@@ -28,7 +28,7 @@ def test_gradient(shape):
     assert torch.autograd.gradcheck(lambda m: ops.score_step(m, x, following, c_x, c_m, sigma), m)
 
 
-def test_a_drawn_step_scores_as_its_noise():
+def test_the_log_prob_of_a_sampled_step_follows_from_its_noise():
     m, x, noise, c_x, c_m, sigma = example()
     following = ops.take_step(m, x, noise, c_x, c_m, sigma)
     expected = (-noise.square() / 2).mean((1, 2, 3)) - sigma.log() - ops_constant()

@@ -16,7 +16,7 @@ BACKENDS = ("reference", "triton")
 
 
 class WithoutProjection(GEGLU):
-    """diffusers' GEGLU of what its projection would give."""
+    """diffusers' GEGLU, applied to the output of its projection."""
 
     def __init__(self) -> None:
         torch.nn.Module.__init__(self)
@@ -58,7 +58,7 @@ def test_value_and_gradient(backend, dtype, shape):
     assert dx.is_contiguous()
 
 
-# a failure is not made smaller: that takes minutes of interpreted kernels
+# hypothesis does not shrink a failure, which would take minutes of interpreted kernels
 @settings(deadline=None, max_examples=12, derandomize=True, phases=[Phase.generate])
 @given(shape=st.lists(st.integers(1, 9), max_size=3), inner=st.integers(1, 300), seed=st.integers(0, 99))
 def test_any_shape(shape, inner, seed):
@@ -76,7 +76,7 @@ def test_gates_from_far_below_to_far_above_zero(backend):
 
 @pytest.mark.usefixtures("poisoned_empty")
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_layouts_that_no_kernel_reads(backend):
+def test_layouts_that_kernels_do_not_support(backend):
     x, grad = example((6, 5, 24))
     check(backend, x.transpose(0, 1), grad.transpose(0, 1))
     check(backend, x[..., ::2], grad[..., ::2])
@@ -85,7 +85,7 @@ def test_layouts_that_no_kernel_reads(backend):
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_is_not_finite_stays_in_its_place(backend, value):
+def test_values_that_are_not_finite_stay_in_their_place(backend, value):
     x, grad = example((3, 40), torch.float16)
     with force_backend(backend):
         y, dx = with_gradient(geglu, x, grad)
@@ -108,7 +108,7 @@ def test_two_runs_are_equal_to_the_last_bit(backend):
 
 @pytest.mark.parametrize("shape", [(0, 10), (3, 0)])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_nothing(backend, shape):
+def test_empty_tensors(backend, shape):
     x, grad = example(shape)
     with force_backend(backend):
         y, dx = with_gradient(geglu, x, grad)

@@ -36,7 +36,7 @@ CASES = [
 
 @pytest.fixture
 def several_groups(monkeypatch):
-    """A program takes several groups of a channels_last image, as with a large batch."""
+    """Makes a kernel program take several groups of a channels_last image, as it does for a large batch."""
     monkeypatch.setattr(kernels, "FULL_GRID", 1)
 
 
@@ -52,7 +52,7 @@ def example(shape, dtype=torch.float32, channels_last=True, seed=0):
 
 
 def plain(x, weight, bias, groups, eps, silu=True):
-    # F.group_norm refuses a group of one value; in channels_last, PyTorch's kernel for CPUs is inexact
+    # F.group_norm refuses a group of one value, and its channels_last kernel for CPUs is inexact
     z = torch.group_norm(x.contiguous(), groups, weight, bias, eps)
     return F.silu(z) if silu else z
 
@@ -103,7 +103,7 @@ def test_fp32_parameters_of_a_half_precision_input(backend, dtype):
     check(backend, (x, weight.float(), bias.float(), grad), groups=4)
 
 
-# a failure is not made smaller: that takes minutes of interpreted kernels
+# hypothesis does not shrink a failure, which would take minutes of interpreted kernels
 @settings(
     deadline=None,
     max_examples=8,
@@ -134,11 +134,11 @@ def test_any_shape(poisoned_empty, images, groups, group_size, pixels, channels_
 @pytest.mark.usefixtures("poisoned_empty")
 @pytest.mark.parametrize("shape", [(2, 16, 40, 40), (2, 16, 3, 5)])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_large_mean_cancels_nothing(backend, shape):
+def test_a_large_mean_causes_no_cancellation(backend, shape):
     x, weight, bias, grad = example(shape)
     x = x + 1000
     y, *_ = check(backend, (x, weight, bias, grad), groups=2)
-    # x holds 2^-14 and the statistics are no worse
+    # x itself is rounded to 2^-14, and the statistics must not be less exact
     torch.testing.assert_close(y.double(), plain(*(t.double() for t in (x, weight, bias)), 2, EPS), atol=2e-4, rtol=0)
 
 
@@ -152,7 +152,7 @@ def test_channels_of_one_group_that_differ_in_mean(backend):
 
 @pytest.mark.usefixtures("poisoned_empty", "several_groups")
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_frozen_parameters_get_no_gradient_and_change_no_other(backend):
+def test_frozen_parameters_get_no_gradient_and_do_not_change_others(backend):
     x, weight, bias, grad = example((2, 40, 5, 7), torch.float16)
     x.requires_grad_()
     with force_backend(backend):
@@ -160,7 +160,7 @@ def test_frozen_parameters_get_no_gradient_and_change_no_other(backend):
         y = groupnorm_silu(x, weight, bias, 4, EPS)
         y.backward(grad)
         assert torch.equal(x.grad, dx)
-        # of two parameters one may learn
+        # only one of the two parameters is trained
         x.grad = None
         bias.requires_grad_()
         groupnorm_silu(x, weight, bias, 4, EPS).backward(grad)
@@ -170,7 +170,7 @@ def test_frozen_parameters_get_no_gradient_and_change_no_other(backend):
 
 
 class Filled(TorchDispatchMode):
-    """How many tensors are filled with zeros."""
+    """Counts the tensors that are filled with zeros."""
 
     count = 0
 
@@ -198,7 +198,7 @@ def test_two_runs_are_equal_to_the_last_bit(backend):
 @pytest.mark.usefixtures("poisoned_empty", "several_groups")
 @pytest.mark.parametrize(("value", "channels_last"), [(math.inf, True), (math.nan, True), (math.nan, False)])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_is_not_finite_stays_in_its_image_and_group(backend, value, channels_last):
+def test_values_that_are_not_finite_stay_in_their_image_and_group(backend, value, channels_last):
     inputs = example((3, 40, 5, 7), torch.float16, channels_last)
     with force_backend(backend):
         clean = with_gradients(groupnorm_silu, *inputs, 4)[:2]
@@ -212,13 +212,13 @@ def test_what_is_not_finite_stays_in_its_image_and_group(backend, value, channel
 
 @pytest.mark.usefixtures("poisoned_empty")
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_layouts_that_no_kernel_reads(backend):
+def test_layouts_that_kernels_do_not_support(backend):
     x, weight, bias, grad = example((2, 32, 5, 14))
     check(backend, (x[..., ::2], weight, bias, grad[..., ::2]), groups=2)
-    # the gradient in another layout than x
+    # the gradient has another layout than x
     check(backend, (x, weight, bias, grad.contiguous()), groups=2)
     check(backend, (x.contiguous(), weight, bias, grad[:1].expand_as(x)), groups=2)
-    # parameters that are columns
+    # the parameters are columns of a matrix, so not contiguous
     columns = torch.stack([weight, bias], dim=1)
     check(backend, (x, columns[:, 0], columns[:, 1], grad), groups=2)
 
@@ -234,11 +234,11 @@ def test_an_empty_batch(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_group_of_one_value_is_the_bias(backend):
+def test_a_group_of_one_value_becomes_the_bias(backend):
     x, weight, bias, _ = example((2, 8, 1, 1))
     with force_backend(backend):
         y = groupnorm_silu(x, weight, bias, 8, EPS)
-    # plain PyTorch scales x and the mean before it subtracts
+    # plain PyTorch multiplies x and the mean by the scale before it subtracts them, which rounds
     torch.testing.assert_close(y, F.silu(bias)[None, :, None, None].expand_as(y), atol=1e-4, rtol=0)
 
 
@@ -270,7 +270,7 @@ def test_compiles_without_a_graph_break():
     assert all(map(torch.equal, with_gradients(compiled, *inputs, 2), expected))
 
 
-def test_shapes_that_do_not_fit():
+def test_shapes_that_do_not_fit_are_refused():
     x, weight, bias, _ = example((2, 8, 2, 3))
     with pytest.raises(ValueError, match="divisible by 3 groups"):
         groupnorm_silu(x, weight, bias, 3, EPS)
@@ -280,7 +280,7 @@ def test_shapes_that_do_not_fit():
 
 @pytest.mark.parametrize("channels", [320, 640, 960, 1280, 1920, 2560])
 @pytest.mark.parametrize(("images", "itemsize"), [(2, 2), (24, 2), (96, 2), (96, 4)])
-def test_programs_fill_a_gpu_before_they_take_several_groups(images, channels, itemsize):
+def test_a_program_takes_several_groups_only_if_there_are_enough_programs(images, channels, itemsize):
     (blocks, _), tile, _ = kernels._tiling(images, channels, 4096, 32, itemsize, channels_last=True)
     owned = tile["GROUPS"]
     assert blocks * owned == 32

@@ -1,4 +1,4 @@
-"""A run whose numbers are broken stops and says where; one that learns nothing says so once."""
+"""A run stops at values that are not finite and says where they are; one that learns nothing warns once."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from compare_runs import same_bits, trained_weights
 from tiny_run import brightness
 
 from ddpo_fast import DDPOConfig
@@ -43,7 +44,7 @@ def found(trajectory, images):
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
-def test_samples_that_are_not_finite(value):
+def test_samples_that_are_not_finite_stop_the_run(value):
     trajectory, images = samples()
     found(trajectory, images)
     images[2, 0, 1, 1] = value
@@ -57,7 +58,7 @@ def test_samples_that_are_not_finite(value):
         found(trajectory, images)
 
 
-def test_images_that_are_all_the_same():
+def test_images_that_are_all_the_same_stop_the_run():
     trajectory, images = samples()
     health = SampleHealth()
     for _ in range(2):
@@ -76,12 +77,12 @@ def update(**changes):
         (update(loss=NAN), "loss of update 7 is nan"),
         (update(grad_norm=INF), "gradient of update 7 is inf"),
         (update(loss_scale=0.5), "loss scale of 0.5"),
-        # half the mean square of log-ratios of 201
+        # the KL estimate is half the mean square of the log-ratios, here 201
         (update(approx_kl=0.5 * 201**2), "before update 7 the policy has nothing left"),
         (update(approx_kl=NAN), "before update 7 the policy has nothing left"),
     ],
 )
-def test_updates_that_break_a_run(info, words):
+def test_updates_that_stop_the_run(info, words):
     with pytest.raises(RunStopped, match=words) as stopped:
         Health(DDPOConfig()).update(7, info, "runs/a")
     assert "train_learning_rate" in str(stopped.value)
@@ -97,7 +98,7 @@ def test_updates_that_break_a_run(info, words):
         (update(clipfrac=1.0), "raise train_clip_range", True),
     ],
 )
-def test_updates_that_are_remarked_once(info, word, good, caplog):
+def test_updates_that_are_warned_of_once(info, word, good, caplog):
     health = Health(DDPOConfig())
     for number in range(3):
         health.update(number, info, "runs/a")
@@ -106,7 +107,7 @@ def test_updates_that_are_remarked_once(info, word, good, caplog):
     assert health.good == good
 
 
-def test_rewards_without_spread_are_remarked_once(caplog):
+def test_equal_rewards_are_warned_of_once(caplog):
     health = Health(DDPOConfig())
     health.rewards(0, np.array([1.0, 2.0]))
     health.rewards(0, np.array([1.0]))
@@ -118,7 +119,7 @@ def test_rewards_without_spread_are_remarked_once(caplog):
 
 
 @pytest.mark.parametrize("value", [NAN, INF])
-def test_weights_that_are_not_finite(value):
+def test_weights_that_are_not_finite_stop_the_run(value):
     weights = {"a": torch.ones(3), "b": torch.ones(2, 2)}
     check_weights(weights, 3)
     weights["b"][1, 1] = value
@@ -139,16 +140,16 @@ def test_a_vae_that_overflows_stops_the_run_before_it_learns(make_trainer, tmp_p
         return (images,)
 
     vae.decode = overflowing
-    before = [p.detach().clone() for p in trainer.sd_pipeline.unet.parameters()]
+    before = trained_weights(trainer)
     with pytest.raises(RunStopped, match="the VAE overflows"):
         trainer.train()
-    assert all(torch.equal(a, b) for a, b in zip(before, trainer.sd_pipeline.unet.parameters(), strict=True))
+    assert same_bits(before, trained_weights(trainer))
     assert not checkpoint.list_in(tmp_path / "run" / "checkpoints")
     with pytest.raises(RunStopped, match="the VAE overflows"):
         trainer.evaluate(("a cat",) * 2, ({},) * 2)
 
 
-def test_a_model_that_is_broken_is_not_taken_for_its_vae(make_trainer):
+def test_a_broken_model_is_not_blamed_on_its_vae(make_trainer):
     trainer = make_trainer(sample_num_steps=2)
     next(trainer.sd_pipeline.unet.parameters()).data.fill_(NAN)
     with pytest.raises(RunStopped, match=r"the latents of the image of 'a cat' are not finite: the model's weights"):
@@ -158,14 +159,23 @@ def test_a_model_that_is_broken_is_not_taken_for_its_vae(make_trainer):
 def test_broken_weights_are_not_saved(make_trainer, tmp_path):
     trainer = make_trainer(num_epochs=1, sample_num_steps=2)
     trainer.train()
-    next(trainer.sd_pipeline.unet.parameters()).data[0] = INF
+    step, updates = trainer.engine.step, []
+
+    def step_and_break():
+        metrics = step()
+        updates.append(metrics)
+        if len(updates) == 2:
+            next(trainer.sd_pipeline.unet.parameters()).data[0] = INF
+        return metrics
+
+    trainer.engine.step = step_and_break
     with pytest.raises(RunStopped, match=r"weights of .* are not finite"):
-        trainer._save(2)
+        trainer.train(1)
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["checkpoint_1"]
 
 
 @pytest.mark.parametrize("use_lora", [False, True])
-def test_a_diverged_run_is_no_success(make_trainer, use_lora):
+def test_a_diverged_run_is_stopped(make_trainer, use_lora):
     trainer = make_trainer(
         reward=jpeg_compressibility, train_learning_rate=1.0, num_epochs=6, use_lora=use_lora, sample_num_steps=3
     )
@@ -173,7 +183,7 @@ def test_a_diverged_run_is_no_success(make_trainer, use_lora):
         trainer.train()
 
 
-def test_the_last_good_checkpoint_outlives_the_limit(make_trainer, tmp_path, caplog):
+def test_the_last_healthy_checkpoint_is_kept_beyond_the_limit(make_trainer, tmp_path, caplog):
     scored = []
 
     def reward(images, prompts, metadata):
@@ -184,7 +194,7 @@ def test_the_last_good_checkpoint_outlives_the_limit(make_trainer, tmp_path, cap
     settings = {"sample_num_steps": 2, "num_checkpoint_limit": 1, "reward_overlap": False, "train_learning_rate": 1e-6}
     make_trainer(reward=reward, num_epochs=5, **settings).train()
     kept = sorted(path.name for path in checkpoint.list_in(tmp_path / "run" / "checkpoints"))
-    # two batches an epoch: two epochs had spread
+    # an epoch has two batches, so the rewards of the first two epochs differ
     assert kept == ["checkpoint_2", "checkpoint_5"]
     assert checkpoint.newest_healthy(tmp_path / "run" / "checkpoints").name == "checkpoint_2"
     assert caplog.text.count("without spread") == 1

@@ -1,4 +1,4 @@
-"""The model's card, and what can be known of a push to the Hub before anything is trained."""
+"""The model card, and pushes to the Hub that are refused before anything is trained."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ddpo_fast import cli
 from ddpo_fast.run_folder import hub
 
 
-def test_the_card_says_what_was_trained_and_how_to_open_it(make_trainer, tmp_path, monkeypatch):
+def test_the_card_says_what_was_trained_and_how_to_load_it(make_trainer, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     trainer = make_trainer(use_lora=True, num_epochs=1)
     trainer.run_settings.update(reward="my_rewards:cats|dogs", prompts="/home/me/prompts.txt")
@@ -28,13 +28,13 @@ def test_the_card_says_what_was_trained_and_how_to_open_it(make_trainer, tmp_pat
     assert path == "run/final"
 
 
-def test_a_folder_elsewhere_is_named_whole(make_trainer, tmp_path, monkeypatch):
+def test_a_folder_outside_the_working_directory_is_named_by_its_full_path(make_trainer, tmp_path, monkeypatch):
     monkeypatch.chdir(Path(__file__).parent)
     make_trainer().save_model(tmp_path / "my model")
     assert f'from_pretrained("{tmp_path}/my model")' in (tmp_path / "my model" / "README.md").read_text()
 
 
-def test_functions_without_names_on_the_command_line(make_trainer, tmp_path):
+def test_the_card_of_functions_that_the_command_line_cannot_name(make_trainer, tmp_path):
     make_trainer().save_model()
     assert "| reward | brightness |" in (tmp_path / "run" / "final" / "README.md").read_text()
 
@@ -49,7 +49,7 @@ def test_functions_without_names_on_the_command_line(make_trainer, tmp_path):
         ("run", False, "good", ""),
     ],
 )
-def test_what_keeps_a_model_from_the_hub(name, offline, token, words, monkeypatch):
+def test_reasons_why_a_model_cannot_be_pushed(name, offline, token, words, monkeypatch):
     def whoami():
         if token != "good":
             raise ConnectionError("no route")
@@ -62,7 +62,7 @@ def test_what_keeps_a_model_from_the_hub(name, offline, token, words, monkeypatc
     assert bool(problem) == bool(words)
 
 
-def test_a_push_that_cannot_be_is_found_before_training(tmp_path, monkeypatch):
+def test_an_impossible_push_is_refused_before_training(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(SystemExit, match="push_to_hub is True, but HF_HUB_OFFLINE is set"):

@@ -1,4 +1,4 @@
-"""The linear layer by oneDNN: PyTorch's numbers, and no activation kept that nobody needs."""
+"""The linear layer by oneDNN: PyTorch's results, and activations are kept only if a gradient needs them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from ddpo_fast.ops.linear import linear, onednn_is_faster
 
-# the package's attribute of that name is the function
+# `ddpo_fast.ops.linear` is the function, which hides the module
 module = sys.modules["ddpo_fast.ops.linear"]
 
 
@@ -50,7 +50,7 @@ def test_gradients(library):
     torch.library.opcheck(torch.ops.ddpo_fast.linear.default, operands(3, 4, outputs=5), atol=1e-5, rtol=1e-5)
 
 
-def test_a_compiler_sees_one_graph():
+def test_compiles_without_a_graph_break():
     from ddpo_fast.unet.fused_layers import FusedLinear
 
     layer = nn.Linear(4, 5)
@@ -76,6 +76,6 @@ def test_a_frozen_layer_keeps_no_input(library):
     torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], weight.detach().sum(0).expand(6, 4))
 
 
-def test_only_where_it_is_faster():
+def test_used_only_where_it_is_faster():
     assert not onednn_is_faster("cuda", torch.float32)
     assert not onednn_is_faster("cpu", torch.bfloat16)

@@ -1,4 +1,4 @@
-"""LoRA adapters: taken up from beside a model, made anew, beside others of the user's, and written."""
+"""LoRA adapters: loaded from beside a model, created, used beside others of the user's, and saved."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
 from huggingface_hub import constants, errors
+from one_sentence import refused
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
@@ -24,7 +25,7 @@ from ddpo_fast.lora import LORA_WEIGHTS
 
 
 def write_adapter(folder: Path, text: bool = False, rank: int = 8, alpha: int = 6, **settings) -> Path:
-    """An adapter of somebody else's, of random weights."""
+    """Writes an adapter with random weights beside a model, as another program does."""
     pipe = build_pipeline()
     torch.manual_seed(3)
     written = {}
@@ -41,7 +42,7 @@ def write_adapter(folder: Path, text: bool = False, rank: int = 8, alpha: int = 
 
 @pytest.fixture
 def model(model_dir, tmp_path) -> Path:
-    """A copy of the random pipeline."""
+    """A copy of the random pipeline's folder."""
     return Path(shutil.copytree(model_dir, tmp_path / "model"))
 
 
@@ -53,14 +54,14 @@ def unet_output(unet) -> torch.Tensor:
 
 
 def reopened(folder: Path) -> StableDiffusionPipeline:
-    """As plain diffusers opens a model and the adapter beside it."""
+    """A model and the adapter beside it, as diffusers loads them."""
     pipe = StableDiffusionPipeline.from_pretrained(folder)
     pipe.load_lora_weights(folder, weight_name=LORA_WEIGHTS)
     return pipe
 
 
 @pytest.mark.parametrize("text", [False, True])
-def test_an_adapter_beside_the_model_goes_on_whole(make_trainer, model, tmp_path, text):
+def test_an_adapter_beside_the_model_is_trained_further(make_trainer, model, tmp_path, text):
     write_adapter(model, text)
     given = reopened(model)
     trainer = make_trainer(model=str(model), use_lora=True, num_epochs=1, sample_num_steps=2)
@@ -68,14 +69,14 @@ def test_an_adapter_beside_the_model_goes_on_whole(make_trainer, model, tmp_path
     trainer.train()
     trainer.save_model()
     final = reopened(tmp_path / "run" / "final")
-    assert torch.equal(final.encode_prompt("a cat", "cpu", 1, False)[0], trainer.policy.embed_prompts(["a cat"])[1])
-    # what is fused computes in another order: a few roundings of values near 1
+    assert torch.equal(final.encode_prompt("a cat", "cpu", 1, False)[0], trainer.embed_prompts(["a cat"])[1])
+    # fused layers compute in another order: a few roundings of values near 1
     torch.testing.assert_close(unet_output(final.unet), unet_output(trainer.sd_pipeline.unet), rtol=0, atol=1e-5)
     recorded = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (recorded["lora_rank"], recorded["lora_alpha"]) == (8, 6)
     assert recorded["lora_target_modules"] == ["to_q", "to_v"]
     assert recorded["pretrained_model"] == str(model)
-    # as a resumed run gives them
+    # the options of a resumed run
     DefaultDDPOStableDiffusionPipeline(str(model), lora_rank=8, lora_alpha=6, lora_target_modules=["to_q", "to_v"])
 
 
@@ -94,16 +95,15 @@ def test_options_that_contradict_the_adapter_are_refused(model, options, words):
         DefaultDDPOStableDiffusionPipeline(str(model), **options)
 
 
-def test_an_adapter_that_is_cut_short_is_an_error(model):
+def test_a_truncated_adapter_is_refused(model):
     path = write_adapter(model)
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(OSError, match=LORA_WEIGHTS) as caught:
+    with refused(OSError, LORA_WEIGHTS):
         DefaultDDPOStableDiffusionPipeline(str(model))
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["x", "transformer.blocks.0.attn.to_q.lora_A.weight"])
-def test_an_adapter_of_another_kind_of_model_is_no_fresh_one(model, name):
+def test_an_adapter_for_another_kind_of_model_is_refused(model, name):
     save_file({name: torch.zeros(2, 2)}, model / LORA_WEIGHTS)
     with pytest.raises(OSError, match=r"nothing in it is for this kind of model .*; copy it again .*"):
         DefaultDDPOStableDiffusionPipeline(str(model))
@@ -116,14 +116,14 @@ def test_an_adapter_that_is_a_pickle_is_refused(model):
 
 
 class Answer:
-    """A response of the Hub's, as far as its errors look at it."""
+    """A response of the Hub, with the attributes that its errors read."""
 
     headers: dict = {}
     request = None
     status_code = 404
 
 
-def test_only_a_hub_that_says_so_has_no_adapter(monkeypatch, tmp_path):
+def test_only_the_hubs_own_answer_means_that_there_is_no_adapter(monkeypatch, tmp_path):
     def fail_with(error):
         def download(*args, **kwargs):
             raise error
@@ -144,7 +144,7 @@ def test_only_a_hub_that_says_so_has_no_adapter(monkeypatch, tmp_path):
             lora.find_adapter("somebody/model")
 
 
-def test_a_cache_that_remembers_what_the_hub_has(monkeypatch):
+def test_the_cache_knows_that_the_hub_has_no_adapter(monkeypatch):
     files = [type("File", (), {"path": "unet/config.json"})]
     monkeypatch.setattr("huggingface_hub.get_cached_repo_tree", lambda *args, **kwargs: files)
     assert lora.find_adapter("somebody/model") is None
@@ -162,10 +162,9 @@ def test_a_cache_that_remembers_what_the_hub_has(monkeypatch):
         ({"lora_rank": 10**6}, "lora_rank is 1000000"),
     ],
 )
-def test_an_adapter_that_cannot_be_made_is_refused(model_dir, options, words):
-    with pytest.raises(ValueError, match=words) as caught:
+def test_bad_options_of_an_adapter_are_refused(model_dir, options, words):
+    with refused(ValueError, words):
         DefaultDDPOStableDiffusionPipeline(model_dir, **options)
-    assert "\n" not in str(caught.value)
 
 
 def test_an_adapter_of_convolutions_is_saved_and_resumed(make_trainer, model_dir, tmp_path):
@@ -185,7 +184,7 @@ def test_an_adapter_of_convolutions_is_saved_and_resumed(make_trainer, model_dir
     torch.testing.assert_close(unet_output(final.unet), unet_output(trainer.sd_pipeline.unet), rtol=0, atol=1e-5)
 
 
-def test_an_adapter_of_another_scale_is_not_read(model_dir, tmp_path):
+def test_an_adapter_with_another_scale_is_refused(model_dir, tmp_path):
     first, second = (DefaultDDPOStableDiffusionPipeline(model_dir, lora_alpha=alpha) for alpha in (4, 16))
     first.save_checkpoint([first.get_trainable_layers()], [], tmp_path)
     with pytest.raises(ValueError, match="its lora_alpha is 4, and this run's is 16"):
@@ -193,7 +192,7 @@ def test_an_adapter_of_another_scale_is_not_read(model_dir, tmp_path):
 
 
 @pytest.mark.parametrize("text", [False, True])
-def test_a_style_that_the_user_loaded_stays_in_force(make_trainer, model_dir, tmp_path, text):
+def test_another_adapter_of_the_user_stays_active(make_trainer, model_dir, tmp_path, text):
     (tmp_path / "style").mkdir()
     write_adapter(tmp_path / "style", text)
     pipeline = DefaultDDPOStableDiffusionPipeline(model_dir)
@@ -201,7 +200,7 @@ def test_a_style_that_the_user_loaded_stays_in_force(make_trainer, model_dir, tm
     pipeline.sd_pipeline.set_adapters(["style"], [0.5])
     styled, prompt = unet_output(pipeline.unet), pipeline.sd_pipeline.encode_prompt("a cat", "cpu", 1, False)[0]
     trainer = make_trainer(pipeline=pipeline, num_epochs=1, sample_num_steps=2)
-    # a new adapter begins as nothing
+    # a new adapter changes no output yet
     torch.testing.assert_close(unet_output(pipeline.unet), styled, rtol=0, atol=1e-6)
     assert torch.equal(trainer.policy.embed_prompts(["a cat"])[1], prompt)
     trained = {name for name, p in pipeline.unet.named_parameters() if p.requires_grad}
@@ -216,7 +215,7 @@ def test_a_style_that_the_user_loaded_stays_in_force(make_trainer, model_dir, tm
     torch.testing.assert_close(final.encode_prompt("a cat", "cpu", 1, False)[0], prompt, rtol=0, atol=1e-5)
 
 
-def test_all_weights_are_not_trained_below_an_adapter(make_trainer, model_dir, tmp_path):
+def test_full_finetuning_below_an_adapter_is_refused(make_trainer, model_dir, tmp_path):
     (tmp_path / "style").mkdir()
     write_adapter(tmp_path / "style")
     pipeline = DefaultDDPOStableDiffusionPipeline(model_dir, use_lora=False)
@@ -229,12 +228,12 @@ def test_all_weights_are_not_trained_below_an_adapter(make_trainer, model_dir, t
 
 
 def test_equal_runs_write_equal_files(model_dir, tmp_path):
-    """Whatever the order of a set of strings, and of safetensors' metadata, which are others in each process."""
+    """The order of a set of strings, and of safetensors' metadata, differs between processes."""
     pipeline = DefaultDDPOStableDiffusionPipeline(model_dir)
     layers = pipeline.get_trainable_layers()
     written = set()
     for number in range(8):
-        # the same set in another order
+        # the same layers in another order
         targets = sorted(lora.TRL_TARGETS, reverse=number % 2 == 1)
         layers.peft_config["default"].target_modules = set(targets)
         (tmp_path / f"{number}").mkdir()
@@ -246,7 +245,7 @@ def test_equal_runs_write_equal_files(model_dir, tmp_path):
 
 
 @pytest.mark.parametrize("use_lora", [False, True])
-def test_weights_have_the_mode_of_other_files(model_dir, tmp_path, use_lora):
+def test_files_of_weights_have_the_mode_of_other_files(model_dir, tmp_path, use_lora):
     pipeline = DefaultDDPOStableDiffusionPipeline(model_dir, use_lora=use_lora)
     layers = pipeline.get_trainable_layers()
     (tmp_path / "checkpoint").mkdir()

@@ -26,7 +26,7 @@ def example(dtype=torch.float64, rows=(3, 7), inputs=13, outputs=11, rank=4, bia
 
 
 def run(function, weight, bias, trained, grad, dtype=None):
-    """The output and the gradients of x, A and B; everything in `dtype` first if one is given."""
+    """The output and the gradients of x, A and B, after all operands were converted to `dtype` if one is given."""
     weight, bias, grad = [None if t is None else t.to(dtype or t.dtype) for t in (weight, bias, grad)]
     x, a, b = [t.detach().to(dtype or t.dtype).requires_grad_() for t in trained]
     y = function(x, weight, bias, a, b, SCALING)
@@ -66,7 +66,7 @@ def test_gradcheck():
 
 
 @pytest.mark.parametrize("needed", [(True, False, False), (False, True, False), (False, False, True)])
-def test_one_gradient_alone(needed):
+def test_each_gradient_alone(needed):
     weight, bias, trained, grad = example()
     for tensor, needs in zip(trained, needed, strict=True):
         tensor.requires_grad_(needs)
@@ -75,7 +75,7 @@ def test_one_gradient_alone(needed):
     torch.testing.assert_close(alone, run(plain, weight, bias, trained, grad)[1 + needed.index(True)])
 
 
-def test_operators_are_registered_well():
+def test_opcheck():
     weight, bias, (x, a, b), grad = example()
     forward = torch.ops.ddpo_fast.lora_linear
     torch.library.opcheck(forward, (x, weight, bias, a, b, SCALING))
@@ -87,7 +87,7 @@ def test_operators_are_registered_well():
 
 
 def test_fp32_adapters_on_a_half_precision_layer():
-    """Without autocast: the layer's dtype computes, and the gradients of the master weights are fp32."""
+    """Without autocast it computes in the layer's dtype, and the gradients of the fp32 adapter are fp32."""
     weight, bias, trained, grad = example(torch.float32)
     half = [t.bfloat16() for t in (weight, bias)]
 
@@ -97,7 +97,7 @@ def test_fp32_adapters_on_a_half_precision_layer():
     actual = run(lora_linear, *half, trained, grad)
     assert [t.dtype for t in actual] == [torch.bfloat16, *[torch.float32] * 3]
     exact = run(plain, *half, trained, grad.bfloat16(), dtype=torch.float64)
-    # gradients that were computed in bf16 are judged by bf16's rounding
+    # these gradients were computed in bf16, so their errors are compared with bf16's rounding
     compared = [[t.bfloat16() for t in tensors] for tensors in (actual, run(in_bf16, *half, trained, grad))]
     assert_as_exact_as_plain(*compared, exact)
 
@@ -122,7 +122,7 @@ def test_saves_its_operands_and_the_small_product():
     assert sum(t.untyped_storage().data_ptr() not in own for t in saved) == 1
 
 
-def test_refuses_weights_that_are_trained():
+def test_trained_weights_are_refused():
     weight, bias, (x, a, b), _ = example()
     with pytest.raises(ValueError, match="frozen weights"):
         lora_linear(x, weight.requires_grad_(), bias, a, b, SCALING)

@@ -1,4 +1,4 @@
-"""What is trained is fp32, what computes is half, and whoever looks sees fp32."""
+"""The optimizer trains fp32 master weights, the network computes in half precision, and outside it has fp32 weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def make(dtype: torch.dtype) -> tuple[nn.Linear, MasterWeights]:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_network_computes_in_half_and_is_fp32_outside(dtype):
+def test_the_network_is_in_half_precision_only_while_it_computes(dtype):
     layer, weights = make(dtype)
     exact = layer.weight.detach().clone()
     with weights.computing(), weights.computing():
@@ -29,8 +29,8 @@ def test_the_network_computes_in_half_and_is_fp32_outside(dtype):
     assert layer.weight.data_ptr() == weights.masters[0].data_ptr(), "one set of fp32 weights"
 
 
-def test_gradients_add_up_in_fp32():
-    """256 times 1 and then 256 times 2^-9 of it: a bf16 sum would stay where it was."""
+def test_gradients_are_accumulated_in_fp32():
+    """A sum of 256 ones and then 256 times 2^-9: a bf16 sum would not change after the ones."""
     layer, weights = make(torch.bfloat16)
     with weights.computing():
         for scale in [1.0] * 4 + [2.0**-9] * 256:
@@ -42,7 +42,7 @@ def test_gradients_add_up_in_fp32():
 
 
 def test_small_updates_are_kept():
-    """A bf16 weight of 1 does not change by 1e-4; the fp32 truth under it does, 100 times, and then its copy too."""
+    """A bf16 weight of 1 cannot change by 1e-4. Its fp32 master weight can, and after 100 steps its copy has."""
     layer, weights = make(torch.bfloat16)
     with torch.no_grad():
         layer.weight.fill_(1.0)
@@ -55,7 +55,7 @@ def test_small_updates_are_kept():
         assert layer.weight[0, 0].item() == torch.tensor(1.01).bfloat16().item()
 
 
-def test_changes_from_outside_are_seen():
+def test_weights_that_are_changed_from_outside_are_used():
     layer, weights = make(torch.float16)
     layer.load_state_dict({"weight": torch.full((4, 8), 0.3), "bias": torch.zeros(4)})
     with weights.computing():
@@ -77,7 +77,7 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_gradients_that_stay_in_place_are_cleared_by_one_launch():
+def test_gradients_that_keep_their_memory_are_cleared_by_one_launch():
     _, weights = make(torch.bfloat16)
     weights.set_gradient(0, torch.ones(4, 8))
     weights.set_gradient(1, torch.ones(4))

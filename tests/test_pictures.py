@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image
 
 from ddpo_fast.run_folder import pictures
@@ -32,7 +33,7 @@ def pixels(path: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("usetex", [False, True])
-def test_any_text_is_drawn_without_a_word(usetex, tmp_path, caplog):
+def test_any_text_is_drawn_without_a_warning(usetex, tmp_path, caplog):
     with warnings.catch_warnings(), matplotlib.rc_context({"text.usetex": usetex}):
         warnings.simplefilter("error")
         pictures.draw_grid(
@@ -45,31 +46,28 @@ def test_any_text_is_drawn_without_a_word(usetex, tmp_path, caplog):
         assert len(np.unique(pixels(tmp_path / name))) > 1
 
 
-def test_titles_do_not_meet(tmp_path, monkeypatch):
-    boxes = []
-    write = pictures._write
+def test_titles_do_not_overlap(tmp_path, monkeypatch):
+    widths: list[tuple[str, float]] = []
 
-    def recorded(axis, x, y, text, *style, **options):
-        write(axis, x, y, text, *style, **options)
-        boxes.append((x, axis.texts[-1]))
-
-    def measured(figure, path, dpi):
+    def measure(figure, path, **_):
         renderer = FigureCanvasAgg(figure).get_renderer()
-        for x, text in boxes:
-            if text.get_text() and x > pictures.MARGIN:
-                widest = text.get_window_extent(renderer).width / figure.dpi
-                assert widest <= pictures.CELL + 2 * pictures.GAP, text.get_text()
+        for text in (text for axis in figure.axes for text in axis.texts):
+            # titles and rewards are in the cells' columns, and left of those are the rows' labels
+            if text.get_text() and text.get_position()[0] > pictures.MARGIN:
+                widths.append((text.get_text(), text.get_window_extent(renderer).width / figure.dpi))
+        path.touch()
 
-    monkeypatch.setattr(pictures, "_write", recorded)
-    monkeypatch.setattr(pictures, "_save", measured)
+    monkeypatch.setattr(Figure, "savefig", measure)
     pictures.draw_grid(
-        [*ODD, "Wm" * 80, "MMMM WWWW @@@@ %%%%" * 9], [("a", torch.ones(11, 3, 4, 4), [1.0] * 11)], tmp_path / "x"
+        [*ODD, "Wm" * 80, "MMMM WWWW @@@@ %%%%" * 9], [("a", torch.ones(11, 3, 4, 4), [1.0] * 11)], tmp_path / "x.png"
     )
-    assert len(boxes) > 11
+    assert len(widths) > 11
+    for text, width in widths:
+        assert width <= pictures.CELL + 2 * pictures.GAP, text
 
 
-def test_rows_are_near_each_other(tmp_path):
-    """Black images on white: between two rows there is one line of captions, and no more."""
+def test_rows_are_separated_by_one_line_of_captions(tmp_path):
+    """Of black images on white, between two rows there is the space of one line of captions."""
     pictures.draw_grid(
         ["a", "b"], [("before", 0 * WHITE, [1.0] * 2), ("after", 0 * WHITE, [2.0] * 2)], tmp_path / "x.png"
     )
@@ -80,7 +78,7 @@ def test_rows_are_near_each_other(tmp_path):
     assert between == pytest.approx(pictures.LINE + pictures.GAP, abs=0.04)
 
 
-def test_the_images_are_where_they_belong(tmp_path):
+def test_each_image_is_in_its_row_and_column(tmp_path):
     colours = torch.eye(3)[:, :, None, None].expand(3, 3, 4, 4)
     pictures.draw_grid(["r", "g", "b"], [("a", colours, None), ("b", colours.flip(0), None)], tmp_path / "x.png")
     drawn = pixels(tmp_path / "x.png")
@@ -92,7 +90,7 @@ def test_the_images_are_where_they_belong(tmp_path):
         assert drawn[y + below, x].argmax() == 2 - column
 
 
-def test_many_images_go_into_blocks(tmp_path):
+def test_many_images_are_drawn_in_blocks_of_eight_columns(tmp_path):
     pictures.draw_grid(["a"] * 30, [("a", torch.ones(30, 3, 4, 4), None)], tmp_path / "x.png")
     height, width, _ = pixels(tmp_path / "x.png").shape
     assert width == pytest.approx(pictures.DPI * (pictures.MARGIN + 8 * (pictures.CELL + pictures.GAP)), abs=2)
@@ -100,7 +98,7 @@ def test_many_images_go_into_blocks(tmp_path):
 
 
 @pytest.mark.parametrize(("ending", "kind"), [(".jpg", "JPEG"), (".JPEG", "JPEG"), (".webp", "WEBP"), (".png", "PNG")])
-def test_a_file_is_what_its_name_says(ending, kind, tmp_path):
+def test_the_format_follows_the_files_ending(ending, kind, tmp_path):
     pictures.draw_grid(["a"], [("a", WHITE, None)], tmp_path / f"x{ending}")
     with Image.open(tmp_path / f"x{ending}") as image:
         assert image.format == kind
@@ -113,7 +111,7 @@ def test_other_endings_are_refused(name):
         pictures.check_ending(Path(name), "--output")
 
 
-def test_what_cannot_be_drawn_is_a_warning(tmp_path, caplog):
+def test_an_error_while_drawing_becomes_a_warning(tmp_path, caplog):
     assert pictures.attempt(pictures.draw_rewards, [{}], tmp_path / "x.png") is None
     assert "a picture could not be drawn (KeyError: 'kind')" in caplog.text
 
@@ -130,5 +128,5 @@ def test_what_cannot_be_drawn_is_a_warning(tmp_path, caplog):
         ("", ""),
     ],
 )
-def test_wrapping(text, lines):
+def test_captions_are_wrapped(text, lines):
     assert pictures.wrapped(text, 8) == lines

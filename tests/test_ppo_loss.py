@@ -20,7 +20,7 @@ SETTINGS = {"clip_range": CLIP, "advantage_limit": 5.0}
 
 
 class LossExample:
-    """A sampled step with old log-probs a little apart and advantages of both signs."""
+    """A sampled step with slightly different old log-probs and advantages of both signs."""
 
     def __init__(self, shape=(5, 4, 9, 7), dtype=torch.float32, guided=True, channels_last=False, reference=False):
         self.step = step_example(shape, dtype, guided, channels_last)
@@ -62,7 +62,7 @@ class LossExample:
         )
 
     def plain(self):
-        """Composed of PyTorch's own functions, as TRL composes it."""
+        """The loss from PyTorch's functions, as TRL computes it."""
         m, x, _, table, t, scale = self.step.arguments()
         rows = table_rows(table, t, x)
         combined = guided(m, scale) if self.step.guided else m
@@ -88,13 +88,13 @@ def with_gradient(example, run):
 
 
 def assert_matches(backend, make):
-    """Loss, metrics, log-probs and gradient of a backend; `make` makes a fresh example."""
+    """Loss, metrics, log-probs and gradient by a backend, of an example that `make` makes."""
     exact, exact_grad = with_gradient(make().in_double(), LossExample.plain)
     usual, usual_grad = with_gradient(make(), LossExample.plain)
     with force_backend(backend):
         got, grad = with_gradient(make(), LossExample.fused)
-    # the ratio turns an absolute error of the log-prob into a relative one, and the loss and the clip fraction are
-    # means of such ratios: their floor is a rounding of the largest log-prob
+    # An absolute error of a log-prob becomes a relative error of its ratio, and the loss and the clip fraction are
+    # means over ratios: the smallest error that is allowed is a rounding of the largest log-prob.
     floor = 4 * torch.finfo(torch.float32).eps * max(1.0, largest(exact[5]))
     for i in (0, 1, 2, 3, 4):
         allowed = 2 * largest(usual[i] - exact[i]) + floor * max(1.0, largest(exact[i]))
@@ -117,7 +117,7 @@ def test_against_autograd_in_fp64(backend, dtype, channels_last, guided, referen
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [*SHAPES, (2, 4, 64, 64)], ids=str)
-def test_shapes(backend, shape, poisoned_empty):
+def test_several_shapes(backend, shape, poisoned_empty):
     assert_matches(backend, lambda: LossExample(shape, torch.float16))
 
 
@@ -135,12 +135,12 @@ def test_any_shape(pairs, channels, height, width, channels_last):
     ("advantage", "change", "live"),
     [
         (2.0, 0.0, True),
-        (2.0, 0.2, False),  # a good action is not pushed past the range
-        (2.0, -0.2, True),  # but is pulled back
+        (2.0, 0.2, False),  # the ratio of a good action is not increased beyond the clip range
+        (2.0, -0.2, True),  # but is decreased if the advantage is negative
         (-2.0, 0.2, True),
         (-2.0, -0.2, False),
         (0.0, 0.2, False),
-        (80.0, 0.0, True),  # clipped to 5
+        (80.0, 0.0, True),  # the advantage is clipped to 5
         (-80.0, 0.0, True),
     ],
 )
@@ -159,7 +159,7 @@ def test_one_pair(backend, advantage, change, live):
     assert got[3].item() == pytest.approx(abs(ratio - 1), rel=1e-4, abs=1e-6)
     assert bool(grad.any()) is live
     if live:
-        # a better log-prob of a good action lowers the loss
+        # a larger log-prob of an action with a positive advantage lowers the loss
         moved = example.step
         moved.model_output = (moved.model_output - 1e-3 * grad / grad.norm()).detach()
         better = step_logprob(moved.model_output, x, torch.zeros_like(x), table, t, scale)
@@ -173,7 +173,7 @@ def test_one_pair(backend, advantage, change, live):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("side", [-1, 1])
 def test_a_ratio_at_the_edge_is_not_clipped(backend, side):
-    """With old log-probs that put the ratio exactly at the bound, the gradient lives, as with `torch.clamp`."""
+    """With a ratio exactly at the clip range's bound the gradient is not zero, as with `torch.clamp`."""
     example = LossExample((1, 4, 8, 8))
     with force_backend(backend):
         log_prob = example.fused().log_probs
@@ -183,7 +183,7 @@ def test_a_ratio_at_the_edge_is_not_clipped(backend, side):
             example.advantages = torch.full((1,), float(side), device=DEVICE)
             got, grad = with_gradient(example, LossExample.fused)
             ratios[got[3].item()] = bool(grad.any())
-    # far from rounding, the sides differ
+    # a ratio well inside of the range has a gradient, and one well outside has none
     assert ratios[max(ratios)] is False
     assert ratios[min(ratios)] is True
 
@@ -245,7 +245,7 @@ def test_no_pairs(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_that_are_not_dense(backend):
-    """The reference's rows follow the layout that the output's are brought into."""
+    """Rows of the reference's output are converted to the layout of the output's rows."""
     expected = LossExample((3, 4, 8, 8), reference=True)
     example = LossExample((3, 4, 8, 8), reference=True)
     output = example.step.model_output
@@ -265,8 +265,8 @@ def test_is_deterministic(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_loss_scale_saves_fp16_gradients(backend):
-    """An unscaled fp16 gradient underflows for small advantages; with the scale it is as exact as fp16 can be."""
+def test_the_loss_scale_keeps_fp16_gradients_from_underflow(backend):
+    """For small advantages an fp16 gradient underflows without the loss scale; with it, its error is a rounding."""
     scale = torch.tensor(2.0**16, device=DEVICE)
 
     def gradient(example, grad_scale, factor):
@@ -287,7 +287,7 @@ def test_the_loss_scale_saves_fp16_gradients(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reference", [False, True], ids=["alone", "reference"])
 def test_the_loss_scale_multiplies_the_whole_gradient(backend, reference):
-    """Of the clipped loss and of the KL to the reference; by a power of two, which rounds nothing."""
+    """Of the clipped loss and of the KL to the reference. The scale is a power of two, so nothing is rounded."""
     example = LossExample((3, 4, 5, 6), reference=reference)
     with force_backend(backend):
         plain, scaled = (example.fused(scale).gradient for scale in (None, torch.tensor(2.0**12, device=DEVICE)))
@@ -295,8 +295,8 @@ def test_the_loss_scale_multiplies_the_whole_gradient(backend, reference):
     assert torch.equal(scaled, 2.0**12 * plain)
 
 
-def test_the_ticket_is_zero_again_after_each_launch(monkeypatch):
-    """On a GPU launches of a stream share it, and the last program of the next one averages only then."""
+def test_the_atomic_counter_is_zero_after_each_launch(monkeypatch):
+    """Launches on one stream share the counter, which tells the last program of a launch: it must start at 0."""
     ticket = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     monkeypatch.setattr(kernels, "ticket", lambda device: ticket)
     with force_backend("triton"):

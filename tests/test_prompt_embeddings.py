@@ -1,4 +1,4 @@
-"""Prompts are embedded in training as diffusers embeds them when it draws."""
+"""The trainer's embeddings of prompts equal those of the diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def pipe():
 
 @pytest.mark.parametrize("remembers", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
-def test_embeddings_are_diffusers(pipe, remembers, masked):
-    """A textual inversion of several vectors stands for several tokens, and an encoder may want its mask."""
+def test_embeddings_equal_those_of_diffusers(pipe, remembers, masked):
+    """Also with a textual inversion, whose one token becomes several, and an encoder that needs the attention mask."""
     pipe.text_encoder.config.use_attention_mask = masked
     embed = PromptEmbeddings(pipe.tokenizer, pipe.text_encoder, torch.device("cpu"), remembers)
     assert embed.remembers == remembers
     for _ in range(2):
         ids, embeddings = embed(PROMPTS)
         theirs, negative = pipe.encode_prompt(PROMPTS[1], "cpu", 1, True, negative_prompt=PROMPTS[0])
-        # the encoder saw another number of rows: a few roundings of values near 1
+        # the encoder is called with another number of rows: a few roundings of values near 1
         torch.testing.assert_close(embeddings, torch.cat([negative, theirs]), rtol=0, atol=1e-5)
     tokens = pipe.tokenizer.convert_ids_to_tokens(ids[0].tolist())
     assert tokens[2:5] == ["<toy>", "<toy>_1", "<toy>_2"]

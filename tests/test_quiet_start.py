@@ -1,4 +1,4 @@
-"""What importing the package and starting its commands does, each in a process of its own."""
+"""Importing the package changes nothing else, commands start without heavy imports, and print only what matters."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from run_process import finish
 
 import ddpo_fast
 from ddpo_fast.commands import library_messages
@@ -17,7 +18,7 @@ HEAVY = ("torch", "numpy", "transformers", "diffusers", "accelerate", "matplotli
 
 
 def run(code: str, **options) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, **options)
+    return finish([sys.executable, "-c", code], **options)
 
 
 @pytest.mark.parametrize(
@@ -31,7 +32,7 @@ def run(code: str, **options) -> subprocess.CompletedProcess:
         ("from ddpo_fast.cli import main; main(['plan', '--num_epoch', '3'])", ("torch", "diffusers", "accelerate")),
     ],
 )
-def test_what_is_not_imported(start, absent):
+def test_heavy_packages_are_not_imported(start, absent):
     code = f"import sys\ntry:\n    {start}\nexcept SystemExit: pass\nprint([m for m in {absent!r} if m in sys.modules])"
     assert run(code).stdout.splitlines()[-1] == "[]"
 
@@ -72,12 +73,12 @@ print([name for name in before if before[name] != after[name]])
 """
 
 
-def test_importing_changes_nothing_of_the_users(tmp_path):
+def test_importing_changes_no_global_state(tmp_path):
     assert run(STATE, cwd=tmp_path).stdout.splitlines()[-1] == "[]"
 
 
-def test_a_command_says_nothing_of_others(tmp_path, model_dir):
-    # a folder of this name hides an optional package of Hugging Face's
+def test_a_command_hides_messages_of_libraries(tmp_path, model_dir):
+    # a folder of this name is imported in place of an optional package of Hugging Face
     (tmp_path / "kernels").mkdir()
     options = [
         "--num_epochs=1",
@@ -98,7 +99,7 @@ def test_a_command_says_nothing_of_others(tmp_path, model_dir):
     assert "<|endoftext|>" not in lines[0]
 
 
-def test_names_of_the_package():
+def test_public_names_of_the_package():
     assert set(ddpo_fast.__all__) <= set(dir(ddpo_fast))
     for name in ddpo_fast.__all__:
         value = getattr(ddpo_fast, name)
@@ -111,7 +112,7 @@ def test_names_of_the_package():
         from ddpo_fast import DPOTrainer  # noqa: F401
 
 
-# what is said while a command runs
+# messages of libraries while a command runs
 
 PIPELINE, TOKENIZER, IMPORTS = library_messages.FILTERED[2], library_messages.FILTERED[1], library_messages.FILTERED[0]
 
@@ -136,7 +137,7 @@ PIPELINE, TOKENIZER, IMPORTS = library_messages.FILTERED[2], library_messages.FI
         ("torch", logging.WARNING, "true and useful", "true and useful"),
     ],
 )
-def test_noise_is_left_out_and_news_is_not(name, level, text, said):
+def test_only_known_messages_are_hidden(name, level, text, said):
     heard = []
     logger, handler = logging.getLogger(name), logging.Handler()
     handler.emit = lambda record: heard.append(record.getMessage())
@@ -151,5 +152,5 @@ def test_noise_is_left_out_and_news_is_not(name, level, text, said):
         logger.removeHandler(handler)
     repeats = 1 if text.startswith("The following") else 2
     assert news == ([said] * repeats if said else [])
-    # and afterwards everything is as it was
+    # after the command all messages are logged again
     assert heard[len(news) :] == [text]

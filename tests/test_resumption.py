@@ -1,14 +1,12 @@
-"""A run that is killed at any moment and resumed ends with the bits of one that never was."""
+"""A run that is killed at any moment and resumed ends with the same bits as one that was never killed."""
 
 from __future__ import annotations
 
-import json
-import os
 import signal
 import sys
 from pathlib import Path
 
-import torch
+from compare_runs import as_bytes, metrics_of, same_bits, without_timings
 from run_process import finish
 from safetensors.torch import load_file
 
@@ -19,17 +17,15 @@ OPTIONS = (
     "--train_num_inner_epochs 2 --train_learning_rate 1e-3 --per_prompt_stat_tracking "
     "--per_prompt_stat_tracking_min_count 2 --mixed_precision no"
 ).split()
-STEP = "ddpo_fast.engine.local.Engine.step"
-TIMINGS = {"sample_s", "reward_s", "train_s", "images_per_s", "elapsed_s"}
+STEP = "ddpo_fast.engine.local.LocalEngine.step"
 
 
 def train(*arguments: str, killed_at: tuple[str, int] | None = None) -> None:
-    """`ddpo-fast train` to its end, or killed at the so-many-th call of a function."""
+    """Runs `ddpo-fast train` to its end, or kills it at (function, count): the count-th call of the function."""
     start = ["-m", "ddpo_fast.train"]
     if killed_at is not None:
         start = [str(Path(__file__).with_name("killed_run.py")), *map(str, killed_at)]
-    done = finish([sys.executable, *start, *arguments], env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == (0 if killed_at is None else -signal.SIGKILL), done.stderr[-2000:]
+    finish([sys.executable, *start, *arguments], status=0 if killed_at is None else -signal.SIGKILL)
 
 
 def test_killed_run_ends_with_the_same_bits(model_dir, tmp_path):
@@ -43,10 +39,10 @@ def test_killed_run_ends_with_the_same_bits(model_dir, tmp_path):
     train(*options, "--resume_from", str(killed), killed_at=("os.fsync", 2))  # while saving
     assert list((killed / "checkpoints").glob(".checkpoint_1.partial*"))
     assert not checkpoint.list_in(killed / "checkpoints")
-    # in the third epoch's second update, on top of a checkpoint
+    # in the second update of the third epoch, after a checkpoint was saved
     train(*options, "--resume_from", str(killed), killed_at=(STEP, 8 + 8 + 2))
     assert [path.name for path in checkpoint.list_in(killed / "checkpoints")] == ["checkpoint_1", "checkpoint_2"]
-    # the settings come from the run itself
+    # the settings are read from the run's folder
     train("--resume_from", str(killed))
     same_run(whole, killed)
 
@@ -54,31 +50,14 @@ def test_killed_run_ends_with_the_same_bits(model_dir, tmp_path):
 def same_run(whole: Path, killed: Path) -> None:
     a, b = (checkpoint.find(folder) for folder in (whole, killed))
     assert a.name == b.name == "checkpoint_3"
-    weights = [load_file(c / "unet" / "diffusion_pytorch_model.safetensors") for c in (a, b)]
-    assert weights[0].keys() == weights[1].keys()
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert same_bits(*(load_file(c / "unet" / "diffusion_pytorch_model.safetensors") for c in (a, b)))
     training = [checkpoint.read_training(c) for c in (a, b)]
-    assert flat(training[0]) == flat(training[1])
+    assert as_bytes(training[0]) == as_bytes(training[1])
     random_states = [checkpoint.read_random_state(c, 0) for c in (a, b)]
-    assert flat(random_states[0]) == flat(random_states[1])
-    records = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (whole, killed)]
-    assert len(records[0]) == 3 * (1 + 8)  # epochs x (one line each + updates)
+    assert as_bytes(random_states[0]) == as_bytes(random_states[1])
+    records = [metrics_of(folder) for folder in (whole, killed)]
+    assert len(records[0]) == 3 * (1 + 8)  # 3 epochs, each with a line of its own and one for each of 8 updates
     for one, other in zip(*records, strict=True):
-        assert untimed(one) == untimed(other)
+        assert without_timings(one) == without_timings(other)
     assert (killed / "before_after.png").read_bytes() == (whole / "before_after.png").read_bytes()
     assert (killed / "final" / "model_index.json").exists()
-
-
-def untimed(record: dict) -> dict:
-    return {name: value for name, value in record.items() if name not in TIMINGS}
-
-
-def flat(value) -> object:
-    """Nested data with tensors, comparable to the bit."""
-    if isinstance(value, torch.Tensor):
-        return value.dtype, tuple(value.shape), value.numpy().tobytes()
-    if isinstance(value, dict):
-        return {key: flat(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [flat(item) for item in value]
-    return value

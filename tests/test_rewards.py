@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
 from decimal import Decimal
 from fractions import Fraction
 
@@ -9,11 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from ddpo_fast.prompts import PROMPT_LISTS, draw_prompts, load_prompts
 from ddpo_fast.rewards import jpeg_compressibility, jpeg_incompressibility, load_reward, score
 
 
-def test_jpeg_rewards_know_noise_from_flat():
+def test_jpeg_rewards_are_the_sizes_of_files():
     images = torch.stack(
         [torch.full((3, 64, 64), 0.5), torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))]
     )
@@ -70,33 +68,17 @@ def test_bad_rewards_are_named(function, error, words):
         score(function, torch.zeros(3, 3, 8, 8), ("a", "b", "c"), ({},) * 3)
 
 
-@pytest.mark.parametrize("returned", ["a cat", ("a cat",), (1, {}), None, ("a", {}, 3)])
-def test_bad_prompts_are_named(returned):
-    with pytest.raises(ValueError, match="prompt function"):
-        draw_prompts(lambda: returned, 2)
-
-
-def test_prompt_sources(tmp_path):
-    (tmp_path / "prompts.txt").write_text("one\n\n two \n")
-    assert {load_prompts(str(tmp_path / "prompts.txt"))()[0] for _ in range(50)} == {"one", "two"}
-    random.seed(0)
-    assert load_prompts("animals")()[0] in PROMPT_LISTS["animals"]
-    assert "a lion" in PROMPT_LISTS["simple_animals"]
-    assert len(PROMPT_LISTS["simple_animals"]) == 45
-    (tmp_path / "empty.txt").write_text("\n")
-    with pytest.raises(ValueError, match="no prompt"):
-        load_prompts(str(tmp_path / "empty.txt"))
-
-
-@pytest.mark.parametrize("load", [load_prompts, load_reward])
 @pytest.mark.parametrize("spec", ["nothing", "no_such_module:f", "math:no_such_function", ":", "math:"])
-def test_unknown_sources_are_named(load, spec):
-    with pytest.raises(ValueError, match=r"prompts|reward"):
-        load(spec)
+def test_an_unknown_reward_is_named(spec):
+    with pytest.raises(ValueError, match="reward"):
+        load_reward(spec)
+
+
+def test_a_reward_is_a_function_of_a_module():
     assert load_reward("math:sqrt")(4) == 2
 
 
-def test_a_reward_with_a_loop_of_its_own_in_a_notebook():
+def test_a_reward_that_runs_an_event_loop_in_a_notebook():
     async def judged():
         return [1.0]
 

@@ -1,4 +1,4 @@
-"""Sampling: batches drawn together, layers computed once, rewards under way meanwhile; what is drawn stays the same."""
+"""Sampling: merged batches, cached layers and rewards that run meanwhile do not change what is sampled."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from compare_runs import same_bits, trained_weights
+from example_unets import make_unet
 from rounding import in_fp64
 from tiny_run import Prompts, brightness
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpo_fast import DefaultDDPOStableDiffusionPipeline, sampler
 from ddpo_fast.prompt_embeddings import ENCODED_AT_ONCE, PromptEmbeddings
+from ddpo_fast.trajectory import training_batches
 from ddpo_fast.unet import UNetCache, cache_problem
 
 
@@ -28,7 +31,7 @@ def rows_seen(trainer) -> list[int]:
 
 
 @pytest.mark.parametrize("guidance", [5.0, 1.0])
-def test_batches_drawn_together_are_those_drawn_alone(make_trainer, tmp_path, guidance):
+def test_merged_batches_equal_separate_ones(make_trainer, tmp_path, guidance):
     samples, rows = [], []
     for merge in (1, 3):
         trainer = make_trainer(
@@ -39,26 +42,26 @@ def test_batches_drawn_together_are_those_drawn_alone(make_trainer, tmp_path, gu
         samples.append(trainer._generate_samples(4, 2))
         rows.append(seen)
     copies = 2 if guidance > 1 else 1
-    # four batches of two images: one after the other, or three and then one
+    # four batches of two images: one at a time, or three and then one
     assert rows == [[2 * copies] * 20, [6 * copies] * 5 + [2 * copies] * 5]
     pairs = zip(*(zip(*s, strict=True) for s in samples), strict=True)
     for (alone, (images, prompts, metadata)), (merged, others) in pairs:
         assert alone.prompts == merged.prompts == prompts == others[1]
         assert metadata == others[2]
         assert torch.equal(alone.trail[:, 0], merged.trail[:, 0]), "the same noise"
-        # the UNet's GEMMs have other sizes, so its roundings of 1e-16 differ, and the chain makes them larger
+        # matrix products of other sizes round differently, by 1e-16, which each denoising step makes larger
         torch.testing.assert_close(merged.trail, alone.trail, rtol=0, atol=1e-11)
         torch.testing.assert_close(merged.log_probs, alone.log_probs, rtol=0, atol=1e-11)
         torch.testing.assert_close(others[0], images, rtol=0, atol=1e-11)
 
 
-def test_merging_is_automatic(make_trainer):
-    assert make_trainer().sizes.merged_batches == 3  # 24 rows of 4 images and their unconditional halves
-    assert make_trainer(sample_merge_batches=7, output_dir=None).sizes.merged_batches == 7
+def test_merging_is_automatic(make_trainer, tmp_path):
+    assert make_trainer().sizes.merged_batches == 3  # 24 rows: 3 batches of 4 images, with and without the prompt
+    assert make_trainer(sample_merge_batches=7, output_dir=tmp_path / "set").sizes.merged_batches == 7
 
 
 class NeedsTheNextBatch:
-    """A reward whose first call returns only once the UNet is at work for another group of batches."""
+    """A reward whose first call returns only once the UNet is called for a later batch."""
 
     def __init__(self, expected_overlap: bool) -> None:
         self.scored_first = threading.Event()
@@ -134,7 +137,7 @@ def with_database() -> Callable:
 
 
 def with_state_of_its_thread() -> Callable:
-    """Wrong in silence elsewhere, and no error to notice it by."""
+    """A reward that depends on state of its thread: in another thread it gives wrong rewards without an error."""
     local, variable = threading.local(), contextvars.ContextVar("scale", default=float("nan"))
     local.offset = 1.0
     variable.set(2.0)
@@ -148,8 +151,8 @@ def with_state_of_its_thread() -> Callable:
 
 
 @pytest.mark.parametrize("make", [lambda: with_signal, with_event_loop, with_database, with_state_of_its_thread])
-def test_rewards_and_prompts_keep_the_thread_that_trains(make_trainer, make):
-    """By default, as in TRL: they are set up there, in ways that no other thread sees."""
+def test_rewards_and_prompts_are_called_in_the_thread_that_trains(make_trainer, make):
+    """By default, as in TRL: users set up signals, event loops, databases and thread-local state in that thread."""
     prompts, threads = Prompts(), set()
 
     def draw():
@@ -162,7 +165,7 @@ def test_rewards_and_prompts_keep_the_thread_that_trains(make_trainer, make):
     assert threads == {threading.current_thread()}
 
 
-def test_a_worker_threads_error_names_the_option(make_trainer):
+def test_an_error_that_is_due_to_a_worker_thread_names_the_option(make_trainer):
     def reward(images, prompts, metadata):
         signal.alarm(0)
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -173,7 +176,7 @@ def test_a_worker_threads_error_names_the_option(make_trainer):
 
 
 def test_sampling_ends_when_a_reward_fails(make_trainer):
-    """At its next step: whoever catches the error finds the network at rest."""
+    """Sampling stops at its next denoising step, so that the network is not in use when the error is caught."""
     steps = []
 
     def reward(images, prompts, metadata):
@@ -191,7 +194,7 @@ def test_sampling_ends_when_a_reward_fails(make_trainer):
     assert len(steps) > taken + 50 * 5
 
 
-def test_what_sampling_raises_is_raised_in_the_caller(make_trainer, monkeypatch):
+def test_an_error_of_sampling_is_raised_in_the_calling_thread(make_trainer, monkeypatch):
     trainer = make_trainer(sample_merge_batches=1)
     decode, decoded = sampler.decode, []
 
@@ -208,7 +211,7 @@ def test_what_sampling_raises_is_raised_in_the_caller(make_trainer, monkeypatch)
 
 @pytest.mark.parametrize("precision", ["no", "fp16", "bf16"])
 def test_images_have_one_dtype_everywhere(make_trainer, precision):
-    """Users turn them into NumPy's arrays, which have no bf16: found in the first epoch, after a good trial call."""
+    """Rewards and hooks convert images to NumPy arrays, which cannot be bf16."""
     seen = []
 
     def look(images):
@@ -231,7 +234,7 @@ def test_images_have_one_dtype_everywhere(make_trainer, precision):
     assert set(seen) == {torch.float32}
 
 
-def test_images_of_a_pipeline_of_ones_own_have_it_too(make_trainer, model_dir):
+def test_images_of_a_users_pipeline_have_that_dtype_too(make_trainer, model_dir):
     class Own(DefaultDDPOStableDiffusionPipeline):
         def __call__(self, *args, **kwargs):
             output = super().__call__(*args, **kwargs)
@@ -246,7 +249,7 @@ def test_images_of_a_pipeline_of_ones_own_have_it_too(make_trainer, model_dir):
     trainer.train(1)
 
 
-def test_a_reward_that_changes_its_images_changes_nothing_else(make_trainer, tmp_path):
+def test_a_reward_that_changes_its_images_does_not_change_the_run(make_trainer, tmp_path):
     shown, ends = [], []
 
     def spoils(images, prompts, metadata):
@@ -262,13 +265,13 @@ def test_a_reward_that_changes_its_images_changes_nothing_else(make_trainer, tmp
         )
         trainer.train(1)
         shown.append(trainer.evaluate(("a cat",), ({},))[0])
-        ends.append(torch.cat([p.detach().flatten() for p in trainer.sd_pipeline.unet.parameters()]))
-    assert torch.equal(*ends)
+        ends.append(trained_weights(trainer))
+    assert same_bits(*ends)
     assert torch.equal(shown[0], shown[2])
     assert torch.equal(shown[1], shown[3])
 
 
-def test_a_reward_that_draws_random_numbers_changes_nothing(make_trainer, tmp_path):
+def test_a_reward_that_draws_random_numbers_does_not_change_the_run(make_trainer, tmp_path):
     """All of an epoch's noise is drawn before the first image is scored."""
 
     def draws(images, prompts, metadata):
@@ -280,8 +283,8 @@ def test_a_reward_that_draws_random_numbers_changes_nothing(make_trainer, tmp_pa
             reward=draws, reward_overlap=overlap, sample_merge_batches=1, output_dir=str(tmp_path / f"{overlap}")
         )
         trainer.train()
-        ends.append({n: p.detach().clone() for n, p in trainer.sd_pipeline.unet.named_parameters()})
-    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+        ends.append(trained_weights(trainer))
+    assert same_bits(*ends)
 
 
 def test_a_reward_that_fails_stops_the_epoch(make_trainer):
@@ -307,7 +310,7 @@ def test_cached_layers_give_the_same_samples(make_trainer, tmp_path):
         samples.append(trainer._generate_samples(2, 4)[0])
         assert {name: set(vars(module)) for name, module in unet.named_modules()} == before, "the layers are back"
     for plain, cached in zip(*samples, strict=True):
-        # as above: a cached layer has computed all steps' rows in one call
+        # a cached layer computes the rows of all steps in one call, which rounds differently as above
         torch.testing.assert_close(cached.trail, plain.trail, rtol=0, atol=1e-11)
         torch.testing.assert_close(cached.log_probs, plain.log_probs, rtol=0, atol=1e-11)
 
@@ -322,7 +325,7 @@ def test_a_cache_computes_its_layers_once_per_rollout(make_trainer):
         cache.fill(embeds, timesteps)
         cached = [cache.projections[0], unet.time_embedding.linear_1, cache.blocks[0].time_emb_proj]
         for layer in cached:
-            layer.weight.zero_()  # whoever computes again gives something else
+            layer.weight.zero_()  # computing the layer again would give another output
         with cache.in_use():
             for i, t in enumerate(timesteps):
                 cache.at(i)
@@ -331,14 +334,12 @@ def test_a_cache_computes_its_layers_once_per_rollout(make_trainer):
 
 
 def test_what_cannot_be_cached_says_why():
-    from test_fused_layers import make_unet
-
     assert cache_problem(make_unet("sd15")) == ""
     assert "add_embedding" in cache_problem(make_unet("sdxl"))
     assert "UNet2DConditionModel" in cache_problem(torch.nn.Linear(1, 1))
 
 
-def test_a_prompts_embedding_does_not_depend_on_its_company(make_trainer):
+def test_a_prompts_embedding_does_not_depend_on_the_other_prompts(make_trainer):
     trainer = make_trainer()
     pipeline, device = trainer.sd_pipeline, trainer.accelerator.device
 
@@ -355,7 +356,7 @@ def test_a_prompts_embedding_does_not_depend_on_its_company(make_trainer):
         assert torch.equal(one_id[0], ids[i])
 
 
-def test_a_text_encoder_in_training_is_not_remembered(make_trainer):
+def test_embeddings_of_a_trained_text_encoder_are_not_cached(make_trainer):
     trainer = make_trainer()
     pipeline = trainer.sd_pipeline
     pipeline.text_encoder.requires_grad_(True)
@@ -367,7 +368,7 @@ def test_a_text_encoder_in_training_is_not_remembered(make_trainer):
 
 
 class Waits(TorchDispatchMode):
-    """Ops that read a value of the device, for which the host must wait."""
+    """Notes ops whose result the host reads, for which it would wait for the device."""
 
     NAMES = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
 
@@ -383,22 +384,24 @@ class Waits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("use_lora", [False, True])
-def test_the_host_never_waits_inside_sampling_and_training(make_trainer, use_lora):
+def test_the_host_never_waits_inside_sampling_and_training(make_trainer, monkeypatch, use_lora):
     trainer = make_trainer(use_lora=use_lora, prompts=Prompts(), train_micro_batch_size=3, sample_merge_batches=2)
-    trainer.train(1)  # tables are made, embeddings remembered
+    trainer.train(1)  # computes the step table and caches embeddings
     draws = [trainer.rollout.draw(trainer.prompt_fn, 4) for _ in range(2)]
     with Waits() as sampling:
         samples = [trajectory for trajectory, _ in trainer.rollout.sample(draws)]
     assert sampling.seen == []
     trajectory = samples[0].with_advantages(torch.tensor([1.0, -1.0, 0.5, -0.5]))
-    batch = trajectory.training_batch(torch.arange(4), torch.arange(5).expand(4, -1), None)
+    ((batch,),) = training_batches(trajectory, 4, 1)
     trainer.sd_pipeline.unet.train()
-    step = trainer.engine.step
-    trainer.engine.step = dict
-    with trainer.engine.computing(), Waits() as training:
-        trainer.ppo.update([batch], 0, None)
-    assert training.seen == []
-    trainer.engine.step = step
+    monkeypatch.setattr(trainer.engine, "step", dict)
+    # the host reads an update's metrics only once all updates of an inner epoch are queued
+    waits: list[list[str]] = []
+    write = trainer.run_log.log_updates
+    monkeypatch.setattr(trainer.run_log, "log_updates", lambda *args: waits.append(training.seen[:]) or write(*args))
+    with Waits() as training:
+        trainer._train_batched_samples(0, 0, 0, [batch])
+    assert waits == [[]]
 
 
 def test_images_are_decoded_a_few_at_a_time(make_trainer, monkeypatch):

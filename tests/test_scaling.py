@@ -1,19 +1,18 @@
-"""Properties of the scaling model, its results against ones worked out by hand, and the script."""
+"""The model of scaling over devices: its properties, and its numbers against ones computed by hand."""
 
 from __future__ import annotations
 
 import json
 import math
 import sys
-from pathlib import Path
 
 import pytest
-from run_process import finish
+from run_process import ROOT, finish, read_records
 
-# first, as bench/lib would put an empty package in its place
+# imported first, as bench/lib puts an empty package in its place if it is missing
 import ddpo_fast  # noqa: F401
 
-BENCH = Path(__file__).parents[1] / "bench"
+BENCH = ROOT / "bench"
 sys.path.append(str(BENCH))
 import scaling  # noqa: E402
 from lib import scaling_check, scaling_model  # noqa: E402
@@ -60,13 +59,13 @@ def test_images_per_s_grow_with_the_devices():
 
 
 @pytest.mark.parametrize("devices", [2, 8, 1024])
-def test_each_stage_holds_less(devices):
+def test_each_zero_stage_takes_less_memory(devices):
     sizes = [sum(scaling_model.memory(stage, FULL, 24, devices).values()) for stage in range(4)]
     assert sizes == sorted(sizes, reverse=True)
     assert len(set(sizes)) == 4
 
 
-def test_memory_by_hand():
+def test_memory_equals_that_computed_by_hand():
     other = 2 * (83_653_863 + 123_060_480)
     whole = {"weights": 2 * 5000 + other, "master": 4000, "gradients": 4000, "states": 8000, "activations": 300}
     assert scaling_model.memory(0, SMALL, 3, 4) == whole
@@ -88,17 +87,17 @@ def test_memory_by_hand():
         (3, SMALL, 3, 4, 3 * 3000 + 3 * 2 * 7500),
     ],
 )
-def test_volume_by_hand(stage, model, micro_batches, devices, sent):
+def test_communicated_bytes_equal_those_computed_by_hand(stage, model, micro_batches, devices, sent):
     assert scaling_model.sent_bytes(stage, model, micro_batches, devices) == pytest.approx(sent)
 
 
-def test_seconds_by_hand():
+def test_communication_time_equals_that_computed_by_hand():
     links = scaling_model.Links(inside=8.0, across=2.0, inside_hop=0.25, across_hop=0.5, node=4)
-    # a ring of 4 moves 3/4 of the bytes
+    # in a ring of 4 devices each one sends 3/4 of the bytes
     assert scaling_model.collective_s(64, 1, 4, links) == 48 / 8 + 3 * 0.25
-    # 3 nodes: each device then moves 2/3 of its quarter to the others
+    # with 3 nodes each device then sends 2/3 of its quarter to the other nodes
     assert scaling_model.collective_s(96, 2, 12, links) == pytest.approx(72 / 8 + 16 / 2 + 2 * (3 * 0.25 + 2 * 0.5))
-    # all-reduce: twice, one message
+    # an all-reduce sends that twice, as one message
     assert scaling_model.communication_s(0, SMALL, 1, 4, links) == 2 * (3000 / 8 + 3 * 0.25)
     work = scaling_model.Work(images=4, steps=5, updates=2, pairs=3)
     assert (work.rows, work.micro_batches) == (40, 4)
@@ -114,7 +113,7 @@ def test_strong_scaling_ends_where_an_update_has_no_image():
     assert not any(math.isnan(row["weak"]) for row in rows)
 
 
-def test_a_record_is_used(tmp_path):
+def test_measured_rates_come_from_a_record(tmp_path):
     others = [{"device": "NVIDIA A100-SXM4-80GB"}, {"trainer": "trl"}, {"precision": "fp32"}, {"size": "tiny"}]
     others += [{"case": "no-guidance"}, {"use_lora": True}, {"bench": "waterfall"}]
     rows = [{**RECORD, "train_rows_per_s": 7.0}, RECORD]
@@ -132,7 +131,7 @@ def test_a_record_is_used(tmp_path):
     assert [row["origin"] for row in scaling.predictions(options) if row["card"] == "a100"] == ["assumed", "assumed"]
 
 
-def test_rates_by_hand_are_of_one_card():
+def test_rates_that_are_given_must_be_of_one_gpu():
     with pytest.raises(SystemExit):
         scaling.parse(["--rows-per-s", "200", "100"])
     options = scaling.parse(["--rows-per-s", "200", "100", "--device", "a100", "--trained", "lora", "--devices", "1"])
@@ -140,8 +139,8 @@ def test_rates_by_hand_are_of_one_card():
     assert row["origin"] == "rows/s given, rest assumed"
 
 
-def test_the_check_by_hand(monkeypatch):
-    """One process takes a second to sample and two to train, two at once up to twice as long."""
+def test_the_check_against_processes_equals_that_computed_by_hand(monkeypatch):
+    """One process takes 1 s to sample and 2 s to train; two at the same time take up to twice as long."""
     together = {"parts": [3.0, 0.0, 4.0], "weights": 1000, "calls": 20, "bytes": 8000, "hop_s": 0.01}
     runs = [
         [{"parts": [1.0, 0.0, 2.0]}],
@@ -150,7 +149,7 @@ def test_the_check_by_hand(monkeypatch):
     ]
     monkeypatch.setattr(scaling_check, "epochs_of", lambda workers: runs.pop(0))
     row = scaling_check.checked([])
-    # an update: 4000 bytes at 16000 bytes/s, and twice a hop
+    # an update sends 4000 bytes at 16000 bytes/s and has two hops
     communication_s = 2 * (0.25 + 2 * 0.01)
     assert row["communication_s"] == pytest.approx(communication_s)
     assert row["from_alone_s"] == pytest.approx(3 + communication_s)
@@ -161,9 +160,7 @@ def test_the_check_by_hand(monkeypatch):
 
 def test_command_line(tmp_path):
     plot = tmp_path / "scaling.png"
-    command = [sys.executable, str(BENCH / "scaling.py"), "--devices", "1", "2", "16", "--output", str(plot)]
-    done = finish(command)
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = finish([sys.executable, BENCH / "scaling.py", "--devices", "1", "2", "16", "--output", plot])
     lines = [line for line in done.stdout.splitlines() if line.startswith(("a100", "h100"))]
     assert len(lines) == 2 * 2 * (1 + 4 + 4)
     assert all(line.endswith("[assumed]") for line in lines)
@@ -173,9 +170,8 @@ def test_command_line(tmp_path):
 @pytest.mark.benchmark
 def test_the_check_trains_on_two_processes(tmp_path):
     output = tmp_path / "scaling.jsonl"
-    done = finish([sys.executable, str(BENCH / "scaling.py"), "--check", "--rounds", "1", "--output", str(output)])
-    assert done.returncode == 0, done.stderr[-2000:]
-    (row,) = map(json.loads, output.read_text().splitlines())
+    finish([sys.executable, BENCH / "scaling.py", "--check", "--rounds", "1", "--output", output])
+    (row,) = read_records(output)
     assert row["measured_s"] > 0
     # gradients, and a few metrics
     assert 0 <= row["bytes"] - row["foretold_bytes"] < 1000

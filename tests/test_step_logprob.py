@@ -15,7 +15,7 @@ from ddpo_fast.ops.gaussian import table_rows
 
 
 def plain(example):
-    """The composition that the op fuses; gradients by autograd."""
+    """The step from PyTorch's functions, which the op fuses; autograd gives its gradients."""
     m, x, z, table, t, scale = example.arguments()
     combined = guided(m, scale) if example.guided else m
     rows = table_rows(table, t, x)
@@ -37,7 +37,7 @@ def with_gradients(run, example, weights):
 def weights_of(example):
     generator = torch.Generator().manual_seed(1)
     shapes = example.latents.shape, example.latents.shape[:1], example.model_output.shape
-    # in half precision the gradient of the UNet's input is rounded before it is used
+    # in half precision the gradient with respect to the UNet's output is rounded once more
     return [torch.randn(s, generator=generator).to(DEVICE, example.model_output.dtype).double() for s in shapes]
 
 
@@ -61,7 +61,7 @@ def test_against_fp64(backend, dtype, channels_last, guided, shape, poisoned_emp
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_real_size(backend, poisoned_empty):
+def test_the_size_of_stable_diffusion(backend, poisoned_empty):
     example = step_example((2, 4, 64, 64), torch.float16, channels_last=True)
     with force_backend(backend):
         got = step_logprob(*example.arguments())
@@ -100,7 +100,7 @@ def test_latents_of_any_rank(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_stays_in_its_image(backend, value):
+def test_values_that_are_not_finite_stay_in_their_image(backend, value):
     example = step_example((3, 4, 8, 8))
     clean = step_logprob(*example.arguments())
     example.model_output[1, 2, 3, 4] = value
@@ -122,7 +122,7 @@ def test_is_deterministic(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_zero_sigma_takes_the_mean(backend):
+def test_with_sigma_zero_the_step_is_the_mean(backend):
     example = step_example()
     example.table = example.table.clone()
     example.table[:, 2] = 0
@@ -137,7 +137,7 @@ def test_gradient_in_fp64():
     m, x = example.model_output.requires_grad_(), example.latents.requires_grad_()
     other = example.arguments()[2:]
 
-    # the log-prob's gradient is that at fixed next latents, which a finite difference cannot see
+    # the log-prob's gradient holds the next latents fixed, and finite differences would change them
     assert torch.autograd.gradcheck(lambda m, x: step_logprob(m, x, *other)[::2], (m, x))
 
 
@@ -182,7 +182,7 @@ def test_bad_input_is_refused(change, message):
         step_logprob(*example.arguments())
 
 
-def test_a_copy_is_made_of_rows_that_are_not_dense():
+def test_rows_that_are_not_dense_are_copied():
     example = step_example((2, 4, 8, 8))
     expected = step_logprob(*example.arguments())
     example.model_output = example.model_output.transpose(2, 3).contiguous().transpose(2, 3)

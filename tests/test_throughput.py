@@ -1,24 +1,20 @@
-"""throughput.py compares with TRL in turns, and reports what is slower than an earlier record."""
+"""The benchmark against TRL runs both trainers in turn, and flags what became slower."""
 
 from __future__ import annotations
 
 import importlib
-import json
-import os
 import sys
 from pathlib import Path
 
 import pytest
-from run_process import finish
+from run_process import ROOT, environment, finish, read_records
 
 from ddpo_fast.tiny_sd import MODEL
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
 def bench(monkeypatch):
-    """`bench("stem")` imports a module of `bench/lib`."""
+    """`bench("stem")` imports a module of the folder bench/lib."""
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     return lambda stem: importlib.import_module(f"lib.{stem}")
 
@@ -26,10 +22,8 @@ def bench(monkeypatch):
 def throughput(output: Path, *options: str) -> tuple[list[dict], str]:
     """(records, what was printed) of a tiny run on the CPU."""
     command = [sys.executable, "bench/throughput.py", "--device", "cpu", "--size", "tiny", "--output", str(output)]
-    variables = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    done = finish([*command, *options], env=variables, cwd=ROOT)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return [json.loads(line) for line in output.read_text().splitlines()], done.stdout
+    done = finish([*command, *options], env=environment(), cwd=ROOT)
+    return read_records(output), done.stdout
 
 
 def test_the_table_has_both_trainers(tmp_path):
@@ -50,7 +44,7 @@ def test_the_table_has_both_trainers(tmp_path):
         assert row["rows_per_s"] == pytest.approx(2 * 4 * 2 * 2 / row["epoch_s"])
         assert 0 < row["tflop_per_s"] < 2 * row["peak_tflop_per_s"]
         assert row["peak_bytes"] > 2**27
-    # the same prompts and noise give the same images, except for rounding in the first updates
+    # both trainers have the same prompts and noise, so images differ only by rounding in the first updates
     assert ours["reward_mean"] == pytest.approx(trl["reward_mean"], rel=0.05)
     speed_up = ours["images_per_s"] / trl["images_per_s"]
     assert trl["ours_over_this"]["per_round"] == [pytest.approx(speed_up)]
@@ -75,7 +69,7 @@ def test_learning_is_drawn_and_recorded(tmp_path):
     rows, said = throughput(tmp_path / "curves.jsonl", "--learning", "--seeds", "1", "--epochs", "2")
     ours, trl = rows
     assert (ours["contender"], trl["contender"]) == ("ours", "trl")
-    # ours trains for a quarter more epochs
+    # a quarter of the time is added for our trainer
     assert (len(ours["seconds"]), len(trl["seconds"])) == (3, 2)
     assert ours["reward"][0] == pytest.approx(trl["reward"][0], rel=0.02)
     assert "ours" in said
@@ -94,8 +88,7 @@ def test_a_profile_lists_the_longest_ops(tmp_path):
 
 def test_an_unknown_case_is_named():
     command = [sys.executable, "bench/throughput.py", "--device", "cpu", "--case", "nonsense"]
-    done = finish(command, cwd=ROOT)
-    assert done.returncode == 2
+    done = finish(command, status=2, cwd=ROOT)
     assert "nonsense" in done.stderr
     assert "full-fp32" in done.stderr
 
@@ -111,11 +104,11 @@ def test_what_got_slower_is_flagged(bench):
     against = bench("compare_with_record")
     now = speeds(10.0, 10.1, 9.9)
     assert against.compare([now], [speeds(20.0, 20.5, 19.0)])[1]
-    # the same speed, faster, within the range of either's rounds, and slower by a negligible share
+    # equal, faster, within the noise of either measurement, and by less than is flagged
     for old in (now, speeds(5.0, 5.1, 5.2), speeds(12.0, 10.1, 13.0), speeds(10.11, 10.12, 10.15)):
         lines, slower = against.compare([now], [old])
         assert not slower, lines
-    # a single round does not show how much rounds differ
+    # a single round gives no estimate of its noise
     assert not against.compare([speeds(9.5)], [speeds(10.0)])[1]
     assert against.compare([speeds(8.5)], [speeds(10.0)])[1]
 
@@ -146,7 +139,7 @@ def test_contenders_take_turns(bench):
     assert "".join(order) == "abbab"
     assert failed == {"a": "out of memory"}
     assert [figures["images_per_s"] for figures in results["b"]] == [2.0, 3.0, 5.0]
-    # a second round would end too late
+    # a second round would end after the time limit
     results, _ = rounds.take_turns(contenders, lambda *_: {"images_per_s": 1.0}, 3, budget_s=1e-9)
     assert [len(found) for found in results.values()] == [1, 1]
 
@@ -162,13 +155,13 @@ def test_seconds_to_the_same_reward(bench):
 
 
 def test_work_is_counted(bench):
-    workloads, flops = bench("workloads"), bench("flops")
+    workloads = bench("workloads")
     known = workloads.cases("cpu", "full", None, {"fuse_unet": False})
     ours, trl = known["no-guidance"].contenders
     assert (ours.sample_rows, ours.train_rows) == (24 * 50, 24 * 50)
     assert (trl.sample_rows, trl.train_rows) == (2 * 24 * 50, 24 * 50)
     assert ours.settings["fuse_unet"] is False
     assert "fuse_unet" not in trl.settings
-    counted = flops.flops_of(MODEL, use_lora=False)
-    # the backward pass takes a forward pass's FLOPs for the inputs' gradients and as many for the weights'
-    assert 2.9 < counted["trained"] / counted["forward"] < 3.0
+    flops = bench("flops").flops_of(MODEL, use_lora=False)
+    # a backward pass has the work of two forward passes: gradients of inputs and of weights
+    assert 2.9 < flops["trained"] / flops["forward"] < 3.0

@@ -1,4 +1,4 @@
-"""The bundled model is a Stable Diffusion: its format, its size, and that it listens to prompt and guidance."""
+"""The bundled model has the format of Stable Diffusion, is small, and follows prompts and guidance."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def pipeline():
 
 
 def draw(pipeline, prompts, guidance_scale=3.0):
-    """float images [B, H, W, 3] in [0, 1]."""
+    """Images [B, H, W, 3] in [0, 1] of prompts."""
     noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)).expand(len(prompts), -1, -1, -1)
     return pipeline(
         prompts, num_inference_steps=15, guidance_scale=guidance_scale, latents=noise.clone(), output_type="np"
     ).images
 
 
-def test_is_a_stable_diffusion(pipeline):
+def test_the_model_is_a_stable_diffusion(pipeline):
     assert isinstance(pipeline.unet, UNet2DConditionModel)
     assert isinstance(pipeline.vae, AutoencoderKL)
     assert isinstance(pipeline.text_encoder, CLIPTextModel)
@@ -37,8 +37,8 @@ def test_is_a_stable_diffusion(pipeline):
     assert sum(path.stat().st_size for path in MODEL.rglob("*")) < 12e6
 
 
-def test_background_follows_the_prompt(pipeline):
-    """Corners of 'a lion on a red background' are red, and so on: the prompt reaches the pixels."""
+def test_the_background_follows_the_prompt(pipeline):
+    """The corners of 'a lion on a red background' are red, and so for other colours."""
     names = ["red", "blue", "green", "yellow", "black", "white"]
     images = draw(pipeline, [f"a lion on a {name} background" for name in names])
     corners = images[:, :6, :6].mean((1, 2)) * 255
@@ -47,7 +47,7 @@ def test_background_follows_the_prompt(pipeline):
     assert (distances.argmin(1) == torch.arange(len(names))).float().mean() >= 5 / 6
 
 
-def test_guidance_and_prompt_matter(pipeline):
+def test_guidance_and_prompt_change_the_image(pipeline):
     lion, penguin, empty = draw(pipeline, ["a lion", "a penguin", ""])
     assert abs(lion - penguin).mean() > 0.1
     assert abs(lion - empty).mean() > 0.05

@@ -1,4 +1,4 @@
-"""One trainer: packing, precision, other predictions, hooks, subclasses, and what a run leaves."""
+"""The trainer: micro-batches, precision, other predictions, hooks, users' subclasses, and the files of a run."""
 
 from __future__ import annotations
 
@@ -8,26 +8,34 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from compare_runs import changed_share, metrics_of, relative_distance, same_bits, trained_weights
 from diffusers import StableDiffusionPipeline
 from rounding import RUNS_APART_IN_FP64, drift_limits, in_fp64
-from tiny_run import Prompts, brightness, build_pipeline, forget_accelerate_state
+from tiny_run import Prompts, brightness, build_pipeline
 from transformers import HfArgumentParser
 
 from ddpo_fast import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
-from ddpo_fast.trajectory import TrainingBatch
 
-# pairs of a UNet call in TRL's order: one timestep of a training batch
+# the micro-batch of TRL's order: one timestep of a training batch of 2 images
 PLAIN = 2
 
 
-def weights(trainer) -> dict[str, torch.Tensor]:
-    return {n: p.detach().clone() for n, p in trainer.sd_pipeline.unet.named_parameters() if p.requires_grad}
+@torch.no_grad()
+def log_prob(trainer, batch: dict, step: int) -> torch.Tensor:
+    """The log-probs of one step of a training batch, as TRL's `calculate_loss` finds them."""
+    latents, timesteps, next_latents = (batch[name][:, step] for name in ("latents", "timesteps", "next_latents"))
+    embeds = torch.cat([batch["negative_prompt_embeds"], batch["prompt_embeds"]])
+    output = trainer.sd_pipeline.unet(torch.cat([latents] * 2), torch.cat([timesteps] * 2), embeds).sample
+    unconditional, conditional = output.chunk(2)
+    output = unconditional + trainer.config.sample_guidance_scale * (conditional - unconditional)
+    pipeline, eta = trainer.sd_pipeline, trainer.config.sample_eta
+    return pipeline.scheduler_step(output, timesteps, latents, eta=eta, prev_sample=next_latents).log_probs
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 3, 4, 7, 100])
 @pytest.mark.parametrize("fraction", [1.0, 0.6])
 def test_packing_does_not_change_the_gradient(make_trainer, monkeypatch, tmp_path, micro_batch_size, fraction):
-    """The whole accumulated gradient, in fp64, against TRL's order of one timestep of one batch at a time."""
+    """The accumulated gradient of an update, in fp64, with any micro-batch size against TRL's order."""
     gradients = {}
     for size in (PLAIN, micro_batch_size):
         trainer = make_trainer(
@@ -53,16 +61,11 @@ def test_packing_does_not_change_the_gradient(make_trainer, monkeypatch, tmp_pat
             for _ in range(2)
         ]
         trainer.sd_pipeline.scheduler.set_timesteps(5)
-        with torch.no_grad():  # ratios near 1, on both sides
-            for batch in batches:
-                for j in range(5):
-                    embeds = torch.cat([batch["negative_prompt_embeds"], batch["prompt_embeds"]])
-                    score = trainer.policy.log_prob(
-                        batch["latents"][:, j], batch["timesteps"][:, j], batch["next_latents"][:, j], embeds
-                    )
-                    batch["log_probs"][:, j] = score + 1e-3 * randn(2)
+        for batch in batches:  # ratios near 1, on both sides
+            for step in range(5):
+                batch["log_probs"][:, step] = log_prob(trainer, batch, step) + 1e-3 * randn(2)
         monkeypatch.setattr(trainer.engine, "step", dict)
-        trainer.ppo.update([TrainingBatch.of(batch) for batch in batches], 0, None)
+        trainer._train_batched_samples(0, 0, 0, batches)
         gradients[size] = torch.cat([p.grad.flatten() for p in trainer.engine.parameters])
     expected, packed = gradients[PLAIN], gradients[micro_batch_size]
     assert expected.norm() > 0
@@ -75,23 +78,20 @@ def test_packed_run_ends_where_the_plain_one_does(make_trainer, tmp_path, use_lo
     for size in (PLAIN, 16):
         trainer = make_trainer(use_lora=use_lora, train_micro_batch_size=size, output_dir=str(tmp_path / f"{size}"))
         in_fp64(trainer)
-        before = weights(trainer)
+        before = trained_weights(trainer)
         trainer.train()
-        ends.append(weights(trainer))
-    moved = sum((ends[0][n] - before[n]).square().sum() for n in before) ** 0.5
-    apart = sum((ends[0][n] - ends[1][n]).square().sum() for n in before) ** 0.5
-    assert apart < RUNS_APART_IN_FP64 * moved
+        ends.append(trained_weights(trainer))
+    assert relative_distance(ends[1], ends[0], before) < RUNS_APART_IN_FP64
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_full_training_moves_all_weights_at_a_small_rate(make_trainer, precision):
-    """fp32 weights under half-precision compute: TRL's bf16 weights moved in 7 % of their elements."""
+    """The trained weights are fp32 in any compute precision. In TRL 7 % of the elements of bf16 weights move."""
     trainer = make_trainer(mixed_precision=precision, train_learning_rate=1e-5, num_epochs=2)
-    before = weights(trainer)
+    before = trained_weights(trainer)
     assert all(w.dtype == torch.float32 for w in before.values())
     trainer.train()
-    moved = sum((after != before[name]).sum().item() for name, after in weights(trainer).items())
-    assert moved > 0.99 * sum(w.numel() for w in before.values())
+    assert changed_share(before, trained_weights(trainer)) > 0.99
 
 
 @pytest.mark.parametrize("use_lora", [False, True])
@@ -106,32 +106,33 @@ def test_half_precision_keeps_latents_and_trained_weights_in_fp32(make_trainer, 
     samples, _ = trainer._generate_samples(1, 4)
     assert set(seen) == {torch.bfloat16}
     assert samples[0].trail.dtype == samples[0].log_probs.dtype == torch.float32
-    before = weights(trainer)
+    before = trained_weights(trainer)
     trainer.train()
-    assert any((w != before[n]).any() for n, w in weights(trainer).items())
+    assert not same_bits(before, trained_weights(trainer))
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_ratio_is_one_before_the_first_update(make_trainer, precision):
-    """Stored latents are scored as stored, and what is left is the UNet's own rounding in another batch size."""
+    """Training scores the latents as they are stored, so only the UNet's rounding in another batch size remains."""
     trainer = make_trainer(mixed_precision=precision)
     limits = drift_limits(trainer)
     trainer.train()
-    updates = [r for r in trainer.run_log.metrics.read() if r["kind"] == "update"]
+    updates = metrics_of(trainer, "update")
     drifts = [r["ratio_drift"] for r in updates if "ratio_drift" in r]
-    assert len(drifts) == 2  # once an epoch
+    assert len(drifts) == 2  # one for each epoch
     assert all(drift <= limit for drift, limit in zip(drifts, limits, strict=True))
 
 
 def test_recomputed_log_probs_make_the_ratio_one(make_trainer, caplog, tmp_path):
-    """Training without guidance scores another policy than the one that sampled: warned of, and repaired on request."""
+    """Training without guidance scores another policy than the one that sampled: there is a warning, and
+    train_recompute_log_probs corrects it."""
     plain = make_trainer(train_cfg=False, train_clip_range=0.01)
     plain.train(1)
     assert "ratio" in caplog.text
     rescored = make_trainer(train_cfg=False, train_recompute_log_probs=True, output_dir=str(tmp_path / "rescored"))
     limits = drift_limits(rescored)
     rescored.train(1)
-    drift = [r.run_log.metrics.read()[0]["ratio_drift"] for r in (plain, rescored)]
+    drift = [metrics_of(trainer)[0]["ratio_drift"] for trainer in (plain, rescored)]
     assert drift[0] > 1e-3
     assert drift[1] <= limits[0]
 
@@ -142,7 +143,7 @@ def test_other_predictions_train(make_trainer, tmp_path, prediction_type):
     trainer = make_trainer(model=str(tmp_path / "model"), train_learning_rate=1e-5)
     limits = drift_limits(trainer)
     trainer.train()
-    updates = [r for r in trainer.run_log.metrics.read() if r["kind"] == "update"]
+    updates = metrics_of(trainer, "update")
     assert updates[0]["ratio_drift"] <= limits[0]
     assert all(torch.isfinite(torch.tensor(r["loss"])) for r in updates)
 
@@ -154,9 +155,8 @@ def test_what_a_run_leaves(make_trainer, tmp_path, use_lora):
     trainer.save_model()
     run = tmp_path / "run"
     assert json.loads((run / "config.json").read_text())["config"]["num_epochs"] == 3
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [r["epoch"] for r in records if r["kind"] == "epoch"] == [0, 1, 2]
-    assert [r["update"] for r in records if r["kind"] == "update"] == list(range(6))
+    assert [r["epoch"] for r in metrics_of(run, "epoch")] == [0, 1, 2]
+    assert [r["update"] for r in metrics_of(run, "update")] == list(range(6))
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["checkpoint_2", "checkpoint_3"]
     assert (run / "rewards.png").stat().st_size > 1000
     assert list(run.rglob("events.out.tfevents*"))
@@ -164,7 +164,7 @@ def test_what_a_run_leaves(make_trainer, tmp_path, use_lora):
     plain = StableDiffusionPipeline.from_pretrained(run / "final")
     if use_lora:
         plain.load_lora_weights(run / "final")
-    # another layout and other kernels, so in fp64; images are fp32
+    # The saved model computes in another layout and with other kernels, so both run in fp64; images are fp32.
     mine, theirs = (
         pipe.to(torch.float64)(
             "a cat", num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="np"
@@ -215,7 +215,7 @@ def test_hook_gets_trls_tuples(make_trainer):
     assert len(prompts) == len(metadata) == 4
     assert torch.equal(rewards, brightness(images, prompts, metadata)[0])
     assert reward_metadata == {}
-    tracker.log_images({"a": images}, step=0)  # no tracker was asked for, and the call is harmless
+    tracker.log_images({"a": images}, step=0)  # works although no tracker is configured
 
 
 def test_async_rewards_are_the_same(make_trainer, tmp_path):
@@ -223,11 +223,11 @@ def test_async_rewards_are_the_same(make_trainer, tmp_path):
     for is_async in (False, True):
         trainer = make_trainer(async_reward_computation=is_async, output_dir=str(tmp_path / f"{is_async}"))
         trainer.train()
-        ends.append(weights(trainer))
-    assert all(torch.equal(ends[0][n], ends[1][n]) for n in ends[0])
+        ends.append(trained_weights(trainer))
+    assert same_bits(*ends)
 
 
-def test_evaluate_leaves_the_run_alone(make_trainer, tmp_path):
+def test_evaluate_does_not_change_the_run(make_trainer, tmp_path):
     ends = []
     for looks in (False, True):
         trainer = make_trainer(output_dir=str(tmp_path / f"{looks}"))
@@ -237,8 +237,8 @@ def test_evaluate_leaves_the_run_alone(make_trainer, tmp_path):
             assert torch.equal(first, again)
             assert scores.shape == (2,)
         trainer.train()
-        ends.append(weights(trainer))
-    assert all(torch.equal(ends[0][n], ends[1][n]) for n in ends[0])
+        ends.append(trained_weights(trainer))
+    assert same_bits(*ends)
 
 
 def test_trls_own_unit_tests(make_trainer):
@@ -257,7 +257,7 @@ def test_trls_own_unit_tests(make_trainer):
         torch.tensor([1.0]),
         torch.cat([sample["negative_prompt_embeds"][:1], sample["prompt_embeds"][:1]]),
     )
-    # one row where sampling had many: within the clip range, where a ratio is as good as 1
+    # The call has one row and sampling had many, so the log-prob is rounded differently, by less than the clip range.
     clip_range = trainer.config.train_clip_range
     assert loss.item() == pytest.approx(-1, abs=clip_range)
     assert approx_kl.item() == pytest.approx(0, abs=clip_range**2)
@@ -267,7 +267,7 @@ def test_trls_own_unit_tests(make_trainer):
 
 
 class CountingPipeline(DefaultDDPOStableDiffusionPipeline):
-    """A user's pipeline: its own trainable layers, its own scheduler step."""
+    """A user's pipeline with its own trainable layers and its own scheduler step."""
 
     scored = 0
 
@@ -296,15 +296,14 @@ class ScaledLoss(DDPOTrainer):
         return 0 * super().loss(advantages, clip_range, ratio)
 
 
-def test_users_trainer_subclass(model_dir, tmp_path):
-    config = DDPOConfig(mixed_precision="no", sample_num_steps=2, num_epochs=1, output_dir=str(tmp_path))
-    trainer = ScaledLoss(config, brightness, Prompts(), DefaultDDPOStableDiffusionPipeline(model_dir, use_lora=True))
+def test_users_trainer_subclass(make_trainer):
+    trainer = make_trainer(trainer_class=ScaledLoss, use_lora=True, sample_num_steps=2, num_epochs=1)
     trainer.train()
-    assert all(r["loss"] == 0 for r in trainer.run_log.metrics.read() if r["kind"] == "update")
+    assert all(r["loss"] == 0 for r in metrics_of(trainer, "update"))
 
 
 class OwnUpdates(DDPOTrainer):
-    """TRL's other way in: the whole pass over the training batches, with the losses' own backward passes."""
+    """A user's trainer that replaces the loop over training batches and calls `backward` itself."""
 
     passes = 0
 
@@ -320,27 +319,18 @@ class OwnUpdates(DDPOTrainer):
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_users_updates(model_dir, tmp_path, precision):
-    config = DDPOConfig(
-        mixed_precision=precision, sample_num_steps=2, sample_batch_size=2, num_epochs=1, output_dir=str(tmp_path)
-    )
-    trainer = OwnUpdates(config, brightness, Prompts(), DefaultDDPOStableDiffusionPipeline(model_dir, use_lora=True))
-    before = weights(trainer)
-    assert trainer._train_on.__func__ is DDPOTrainer._train_on
-    trainer._train_on(trajectory_of(trainer), 0, 0)
+def test_users_updates(make_trainer, precision):
+    settings = {"mixed_precision": precision, "sample_num_steps": 2, "num_epochs": 1}
+    trainer = make_trainer(trainer_class=OwnUpdates, use_lora=True, **settings)
+    before = trained_weights(trainer)
+    trainer.train()
     assert trainer.passes == 1
-    assert any((w != before[n]).any() for n, w in weights(trainer).items())
+    assert not same_bits(before, trained_weights(trainer))
 
 
-def trajectory_of(trainer):
-    samples, _ = trainer._generate_samples(1, 2)
-    return samples[0].with_advantages(torch.tensor([1.0, -1.0]))
-
-
-def test_moments_take_the_layout_of_the_weights(make_trainer, tmp_path):
-    """A run may be resumed with another layout, and fused Adam pairs elements by their place in memory."""
+def test_moments_have_the_memory_layout_of_the_weights(make_trainer, tmp_path):
+    """A run may be resumed with another memory layout, and fused Adam matches elements by their position in memory."""
     make_trainer(num_epochs=1, fuse_unet=False).train()
-    forget_accelerate_state()
     resumed = make_trainer(resume_from=str(tmp_path / "run"), fuse_unet=True)
     for parameter, moments in resumed.optimizer.state.items():
         assert moments["exp_avg"].stride() == parameter.stride()
@@ -353,7 +343,7 @@ class ScriptArguments:
 
 
 def test_trls_example_script(model_dir, tmp_path, monkeypatch):
-    """TRL's examples/scripts/ddpo.py with its import changed: the parser, the hook, and `save_model` at its end."""
+    """TRL's examples/scripts/ddpo.py with another import: its parser, its hook, and `save_model` at its end."""
     monkeypatch.chdir(tmp_path)
     logged = []
 
@@ -385,8 +375,8 @@ def test_trls_example_script(model_dir, tmp_path, monkeypatch):
     assert list((tmp_path / "logs").rglob("events*"))
 
 
-def test_images_with_a_gradient(model_dir):
-    """AlignProp's `rgb_with_grad`: the images' gradient reaches the UNet, truncated or not."""
+def test_gradients_of_images_reach_the_unet(model_dir):
+    """`rgb_with_grad`, which AlignProp uses, with and without truncated backpropagation."""
     pipeline = DefaultDDPOStableDiffusionPipeline(model_dir, use_lora=False)
     pipeline.set_progress_bar_config(disable=True)
     norms = []
@@ -411,7 +401,7 @@ def test_images_with_a_gradient(model_dir):
 
 @pytest.mark.parametrize("use_lora", [False, True])
 def test_a_compiled_unet_is_one_graph_and_trains_alike(make_trainer, tmp_path, monkeypatch, use_lora):
-    """Traced like any compiled UNet and run op by op: the compiler's own kernels would take minutes to make."""
+    """With the "eager" backend the UNet is traced and then run op by op; compiling kernels would take minutes."""
     compile_module = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_module(self, backend="eager"))
     torch._dynamo.reset()
@@ -422,15 +412,13 @@ def test_a_compiled_unet_is_one_graph_and_trains_alike(make_trainer, tmp_path, m
             use_lora=use_lora, compile_unet=compiled, num_epochs=1, output_dir=str(tmp_path / f"{compiled}")
         )
         in_fp64(trainer)
-        before = weights(trainer)
+        before = trained_weights(trainer)
         trainer.train()
-        ends.append(weights(trainer))
+        ends.append(trained_weights(trainer))
     assert torch._dynamo.utils.counters["frames"]["ok"] > 0
     assert not torch._dynamo.utils.counters["graph_break"]
     assert list(ends[0]) == list(ends[1]), "names stay"
-    moved = sum((ends[0][n] - before[n]).square().sum() for n in before) ** 0.5
-    apart = sum((ends[0][n] - ends[1][n]).square().sum() for n in before) ** 0.5
-    assert apart < RUNS_APART_IN_FP64 * moved
+    assert relative_distance(ends[1], ends[0], before) < RUNS_APART_IN_FP64
 
 
 def test_what_a_reward_does_to_the_process_does_not_stop_training(make_trainer, tmp_path, monkeypatch):
@@ -450,7 +438,7 @@ def test_what_a_reward_does_to_the_process_does_not_stop_training(make_trainer, 
 
 
 @pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM"])
-def test_a_way_of_splitting_that_is_not_supported(make_trainer, monkeypatch, variable):
+def test_fsdp_and_megatron_are_refused(make_trainer, monkeypatch, variable):
     monkeypatch.setenv(variable, "true")
     with pytest.raises(ValueError, match=r"accelerate's config asks for .*, which is not supported: "):
         make_trainer(pipeline=object())

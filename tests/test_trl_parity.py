@@ -8,6 +8,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from accelerate import PartialState
+from compare_runs import distance, trained_weights
 from tiny_run import SETTINGS, Prompts, brightness, forget_accelerate_state
 
 import ddpo_fast
@@ -41,16 +42,16 @@ class Run(NamedTuple):
 
 
 def run(library, model_dir, tmp_path, use_lora=False, **settings):
-    """Two epochs; everything that can be compared."""
+    """Trains two epochs with one of the two libraries."""
     if library.__name__ == "trl":
-        PartialState(cpu=True)  # without it TRL stops at its first log line
+        PartialState(cpu=True)  # without it TRL raises at its first log line
     else:
         settings["output_dir"] = str(tmp_path / "run")
     config = library.DDPOConfig(**{**SETTINGS, "save_freq": 1000, **settings})
     pipeline = library.DefaultDDPOStableDiffusionPipeline(model_dir, use_lora=use_lora)
     trainer = library.DDPOTrainer(config, brightness, Prompts(), pipeline)
     trainer.sd_pipeline.set_progress_bar_config(disable=True)
-    before = {n: p.detach().clone() for n, p in pipeline.unet.named_parameters() if p.requires_grad}
+    before = trained_weights(trainer)
     samples, logs = [], []
     generate, log = trainer._generate_samples, trainer.accelerator.log
 
@@ -65,8 +66,7 @@ def run(library, model_dir, tmp_path, use_lora=False, **settings):
 
     trainer._generate_samples, trainer.accelerator.log = keep_samples, keep_log
     trainer.train()
-    after = {n: p.detach().clone() for n, p in pipeline.unet.named_parameters() if p.requires_grad}
-    return Run(samples, [entry for entry in logs if entry], before, after)
+    return Run(samples, [entry for entry in logs if entry], before, trained_weights(trainer))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -78,11 +78,12 @@ def test_same_run_as_trl(case, model_dir, tmp_path):
         theirs = run(trl, model_dir, tmp_path, **CASES[case])
     forget_accelerate_state()
     ours = run(ddpo_fast, model_dir, tmp_path, **CASES[case])
-    # The arithmetic is the same up to the order of fp32 roundings: TRL computes sigma from differences of numbers
-    # near 1 (relative error up to 1e-5), we from fp64. Our UNet calls have other rows: where sums depend on them, five
-    # steps make 3e-5 of it in latents of size 1, and 1e-5 in log-probs (see rounding.py). Each epoch of training
-    # multiplies the difference: of gradients that agree to 1e-6 so many are near enough to 0 to have another sign, and
-    # Adam's first steps are signs: 2 sqrt(1e-6) = 2e-3 of the way.
+    # The two differ by fp32 rounding only. TRL computes sigma from differences of numbers near 1, with a relative error
+    # of up to 1e-5, and we compute it in fp64. Our UNet calls have another number of rows: on processors where the sums
+    # of a row depend on it, latents of size 1 differ by 3e-5 after five steps, and log-probs by 1e-5 (see rounding.py).
+    # Training makes the difference larger: Adam's first steps are the signs of gradients, and of gradients that agree
+    # to 1e-6 some are so near to 0 that their signs differ, which moves weights apart by 2 sqrt(1e-6) = 2e-3 of the
+    # way.
     batches_per_epoch = SETTINGS["sample_num_batches_per_epoch"]
     for i, (a, b) in enumerate(zip(theirs.samples, ours.samples, strict=True)):
         for key in ("prompt_embeds", "negative_prompt_embeds", "timesteps"):
@@ -98,7 +99,3 @@ def test_same_run_as_trl(case, model_dir, tmp_path):
     assert moved > 0.1, "a run that trains nothing shows nothing"
     assert distance(ours.before, theirs.before) == 0
     assert distance(ours.after, theirs.after) < 5e-3 * moved
-
-
-def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    return sum((a[name] - b[name]).double().square().sum().item() for name in b) ** 0.5

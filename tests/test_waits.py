@@ -1,4 +1,4 @@
-"""Whatever runs on several streams waits where it must: on a recording stand-in, no GPU is needed to see it."""
+"""Work on several CUDA streams waits where it must. A stand-in for CUDA checks it, so that no GPU is needed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ddpo_fast import cuda_graphs, rewards
 from ddpo_fast.cuda_graphs import Recorded
 from ddpo_fast.engine import optimizers
 from ddpo_fast.engine.offload import Offload
-from ddpo_fast.offload_frozen import awake, sleep
+from ddpo_fast.offload_frozen import offload, on_device
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_a_missing_wait_is_found(device):
     assert len(device.unrecorded()) == 1
 
 
-def test_the_host_must_wait_too(device):
+def test_a_missing_wait_of_the_host_is_found(device):
     x, y = device.on_device(torch.ones(3)), torch.zeros(3)
     y.copy_(x, non_blocking=True)
     done = torch.cuda.Event()
@@ -75,7 +75,7 @@ def test_the_host_must_wait_too(device):
 
 
 def test_recording_waits_for_its_arguments_and_is_waited_for(device):
-    """The function adds to a total, which `undo` and the next replay write."""
+    """The function adds to a total on the device, which `undo` and the next replay write to."""
     total = device.on_device(torch.zeros(3))
 
     def add(x):
@@ -96,7 +96,7 @@ def test_recording_waits_for_its_arguments_and_is_waited_for(device):
 
 @pytest.fixture
 def stepped(device, monkeypatch):
-    """A network's copies on the device that were read, gradients that were written, and steps with a bucket each."""
+    """Runs a step in host memory with one bucket for each weight, and reads the updated copies on the device."""
     monkeypatch.setattr(optimizers, "BUCKET", 1)
     count = 5
     masters = [nn.Parameter(torch.full((i + 2,), 1.0)) for i in range(count)]
@@ -123,7 +123,7 @@ def test_a_step_in_host_memory_waits_for_its_copies(device, stepped):
 
 
 class Later:
-    """An executor whose workers begin when somebody waits for them."""
+    """An executor that runs a function only when its result is asked for."""
 
     def __init__(self, device):
         self.device = device
@@ -141,13 +141,13 @@ class Later:
 
 
 def test_rewards_wait_for_their_images_and_are_waited_for(device, monkeypatch):
-    # the checks of `score` read values and so wait; whether the stream is waited for must not depend on them
+    # The checks in `score` read values, which waits for the stream. Without them a missing wait shows.
     monkeypatch.setattr(rewards, "score", lambda function, images, *others: function(images, *others))
     scoring = rewards.Scoring(lambda images, *_: (images.sum(1), {"mean": images.mean(1)}), Later(device))
     images = device.on_device(torch.ones(2, 3))
     batch = [images, ("a", "b"), ((), ())]
     scoring.begin(batch)
-    # the caller goes on with something else
+    # the caller continues with other work on its stream
     device.on_device(torch.zeros(3)).add_(1)
     ((scores, metadata),) = scoring.results([batch])
     assert torch.equal(scores * 1, torch.full((2,), 3.0))
@@ -155,21 +155,21 @@ def test_rewards_wait_for_their_images_and_are_waited_for(device, monkeypatch):
     assert not [memory for memory in device.unrecorded() if memory is device.memory(images)]
 
 
-# networks that wait in host memory
+# networks that are offloaded to host memory
 
 
-def test_an_idle_network_sleeps_in_pinned_memory_and_wakes_for_its_stream(device):
+def test_an_offloaded_network_is_in_pinned_memory_and_its_stream_waits_for_its_copy(device):
     network = nn.Linear(3, 2)
     for tensor in network.parameters():
         device.on_device(tensor)
     expected = network(device.on_device(torch.ones(1, 3))).detach().clone()
-    sleep(network, torch.float32)
+    offload(network, torch.float32)
     homes = [parameter.data for parameter in network.parameters()]
     for home in homes:
         assert device.memory(home).pinned
         assert not home.is_cuda
     for _ in range(2):
-        with awake(network, torch.device("cuda")):
+        with on_device(network, torch.device("cuda")):
             assert all(parameter.is_cuda for parameter in network.parameters())
             assert torch.equal(network(device.on_device(torch.ones(1, 3))), expected)
         for parameter, home in zip(network.parameters(), homes, strict=True):

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from ddpo_fast import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
 from ddpo_fast.tiny_sd import MODEL
 from ddpo_fast.tiny_sd.build import SCHEDULER
 
 
 def forget_accelerate_state() -> None:
-    """accelerate keeps one state for a process; every run here wants its own."""
+    """Clears the state that accelerate keeps for the whole process, as every run here has settings of its own."""
     for state in (AcceleratorState, PartialState, GradientState):
         state._shared_state.clear()
 
@@ -77,7 +81,7 @@ SETTINGS = {
 
 
 class Prompts:
-    """Draws from its own generator: TRL and we must call it in the same order to see the same prompts."""
+    """Draws prompts from a generator of its own, so that TRL's trainer and ours see the same ones."""
 
     def __init__(self) -> None:
         self.generator = torch.Generator().manual_seed(0)
@@ -89,3 +93,22 @@ class Prompts:
 
 def brightness(images, prompts, metadata):
     return images.float().mean((1, 2, 3)), {}
+
+
+def build_trainer(
+    model: str | Path,
+    output_dir: str | Path,
+    *,
+    reward: Any = brightness,
+    prompts: Any = None,
+    hook: Any = None,
+    use_lora: bool = False,
+    pipeline: Any = None,
+    trainer_class: type[DDPOTrainer] = DDPOTrainer,
+    **settings: Any,
+) -> DDPOTrainer:
+    """A trainer with `SETTINGS`, but for `settings`, as the first one of its process."""
+    forget_accelerate_state()
+    config = DDPOConfig(**{**SETTINGS, "output_dir": output_dir and str(output_dir), **settings})
+    pipeline = pipeline or DefaultDDPOStableDiffusionPipeline(str(model), use_lora=use_lora)
+    return trainer_class(config, reward, prompts or Prompts(), pipeline, image_samples_hook=hook)

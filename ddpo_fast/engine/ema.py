@@ -1,9 +1,8 @@
-"""A moving average of the trained weights: in diffusion models it draws better than the last update does."""
+"""An exponential moving average of the trained weights, which often draws better images than the last update does."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,35 +19,27 @@ class EMA:
 
     def __init__(self, weights: Sequence[Tensor], decay: float, on_host: bool = False) -> None:
         self.decay = decay
-        self.averages = [self._copy(weight.detach(), on_host) for weight in weights]
-
-    @staticmethod
-    def _copy(weight: Tensor, on_host: bool) -> Tensor:
-        return weight.to("cpu" if on_host else weight.device, torch.float32, copy=True)
+        self.averages = [
+            weight.detach().to("cpu" if on_host else weight.device, torch.float32, copy=True) for weight in weights
+        ]
 
     @torch.no_grad()
     def update(self, weights: Sequence[Tensor], skipped: Tensor | None = None) -> None:
-        """After an update; the averages stay where they are if it was `skipped`, [] and bool."""
+        """Adds the weights after an update to the averages.
+
+        Args:
+            skipped: [] bool on the device: whether the update was left out, and the averages stay as they are. A tensor
+                and not a Python bool, so that nothing waits for the device to know it.
+        """
         share: Any = 1 - self.decay if skipped is None else torch.where(skipped, 0.0, 1 - self.decay)
         for weight, average in zip(weights, self.averages, strict=True):
-            # one at a time: copies of all would be as large as the weights
-            here = weight.detach().to(average.device, torch.float32)
-            average.lerp_(here, share.to(average.device) if isinstance(share, Tensor) else share)
+            # one weight at a time: fp32 copies of all of them together would take as much memory as the averages
+            weight_fp32 = weight.detach().to(average.device, torch.float32)
+            # lerp: average + share * (weight - average), which is the formula above in one kernel
+            average.lerp_(weight_fp32, share.to(average.device) if isinstance(share, Tensor) else share)
 
     @torch.no_grad()
     def set(self, values: Sequence[Tensor]) -> None:
+        """Replaces the averages, by values of as many elements each."""
         for average, value in zip(self.averages, values, strict=True):
             average.copy_(value.view(average.shape))
-
-
-@contextmanager
-def holding(parameters: Sequence[torch.nn.Parameter], values: Sequence[Tensor]) -> Iterator[None]:
-    """Inside, the parameters have other values."""
-    own = [parameter.data for parameter in parameters]
-    for parameter, value in zip(parameters, values, strict=True):
-        parameter.data = value
-    try:
-        yield
-    finally:
-        for parameter, value in zip(parameters, own, strict=True):
-            parameter.data = value

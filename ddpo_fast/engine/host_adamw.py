@@ -1,4 +1,10 @@
-"""AdamW for weights in host memory, with moments in 8 bits."""
+"""AdamW for weights in host memory, with moments in 8 bits.
+
+Adam keeps two moments of each weight's gradient: its mean and the mean of its square. In fp32 they take 8 bytes a
+weight. Here they take 2: in blocks of 256 weights each value is one of 256 codes, times the block's fp32 scale
+(blockwise quantisation, Dettmers et al., arXiv 2110.02861). The arithmetic is `ops.adamw8bit_`; this module is the
+optimizer around it, in PyTorch's form, with bitsandbytes' states.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +18,7 @@ from torch import Tensor
 from ddpo_fast.ops import adamw8bit_, quantization_map
 from ddpo_fast.ops.adamw8bit import BLOCK
 
-# where bitsandbytes' state_dict keeps the tensors of a parameter
+# bitsandbytes' state_dict puts a parameter's tensors into a dict under this key, so that FSDP does not split them
 _WRAPPED = "__bnb_optimizer_quant_state__"
 _TENSORS = ("state1", "state2", "absmax1", "absmax2")
 
@@ -20,18 +26,21 @@ _TENSORS = ("state1", "state2", "absmax1", "absmax2")
 class HostAdamW8bit(torch.optim.Optimizer):
     """`bitsandbytes.optim.AdamW8bit` for fp32 parameters on the CPU: 6.03 bytes of memory a weight, its own 4 included.
 
-    State has bitsandbytes' keys and layout: `step`, `state1` and `state2` (uint8, the parameter's shape), `absmax1` and
-    `absmax2` (a scale for each 256 elements). `load_state_dict` takes its states, and it takes ours once `qmap1` and
-    `qmap2` are added: `ops.quantization_map`.
+    A parameter's state has bitsandbytes' keys and layout: `step`, `state1` and `state2` (uint8 codes in the parameter's
+    shape, of the mean and the mean of squares), `absmax1` and `absmax2` (an fp32 scale for each 256 elements).
+    `load_state_dict` accepts bitsandbytes' states. bitsandbytes accepts this class's states once `qmap1` and `qmap2`,
+    the values that codes stand for, are added to each of them: `ops.quantization_map`.
 
     Args:
         params: fp32, on the CPU, contiguous; may be views of a flat buffer.
         lr, betas, eps, weight_decay: AdamW's, the decay decoupled.
         min_8bit_size: parameters with fewer elements keep fp32 moments, as in bitsandbytes.
 
-    DeepSpeed takes it as a client optimizer for `offload_optimizer`, with `"zero_force_ds_cpu_optimizer": false` and
-    `"zero_allow_untested_optimizer": true`. It puts its own partitions in place of the parameters, so that these are
-    looked at when they are first updated. Raises `ValueError` for settings, and then for parameters, that do not fit.
+    DeepSpeed accepts it as a client optimizer for `offload_optimizer`, with `"zero_force_ds_cpu_optimizer": false` and
+    `"zero_allow_untested_optimizer": true`. DeepSpeed replaces the parameters by its own flat partitions after the
+    optimizer has been made, so parameters are checked when they are first updated and not before.
+
+    Raises `ValueError` for settings out of range, and in the first step for parameters of another kind.
     """
 
     def __init__(
@@ -52,7 +61,7 @@ class HostAdamW8bit(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step with `p.grad` of every parameter that has one."""
+        """One step with `p.grad` of every parameter that has one; returns what `closure` returns."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -66,13 +75,14 @@ class HostAdamW8bit(torch.optim.Optimizer):
     def step_with(
         self, grads: Sequence[Tensor | None], out: Sequence[Tensor | None] | None = None, grad_scale: float = 1.0
     ) -> None:
-        """One step with gradients from elsewhere, which may be half precision; `p.grad` is not looked at.
+        """One step with these gradients, which may be half precision, in place of `p.grad`.
 
         Args:
             grads: one for each parameter, in the order of `param_groups`: fp32, fp16 or bf16 on the CPU, of its size.
                 A parameter whose gradient is None stays as it is.
-            out: gets the new weights: fp16, bf16 or fp32, contiguous. None for no copy.
-            grad_scale: multiplies the gradients: unscales and clips.
+            out: one for each parameter, which the new weights are written to: fp16, bf16 or fp32, contiguous. None
+                for no copy.
+            grad_scale: what gradients are multiplied by, to unscale and to clip them.
         """
         outs = [None] * len(grads) if out is None else out
         for (group, p), grad, copy in zip(self._parameters(), grads, outs, strict=True):
@@ -80,18 +90,22 @@ class HostAdamW8bit(torch.optim.Optimizer):
                 self._update(group, p, grad, copy, grad_scale)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes our state_dict or that of bitsandbytes' AdamW8bit: codes stay uint8, where PyTorch would cast them.
+        """Loads a state_dict of this class or of bitsandbytes' AdamW8bit.
 
         Raises `ValueError` for states that do not fit the parameters.
         """
+        # PyTorch's own method casts states to the parameter's dtype, fp32, and codes must stay uint8
         super().load_state_dict({**state_dict, "state": {}})
         names = [name for group in state_dict["param_groups"] for name in group["params"]]
         for name, (_, p) in zip(names, self._parameters(), strict=True):
             if name in state_dict["state"]:
-                self.state[p] = _fitting(name, state_dict["state"][name], p)
+                self.state[p] = _checked_state(name, state_dict["state"][name], p)
 
     def init_state(self, group: dict[str, Any], p: Tensor, *place: int) -> None:
-        """A parameter's state before its first step; bitsandbytes' method of this name also takes the indices.
+        """Makes a parameter's state before its first step.
+
+        Args:
+            place: ignored; bitsandbytes' method of this name takes the indices of the group and the parameter.
 
         Raises `ValueError` for a parameter that is not contiguous fp32 on the CPU.
         """
@@ -126,18 +140,19 @@ class HostAdamW8bit(torch.optim.Optimizer):
 
 
 def _zero_state(p: Tensor, eight_bits: bool) -> dict[str, Any]:
-    kind = torch.uint8 if eight_bits else torch.float32
+    # scales of zero make every code stand for zero
+    dtype = torch.uint8 if eight_bits else torch.float32
     state: dict[str, Any] = {"step": 0}
-    state |= {name: torch.zeros_like(p, dtype=kind, requires_grad=False) for name in ("state1", "state2")}
+    state |= {name: torch.zeros_like(p, dtype=dtype, requires_grad=False) for name in ("state1", "state2")}
     if eight_bits:
         state |= {name: torch.zeros(-(-p.numel() // BLOCK)) for name in ("absmax1", "absmax2")}
     return state
 
 
-def _fitting(name: Any, saved: dict[str, Any], p: Tensor) -> dict[str, Any]:
-    """A parameter's saved state, copied, in the shape that it was saved in.
+def _checked_state(name: Any, saved: dict[str, Any], p: Tensor) -> dict[str, Any]:
+    """A copy of a parameter's saved state, in the shape that it was saved in.
 
-    Raises `ValueError` if it is of another size or kind, or its maps are others.
+    Raises `ValueError` if a tensor has another size or dtype than this class's, or if codes stand for other values.
     """
     saved = {**saved, **saved.get(_WRAPPED, {})}
     eight_bits = "absmax1" in saved
@@ -170,11 +185,20 @@ def _adamw_(
     step: int,
     grad_scale: float,
 ) -> None:
-    """What `adamw8bit_` computes, with fp32 moments."""
-    wide = grad.float() * grad_scale
-    m.lerp_(wide, 1 - beta1)
-    v.mul_(beta2).addcmul_(wide, wide, value=1 - beta2)
+    """What `adamw8bit_` computes, with fp32 moments.
+
+    With c1 = 1 - beta1^step and c2 = 1 - beta2^step:
+    p <- (1 - lr wd) p - lr (m / c1) / (sqrt(v / c2) + eps)
+
+    The corrections c1 and c2 make up for moments that start at zero: after one step m is only (1 - beta1) times the
+    gradient. Both numerator and denominator of the fraction are multiplied by sqrt(c2) here, so that v need not be
+    divided: lr (sqrt(c2) / c1) m / (sqrt(v) + sqrt(c2) eps).
+    """
+    grad_fp32 = grad.float() * grad_scale
+    m.lerp_(grad_fp32, 1 - beta1)
+    v.mul_(beta2).addcmul_(grad_fp32, grad_fp32, value=1 - beta2)
     correction = math.sqrt(1 - beta2**step)
+    # AdamW's decay is decoupled: it shrinks the weight itself, and is not part of the gradient
     p.mul_(1 - lr * weight_decay)
     p.addcdiv_(m, v.sqrt().add_(eps * correction), value=-lr * correction / (1 - beta1**step))
     if out is not None:

@@ -13,21 +13,20 @@ from torch import Tensor
 
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.engine import moments
-from ddpo_fast.engine.ema import EMA, holding
+from ddpo_fast.engine.ema import EMA
 from ddpo_fast.engine.loss_scale import LossScale
 from ddpo_fast.engine.master_weights import MasterWeights
 from ddpo_fast.engine.offload import Offload
 from ddpo_fast.engine.optimizers import Warmup, buckets, flat, step_in_buckets, step_in_place
+from ddpo_fast.temporary_values import temporary_values
 
 
 class LocalEngine:
-    """Owns backward and step. What the optimizer trains is exact whatever the precision of the forward pass.
-
-    Gradients are summed over micro-batches and averaged over processes once per update, so the forward may use the
-    bare UNet and no wrapper can be bypassed.
+    """An `Engine` (protocol.py documents its methods) in which each process has all weights.
 
     Args:
-        weights: the trained weights; `optimizer` trains its masters.
+        optimizer: trains `weights.masters`.
+        weights: the trained weights.
     """
 
     def __init__(
@@ -37,18 +36,18 @@ class LocalEngine:
         self.optimizer = optimizer
         self.weights = weights
         self.config = config
-        # recorded graphs write to the gradients where they were
+        # a recorded CUDA graph writes gradients to the addresses that they had while it was recorded
         self.keeps_gradients = config.cuda_graphs
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.updates = 0
         self._warmup = Warmup(optimizer, config.train_warmup_steps)
         self._scale = LossScale(accelerator.device, accelerator.mixed_precision == "fp16")
-        self._random = torch.Generator(accelerator.device)
-        self._offload = Offload(optimizer, weights) if weights.truth == "host" else None
+        self._generator = torch.Generator(accelerator.device)
+        self._offload = Offload(optimizer, weights) if weights.exact_weights == "host" else None
         if self.keeps_gradients:
             self.weights.fill_gradients(self._gradient_dtype)
         if accelerator.num_processes > 1:
-            self._broadcast()
+            self._broadcast_weights()
         on_host = config.ema_device == "cpu"
         self.ema = EMA(weights.masters, config.ema_decay, on_host) if config.ema_decay else None
         if config.optimizer_in_backward:
@@ -56,59 +55,57 @@ class LocalEngine:
         self._warmup.set_rate(self.updates)
 
     def computing(self) -> AbstractContextManager[None]:
-        """The network's trained weights are in the compute precision."""
         return self.weights.computing()
 
     def exact(self, write: bool = False) -> AbstractContextManager[None]:
-        """The network's trained weights are the exact ones, to read or to write, outside of `computing`."""
+        # outside of `computing` the network's parameters are the exact weights, on every process
         return nullcontext()
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The network's trained weights are their moving averages."""
         assert self.ema is not None
-        with holding(self.weights.parameters, self.ema.averages):
+        with temporary_values(self.weights.parameters, self.ema.averages):
             yield
 
     @property
     def can_begin_again(self) -> bool:
-        """Whether an update that was broken off in a backward pass has changed nothing but the gradients."""
+        # with an optimizer in the backward pass, that has changed weights before it failed
         return not self.config.optimizer_in_backward
 
     # gradients
 
     def loss_scale(self) -> Tensor:
-        """What losses are multiplied by before a backward pass, [] on the device: 1 except for fp16."""
         return self._scale.value
 
     def backward(self, loss: Tensor) -> None:
-        """Adds the gradient of `loss`, which carries its share of the update's pairs already."""
         (loss * self.loss_scale().to(loss.dtype)).backward()
 
     def backward_from(self, output: Tensor, gradient: Tensor) -> None:
-        """Adds the gradient of a loss with this gradient for `output`, times `loss_scale`."""
         output.backward(gradient)
 
     def zero_gradients(self) -> None:
-        """Forgets the gradients since the last update, or sets them to zero where they must stay in place."""
+        """Discards the gradients since the last update, or sets them to zero where recorded graphs need them."""
         self.weights.clear_gradients(keep=self.keeps_gradients)
 
     def forward_passes(self, mine: int) -> int:
-        """Forward passes that this process must make where it needs `mine`: no more."""
+        # forward passes do not communicate
         return mine
 
     # one update
 
     def step(self) -> dict[str, Tensor]:
-        """One update from the gradients since the last one: `grad_norm` before clipping, and for fp16 the loss scale
-        and whether the update was left out because a gradient overflowed."""
         self.updates += 1
         if self.config.optimizer_in_backward:
-            return self._finish_in_backward()
+            # the hooks of the backward pass have updated the weights already
+            self.weights.refresh()
+            if self.ema is not None:
+                self.ema.update(self.weights.masters)
+            self._warmup.set_rate(self.updates)
+            return {}
         self._average_over_processes()
-        found = [gradient for gradient in self.weights.gradients if gradient is not None]
-        norm = _norm(found) / self._scale.value
-        multiplier = (self.config.train_max_grad_norm / (norm + 1e-6)).clamp(max=1.0) / self._scale.value
+        norm, multiplier = self._clip()
+        # an infinite or undefined norm means that some gradient is: with a loss scale that is too large, without one a
+        # fault of the run, which its own checks report
         overflowed = ~norm.isfinite() & self._scale.enabled
         self._apply(multiplier, overflowed)
         logged = {"grad_norm": norm}
@@ -118,15 +115,32 @@ class LocalEngine:
         self._warmup.set_rate(self.updates)
         return logged
 
+    def _clip(self) -> tuple[Tensor, Tensor]:
+        """(the norm of all gradients without the loss scale, what they are to be multiplied by), both [].
+
+        The multiplier removes the loss scale and, if the norm exceeds `train_max_grad_norm`, reduces it to that, as
+        `torch.nn.utils.clip_grad_norm_` does (1e-6 included). Every kind of step applies it where it reads the
+        gradients anyway: in place, with a bucket's fp32 copies, or on the host.
+        """
+        gradients = [gradient for gradient in self.weights.gradients if gradient is not None]
+        norm = _norm(gradients) / self._scale.value
+        multiplier = (self.config.train_max_grad_norm / (norm + 1e-6)).clamp(max=1.0) / self._scale.value
+        return norm, multiplier
+
     def _apply(self, multiplier: Tensor, overflowed: Tensor) -> None:
-        """The optimizer's step, where its weights are; none if a gradient overflowed."""
-        if self._is_plain and self._scale.enabled:
-            # a fused step reads this on the device
-            self.optimizer.found_inf = overflowed.float()  # type: ignore[attr-defined]
-        elif self._scale.enabled and overflowed.item():
-            self.zero_gradients()
-            return
-        if self._is_plain:
+        """Runs the optimizer where its weights are, discards the gradients and updates copies and averages.
+
+        Changes nothing but the gradients if one overflowed.
+        """
+        if self._scale.enabled:
+            if self._steps_in_place:
+                # PyTorch's fused AdamW reads this flag on the device and skips the update, without the host waiting
+                # for its value; the flag has to be its attribute
+                self.optimizer.found_inf = overflowed.float()  # type: ignore[attr-defined]
+            elif overflowed.item():
+                self.zero_gradients()
+                return
+        if self._steps_in_place:
             step_in_place(self.optimizer, self.weights, multiplier)
             self.zero_gradients()
             self.weights.refresh()
@@ -134,121 +148,132 @@ class LocalEngine:
             self._offload.step(multiplier.item())
             self.zero_gradients()
         else:
-            step_in_buckets(self.optimizer, self.weights, multiplier, self._dice())
+            step_in_buckets(self.optimizer, self.weights, multiplier, self._rounding_generator())
             self.zero_gradients()
             self.weights.refresh()
         if self.ema is not None:
             self.ema.update(self.weights.masters, overflowed if self._scale.enabled else None)
 
     @property
-    def _is_plain(self) -> bool:
-        """Whether one call of the optimizer updates everything where it is."""
-        amp = getattr(self.optimizer, "_step_supports_amp_scaling", False)
-        exact = self.weights.truth == "device" and self._gradient_dtype == torch.float32
-        return exact and not hasattr(self.optimizer, "init_state") and (amp or not self._scale.enabled)
+    def _steps_in_place(self) -> bool:
+        """Whether one call of the optimizer can update all weights where they are, see `step_in_place`."""
+        fp32_on_device = self.weights.exact_weights == "device" and self._gradient_dtype == torch.float32
+        # bitsandbytes' optimizers, which have this method, change the layout of weights, see `step_in_buckets`
+        keeps_layout = not hasattr(self.optimizer, "init_state")
+        can_skip = getattr(self.optimizer, "_step_supports_amp_scaling", False) or not self._scale.enabled
+        return fp32_on_device and keeps_layout and can_skip
 
     @property
     def _gradient_dtype(self) -> torch.dtype:
         return self.weights.dtype if self.config.train_gradient_dtype == "half" else torch.float32
 
-    def _dice(self, i: int = 0) -> torch.Generator:
-        # the same in every process, and in a run that was resumed
-        return self._random.manual_seed(((self.config.seed * 1_000_003 + self.updates) * 10_007 + i) % 2**63)
+    def _rounding_generator(self, i: int = 0) -> torch.Generator:
+        """The random numbers of this update's stochastic rounding, or of that of one parameter with index `i`.
+
+        Their seed depends on the update alone: all processes round alike, so that their weights stay the same, and a
+        resumed run rounds as one that was never stopped. The primes keep seeds of different updates apart.
+        """
+        return self._generator.manual_seed(((self.config.seed * 1_000_003 + self.updates) * 10_007 + i) % 2**63)
 
     def _update_in_backward(self) -> None:
+        """Has each parameter updated as soon as a backward pass has its gradient, which is then freed."""
         for i, parameter in enumerate(self.weights.parameters):
+            # after the hook of MasterWeights, which was registered first and widens the gradient
             parameter.register_post_accumulate_grad_hook(lambda _, i=i: self._update_one(i))
 
     @torch.no_grad()
     def _update_one(self, i: int) -> None:
-        step_in_buckets(self.optimizer, self.weights, 1 / self._scale.value, self._dice(i), [i])
+        # no clipping: the norm of all gradients is known only after the last of them
+        step_in_buckets(self.optimizer, self.weights, 1 / self._scale.value, self._rounding_generator(i), [i])
         self.weights.set_gradient(i, None)
-
-    def _finish_in_backward(self) -> dict[str, Tensor]:
-        self.weights.refresh()
-        if self.ema is not None:
-            self.ema.update(self.weights.masters)
-        self._warmup.set_rate(self.updates)
-        return {}
 
     # processes
 
-    def _broadcast(self) -> None:
+    def _broadcast_weights(self) -> None:
+        """Gives every process the weights of process 0: a new LoRA is initialised at random in each."""
         for master in self.weights.masters:
-            here = master.data.to(self.accelerator.device)
-            dist.broadcast(here, src=0)
-            master.data.copy_(here)
+            # the backend (NCCL on GPUs) may not know host memory
+            on_device = master.data.to(self.accelerator.device)
+            dist.broadcast(on_device, src=0)
+            master.data.copy_(on_device)
         self.weights.refresh()
 
     def _average_over_processes(self) -> None:
-        many = self.accelerator.num_processes > 1
-        # with several processes all must have something to add; no gradient at all means a step on zero
-        if many or all(gradient is None for gradient in self.weights.gradients):
+        """Replaces the gradients by their mean over processes, and missing ones by zeros where an update needs them."""
+        several = self.accelerator.num_processes > 1
+        # Every process must take part in the all-reduce with the same tensors, whichever of its own gradients are
+        # missing. On one process an update without any gradient is a step with zeros, by which Adam still moves the
+        # weights, as far as its mean of earlier gradients is not zero.
+        if several or all(gradient is None for gradient in self.weights.gradients):
             self.weights.fill_gradients(self._gradient_dtype)
-        if not many:
+        if not several:
             return
         gradients = [gradient for gradient in self.weights.gradients if gradient is not None]
         for bucket in buckets(gradient.numel() for gradient in gradients):
-            mine = [gradients[i] for i in bucket]
-            message = torch.cat([gradient.flatten() for gradient in mine])
-            # first: a sum of half-precision gradients may overflow
+            members = [gradients[i] for i in bucket]
+            message = torch.cat([gradient.flatten() for gradient in members])
+            # divided before they are summed: the sum of half-precision gradients may overflow
             message /= self.accelerator.num_processes
             dist.all_reduce(message)
-            parts = message.split([gradient.numel() for gradient in mine])
-            torch._foreach_copy_(mine, [part.view(g.shape) for part, g in zip(parts, mine, strict=True)])
+            parts = message.split([gradient.numel() for gradient in members])
+            torch._foreach_copy_(members, [part.view(g.shape) for part, g in zip(parts, members, strict=True)])
 
-    # what a checkpoint keeps
+    # checkpoints
 
     def bytes_before_first_step(self) -> int:
-        """What the first update will allocate on the device: gradients and Adam's moments, unless they are there."""
         weights = sum(parameter.numel() for parameter in self.weights.parameters)
         gradients = 0 if self.keeps_gradients or self.config.optimizer_in_backward else self._gradient_dtype.itemsize
+        # of a weight: two moments in 8 bits (without their scales, 1/32 byte), or in fp32
         states = 2 if self.config.train_use_8bit_adam else 8
         if self.optimizer.state or (self._offload is not None and self.accelerator.device.type == "cuda"):
+            # they exist already, or are in host memory
             states = 0
         return weights * (gradients + states)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything beside the weights, for this engine or another one; every process calls it."""
         if not self.accelerator.is_main_process:
-            # it would copy everything for nobody
+            # every process has the same; only the main one writes it, and to copy it takes host memory
             return {}
-        kept: dict[str, Any] = {"loss_scale": self._scale.state_dict(), "updates": self.updates}
-        if moments.are_adams(self.optimizer):
-            kept["step"] = moments.step_of(self.optimizer)
+        state: dict[str, Any] = {"loss_scale": self._scale.state_dict(), "updates": self.updates}
+        if moments.is_adam(self.optimizer):
+            state["step"] = moments.step_of(self.optimizer)
             for moment in moments.MOMENTS:
-                kept[moment] = [moments.keep(self.optimizer, master, moment) for master in self.weights.masters]
+                state[moment] = [
+                    moments.to_checkpoint(self.optimizer, master, moment) for master in self.weights.masters
+                ]
         else:
-            kept["optimizer"] = self.optimizer.state_dict()
+            # an optimizer of the user's: its state means something to itself only
+            state["optimizer"] = self.optimizer.state_dict()
         if self.ema is not None:
-            kept["ema"] = [average.cpu() for average in self.ema.averages]
-        return kept
-
-    def process_state(self) -> dict[str, Any]:
-        """What is this process's alone: nothing."""
-        return {}
-
-    def load_process_state(self, saved: dict[str, Any]) -> None:
-        """Takes what an engine's `process_state` gave."""
+            state["ema"] = [average.cpu() for average in self.ema.averages]
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from what any engine's `state_dict` gave; the network has the weights already."""
         self.updates = state["updates"]
         self._scale.load_state_dict(state["loss_scale"])
         if "optimizer" in state:
             self.optimizer.load_state_dict(state["optimizer"])
         elif state["step"]:
             for i, master in enumerate(self.weights.masters):
-                values = {moment: state[moment][i] for moment in moments.MOMENTS}
-                seen = master.data if self._is_plain else flat(master)
-                moments.put(self.optimizer, master, values, state["step"], seen)
+                saved = {moment: state[moment][i] for moment in moments.MOMENTS}
+                data_in_step = master.data if self._steps_in_place else flat(master)
+                moments.write(self.optimizer, master, saved, state["step"], data_in_step)
         if self.ema is not None:
+            # a run that had no average until now starts it from the weights
             self.ema.set(state.get("ema", self.weights.masters))
         self._warmup.set_rate(self.updates)
 
+    def process_state(self) -> dict[str, Any]:
+        # all processes have the same state
+        return {}
+
+    def load_process_state(self, saved: dict[str, Any]) -> None:
+        pass
+
 
 def _norm(gradients: Sequence[Tensor]) -> Tensor:
-    """The length of all gradients together, summed in fp32, or in fp64 if they are."""
+    """The 2-norm of all gradients together, [], computed in fp32 (fp64 for fp64 gradients)."""
     wide = torch.promote_types(gradients[0].dtype, torch.float32)
+    # the norm of the tensors' norms is that of all elements; foreach takes one launch for many tensors
     norms = torch._foreach_norm(list(gradients), 2, dtype=wide)
     return torch.linalg.vector_norm(torch.stack(list(norms)))

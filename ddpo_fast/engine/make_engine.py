@@ -1,4 +1,4 @@
-"""Which engine a run has."""
+"""Chooses a run's engine and where its weights are kept."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.engine.local import LocalEngine
-from ddpo_fast.engine.master_weights import MasterWeights, Truth
+from ddpo_fast.engine.master_weights import ExactWeights, MasterWeights
 from ddpo_fast.engine.protocol import Engine
 from ddpo_fast.engine.zero import ZeroEngine
 from ddpo_fast.engine.zero_settings import accelerate_settings, prepare_communication, zero_settings
@@ -19,8 +19,16 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def compute_dtype(mixed_precision: str | None) -> torch.dtype:
-    """What networks compute in under a setting of `mixed_precision`."""
+    """The dtype that networks compute in under a setting of `mixed_precision`; None means 'no'."""
     return DTYPES[mixed_precision or "no"]
+
+
+def exact_weights(config: DDPOConfig) -> ExactWeights:
+    """Where a local engine keeps the fp32 weights that the optimizer trains (see `MasterWeights`)."""
+    if config.stochastic_rounding:
+        return "none"
+    # DeepSpeed offloads weights by itself
+    return "host" if config.offload != "none" and not config.uses_deepspeed else "device"
 
 
 def make_engine(
@@ -31,11 +39,13 @@ def make_engine(
     config: DDPOConfig,
     accelerator: Accelerator,
 ) -> Engine:
-    """The engine that the settings name: DeepSpeed's ZeRO, or the local one.
+    """The engine that the settings ask for: DeepSpeed's ZeRO, or the local one.
 
     Args:
-        network: has the `trained` parameters, in fp32.
-        make_optimizer: makes the optimizer of the parameters that the engine gives it.
+        network: the network that the `trained` parameters belong to.
+        trained: in fp32.
+        make_optimizer: makes an optimizer of the parameters that it is given. These are not always `trained`: with
+            mixed precision they are fp32 master weights.
         precision: what the network computes in, 'no', 'fp16' or 'bf16'.
     """
     if config.uses_deepspeed:
@@ -51,10 +61,3 @@ def make_engine(
         None if config.train_gradient_dtype == "half" else torch.float32,
     )
     return LocalEngine(accelerator, make_optimizer(weights.masters), weights, config)
-
-
-def exact_weights(config: DDPOConfig) -> Truth:
-    """Where the weights that the optimizer trains are."""
-    if config.stochastic_rounding:
-        return "copies"
-    return "host" if config.offload != "none" and not config.uses_deepspeed else "device"

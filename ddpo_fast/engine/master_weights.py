@@ -1,4 +1,8 @@
-"""The exact weights that an optimizer trains, and the half-precision copies of them that a network computes with."""
+"""The weights of mixed-precision training: fp32 for the optimizer, half precision for the network.
+
+Micikevicius et al., Mixed Precision Training (arXiv 1710.03740), call the former master weights. Without them most
+updates would be lost: bf16 has 8 significant bits, so that a weight of 1 stays 1 when 1e-4 is added to it.
+"""
 
 from __future__ import annotations
 
@@ -9,23 +13,27 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-Truth = Literal["device", "host", "copies"]
+# Where the fp32 weights that the optimizer trains are kept. "none": there are none, and the optimizer's updates are
+# rounded stochastically into the half-precision weights that the network computes with.
+ExactWeights = Literal["device", "host", "none"]
 
 
 class MasterWeights:
-    """The trained parameters of a network in two precisions.
+    """The trained parameters of a network, as the optimizer sees them and as the network computes with them.
 
-    Outside of `computing` the network's parameters are the exact weights, so whatever saves or reads them sees all
-    their bits; inside, they are copies in `dtype` on the device. Gradients are added up in `gradient_dtype` as each
-    becomes ready in a backward pass, and freed. For fp32 on one device there is one set of weights, and autograd adds
-    up its gradients.
+    `masters` are what the optimizer trains, `copies` are what the network computes with. Outside of `computing` the
+    network's parameters are the masters, so that whatever saves or loads the network sees all their bits; inside, they
+    are the copies. For fp32 on one device masters and parameters are the same, and there are no copies.
+
+    Gradients with respect to copies are added up in `gradient_dtype` as soon as a backward pass has computed each, and
+    the half-precision ones are freed: there are never half-precision gradients of more than a few parameters at once.
+    Without copies autograd adds up gradients by itself.
 
     Args:
         parameters: fp32.
         dtype: what the network computes in.
-        device: where it computes.
-        truth: where the exact weights are: fp32 beside the network, fp32 in host memory, or nowhere but in the copies,
-            which must then be updated with stochastic rounding.
+        device: where the network computes.
+        exact_weights: where the masters are: on the device, in host memory, or "none": the masters are the copies.
         gradient_dtype: what gradients are added up in; None means `dtype`.
     """
 
@@ -34,31 +42,38 @@ class MasterWeights:
         parameters: Sequence[nn.Parameter],
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
-        truth: Truth = "device",
+        exact_weights: ExactWeights = "device",
         gradient_dtype: torch.dtype | None = torch.float32,
     ) -> None:
         self.parameters = list(parameters)
         self.dtype = dtype
-        self.truth = truth
+        self.exact_weights = exact_weights
         self.masters = self.parameters
         self.copies: list[Tensor] = []
-        self._sums: list[Tensor | None] = []
+        # gradients with respect to the copies, added up since the last update
+        self._gradients: list[Tensor | None] = []
         self._is_computing = False
-        self._seen: list[int] = []
-        if dtype == torch.float32 and truth == "device":
+        # PyTorch's version counters of the parameters, which every write in place increases
+        self._versions: list[int] = []
+        if dtype == torch.float32 and exact_weights == "device":
             return
         self.copies = [p.detach().to(device, dtype, copy=True) for p in self.parameters]
-        exact = self.copies if truth == "copies" else [_at(p.detach(), truth, device) for p in self.parameters]
-        self.masters = [nn.Parameter(values) for values in exact]
-        self._sums = [None] * len(self.parameters)
-        self._give([master.data for master in self.masters])
+        if exact_weights == "none":
+            masters = self.copies
+        else:
+            # On the host the masters are not pinned: PyTorch's allocator of pinned memory rounds sizes up to powers of
+            # two, and an offloaded step copies a bucket at a time through small pinned buffers anyway (offload.py).
+            masters = [p.detach().to(device if exact_weights == "device" else "cpu") for p in self.parameters]
+        self.masters = [nn.Parameter(values) for values in masters]
+        self._gradients = [None] * len(self.parameters)
+        self._point_parameters_at([master.data for master in self.masters])
         for i, parameter in enumerate(self.parameters):
-            parameter.register_post_accumulate_grad_hook(sums_to(self._sums, i, gradient_dtype or dtype))
+            parameter.register_post_accumulate_grad_hook(accumulate_into(self._gradients, i, gradient_dtype or dtype))
 
     @property
-    def is_one_set(self) -> bool:
-        """Whether the network computes with what the optimizer trains."""
-        return not self.copies
+    def has_copies(self) -> bool:
+        """Whether the network computes with other tensors than its parameters outside of `computing`."""
+        return bool(self.copies)
 
     @property
     def weights(self) -> list[Tensor]:
@@ -67,48 +82,50 @@ class MasterWeights:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """The network has its copies, made of the exact weights as they are now; may be nested."""
-        if self._is_computing or self.is_one_set:
+        """Inside, the network's parameters are the copies, brought up to date with the masters; may be nested."""
+        if self._is_computing or not self.has_copies:
             yield
             return
-        # host memory is far: it is read again only if somebody has written to it
-        if self.truth != "host" or [p._version for p in self.parameters] != self._seen:
+        # Somebody may have loaded weights into the network since the last update. Masters on the device are simply
+        # copied again. To read all of them from host memory takes longer, so there it is done only after a write.
+        if self.exact_weights != "host" or [p._version for p in self.parameters] != self._versions:
             self.refresh()
-        self._give(self.copies)
+        self._point_parameters_at(self.copies)
         self._is_computing = True
         try:
             yield
         finally:
             self._is_computing = False
-            self._give([master.data for master in self.masters])
+            self._point_parameters_at([master.data for master in self.masters])
 
     def refresh(self) -> None:
-        """Brings the copies up to date."""
-        if not self.is_one_set and self.truth != "copies":
+        """Rounds the masters into the copies."""
+        if self.has_copies and self.exact_weights != "none":
             torch._foreach_copy_(self.copies, [master.detach() for master in self.masters])
 
     # gradients
 
     @property
     def gradients(self) -> list[Tensor | None]:
-        """The sum for each parameter since the last `clear_gradients`, on the device; None where there was nothing."""
-        return [p.grad for p in self.parameters] if self.is_one_set else list(self._sums)
+        """The gradient of each parameter since the last `clear_gradients`, on the device; None where there is none."""
+        return list(self._gradients) if self.has_copies else [p.grad for p in self.parameters]
 
     def set_gradient(self, i: int, gradient: Tensor | None) -> None:
-        if self.is_one_set:
-            self.parameters[i].grad = gradient
+        """Replaces the gradient of the parameter with index `i`."""
+        if self.has_copies:
+            self._gradients[i] = gradient
         else:
-            self._sums[i] = gradient
+            self.parameters[i].grad = gradient
 
     def clear_gradients(self, keep: bool = False) -> None:
-        """Forgets the gradients, or sets them to zero where they are if they must stay there."""
-        if not self.is_one_set:
-            # of a backward pass that was broken off
+        """Discards the gradients, or with `keep` sets them to zero in place."""
+        if self.has_copies:
+            # only a backward pass that failed half-way leaves gradients here: the hook removes them
             for parameter in self.parameters:
                 parameter.grad = None
         gradients = self.gradients
         if keep:
-            # one launch for many
+            # one kernel launch for many tensors
             if found := [gradient for gradient in gradients if gradient is not None]:
                 torch._foreach_zero_(found)
             return
@@ -116,34 +133,34 @@ class MasterWeights:
             self.set_gradient(i, None)
 
     def fill_gradients(self, gradient_dtype: torch.dtype) -> None:
-        """Zeros where there is no gradient yet."""
+        """Makes gradients of zeros for parameters that have none."""
         for i, (gradient, weight) in enumerate(zip(self.gradients, self.weights, strict=True)):
             if gradient is None:
                 self.set_gradient(i, torch.zeros_like(weight, dtype=gradient_dtype))
 
-    def _give(self, values: Sequence[Tensor]) -> None:
+    def _point_parameters_at(self, values: Sequence[Tensor]) -> None:
         for parameter, value in zip(self.parameters, values, strict=True):
             parameter.data = value
-        self._seen = [p._version for p in self.parameters]
+        self._versions = [p._version for p in self.parameters]
 
 
-def sums_to(sums: list[Tensor | None], i: int, dtype: torch.dtype) -> Callable[[Tensor], None]:
-    """A hook for when a parameter's gradient is ready: adds it to `sums[i]`, in `dtype`, and frees it."""
+def accumulate_into(totals: list[Tensor | None], i: int, dtype: torch.dtype) -> Callable[[Tensor], None]:
+    """A hook for `register_post_accumulate_grad_hook`: adds the parameter's gradient to `totals[i]` and frees it.
+
+    Args:
+        dtype: of the total. fp32 matters for long sums: in bf16 a term of less than 1/512 of the total is lost.
+    """
 
     def add(parameter: Tensor) -> None:
-        gradient, total = parameter.grad, sums[i]
+        gradient, total = parameter.grad, totals[i]
         assert gradient is not None
-        # first: memory may run out below, and what is begun again must not find this
+        # Cleared first: should memory run out below, the micro-batch is repeated in smaller parts, and autograd would
+        # add their gradients to one that was left here.
         parameter.grad = None
         if total is None:
-            sums[i] = gradient.to(dtype)
+            totals[i] = gradient.to(dtype)
         else:
-            # one kernel, which widens as it reads
+            # the kernel converts the half-precision gradient as it reads it: no fp32 copy is made
             total.add_(gradient)
 
     return add
-
-
-def _at(weights: Tensor, truth: Truth, device: torch.device | str) -> Tensor:
-    # not page-locked: that is given out in powers of two, and what goes to and fro is copied a bucket at a time anyway
-    return weights.to(device if truth == "device" else "cpu")

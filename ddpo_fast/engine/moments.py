@@ -1,8 +1,15 @@
-"""Adam's two moments as checkpoints keep them: whatever optimizer wrote them, any other one can go on from them.
+"""Adam's two moments in checkpoints: whichever optimizer wrote them, any other can continue from them.
 
-A kept moment is fp32 in the parameter's shape, or 8-bit as it was: `{"codes": uint8 [N], "absmax": fp32 [N/256],
-"order": the dimensions from the outermost in memory to the innermost}`. In between it is fp32, flat, in the order of
-the parameter's memory.
+PyTorch calls a parameter's moments `exp_avg` and `exp_avg_sq` and keeps them in fp32. bitsandbytes (and HostAdamW8bit)
+calls them `state1` and `state2`: fp32 for small parameters, and for large ones 8-bit codes, with the scales `absmax1`
+and `absmax2` of each 256 of them (see ops/adamw8bit.py).
+
+A checkpoint has each moment in one of two forms:
+    a tensor in fp32 and in the parameter's shape, or
+    `{"codes": uint8 [N], "absmax": fp32 [ceil(N / 256)], "order": [dimensions]}`, 8-bit as the optimizer had it.
+Blocks of 256 are counted in the order in which the parameter lies in memory. `order` is its dimensions from the
+outermost in memory to the innermost, e.g. [0, 2, 3, 1] for a channels_last convolution. Between the two forms a moment
+is fp32, flat, and in the order of the parameter's memory.
 """
 
 from __future__ import annotations
@@ -14,102 +21,110 @@ from torch import Tensor
 
 from ddpo_fast.engine.optimizers import flat
 from ddpo_fast.ops.adamw8bit import dequantise, quantise
+from ddpo_fast.temporary_values import temporary_values
 
+# PyTorch's names, which are also the keys in checkpoints
 MOMENTS = ("exp_avg", "exp_avg_sq")
-# bitsandbytes' names
-CODES = {"exp_avg": ("state1", "absmax1"), "exp_avg_sq": ("state2", "absmax2")}
-Kept: TypeAlias = Tensor | dict[str, Any]
+# bitsandbytes' names for values (or codes) and scales
+BITSANDBYTES_NAMES = {"exp_avg": ("state1", "absmax1"), "exp_avg_sq": ("state2", "absmax2")}
+SavedMoment: TypeAlias = Tensor | dict[str, Any]
 
 
-def are_adams(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether what the optimizer keeps, or will keep, is a count of steps and Adam's moments under a known name."""
+def is_adam(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer's states are, or will be, a count of steps and these two moments and nothing else."""
     group = optimizer.param_groups[0]
+    # AMSGrad has a third one, the largest mean of squares so far
     return "betas" in group and not group.get("amsgrad", False)
 
 
 def step_of(optimizer: torch.optim.Optimizer) -> int:
-    """Steps that the optimizer has taken."""
+    """The number of steps that the optimizer has taken."""
     return max((int(state["step"]) for state in optimizer.state.values() if "step" in state), default=0)
 
 
-def get(optimizer: torch.optim.Optimizer, parameter: Tensor, moment: str) -> Tensor:
-    """A moment of a parameter, [N]; zeros before the first step."""
+def read(optimizer: torch.optim.Optimizer, parameter: Tensor, moment: str) -> Tensor:
+    """A parameter's moment in fp32, [N], in the order of the parameter's memory; zeros before the first step."""
     state = optimizer.state.get(parameter, {})
-    codes, absmax = CODES[moment]
+    values, scales = BITSANDBYTES_NAMES[moment]
     if _is_quantised(state, moment):
-        return dequantise(state[codes], state[absmax], signed=moment == "exp_avg")
-    value = state.get(moment, state.get(codes))
+        return dequantise(state[values], state[scales], signed=moment == "exp_avg")
+    value = state.get(moment, state.get(values))
     if value is None:
         return torch.zeros(parameter.numel(), device=parameter.device)
     return flat(value, like=parameter).float() if value.shape == parameter.shape else value.float().view(-1)
 
 
-def put(
+def write(
     optimizer: torch.optim.Optimizer,
     parameter: Tensor,
-    values: dict[str, Kept],
+    saved: dict[str, SavedMoment],
     step: int,
-    seen: Tensor | None = None,
+    data_in_step: Tensor | None = None,
 ) -> None:
-    """Sets the moments of a parameter, as checkpoints keep them, and its count of steps.
+    """Sets a parameter's moments to those of a checkpoint, and its count of steps.
 
-    8-bit ones stay as they are where the optimizer has such in the same order, as codes of codes may be others.
+    8-bit codes are copied as they are, if the optimizer keeps 8-bit codes in the same order of elements. To dequantise
+    and quantise them again could give other codes, and a resumed run would not have the same bits.
 
     Args:
-        seen: the parameter's values as the optimizer sees them in a step (default: as they are).
+        data_in_step: what the parameter's `data` will be during the optimizer's steps, if it is not what it is outside
+            (see `step_in_buckets`): states that must be made first take its shape.
     """
-    home = parameter.data
-    parameter.data = home if seen is None else seen
-    state = _state(optimizer, parameter, step)
-    parameter.data = home
-    for moment, value in values.items():
-        codes, absmax = CODES[moment]
+    with temporary_values([parameter], [parameter.data if data_in_step is None else data_in_step]):
+        state = _state_at(optimizer, parameter, step)
+    for moment, value in saved.items():
+        values, scales = BITSANDBYTES_NAMES[moment]
         if not _is_quantised(state, moment):
-            flat(state[moment] if moment in state else state[codes]).copy_(restored(value, parameter, moment))
+            flat(state[moment] if moment in state else state[values]).copy_(from_checkpoint(value, parameter, moment))
             continue
-        if isinstance(value, dict) and value["order"] == _order(parameter):
-            new_codes, scales = value["codes"], value["absmax"]
+        if isinstance(value, dict) and value["order"] == _memory_order(parameter):
+            codes, absmax = value["codes"], value["absmax"]
         else:
-            exact = restored(value, parameter, moment).to(state[codes].device)
-            new_codes, scales = quantise(exact, signed=moment == "exp_avg")
-        flat(state[codes]).copy_(new_codes)
-        state[absmax].copy_(scales)
+            exact = from_checkpoint(value, parameter, moment).to(state[values].device)
+            codes, absmax = quantise(exact, signed=moment == "exp_avg")
+        flat(state[values]).copy_(codes)
+        state[scales].copy_(absmax)
 
 
-def keep(optimizer: torch.optim.Optimizer, parameter: Tensor, moment: str) -> Kept:
-    """A moment of a parameter for a checkpoint."""
+def to_checkpoint(optimizer: torch.optim.Optimizer, parameter: Tensor, moment: str) -> SavedMoment:
+    """A parameter's moment as a checkpoint keeps it, in host memory."""
     state = optimizer.state.get(parameter, {})
     if not _is_quantised(state, moment):
-        return get(optimizer, parameter, moment).cpu().as_strided(parameter.shape, parameter.stride())
-    codes, absmax = (flat(state[name]).cpu() for name in CODES[moment])
-    return {"codes": codes, "absmax": absmax, "order": _order(parameter)}
+        return read(optimizer, parameter, moment).cpu().as_strided(parameter.shape, parameter.stride())
+    codes, absmax = (flat(state[name]).cpu() for name in BITSANDBYTES_NAMES[moment])
+    return {"codes": codes, "absmax": absmax, "order": _memory_order(parameter)}
 
 
-def restored(kept: Kept, parameter: Tensor, moment: str) -> Tensor:
-    """A checkpoint's moment, [N] fp32, in the order of the parameter's memory."""
-    if isinstance(kept, Tensor):
-        return flat(kept.float(), like=parameter)
-    values = dequantise(kept["codes"], kept["absmax"], signed=moment == "exp_avg")
-    outer_to_inner = values.view([parameter.shape[d] for d in kept["order"]])
-    return flat(outer_to_inner.permute([kept["order"].index(d) for d in range(parameter.ndim)]), like=parameter)
+def from_checkpoint(saved: SavedMoment, parameter: Tensor, moment: str) -> Tensor:
+    """A checkpoint's moment in fp32, [N], in the order of the parameter's memory, which may be on `meta`."""
+    if isinstance(saved, Tensor):
+        return flat(saved.float(), like=parameter)
+    values = dequantise(saved["codes"], saved["absmax"], signed=moment == "exp_avg")
+    # the codes' order of elements, as a tensor whose dimensions are in that order, then brought into the shape's order
+    outer_to_inner = values.view([parameter.shape[d] for d in saved["order"]])
+    return flat(outer_to_inner.permute([saved["order"].index(d) for d in range(parameter.ndim)]), like=parameter)
 
 
-def _order(parameter: Tensor) -> list[int]:
+def _memory_order(parameter: Tensor) -> list[int]:
+    """The parameter's dimensions, the outermost in memory first."""
     return sorted(range(parameter.ndim), key=lambda d: -parameter.stride()[d])
 
 
 def _is_quantised(state: dict[str, Any], moment: str) -> bool:
-    codes, _ = CODES[moment]
+    # bitsandbytes keeps small parameters' moments in fp32 under the same name
+    codes, _ = BITSANDBYTES_NAMES[moment]
     return codes in state and state[codes].dtype == torch.uint8
 
 
-def _state(optimizer: Any, parameter: Tensor, step: int) -> dict[str, Any]:
-    """The optimizer's state for a parameter, made as its first step would if there is none, and at `step`."""
+def _state_at(optimizer: Any, parameter: Tensor, step: int) -> dict[str, Any]:
+    """The optimizer's state for a parameter, with its count set to `step`; made as the first step would, if missing."""
     state: dict[str, Any] = optimizer.state[parameter]
     if not state and hasattr(optimizer, "init_state"):
+        # bitsandbytes' method, and that of HostAdamW8bit; the zeros are the indices of the group and the parameter
         optimizer.init_state(optimizer.param_groups[0], parameter, 0, 0)
         state = optimizer.state[parameter]
     elif not state:
+        # torch.optim.AdamW's: fused and capturable steps read the count on the device
         on_device = optimizer.param_groups[0].get("fused") or optimizer.param_groups[0].get("capturable")
         state["step"] = torch.zeros((), device=parameter.device if on_device else "cpu")
         state.update({moment: torch.zeros_like(parameter, dtype=torch.float32) for moment in MOMENTS})

@@ -1,7 +1,8 @@
-"""A step in host memory: gradients come down, the CPU updates the exact weights, half-precision copies go up.
+"""An optimizer's step in host memory.
 
-Each crosses the bus once an update, a bucket at a time; while the CPU works on one bucket the next comes down and the
-one before goes up.
+Gradients are copied to the host, the CPU updates the fp32 weights, and half-precision copies of them are copied back to
+the device: each crosses the bus once an update, a bucket at a time. While the CPU updates one bucket, the next one's
+gradients and the previous one's weights are copied, in streams of their own.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ddpo_fast.engine.host_adamw import HostAdamW8bit
 from ddpo_fast.engine.master_weights import MasterWeights
-from ddpo_fast.engine.optimizers import buckets, flat, training_only
+from ddpo_fast.engine.optimizers import buckets, flat, only_parameters
 
 
 class Offload:
@@ -24,97 +25,108 @@ class Offload:
         self.optimizer = optimizer
         self.weights = weights
         if "TORCHELASTIC_RUN_ID" in os.environ and weights.copies[0].is_cuda:
-            # torchrun leaves each process one thread, and here the CPU has something to do
+            # torchrun sets OMP_NUM_THREADS=1, which suits processes that only launch kernels; here the CPU computes,
+            # and the processes of this machine share its processors
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
         self.buckets = list(buckets(master.numel() for master in weights.masters))
-        # two of each: one moves while the other is worked on
+        # double buffering: a copy fills or empties one buffer while the CPU works on the other
         self._gradients = [_Staging(), _Staging()]
         self._copies = [_Staging(), _Staging()]
 
     def step(self, multiplier: float) -> None:
         """One update from the gradients times `multiplier`; brings the network's copies up to date."""
-        sums, copies = self.weights.gradients, self.weights.copies
-        chosen = [[i for i in bucket if sums[i] is not None] for bucket in self.buckets]
-        chosen = [bucket for bucket in chosen if bucket]
-        for at, bucket in enumerate(chosen):
-            if at == 0:
-                self._download(bucket, 0)
-            if at + 1 < len(chosen):
-                self._download(chosen[at + 1], at + 1)
-            gradients, out = self._gradients[at % 2], self._copies[at % 2]
-            gradients.wait()
-            out.wait()
-            out.views = out.room([copies[i] for i in bucket])
-            self._update(bucket, gradients.views, out.views, multiplier)
-            out.move([flat(copies[i]) for i in bucket], out.views)
+        gradients, copies = self.weights.gradients, self.weights.copies
+        bucket_members = [[i for i in bucket if gradients[i] is not None] for bucket in self.buckets]
+        bucket_members = [members for members in bucket_members if members]
+        for turn, members in enumerate(bucket_members):
+            # start the download of the next bucket before this one is updated (of the first one too, at the beginning)
+            if turn == 0:
+                self._download(members, 0)
+            if turn + 1 < len(bucket_members):
+                self._download(bucket_members[turn + 1], turn + 1)
+            downloaded, uploaded = self._gradients[turn % 2], self._copies[turn % 2]
+            # the gradients must be here, and the upload that used this buffer two turns ago must be done with it
+            downloaded.synchronize()
+            uploaded.synchronize()
+            uploaded.views = uploaded.reserve([copies[i] for i in members])
+            self._update(members, downloaded.views, uploaded.views, multiplier)
+            uploaded.start_copy([flat(copies[i]) for i in members], uploaded.views)
         for staging in self._copies:
-            staging.finish()
+            staging.block_current_stream()
 
-    def _download(self, bucket: Sequence[int], at: int) -> None:
-        staging = self._gradients[at % 2]
-        sums = self.weights.gradients
-        found = [flat(sums[i], like=self.weights.masters[i]) for i in bucket]  # type: ignore[arg-type]
-        staging.views = staging.room(found)
-        staging.move(staging.views, found)
+    def _download(self, members: Sequence[int], turn: int) -> None:
+        staging = self._gradients[turn % 2]
+        gradients = self.weights.gradients
+        found = [flat(gradients[i], like=self.weights.masters[i]) for i in members]  # type: ignore[arg-type]
+        staging.views = staging.reserve(found)
+        staging.start_copy(staging.views, found)
 
-    def _update(self, bucket: Sequence[int], gradients: list[Tensor], out: list[Tensor], multiplier: float) -> None:
-        """One bucket: the exact weights from the gradients, and the copies in `out` from them."""
-        masters = [self.weights.masters[i] for i in bucket]
-        homes = [master.data for master in masters]
-        for master, home in zip(masters, homes, strict=True):
-            master.data = flat(home)
-        with training_only(self.optimizer, masters):
+    def _update(self, members: Sequence[int], gradients: list[Tensor], out: list[Tensor], multiplier: float) -> None:
+        """Updates one bucket's fp32 weights from its gradients, and writes half-precision copies of them to `out`."""
+        masters = [self.weights.masters[i] for i in members]
+        stored = [master.data for master in masters]
+        for master, data in zip(masters, stored, strict=True):
+            # a view: gradients and `out` are flat and in the order of the masters' memory
+            master.data = flat(data)
+        with only_parameters(self.optimizer, masters):
             if isinstance(self.optimizer, HostAdamW8bit):
+                # one pass over memory: it reads half-precision gradients, scales them and writes the copies by itself
                 self.optimizer.step_with(gradients, out, multiplier)
             else:
                 for master, gradient in zip(masters, gradients, strict=True):
                     master.grad = gradient.float() * multiplier
                 self.optimizer.step()
                 torch._foreach_copy_(out, [master.data for master in masters])
-        for master, home in zip(masters, homes, strict=True):
-            master.data, master.grad = home, None
+        for master, data in zip(masters, stored, strict=True):
+            master.data, master.grad = data, None
 
 
 class _Staging:
-    """Page-locked host memory for a bucket, and the copy between it and the device that is under way."""
+    """A pinned buffer in host memory that holds a bucket, and the copy between it and the device under way.
+
+    Only copies from and to pinned (page-locked) memory run while the host and other streams work.
+    """
 
     def __init__(self) -> None:
+        # the parts of the buffer for the bucket's tensors
         self.views: list[Tensor] = []
-        self._memory = torch.empty(0)
+        self._buffer = torch.empty(0)
         self._stream: torch.cuda.Stream | None = None
-        self._done: torch.cuda.Event | None = None
+        self._copied: torch.cuda.Event | None = None
 
-    def room(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Host memory for each of the tensors, flat: what was there before is overwritten."""
+    def reserve(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Parts of the buffer with as many elements as the tensors; overwrites what was in it."""
         sizes = [tensor.numel() for tensor in tensors]
-        if self._memory.dtype != tensors[0].dtype or self._memory.numel() < sum(sizes):
-            self._memory = torch.empty(sum(sizes), dtype=tensors[0].dtype, pin_memory=tensors[0].is_cuda)
-        return list(self._memory[: sum(sizes)].split(sizes))
+        if self._buffer.dtype != tensors[0].dtype or self._buffer.numel() < sum(sizes):
+            self._buffer = torch.empty(sum(sizes), dtype=tensors[0].dtype, pin_memory=tensors[0].is_cuda)
+        return list(self._buffer[: sum(sizes)].split(sizes))
 
-    def move(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-        """Starts the copy; the sources on a device are what its current stream leaves there."""
+    def start_copy(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+        """Starts copying in a stream of its own, behind what the device's current stream has queued so far."""
         device = next((t.device for t in (*targets, *sources) if t.is_cuda), None)
         if device is None:
             torch._foreach_copy_(list(targets), list(sources))
             return
         if self._stream is None:
-            self._stream, self._done = torch.cuda.Stream(device), torch.cuda.Event()
-        assert self._done is not None
+            self._stream, self._copied = torch.cuda.Stream(device), torch.cuda.Event()
+        assert self._copied is not None
         self._stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self._stream):
             for target, source in zip(targets, sources, strict=True):
                 target.copy_(source, non_blocking=True)
                 for tensor in (target, source):
                     if tensor.is_cuda:
+                        # PyTorch's allocator may otherwise give the memory to somebody else as soon as the tensor is
+                        # gone in Python, while this stream is still copying
                         tensor.record_stream(self._stream)
-        self._done.record(self._stream)
+        self._copied.record(self._stream)
 
-    def wait(self) -> None:
-        """The host waits for the copy."""
-        if self._done is not None:
-            self._done.synchronize()
+    def synchronize(self) -> None:
+        """Makes the host wait until the copy is done."""
+        if self._copied is not None:
+            self._copied.synchronize()
 
-    def finish(self) -> None:
-        """The device's current stream waits for the copy."""
-        if self._done is not None:
-            torch.cuda.current_stream().wait_event(self._done)
+    def block_current_stream(self) -> None:
+        """Makes the device's current stream wait until the copy is done; the host goes on."""
+        if self._copied is not None:
+            torch.cuda.current_stream().wait_event(self._copied)

@@ -1,4 +1,7 @@
-"""Which optimizer trains, and one step of it: in place, a bucket at a time, or in host memory."""
+"""The optimizer that trains, its learning rate, and its step: on all weights in place, or on a bucket at a time.
+
+The third kind of step, in host memory, is in offload.py.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +16,19 @@ from ddpo_fast.config import DDPOConfig
 from ddpo_fast.engine.host_adamw import HostAdamW8bit
 from ddpo_fast.engine.master_weights import MasterWeights
 
-# elements of a message or of a temporary copy: each costs its way, and 100 MB hide that
+# Elements of a message between processes, or of the temporary fp32 copies of a step. Each message and each call of the
+# optimizer has a fixed cost, beside which 100 MB of fp32 take long; and the memory for them is bounded.
 BUCKET = 25_000_000
 
 
 def make_optimizer(parameters: Iterable[torch.nn.Parameter], config: DDPOConfig) -> torch.optim.Optimizer:
-    """AdamW over `parameters`: with 8-bit states if the config says so, in host memory if that is where they are.
+    """AdamW over `parameters`: PyTorch's, or with 8-bit states bitsandbytes' on a device and ours in host memory.
 
     Raises `ImportError` if bitsandbytes is needed and missing.
     """
     parameters = list(parameters)
     optimizer_class: Any = torch.optim.AdamW
+    # one kernel for many tensors, which reads and writes each weight, gradient and moment once
     options: dict[str, Any] = {"fused": True}
     if config.train_use_8bit_adam:
         options = {"min_8bit_size": config.train_min_8bit_size}
@@ -45,7 +50,7 @@ def make_optimizer(parameters: Iterable[torch.nn.Parameter], config: DDPOConfig)
 
 
 class Warmup:
-    """Learning rates that rise linearly to those that the optimizer was made with, over `steps` updates."""
+    """Raises the learning rates linearly over `steps` updates to those that the optimizer was made with."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, steps: int) -> None:
         self.optimizer = optimizer
@@ -53,13 +58,16 @@ class Warmup:
         self.peaks = [group["lr"] for group in optimizer.param_groups]
 
     def set_rate(self, updates: int) -> None:
-        """For the update after so many."""
+        """Sets the rates of the update that follows after `updates` of them."""
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * min(1.0, (updates + 1) / max(1, self.steps))
 
 
 def buckets(sizes: Iterable[int]) -> Iterator[list[int]]:
-    """The indices of tensors with these sizes in order, in groups of at most `BUCKET` elements, or of a larger one."""
+    """Groups tensors, given by their numbers of elements, in order: yields the indices of each group.
+
+    A group has at most `BUCKET` elements, or is a single larger tensor.
+    """
     bucket: list[int] = []
     total = 0
     for i, size in enumerate(sizes):
@@ -73,13 +81,18 @@ def buckets(sizes: Iterable[int]) -> Iterator[list[int]]:
 
 
 def step_in_place(optimizer: torch.optim.Optimizer, weights: MasterWeights, multiplier: Tensor) -> None:
-    """A step on fp32 weights from fp32 gradients, both on the device, times `multiplier`."""
+    """One call of the optimizer for all weights: fp32 masters and fp32 gradients, both on the device.
+
+    Args:
+        multiplier: [], clips and unscales the gradients, which are multiplied by it in place.
+    """
     gradients = [gradient for gradient in weights.gradients if gradient is not None]
     torch._foreach_mul_(gradients, multiplier)
     for master, gradient in zip(weights.masters, weights.gradients, strict=True):
         master.grad = gradient
     optimizer.step()
-    if not weights.is_one_set:
+    # without copies the masters are the network's parameters, whose gradients `clear_gradients` takes care of
+    if weights.has_copies:
         for master in weights.masters:
             master.grad = None
 
@@ -88,68 +101,89 @@ def step_in_buckets(
     optimizer: torch.optim.Optimizer,
     weights: MasterWeights,
     multiplier: Tensor,
-    random: torch.Generator,
+    generator: torch.Generator,
     only_these: Sequence[int] | None = None,
 ) -> None:
-    """A step on weights whose fp32 values or gradients exist for a bucket at a time only.
+    """One update in several calls of the optimizer, so that fp32 copies exist of one bucket at a time only.
 
-    Optimizers see flat tensors in the order of memory: bitsandbytes would make all others contiguous for good.
+    Copies are needed of half-precision gradients, of half-precision masters, and of gradients that are multiplied
+    while the originals must keep their place. The masters' data are replaced by flat tensors during the call: a
+    bitsandbytes optimizer calls `p.data.contiguous()`, which would turn channels_last weights into contiguous ones for
+    good.
 
     Args:
-        random: rounds weights that have no fp32 truth.
-        only_these: parameters to update (default: all).
+        multiplier: [], clips and unscales the gradients, which are not changed.
+        generator: draws the random numbers of stochastic rounding, if the masters are bf16.
+        only_these: indices of the parameters to update (default: all that have a gradient).
     """
     chosen = range(len(weights.masters)) if only_these is None else only_these
     gradients = weights.gradients
     for bucket in buckets(weights.masters[i].numel() for i in chosen):
         members = [chosen[i] for i in bucket if gradients[chosen[i]] is not None]
-        homes = [weights.masters[i].data for i in members]
-        # the network's own gradients may have to stay where they are
-        own = [weights.masters[i].grad for i in members]
-        for i, home in zip(members, homes, strict=True):
+        masters = [weights.masters[i] for i in members]
+        stored_weights = [master.data for master in masters]
+        # recorded CUDA graphs write to these very gradients, so they are put back afterwards
+        stored_gradients = [master.grad for master in masters]
+        for i, master, stored in zip(members, masters, stored_weights, strict=True):
             gradient = gradients[i]
             assert gradient is not None
-            weights.masters[i].grad = None
-            weights.masters[i].data = flat(home).float()
-            weights.masters[i].grad = flat(gradient, like=home).float() * multiplier
-        with training_only(optimizer, [weights.masters[i] for i in members]):
-            optimizer.step()
-        for i, home, gradient in zip(members, homes, own, strict=True):
-            master = weights.masters[i]
-            if home.dtype != torch.float32:
-                flat(home).copy_(rounded_stochastically(master.data, random))
             master.grad = None
-            master.data = home
-            master.grad = gradient
+            # A view of the stored weights if they are fp32: the optimizer then updates them directly. Set before the
+            # gradient, as PyTorch checks on assignment that a gradient has the data's shape and dtype.
+            master.data = flat(stored).float()
+            master.grad = flat(gradient, like=stored).float() * multiplier
+        with only_parameters(optimizer, masters):
+            optimizer.step()
+        for master, stored, stored_gradient in zip(masters, stored_weights, stored_gradients, strict=True):
+            if stored.dtype != torch.float32:
+                flat(stored).copy_(rounded_stochastically(master.data, generator))
+            master.grad = None
+            master.data = stored
+            master.grad = stored_gradient
 
 
 @contextmanager
-def training_only(optimizer: torch.optim.Optimizer, parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
-    """The optimizer knows of some of its parameters only: looking at all of them for each bucket takes longer."""
+def only_parameters(optimizer: torch.optim.Optimizer, parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
+    """Inside, the optimizer's groups have no other parameters than these.
+
+    Its step would skip the others, which have no gradient, but only after looking at each of them for each bucket.
+    """
     chosen = {id(p) for p in parameters}
-    whole = [group["params"] for group in optimizer.param_groups]
-    for group, members in zip(optimizer.param_groups, whole, strict=True):
+    all_of_group = [group["params"] for group in optimizer.param_groups]
+    for group, members in zip(optimizer.param_groups, all_of_group, strict=True):
         group["params"] = [p for p in members if id(p) in chosen]
     try:
         yield
     finally:
-        for group, members in zip(optimizer.param_groups, whole, strict=True):
+        for group, members in zip(optimizer.param_groups, all_of_group, strict=True):
             group["params"] = members
 
 
 def flat(tensor: Tensor, like: Tensor | None = None) -> Tensor:
-    """A dense tensor's elements in the order of memory, [N]: a view, or a copy if `like` has another order."""
+    """A dense tensor's elements in the order in which they lie in memory, [N].
+
+    For a channels_last weight [out, in, height, width] that is the order out, height, width, in. All that an optimizer
+    does is elementwise, so any order does, as long as weight, gradient and moments have the same.
+
+    Args:
+        like: the tensor whose order counts. The result is a copy if `tensor` has another one, else a view.
+    """
     tensor = tensor.detach()
     if like is not None and tensor.stride() != like.stride():
         tensor = torch.empty_like(like, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+    # dense: N elements without gaps, so one stride of 1 reaches all of them
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
-def rounded_stochastically(exact: Tensor, random: torch.Generator) -> Tensor:
-    """bf16 of fp32, up or down with the probabilities that make it right on average: its upper half after adding dice.
+def rounded_stochastically(exact: Tensor, generator: torch.Generator) -> Tensor:
+    """fp32 rounded to one of the two nearest bf16 numbers at random, such that the expected value is `exact`.
 
-    Infinity and NaN stay what they are.
+    The chance to round up is the fraction of the way to the upper number. bf16 is the upper 16 bits of fp32, so the
+    lower 16 bits are that fraction, in units of 1/65536: adding a uniform random number of 16 bits carries into the
+    upper half with just that probability, and the lower half is then cut off. An fp32 number's bits, read as an
+    integer, count its magnitude, so this is right across powers of two and for both signs. Infinity and NaN stay what
+    they are.
     """
-    dice = torch.randint(0, 1 << 16, exact.shape, dtype=torch.int32, device=exact.device, generator=random)
-    bits = dice.add_(exact.view(torch.int32)).bitwise_and_(-(1 << 16))
+    noise = torch.randint(0, 1 << 16, exact.shape, dtype=torch.int32, device=exact.device, generator=generator)
+    bits = noise.add_(exact.view(torch.int32)).bitwise_and_(-(1 << 16))
     return torch.where(exact.isfinite(), bits.view(torch.float32), exact).to(torch.bfloat16)

@@ -1,4 +1,4 @@
-"""What the trainer asks of an engine, which turns gradients into weights."""
+"""What the trainer asks of an engine, which turns gradients into new weights."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from ddpo_fast.engine.ema import EMA
 class Engine(Protocol):
     """Owns the trained weights from the backward pass to the optimizer's step.
 
-    Gradients are summed over the micro-batches of an update, whose losses carry their share of it, and meet those of
-    other processes once, in `step`. So the network is called bare, and no wrapper can be bypassed.
+    An update goes: `backward` or `backward_from` for each micro-batch, and one `step`. Gradients are summed over the
+    micro-batches on each process, and combined across processes once, in `step`. The network is called directly: there
+    is no wrapper such as DistributedDataParallel, which a call of the bare network would bypass.
     """
 
     optimizer: torch.optim.Optimizer
@@ -26,57 +27,65 @@ class Engine(Protocol):
         """Inside, the network's trained weights are in the compute precision; may be nested."""
 
     def exact(self, write: bool = False) -> AbstractContextManager[None]:
-        """Inside, the network's trained weights are whole and in fp32, to read on the main process.
+        """Inside, the network's trained weights are whole and in fp32 (or all that there is of them with stochastic
+        rounding), to be read on the main process.
 
-        With `write` they may be written, alike on every process. Every process enters it, outside of `computing`.
+        Every process must enter it, outside of `computing`, as it may gather weights from all of them.
+
+        Args:
+            write: the weights may be changed too, in the same way on every process.
         """
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Inside, the network's trained weights are their moving averages; as `exact`, to read. Needs `ema`."""
+        """Like `exact`, to read only, with the weights' moving averages in their place. Needs `ema`."""
 
     @property
     def can_begin_again(self) -> bool:
-        """Whether an update that was broken off in a backward pass has changed nothing but the gradients."""
+        """Whether an update can be repeated after its backward pass failed: that has changed only gradients."""
 
     def loss_scale(self) -> Tensor:
-        """What losses are multiplied by before a backward pass, [] on the device: 1 except for fp16.
+        """What the loss is multiplied by before a backward pass, [] on the device: 1 except for fp16.
 
-        To be asked before each `backward_from`.
+        Must be called before each `backward_from`.
         """
 
     def backward(self, loss: Tensor) -> None:
-        """Adds the gradient of `loss`, a scalar that carries its share of the update's pairs already."""
+        """Adds the gradient of a scalar loss, which is weighted already by its micro-batch's share of the update."""
 
     def backward_from(self, output: Tensor, gradient: Tensor) -> None:
-        """Adds the gradient of a loss whose gradient with respect to `output` is `gradient`, times `loss_scale`."""
+        """Adds the gradient of a loss whose gradient with respect to `output`, times `loss_scale`, is `gradient`."""
 
     def zero_gradients(self) -> None:
-        """Forgets the gradients since the last update."""
+        """Discards the gradients since the last update."""
 
     def forward_passes(self, mine: int) -> int:
-        """Forward passes that this process must make where it needs `mine` for its own pairs.
+        """The forward passes that this process must run if its own pairs need `mine`.
 
-        More than that where weights are split: every process has a part that the others' passes need.
+        More than `mine` where weights are split over processes: each process must then take part in the forward passes
+        of all others, by contributing its part of the weights.
         """
 
     def step(self) -> dict[str, Tensor]:
-        """One update from the gradients since the last one; the learning rate follows the warm-up.
+        """Updates the weights from the gradients since the last update, and sets the next update's learning rate.
 
-        Returns `grad_norm` before clipping and, for fp16, `loss_scale` and `skipped_step` (1 if a gradient overflowed
-        and the update was left out), scalars on the device.
+        Returns scalars on the device: `grad_norm` before clipping and, for fp16, `loss_scale` and `skipped_step` (1 if
+        a gradient overflowed and the weights stayed as they were).
         """
 
     def bytes_before_first_step(self) -> int:
         """Bytes that the first update will allocate on the device: gradients, and the optimizer's states."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything beside the weights, for this kind of engine or another one; every process calls it."""
+        """What a checkpoint keeps beside the weights, in a form that any kind of engine can load.
+
+        Every process must call it; what the main process gets is complete.
+        """
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from what any engine's `state_dict` gave; the network has its weights already."""
+        """Continues from the `state_dict` of any kind of engine; the network must have its weights already."""
 
     def process_state(self) -> dict[str, Any]:
-        """What this process alone keeps, for the same number of processes and the same settings."""
+        """What a checkpoint keeps of this process alone, for a run with as many processes and the same settings."""
 
     def load_process_state(self, saved: dict[str, Any]) -> None:
-        """Takes what any engine's `process_state` gave; uses it if it is of this kind."""
+        """Continues from the `process_state` of any engine; ignores one that does not fit this engine."""

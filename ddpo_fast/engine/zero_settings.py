@@ -1,8 +1,9 @@
-"""DeepSpeed's settings from ours and from its own file, and the process group that it works in."""
+"""DeepSpeed's settings, made of DDPOConfig's and of a file in DeepSpeed's own format, and its process group."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -13,29 +14,32 @@ from accelerate import Accelerator
 
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.config_rules import shown
-from ddpo_fast.engine.loss_scale import PATIENCE
+from ddpo_fast.engine.loss_scale import GROWTH_INTERVAL, INITIAL_SCALE
 from ddpo_fast.engine.optimizers import BUCKET
 
 
 def zero_settings(config: DDPOConfig, precision: str, given: dict[str, Any] | None = None) -> dict[str, Any]:
-    """DeepSpeed's settings: those of the file that `config.deepspeed` names, with what only this program knows.
+    """DeepSpeed's settings: those of the file that `config.deepspeed` names, or for the stage `config.zero`, completed.
 
     Args:
         precision: 'no', 'fp16' or 'bf16'.
-        given: settings from elsewhere, in place of the file's.
+        given: settings from `accelerate launch`, in place of the file's.
 
-    Raises `ValueError` for a file that cannot be read or that asks for something else than the other settings.
+    Raises `ValueError` for a file that cannot be read, has a wrong form, or contradicts other settings.
     """
     if precision == "fp16" and not torch.accelerator.is_available():
         raise ValueError("mixed_precision is 'fp16', which DeepSpeed does not have on a CPU: use 'bf16' or 'no'")
     read = _read(config.deepspeed) if config.deepspeed else {"zero_optimization": _stage(config)}
     settings = dict(given or read)
     _check_shape(settings, config)
-    own: dict[str, Any] = {
+    ours: dict[str, Any] = {
+        # The engine accumulates gradients by itself and weights each loss by its share of the update: DeepSpeed is to
+        # count one micro-batch per update, and to divide by nothing.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.train_max_grad_norm,
         "steps_per_print": 10**9,
+        # it accepts only optimizers that it knows, and for offloading only its own, unless it is told otherwise
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
@@ -47,15 +51,19 @@ def zero_settings(config: DDPOConfig, precision: str, given: dict[str, Any] | No
                 f"deepspeed is {config.deepspeed!r}, which has {name} enabled={asked}, but mixed_precision is "
                 f"{precision!r}: make them agree, or leave {name} out of the file"
             )
-        scale = {"initial_scale_power": 16, "loss_scale_window": PATIENCE, "hysteresis": 1} if name == "fp16" else {}
-        own[name] = {**scale, **_without_auto(settings.get(name, {})), "enabled": enabled}
+        # The loss scale of the local engine. A hysteresis of 1 lowers the scale at the first overflow; DeepSpeed's
+        # default of 2 would wait for the second.
+        power = int(math.log2(INITIAL_SCALE))
+        scale = {"initial_scale_power": power, "loss_scale_window": GROWTH_INTERVAL, "hysteresis": 1}
+        ours[name] = {**(scale if name == "fp16" else {}), **_without_auto(settings.get(name, {})), "enabled": enabled}
     if "optimizer" in settings:
         settings["optimizer"] = _filled(settings["optimizer"], config)
-    settings = {**_without_auto(settings), **own}
+    settings = {**_without_auto(settings), **ours}
+    # DeepSpeed computes it from the sizes above, and refuses another value
     settings.pop("train_batch_size", None)
-    # rates follow train_warmup_steps
+    # the engine sets learning rates, which follow train_warmup_steps
     settings.pop("scheduler", None)
-    # stage 3's would take the place of torch's for everything that the process computes from there on
+    # stage 3 would replace torch.nn.functional.linear for all that the process computes, see SplitLinear in zero.py
     stage = settings["zero_optimization"] = {**settings["zero_optimization"], "memory_efficient_linear": False}
     devices = {stage.get(name, {}).get("device") for name in ("offload_optimizer", "offload_param")}
     if "nvme" in devices or settings.get("data_types", {}).get("grad_accum_dtype"):
@@ -71,23 +79,25 @@ def zero_settings(config: DDPOConfig, precision: str, given: dict[str, Any] | No
 
 
 def _filled(optimizer: dict[str, Any], config: DDPOConfig) -> dict[str, Any]:
-    """The file's optimizer with our values where it says 'auto'."""
-    ours = {
+    """The file's optimizer with DDPOConfig's values where it says 'auto'."""
+    values = {
         "lr": config.train_learning_rate,
         "betas": [config.train_adam_beta1, config.train_adam_beta2],
         "eps": config.train_adam_epsilon,
         "weight_decay": config.train_adam_weight_decay,
     }
     given = optimizer.get("params", {})
-    return {**optimizer, "params": {n: ours.get(n, v) if v == "auto" else v for n, v in given.items()}}
+    return {**optimizer, "params": {n: values.get(n, v) if v == "auto" else v for n, v in given.items()}}
 
 
 def _stage(config: DDPOConfig) -> dict[str, Any]:
+    """`zero_optimization` for `config.zero` and `config.offload`."""
     stage: dict[str, Any] = {
         "stage": config.zero,
         "overlap_comm": False,
         "contiguous_gradients": True,
-        # DeepSpeed's own numbers are for language models: a buffer of a gigabyte, and all of a UNet's weights together
+        # DeepSpeed's defaults are for language models of many billions of weights: they would allow buffers of a
+        # gigabyte, and all of a UNet's weights gathered at the same time
         "reduce_bucket_size": BUCKET,
         "stage3_prefetch_bucket_size": BUCKET // 2,
         "stage3_max_live_parameters": 4 * BUCKET,
@@ -114,7 +124,7 @@ def _read(path: str) -> dict[str, Any]:
 
 
 def _check_shape(settings: dict[str, Any], config: DDPOConfig) -> None:
-    """Raises `ValueError` for parts of another kind, which would fail here or, after loading, in DeepSpeed."""
+    """Raises `ValueError` for values of a wrong type, which would fail here or, much later, in DeepSpeed."""
 
     def check(name: str, value: Any, fits: bool, demand: str) -> None:
         if not fits:
@@ -142,7 +152,7 @@ def _check_shape(settings: dict[str, Any], config: DDPOConfig) -> None:
 
 
 def _without_auto(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings without those that the file leaves to the program."""
+    """The settings without those that are 'auto', at any depth."""
     return {
         name: _without_auto(value) if isinstance(value, dict) else value
         for name, value in settings.items()
@@ -159,11 +169,11 @@ def accelerate_settings(accelerator: Accelerator) -> dict[str, Any] | None:
 def prepare_communication(accelerator: Accelerator) -> None:
     """Gives DeepSpeed the process group that accelerate has, or one for a single process.
 
-    On a CPU without DeepSpeed's shared-memory messages, which take minutes to compile.
+    On a CPU DeepSpeed's shared-memory communication is disabled: it would be compiled first, which takes minutes.
     """
     import deepspeed
 
-    # DeepSpeed reads there which process this is, and without a launcher nobody has said it
+    # DeepSpeed reads from there which of this machine's processes it is in; a launcher sets it
     os.environ.setdefault("LOCAL_RANK", str(accelerator.local_process_index))
     on_cpu = accelerator.device.type == "cpu"
     if not dist.is_initialized():

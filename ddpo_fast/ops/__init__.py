@@ -1,4 +1,8 @@
-"""The one door to kernels: every op has a definition in plain PyTorch and backends that say why they cannot run."""
+"""The ops and the choice of their backend. Nothing else imports a kernel.
+
+Each op is defined in plain PyTorch (the backend `reference`) and may have a Triton kernel (`triton`) and a C++ or CUDA
+one (`csrc`). Which one runs, and why the others do not, is decided in `backend.py`; `ddpo-fast info` prints it.
+"""
 
 from ddpo_fast.ops.adamw8bit import adamw8bit_, dequantise, quantise, quantization_map
 from ddpo_fast.ops.backend import BACKENDS, force_backend, require_backend, status, use_backend

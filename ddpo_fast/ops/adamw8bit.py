@@ -1,9 +1,10 @@
-"""AdamW for fp32 weights in host memory, its moments in 8 bits each: one pass over all that it reads and writes.
+"""AdamW for fp32 weights in host memory with moments of 8 bits each, in one pass over memory.
 
-The moments are laid out as bitsandbytes lays them out: in blocks of 256 values, a code for each value and an fp32
-scale for each block. A code stands for a value of a map, times the scale; the maps are those of Dettmers et al.,
-8-bit Optimizers via Block-wise Quantization (arXiv:2110.02861), signed for the mean of gradients and unsigned for the
-mean of their squares.
+A moment is stored in blocks of 256 values, in bitsandbytes' layout: a uint8 code for each value and an fp32 scale for
+each block. A code is an index into a table of 256 values between -1 and 1 (the map), and the value it stands for is
+`map[code] * scale`. The maps are those of Dettmers et al., 8-bit Optimizers via Block-wise Quantization (arXiv
+2110.02861): a signed one for the first moment (the mean of gradients) and an unsigned one for the second (the mean of
+their squares).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ddpo_fast.ops.backend import KERNEL_DTYPES, Op
 
 BLOCK = 256
 DECADES = 7
-# what plain PyTorch updates at a time, so that its temporary memory is bounded
+# how many weights the reference updates at a time, which bounds its temporary memory
 PIECE = 4096 * BLOCK
 
 
@@ -40,30 +41,35 @@ def adamw8bit_(
     step: int,
     grad_scale: float = 1.0,
 ) -> None:
-    """`p <- (1 - lr wd) p - lr (m / (1 - beta1^step)) / (sqrt(v / (1 - beta2^step)) + eps)`, and p to `out`.
+    """`p <- (1 - lr wd) p - lr (m / (1 - beta1^step)) / (sqrt(v / (1 - beta2^step)) + eps)`; p is copied to `out`.
 
-    `g = grad_scale grad`, `m <- beta1 m + (1 - beta1) g`, `v <- beta2 v + (1 - beta2) g^2`; the update is computed with
-    the moments as they are before they are rounded to 8 bits, as in bitsandbytes.
+    Here `g = grad_scale grad`, `m <- beta1 m + (1 - beta1) g` and `v <- beta2 v + (1 - beta2) g^2`. The update uses the
+    moments before they are rounded to 8 bits, as bitsandbytes' does.
 
     Args:
-        master: [N] fp32, contiguous; updated in place. A slice of a larger buffer may begin anywhere, but blocks are
-            counted from its own beginning: slices at multiples of 256 can be updated together or apart.
-        codes1, codes2: [N] uint8, the moments' codes; updated in place. All zeros, with scales of zero, to begin with.
-        absmax1, absmax2: [ceil(N / 256)] fp32, the blocks' scales; updated in place.
-        grad: [N] fp32, fp16 or bf16. Must be finite: NaN and infinity make the whole block NaN, from the next step on.
-        out: [N] fp16, bf16 or fp32, gets the new weights, rounded to nearest even.
-        step: 1 for the first.
-        grad_scale: what unscales and clips the gradient.
+        master: [N] fp32, contiguous; updated in place. It may be a slice of a larger buffer. Blocks are counted from
+            the slice's beginning, so a buffer may be updated in slices if these begin at multiples of 256.
+        codes1, codes2: [N] uint8, the codes of the first and the second moment; updated in place. Start with zeros.
+        absmax1, absmax2: [ceil(N / 256)] fp32, the blocks' scales; updated in place. Start with zeros.
+        grad: [N] fp32, fp16 or bf16. Must be finite: NaN or infinity makes the whole block NaN from the next step on.
+        out: [N] fp16, bf16 or fp32; receives the new weights, rounded to nearest even.
+        step: the number of this update, 1 for the first.
+        grad_scale: multiplies the gradient; the inverse loss scale times the factor of gradient clipping.
 
-    The result does not depend on the number of threads, `torch.get_num_threads()`. A moment's scale is that at which
-    both its largest and its lowest value are represented (the signed map ends at 1 and -0.993, so bitsandbytes, which
-    takes the largest absolute value, loses 0.7 % of a negative extreme each step): quantising again changes nothing.
-    A mean of squares is never rounded to zero, which would let its weight leap by lr m / eps. Scales below 1.2e-38 are
-    taken as zero. Raises `ValueError` for shapes, dtypes and layouts that do not fit.
+    The result does not depend on the number of threads (`torch.get_num_threads()`).
+
+    Three details differ from bitsandbytes. The scale of the first moment is chosen such that both the largest and the
+    lowest value of a block have a code: the signed map ends at 1 and at -0.993, so a scale by the largest absolute
+    value loses 0.7 % of a negative extreme with every step. A second moment is never rounded to zero, because a zero
+    beside a first moment that is not zero makes an update of lr m / eps. Scales below 1.2e-38 count as zero.
+
+    Raises `ValueError` for shapes, dtypes and layouts that do not fit, and for a `step` below 1.
     """
     _check(master, codes1, codes2, absmax1, absmax2, grad, out)
     if step < 1:
         raise ValueError(f"step is {step} but the first is 1")
+    # `m / (1 - beta1^step)` over `sqrt(v / (1 - beta2^step)) + eps` is, multiplied by `correction` above and below,
+    # `m * correction / (1 - beta1^step)` over `sqrt(v) + eps * correction`: no division for each weight
     correction = math.sqrt(1 - beta2**step)
     device = str(master.device)
     OP(
@@ -73,7 +79,7 @@ def adamw8bit_(
         beta1,
         beta2,
         (1 - beta1) * grad_scale,
-        # squared with the gradient: no square of a large gradient overflows before it is made small
+        # the square root, squared together with the gradient: a large gradient's square alone could overflow
         math.sqrt(1 - beta2) * grad_scale,
         1 - lr * weight_decay,
         eps * correction,
@@ -82,10 +88,10 @@ def adamw8bit_(
 
 
 def quantization_map(signed: bool) -> Tensor:
-    """The 256 values of the codes, ascending, fp32: bitsandbytes' `create_dynamic_map`.
+    """The value of each of the 256 codes, ascending, fp32; the same as bitsandbytes' `create_dynamic_map`.
 
-    Zero, one, and seven decades up to one (and down to minus one) that double in resolution: each is divided evenly,
-    and a value is the middle of its part.
+    The values are 0, 1, and those of seven decades, (0.1, 1], (0.01, 0.1] and so on, with their negatives if signed. A
+    decade is divided into equal parts, twice as many as the decade below it, and a value is the middle of a part.
     """
     values = [torch.tensor([0.0, 1.0])]
     for decade in range(DECADES):
@@ -96,10 +102,13 @@ def quantization_map(signed: bool) -> Tensor:
 
 
 def quantization_decades(signed: bool) -> Tensor:
-    """[4, 8] fp32: where decades of sizes begin, and the slope, offset and last code of each; the last is one alone.
+    """The map's decades as straight lines, which find the nearest code by arithmetic: [4, 8] fp32.
 
-    Codes are counted from that of zero. Within a decade the nearest value's is `floor(slope size + offset)`; a decade
-    begins midway between two values, where the line is one too high for the decade below it: hence its last code.
+    For each of eight decades (the eighth holds the value 1 alone), the rows are the |value| / scale where it begins,
+    the slope and the offset of its line, and its last code. Codes are counted from the code of zero. Within a decade,
+    the code of the nearest value is `min(floor(slope size + offset), last)`. A decade begins midway between the last
+    value of the decade below and its own first; just below that point the lower decade's line is one too high, which
+    is why it is cut off at its last code.
     """
     values = quantization_map(signed)
     sizes = values[values >= 0].tolist()
@@ -108,10 +117,10 @@ def quantization_decades(signed: bool) -> Tensor:
         parts = 2 ** (decade + (not signed))
         first = parts - (not signed)
         begin = (sizes[first - 1] + sizes[first]) / 2
-        # zero is a ninth of a decade's width below its lower edge
+        # a decade is 0.9 units wide and begins 0.1 units above zero: zero is parts / 9 parts below its lower edge
         rows.append([begin, parts * 10 ** (DECADES - 1 - decade) / 0.9, first - parts / 9, first + parts - 1])
     if not signed:
-        # a mean of squares that is rounded to zero beside a mean that is not makes a step of lr m / eps: never zero
+        # never zero for a second moment (see `adamw8bit_`): from size 0 on, at least the code after that of zero
         rows[0][:3] = [0.0, 1 / ((sizes[1] + sizes[2]) / 2), 1.0]
     last = len(sizes) - 1
     rows.append([(sizes[-2] + sizes[-1]) / 2, 0, last, last])
@@ -119,9 +128,10 @@ def quantization_decades(signed: bool) -> Tensor:
 
 
 def quantise(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
-    """(codes [N] uint8, scales [ceil(N / 256)]) of values [N] fp32; unsigned ones must be zero or more.
+    """Quantises values [N] fp32 to (codes [N] uint8, scales [ceil(N / 256)] fp32); unsigned values must be >= 0.
 
-    The codes of the nearest values, but for an unsigned value near zero: its code is the least above zero's.
+    Each code is that of the nearest value of the map, except that an unsigned value near zero gets the lowest code
+    above zero's.
     """
     pad = -len(values) % BLOCK
     blocks = torch.nn.functional.pad(values, (0, pad)).view(-1, BLOCK)
@@ -134,7 +144,7 @@ def quantise(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     scaled = blocks * inverse[:, None]
     threshold, slope, offset, last = _decades(device)[0 if signed else 1]
     sizes = scaled.abs()
-    # one to the left of a decade's number is what rounds to zero
+    # -1 for what rounds to zero
     decade = torch.bucketize(sizes, threshold, right=True) - 1
     line = decade.clamp(min=0)
     steps = torch.minimum(sizes * slope[line] + offset[line], last[line]).int()
@@ -144,7 +154,7 @@ def quantise(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
 
 
 def dequantise(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
-    """The fp32 values [N] of N codes of any shape and scales [ceil(N / 256)]."""
+    """The fp32 values [N] of codes (N of them, in any shape) and scales [ceil(N / 256)]."""
     values = _maps(str(codes.device))[0 if signed else 1][codes.flatten().int()]
     return values * scales.repeat_interleave(BLOCK)[: codes.numel()]
 

@@ -1,4 +1,9 @@
-"""Which implementation of an op runs, and in words why the others do not."""
+"""Chooses which implementation of an op runs, and says in words why the others cannot.
+
+By default an op runs on the first of `BACKENDS` that it has and that can run on the tensor's device in its dtype. The
+environment variable DDPO_FAST_BACKEND or `use_backend` names another. Nothing falls back in silence: a backend that was
+asked for and cannot run raises an error with the reason.
+"""
 
 from __future__ import annotations
 
@@ -14,27 +19,33 @@ import torch
 
 from ddpo_fast.ops import extension
 
-BACKENDS = ("triton", "csrc", "reference")  # in the order of preference
+# in order of preference
+BACKENDS = ("triton", "csrc", "reference")
 VARIABLE = "DDPO_FAST_BACKEND"
-# what the kernels compute with; the rest is the reference's
+# the dtypes that the kernels are written for; other dtypes (fp64) are left to the reference
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
+# every op, by name
 OPS: dict[str, Op] = {}
 
-# one for the process and not for a context: autograd runs backward passes in threads of its own
+# The choice of `use_backend`. A global of the process and not a context variable: autograd runs backward passes in
+# threads of its own, which would not see the context of the thread that called `backward`.
 _choice: str | None = None
 
 
 class Op:
-    """A torch custom op `ddpo_fast::NAME` with several implementations; its first argument is a tensor that decides.
+    """A torch custom op `ddpo_fast::NAME` with several implementations.
+
+    The first argument must be a tensor; its device and dtype decide which implementation runs.
 
     Args:
-        name: the op's stem.
-        reference: plain PyTorch, the definition: its annotations are the op's schema.
-        empty: what the op returns, allocated only, for the same arguments; the op's fake. None for an op that only
-            changes its arguments: it is called as it is, since nothing traces or differentiates it.
-        triton, csrc: the kernels, where there are any. They import what they need when they are called.
-        csrc_devices: where `csrc` runs.
+        name: the op's name, which is also the name of its modules and kernels.
+        reference: the definition in plain PyTorch. Its annotations give the op's schema.
+        empty: takes the same arguments and returns what the op returns, allocated and not computed. It is the op's fake
+            implementation, which torch.compile traces. None for an op that only changes its arguments: such an op is
+            called directly, because nothing traces or differentiates it.
+        triton, csrc: the kernels, if there are any. They import what they need when they are called.
+        csrc_devices: the device types that `csrc` is written for.
     """
 
     def __init__(
@@ -64,16 +75,16 @@ class Op:
         self._torch_op.register_autograd(backward, setup_context=setup_context)
 
     def _run(self, first: torch.Tensor, *others: Any) -> Any:
-        # no kernel launches without elements, and the mean of nothing is the definition's
+        # a launch with an empty grid is an error in CUDA, and the reference knows what the mean of nothing is
         backend = self.backend(first.device.type, first.dtype) if first.numel() else "reference"
         implementation = self.implementations[backend]
         assert implementation is not None
         return implementation(first, *others)
 
     def backend(self, device_type: str, dtype: torch.dtype) -> str:
-        """The backend that runs: the chosen one if the op has it, else the first that can.
+        """The name of the backend that runs: the chosen one if the op has it, else the first that can run.
 
-        Raises `RuntimeError` with the reasons if the chosen one cannot run.
+        Raises `RuntimeError` with the reason if the chosen one cannot run.
         """
         choice = chosen_backend()
         if choice == "auto" or self.implementations[choice] is None:
@@ -83,7 +94,10 @@ class Op:
         return choice
 
     def reasons(self, backend: str, device_type: str, dtype: torch.dtype, forced: bool = False) -> str:
-        """Why `backend` does not run for tensors of this kind, or ''. `forced`: when nothing else would do."""
+        """Why `backend` does not run for tensors of this device type and dtype, or '' if it does.
+
+        `forced`: the backend was asked for by name, so that interpreted Triton kernels count as able to run.
+        """
         if backend == "reference":
             return ""
         if self.implementations[backend] is None:
@@ -98,17 +112,18 @@ class Op:
 
 
 def triton_kernel(name: str, empty: Callable[..., Any]) -> Callable[..., Any]:
-    """An implementation that allocates with `empty` what the launcher `name` of its Triton module fills."""
+    """An implementation of an op by the launcher `name` of a Triton module, which fills what `empty` allocates."""
     module = f"ddpo_fast_kernels.{name.removesuffix('_backward')}"
     return _filled(empty, lambda: getattr(importlib.import_module(module), name))
 
 
 def csrc_kernel(name: str, empty: Callable[..., Any]) -> Callable[..., Any]:
-    """An implementation that allocates with `empty` what the op `name` of `csrc/` fills."""
+    """An implementation of an op by the op `name` of `csrc/`, which fills what `empty` allocates."""
     return _filled(empty, lambda: getattr(torch.ops.ddpo_fast_csrc, name))
 
 
 def _filled(empty: Callable[..., Any], launcher: Callable[[], Callable[..., None]]) -> Callable[..., Any]:
+    # `launcher` is looked up at the call: neither Triton nor the compiled library is loaded before it is needed
     def run(*arguments: Any) -> Any:
         made = empty(*arguments)
         launcher()(*arguments, *(made if isinstance(made, tuple) else (made,)))
@@ -119,7 +134,7 @@ def _filled(empty: Callable[..., Any], launcher: Callable[[], Callable[..., None
 
 @functools.cache
 def triton_reasons(device_type: str, forced: bool = False) -> str:
-    """Why Triton kernels do not run on a device, or ''."""
+    """Why Triton kernels do not run on a device type, or '' if they do."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if importlib.util.find_spec("ddpo_fast_kernels") is None:
@@ -134,7 +149,10 @@ def triton_reasons(device_type: str, forced: bool = False) -> str:
 
 
 def chosen_backend() -> str:
-    """'auto' or a backend's name: `use_backend`'s, else the environment's. Raises `ValueError` for another name."""
+    """Returns 'auto' or the backend named by `use_backend`, else by the environment.
+
+    Raises `ValueError` if the environment names something else.
+    """
     choice = _choice or os.environ.get(VARIABLE) or "auto"
     if choice not in ("auto", *BACKENDS):
         raise ValueError(f"{VARIABLE} is {choice!r} but must be 'auto', {', '.join(map(repr, BACKENDS))}")
@@ -142,7 +160,10 @@ def chosen_backend() -> str:
 
 
 def use_backend(name: str | None) -> None:
-    """Makes this process use a backend wherever an op has it; 'auto' and None leave the choice to the environment."""
+    """Makes this process use a backend for every op that has it.
+
+    'auto' and None leave the choice to the environment. Raises `ValueError` for another name.
+    """
     global _choice
     if name not in (None, "auto", *BACKENDS):
         raise ValueError(f"backend is {name!r} but must be 'auto', {', '.join(map(repr, BACKENDS))}")
@@ -151,7 +172,7 @@ def use_backend(name: str | None) -> None:
 
 @contextmanager
 def force_backend(name: str) -> Iterator[None]:
-    """`use_backend` for a while."""
+    """A context in which `use_backend(name)` holds."""
     before = _choice
     use_backend(name)
     try:
@@ -161,7 +182,10 @@ def force_backend(name: str) -> Iterator[None]:
 
 
 def require_backend(name: str, device_type: str) -> None:
-    """`use_backend`, if it can compute every op that it has, for fp32 tensors on the device; else `ValueError`."""
+    """Calls `use_backend` and checks that each op that has the backend can run on it, for fp32 tensors on the device.
+
+    Raises `ValueError` with the reason if one cannot.
+    """
     use_backend(name)
     choice = chosen_backend()
     if choice == "auto":
@@ -173,7 +197,7 @@ def require_backend(name: str, device_type: str) -> None:
 
 
 def status(device_type: str) -> Iterator[tuple[str, str, dict[str, str]]]:
-    """For every op: its name, the backend that runs fp32 tensors on the device, and the others' reasons."""
+    """Yields for every op its name, the backend that runs it for fp32 tensors on the device, and why others do not."""
     for op in OPS.values():
         reasons = {name: op.reasons(name, device_type, torch.float32) for name in BACKENDS}
         try:

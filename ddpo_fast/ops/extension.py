@@ -1,4 +1,8 @@
-"""`csrc/`: compiled at first use into a cache, loaded once; a failure is kept as the reason."""
+"""Compiles `csrc/` at its first use, keeps the library in a cache folder, and loads it.
+
+The sources use torch's stable ABI only, so they compile in seconds and one library serves every torch from 2.11 on. A
+failure to compile is not an error: it becomes the reason why the backend `csrc` does not run.
+"""
 
 from __future__ import annotations
 
@@ -14,29 +18,34 @@ from pathlib import Path
 
 import torch
 
-# beside the package in a checkout, inside it when installed from a wheel
+# `csrc` lies beside the package in a checkout and inside it in a wheel
 _PLACES = (Path(__file__).parents[2] / "csrc", Path(__file__).parents[1] / "csrc")
 CSRC = next((place for place in _PLACES if (place / "common.h").exists()), _PLACES[0])
-STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11: one binary for it and every later one
+# torch 2.11: the library uses no symbol that this version lacks, and runs with every later one
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 CPU_COMMON = ("-std=c++20", "-fPIC", STABLE_ABI)
+# -ffp-contract=off, and --fmad=false for nvcc: a compiler that may fuse a product and a sum could do so in sampling and
+# not in training, and the log-probs would differ in their last bits. The sources call fma where they mean it.
 CPU_FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 CUDA_COMMON = ("-std=c++20", STABLE_ABI, "-O3", "-DUSE_CUDA", "--fmad=false", "-Xcompiler", "-fPIC")
 COMPILE_SECONDS = 300
+# the mode bits that let the group or everybody write
 OTHERS_WRITE = 0o022
-# hexadecimal SHA-256
+# the length of a SHA-256 in hexadecimal
 DIGEST_BYTES = 64
 
 
 def cache_folder() -> Path:
-    """Where compiled extensions are kept: `DDPO_FAST_CACHE`, or the user's cache folder."""
+    """The folder of compiled libraries: `DDPO_FAST_CACHE`, else `ddpo_fast` in the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("DDPO_FAST_CACHE") or Path(base) / "ddpo_fast").expanduser()
 
 
 def private_cache() -> Path:
-    """The cache folder, made if it is not there, closed to everybody else: what it holds is executed.
+    """Returns the cache folder, made if it does not exist, with access for this user only.
 
-    Raises `OSError` if it is another user's or if others could have put something into it.
+    Libraries from this folder run with the user's rights, so nobody else may be able to write to it. Raises `OSError`
+    if it belongs to another user, or if others can write to it.
     """
     folder = cache_folder()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -58,10 +67,10 @@ def private_cache() -> Path:
 
 @functools.cache
 def reasons(device_type: str) -> str:
-    """Why the compiled ops do not run on a device, or '': compiles and loads them if that has not been done."""
+    """Compiles and loads the ops of a device type if necessary; returns why they do not run there, or ''."""
     if device_type not in ("cpu", "cuda"):
         return f"there is no C++ for {device_type}"
-    # the schemas are the CPU library's
+    # the CPU's library defines the schemas, and CUDA's only adds implementations to them
     if device_type == "cuda" and (missing := reasons("cpu")):
         return missing
     try:
@@ -72,12 +81,13 @@ def reasons(device_type: str) -> str:
 
 
 def build(device_type: str) -> Path:
-    """The library for a device, compiled unless the cache has it whole.
+    """Returns the path of the library for a device type, and compiles it unless the cache holds it intact.
 
-    Its name holds a hash of the sources, the compiler, the flags, torch's version and the processor, and the file ends
-    with the digest of the rest, which a loader does not read. Processes that compile at the same time each finish their
-    own copy, and the last one stays. Raises `OSError` without a compiler or a private cache, `RuntimeError` if it
-    fails.
+    The file's name holds a hash of all that the library depends on: sources, compiler, flags, torch's version and the
+    processor. The file ends with a digest of what precedes it (a loader ignores bytes after an ELF file's sections).
+    Processes that compile at the same time write to folders of their own and then rename; any of their results is good.
+
+    Raises `OSError` if there is no compiler or no private cache folder, `RuntimeError` if compiling fails.
     """
     if not (CSRC / "common.h").exists():
         raise OSError(f"there are no sources in {CSRC}")
@@ -99,7 +109,10 @@ def build(device_type: str) -> Path:
 
 
 def is_whole(library: Path) -> bool:
-    """Whether it is a file of this user, not a link, that is as `build` left it: a cut library kills its process."""
+    """Whether a library is this user's own regular file and unchanged since `build` wrote it.
+
+    The digest is checked because loading a truncated library ends the process with a signal, without an exception.
+    """
     try:
         with open(os.open(library, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
             found = os.fstat(file.fileno())
@@ -112,7 +125,7 @@ def is_whole(library: Path) -> bool:
 
 
 def _run(commands: list[list[str]]) -> None:
-    """Runs compilers side by side. Raises `RuntimeError` with what the first that fails says."""
+    """Runs commands in parallel. Raises `RuntimeError` with the error output of the first that fails."""
     running = [subprocess.Popen(c, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for c in commands]
     done = [(process, process.communicate(timeout=COMPILE_SECONDS)[1]) for process in running]
     for process, said in done:
@@ -121,7 +134,7 @@ def _run(commands: list[list[str]]) -> None:
 
 
 def include_flags(include: Path | None = None) -> list[str]:
-    """What the compilers need to find: our headers and torch's, the installed one's or those in another folder."""
+    """The -I flags for the headers of `csrc/` and of torch: the installed torch's, or those in the folder `include`."""
     include = include or Path(torch.__file__).parent / "include"
     return [f"-I{CSRC}", f"-I{include}", f"-I{include / 'torch' / 'csrc' / 'api' / 'include'}"]
 
@@ -151,6 +164,7 @@ def _link_flags(device_type: str) -> list[str]:
 
 
 def _key(command: list[str], device_type: str) -> str:
+    """A hash of everything that the compiled library depends on."""
     digest = hashlib.sha256()
     for path in sorted(CSRC.glob("*")):
         digest.update(path.name.encode() + path.read_bytes())
@@ -162,7 +176,10 @@ def _key(command: list[str], device_type: str) -> str:
 
 
 def _processor_flags() -> str:
-    """What `-march=native` depends on: a home folder may be shared by machines with different processors."""
+    """The processor's features, on which `-march=native` depends.
+
+    They are part of the cache's key because a home folder may be shared by machines with different processors.
+    """
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

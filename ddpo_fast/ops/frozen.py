@@ -1,7 +1,7 @@
-"""A convolution with frozen weights that does not keep its input for the backward pass.
+"""A convolution with frozen weights that does not save its input for the backward pass.
 
-PyTorch's keeps it although only the weight's gradient would need it. (PyTorch's linear layer does not.) The results are
-PyTorch's to the bit: the same library calls compute them.
+Only the weight's gradient needs the input. PyTorch's convolution saves it even where the weight is frozen; its linear
+layer does not. The results are equal to PyTorch's in every bit, because the same library calls compute them.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def frozen_conv2d(
 ) -> torch.Tensor:
     """`torch.nn.functional.conv2d` with a gradient for x only: [B, I, H, W] -> [B, O, H', W'].
 
-    Computes and answers in autocast's dtype where autocast is on, else in the weight's; the other operands are cast to
-    it. Raises `ValueError` if the weight or the bias requires a gradient.
+    The operands are cast to autocast's dtype where autocast is on, else to the weight's, and the result has that dtype.
+    Raises `ValueError` if the weight or the bias requires a gradient.
     """
     x, weight, bias = with_frozen("frozen_conv2d", x, weight, bias)
     return FORWARD(x, weight, bias, stride, padding, dilation, groups)
@@ -56,14 +56,17 @@ def _backward(
     groups: int,
 ) -> torch.Tensor:
     if channels_last:
-        # The stand-in below has no layout, so the weight's decides, and a 1x1 kernel's own strides pass for NCHW.
+        # `convolution_backward` takes its layout from the input and the weight. The stand-in for the input on a CPU has
+        # none, so the weight decides; and a 1x1 kernel's strides count as contiguous unless they are spelled out.
         _, i, h, w = weight.shape
         weight = weight.contiguous(memory_format=torch.channels_last)
         weight = weight.as_strided(weight.shape, (h * w * i, 1, w * i, i), weight.storage_offset())
     if channels_last and grad.is_cuda:
-        # cuDNN takes the layout from the input, and would bring the gradient into the other one and back
+        # cuDNN takes the layout from the input: a contiguous stand-in would cost two transposes of the gradient. Its
+        # values are not read, because the weight's gradient is not asked for.
         stand_in = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)
     else:
+        # one element that is expanded to the input's shape takes no memory
         stand_in = grad.new_empty(1).expand(shape)
     only_input = (True, False, False)
     return torch.ops.aten.convolution_backward(

@@ -1,7 +1,8 @@
-"""The denoising step as a Gaussian whose mean is linear in the latents and in the model's output, in plain PyTorch.
+"""The denoising step as a Gaussian, in plain PyTorch: its mean is `c_x * latents + c_m * model_output`.
 
-B images, C H W latent. Everything is computed in fp32, or in fp64 if the latents are fp64: the model's output may be
-half precision, what follows it never is.
+B images, C H W latent. `ddpo_fast/ddim.py` derives the coefficients. Everything is computed in fp32, or in fp64 if the
+latents are fp64. The model's output may be in half precision and is widened as soon as it is read: with the default
+clip range of 1e-4, a log-prob needs far more digits than the 8 bits of bf16 or the 11 bits of fp16 hold.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
 
 
 def guided(model_output: torch.Tensor, guidance_scale: float) -> torch.Tensor:
-    """Classifier-free guidance: [2B, ...] (unconditional rows first) -> [B, ...] in fp32 or fp64, u + s (t - u)."""
+    """Classifier-free guidance, `u + s (t - u)`: [2B, ...], unconditional rows u first -> [B, ...], fp32 or fp64."""
     if model_output.dtype in (torch.float16, torch.bfloat16):
         model_output = model_output.float()
     uncond, text = model_output.chunk(2)
@@ -39,7 +40,10 @@ def take_step(
 
 
 def log_density(difference: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """Mean log-density of a Gaussian with std `sigma` [B] at `difference` [B, C, H, W] from its mean: [B]."""
+    """The log-density of a Gaussian with std `sigma` [B], averaged over the elements: [B].
+
+    `difference` [B, C, H, W] is the distance from the Gaussian's mean.
+    """
     scaled = difference.square() / per_image(2 * sigma.square(), difference)
     return -scaled.flatten(1).mean(1) - sigma.log() - LOG_SQRT_2PI
 
@@ -52,31 +56,33 @@ def score_step(
     c_m: torch.Tensor,
     sigma: torch.Tensor,
 ) -> torch.Tensor:
-    """Log-density of `next_latents` after a step from `latents`, averaged over the latent's elements: [B].
+    """The log-prob of `next_latents` x' after a step from `latents`: [B], averaged over the latent's D elements.
 
-    `mean(-(x' - mean)^2 / (2 sigma^2)) - log sigma - log sqrt(2 pi)`. TRL averages; the paper's density (arXiv
-    2305.13301, eq. 4) is the sum, so ratios here are the paper's to the power 1/D. `next_latents` carry no gradient.
+    `mean_d(-(x' - mean)^2 / (2 sigma^2)) - log sigma - log sqrt(2 pi)`. The density of the whole latent (DDPO, arXiv
+    2305.13301) is the sum over d. TRL takes the mean, and its default clip range of 1e-4 is chosen for that: a ratio
+    here is the paper's to the power 1/D, with D = 16,384 for Stable Diffusion. No gradient flows to `next_latents`.
     """
     return log_density(next_latents.detach() - step_mean(model_output, latents, c_x, c_m), sigma)
 
 
 def per_image(coefficient: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A coefficient [B] (or [1]) that multiplies `like` [B, ...]."""
+    """Reshapes a coefficient [B] (or [1]) so that it multiplies `like` [B, ...] image by image."""
     return coefficient.reshape(-1, *[1] * (like.ndim - 1))
 
 
 def table_rows(
     table: torch.Tensor, timesteps: torch.Tensor, like: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(c_x, c_m, sigma), each [B], of `timesteps` ([B] or [] for all) in the dtype of the latents `like`."""
-    # `index_select`, as indexing by a tensor without dimensions would wait for its value
+    """Looks up (c_x, c_m, sigma), each [B], for `timesteps`, [B] or [] (one for all), in the dtype of `like`."""
+    # `index_select` and not `[]`: indexing by a tensor without dimensions copies its value to the host, and so waits
+    # for all work that is queued on the device
     rows = table.index_select(0, timesteps.reshape(-1)).to(like.dtype).expand(len(like), 3)
     c_x, c_m, sigma = rows.unbind(1)
     return c_x, c_m, sigma
 
 
 def check_step(name: str, model_output: torch.Tensor, latents: torch.Tensor, guidance_scale: float | None) -> None:
-    """Raises `ValueError` unless an output of the UNet fits the latents."""
+    """Raises `ValueError` unless the shapes and dtypes of a UNet's output and the latents fit each other."""
     if latents.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"latents are {latents.dtype} but must be float32: a log-prob is that of the stored latents")
     if not model_output.is_floating_point():
@@ -88,7 +94,7 @@ def check_step(name: str, model_output: torch.Tensor, latents: torch.Tensor, gui
 
 
 def check_table(table: torch.Tensor, timesteps: torch.Tensor, latents: torch.Tensor) -> None:
-    """Raises `ValueError` unless the coefficients and the timesteps fit the latents."""
+    """Raises `ValueError` unless the shapes and dtypes of the table and the timesteps fit the latents."""
     if table.ndim != 2 or table.shape[1] != 3 or table.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"table is {table.dtype} {tuple(table.shape)} but must be float32 [K, 3]")
     if timesteps.shape not in ((), (len(latents),)) or timesteps.dtype != torch.int64:

@@ -1,4 +1,4 @@
-"""GEGLU: half of a projection gates the other half through the exact GELU."""
+"""GEGLU (arXiv 2002.05202): one half of a projection, passed through the exact GELU, multiplies the other half."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def geglu(x: Tensor) -> Tensor:
     """`a * gelu(g)` with `a, g = x.chunk(2, -1)` and `gelu(g) = g (1 + erf(g / sqrt(2))) / 2`.
 
     Args:
-        x: [..., 2I] fp16, bf16 or fp32 (fp64: by the reference), what diffusers' GEGLU projects to.
+        x: [..., 2I] fp16, bf16 or fp32 (fp64: by the reference), the output of the projection in diffusers' GEGLU.
 
-    Returns [..., I], contiguous, of the dtype of `x`. The backward pass saves `x` only. Raises `ValueError` if the
-    last dimension is odd.
+    Returns [..., I], contiguous, in the dtype of `x`. Only `x` is saved for the backward pass. Raises `ValueError` if
+    the last dimension is odd.
     """
     if x.shape[-1] % 2:
         raise ValueError(f"x has shape {tuple(x.shape)}, but its last dimension must be even: values, then gates")
@@ -38,7 +38,7 @@ def _reference_backward(grad: Tensor, x: Tensor) -> Tensor:
     return torch.cat([grad * F.gelu(g), torch.ops.aten.gelu_backward(grad * a, g)], dim=-1)
 
 
-# the kernels fill what is allocated here
+# what the kernels write to, and the ops' fakes
 
 
 def _empty(x: Tensor) -> Tensor:

@@ -1,4 +1,7 @@
-"""GroupNorm and the SiLU that follows it, as one op that keeps its input's memory format."""
+"""GroupNorm and the SiLU that follows it as one op, which keeps its input's memory format.
+
+Separately, the norm writes its result to memory for SiLU to read, and both save their inputs for the backward pass.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +20,14 @@ def groupnorm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: fl
     """`y = silu(z)` with `z = (x - mean) / sqrt(var + eps) * weight + bias`; `silu=False`: `y = z`.
 
     Args:
-        x: [N, C, ...] fp16, bf16 or fp32 (fp64: by the reference), channels_last or contiguous; another layout is made
-            contiguous. mean and var are those of an image's group of C / groups channels, in fp32.
-        weight, bias: [C], of the dtype of `x` or wider.
-        groups: how many groups the channels form.
+        x: [N, C, ...] fp16, bf16 or fp32 (fp64: by the reference), channels_last or contiguous; a tensor in another
+            layout is copied. `mean` and `var` are computed in fp32 over each group of C / groups channels of an image.
+        weight, bias: [C], in the dtype of `x` or a wider one.
+        groups: the number of groups, a divisor of C.
         eps: added to the variance.
 
-    Returns `y` of the shape, dtype and memory format of `x`. The backward pass saves `x` and no activation. Raises
-    `ValueError` for shapes that do not fit.
+    Returns `y` in the shape, dtype and memory format of `x`. The backward pass saves `x` and the groups' statistics and
+    computes z again. Raises `ValueError` for shapes that do not fit.
     """
     if x.ndim < 2 or x.shape[1] % groups:
         raise ValueError(f"x has shape {tuple(x.shape)} but must be [N, C, ...] with C divisible by {groups} groups")
@@ -36,7 +39,7 @@ def groupnorm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: fl
 
 
 def _dense(x: Tensor) -> Tensor:
-    """`x` as the kernels can index it: contiguous, or so with the channels moved to the end."""
+    """Returns `x`, or a contiguous copy if the kernels cannot index it: they take contiguous and channels_last."""
     return x if x.is_contiguous() or x.movedim(1, -1).is_contiguous() else x.contiguous()
 
 
@@ -48,8 +51,9 @@ def _sizes(x: Tensor) -> tuple[int, int, int]:
 
 
 def _norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    # F.group_norm gives no statistics and refuses groups of a single value. The layout is contiguous because PyTorch
-    # takes the variance of channels_last on a CPU from E[x^2] - E[x]^2, which a large mean cancels.
+    # F.group_norm returns no statistics and refuses groups of one value. The tensors are made contiguous because for
+    # channels_last on a CPU, PyTorch computes the variance as E[x^2] - E[x]^2, which loses all digits to cancellation
+    # where the mean is large.
     x, weight, bias = (tensor.to(x.dtype).contiguous() for tensor in (x, weight, bias))
     images, channels, pixels = _sizes(x)
     return torch.native_group_norm(x, weight, bias, images, channels, pixels, groups, eps)
@@ -87,7 +91,7 @@ def _reference_backward(
     return [dx, dweight.to(weight.dtype), dbias.to(bias.dtype)] if affine else [dx]
 
 
-# the kernels fill what is allocated here
+# what the kernels write to, and the ops' fakes
 
 
 def _empty(x: Tensor, weight: Tensor, bias: Tensor, groups: int, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,6 +124,7 @@ def _triton_backward(
     from ddpo_fast_kernels.groupnorm_silu import groupnorm_silu_backward
 
     dx = torch.empty_like(x)
+    # one sum per image and channel, added up below in a fixed order: atomic additions would not be reproducible
     partials = torch.empty((2, *x.shape[:2]), dtype=torch.float32, device=x.device) if affine else None
     groupnorm_silu_backward(x, grad, weight, bias, mean, rstd, silu, dx, partials)
     if partials is None:
@@ -141,7 +146,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     x, weight, bias, _, ctx.eps, ctx.silu = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
-    # else every backward pass would fill zeros for their gradients
+    # without this, autograd would allocate zeros for the gradients of mean and rstd in every backward pass
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, bias, mean, rstd)
 

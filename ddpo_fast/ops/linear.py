@@ -1,7 +1,7 @@
-"""A linear layer by the faster of the two libraries that PyTorch has on a CPU.
+"""A linear layer that uses the faster of PyTorch's two libraries for matrix products on a CPU.
 
-PyTorch gives fp32 matrix products to MKL, which keeps to 256-bit vectors on processors that are not Intel's, and
-convolutions to oneDNN, which uses all 512 bits. M rows of x, I inputs, O outputs.
+PyTorch gives fp32 matrix products to MKL, which uses 256-bit vectors only on processors of other makers than Intel, and
+convolutions to oneDNN, which uses all 512 bits there. M rows of x, I inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ from ddpo_fast.ops.backend import Op
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x W^T + b`: [..., I] -> [..., O], with gradients; fp32 on a CPU. `weight` is [O, I], `bias` [O]."""
+    """`x W^T + b`: [..., I] -> [..., O], differentiable; faster than PyTorch's for fp32 on a CPU.
+
+    `weight` is [O, I], `bias` [O].
+    """
     return FORWARD(x, weight, bias)
 
 
 def product(x_MI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """`x W^T + b` of matrices of any strides, without a graph: by oneDNN where that is faster."""
+    """`x W^T + b` for matrices of any strides, by oneDNN where it is faster; not differentiable."""
     if onednn_is_faster(x_MI.device.type, x_MI.dtype) and x_MI.numel():
         return torch.ops.mkldnn._linear_pointwise(x_MI, weight_OI, bias_O, "none", [], "")
     return x_MI @ weight_OI.t() if bias_O is None else torch.addmm(bias_O, x_MI, weight_OI.t())
@@ -31,11 +34,12 @@ def product(x_MI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Te
 
 @torch.compiler.assume_constant_result
 def onednn_is_faster(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether oneDNN has wider vectors than MKL here."""
+    """Whether oneDNN uses wider vectors than MKL for this dtype on this processor."""
     return _onednn_is_faster(device_type, dtype)
 
 
-# a function of its own, as a compiler looks through the cache at what is not to be looked at
+# A function of its own: torch.compile ignores functools.cache and would trace the body, which reads a file. It does not
+# look into a function whose result is declared constant.
 @functools.cache
 def _onednn_is_faster(device_type: str, dtype: torch.dtype) -> bool:
     return (
@@ -52,7 +56,7 @@ def _is_intel() -> bool:
     try:
         return "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
-        # nobody's word for it: PyTorch's own choice stays
+        # unknown processor: leave PyTorch's own choice
         return True
 
 
@@ -61,7 +65,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _backward(grad: Tensor, x: Tensor | None, weight: Tensor, needs: Sequence[bool]) -> list[Tensor]:
-    """The gradients that are needed, in the order of x, weight and bias; x is for the weight's."""
+    """Returns the gradients that are needed, in the order x, weight, bias. x is only used for the weight's."""
     grad_MO = grad.reshape(-1, grad.shape[-1])
     grads = []
     if needs[0]:

@@ -1,7 +1,7 @@
-"""A linear layer with a low-rank adapter in three matrix products forward and five backward, and nothing between them.
+"""A linear layer with a low-rank adapter (LoRA, arXiv 2106.09685) in three matrix products forward and five backward.
 
-M rows of x, I inputs, O outputs, rank r. The reference is already the fast version: all the work is in library GEMMs,
-whose epilogues (`beta`, `alpha`) do the additions and the scaling.
+M rows of x, I inputs, O outputs, rank r. There is no kernel beside the reference: all the work is in library GEMMs,
+which also do the additions and the scaling (`beta` and `alpha`), so that no elementwise kernel runs between them.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ def lora_linear(
 ) -> torch.Tensor:
     """`x W^T + b + scaling (x A^T) B^T`: [..., I] -> [..., O]; the gradient flows to x, A and B.
 
-    `weight` [O, I] and `bias` [O] are frozen; `lora_a` is [r, I], `lora_b` [O, r]. Computes and answers in autocast's
-    dtype where autocast is on, else in the weight's; the other operands are cast to it, and gradients come back in the
-    dtypes that the operands came in. Raises `ValueError` if the weight or the bias requires a gradient.
+    `weight` [O, I] and `bias` [O] are frozen; `lora_a` is [r, I], `lora_b` [O, r]. The operands are cast to autocast's
+    dtype where autocast is on, else to the weight's, and the result has that dtype; gradients have the dtypes of the
+    operands before the cast. Raises `ValueError` if the weight or the bias requires a gradient.
     """
     x, weight, bias = with_frozen("lora_linear", x, weight, bias)
     return FORWARD(x, weight, bias, lora_a.to(x.dtype), lora_b.to(x.dtype), scaling)[0]
@@ -60,11 +60,11 @@ def _backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     grad_rows, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
     grad_low = grad_rows @ lora_b
-    # an operator may not answer None
+    # a custom op must return a tensor, so an empty one stands for no gradient
     grad_x = x.new_empty(0)
     if needs_x:
         grad_x = product(grad_rows, weight.t()).addmm_(grad_low, lora_a, alpha=scaling).view(x.shape)
-    # beta=0 ignores the first operand: this is scaling * product in one launch
+    # with beta=0 the first operand is not read: this is scaling * product in one launch
     grad_a = torch.addmm(lora_a, grad_low.t(), rows, beta=0, alpha=scaling)
     grad_b = torch.addmm(lora_b, grad_rows.t(), low, beta=0, alpha=scaling)
     return grad_x, grad_a, grad_b
@@ -78,7 +78,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.T
     x, weight, _, lora_a, lora_b, ctx.scaling = inputs
     _, low = output
     ctx.mark_non_differentiable(low)
-    # else every backward pass would fill zeros for the gradient of `low`
+    # without this, autograd would allocate zeros for the gradient of `low` in every backward pass
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, lora_a, lora_b, low)
 

@@ -1,4 +1,16 @@
-"""The clipped PPO loss of (image, timestep) pairs with its gradient (arXiv 1707.06347, eq. 7, and 2305.13301)."""
+"""The clipped PPO loss of (image, timestep) pairs and its gradient, computed in one pass.
+
+The loss is equation 7 of PPO (arXiv 1707.06347) with the step's log-prob of DDPO (arXiv 2305.13301). Its gradient with
+respect to the UNet's output has a closed form, so no autograd graph is recorded for what follows the UNet. For a pair
+with the guided output g, `mu = c_x x + c_m g`, `e = x' - mu`, D elements and `r = exp(log_prob - old_log_prob)`:
+
+    log_prob = mean_d(-e^2 / (2 sigma^2)) + const        so  d log_prob / d g = c_m e / (sigma^2 D)
+    term = max(-A r, -A clip(r, 1 - c, 1 + c))           so  d term / d log_prob = -A r, and 0 where the clip decides
+    KL = mean_d((mu - mu_ref)^2) / (2 sigma^2)           so  d KL / d g = c_m (mu - mu_ref) / (sigma^2 D)
+
+The clip decides where A > 0 and r > 1 + c, or A < 0 and r < 1 - c: there the constant is the larger argument of the
+maximum. With guidance, `g = u + s (t - u)`, the gradient for u is (1 - s) times that for g, and for t it is s times.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +33,10 @@ from ddpo_fast.ops.operands import dense_rows, laid_out_as
 
 
 class PPOLoss(NamedTuple):
-    """Scalars but for `log_probs` [N] and `gradient`; only the loss carries a gradient.
+    """What `ppo_loss` returns: scalars, `log_probs` [N] and `gradient`. Only `loss` has an autograd graph.
 
-    `gradient` is that of the loss to the model's output, times `grad_scale`, in the output's shape, dtype and layout.
-    `model_output.backward(gradient)` saves the launch that `loss.backward()` needs to multiply it by 1.
+    `gradient` is d loss / d model_output times `grad_scale`, in the output's shape, dtype and layout. Calling
+    `model_output.backward(gradient)` saves one kernel launch: `loss.backward()` would multiply it by 1 first.
     """
 
     loss: Tensor
@@ -52,7 +64,7 @@ def ppo_loss(
     reference_weight: float = 0.0,
     grad_scale: Tensor | None = None,
 ) -> PPOLoss:
-    """`mean(max(-A r, -A clip(r, 1 - c, 1 + c)) + w KL)` over N pairs, `r = exp(log_prob - old_log_prob)`.
+    """The mean over N pairs of `max(-A r, -A clip(r, 1 - c, 1 + c)) + w KL`, with `r = exp(log_prob - old_log_prob)`.
 
     Args:
         model_output: [N, C, H, W], or [2N, C, H, W] with guidance, unconditional rows first; fp16, bf16 or fp32,
@@ -60,14 +72,17 @@ def ppo_loss(
         latents, next_latents: [N, C, H, W] fp32 (fp64: everything is fp64), without gradient.
         old_log_probs, advantages: [N]; advantages are clipped to +- `advantage_limit`.
         table, timesteps, guidance_scale: as for `step_logprob`; timesteps are [N].
-        clip_range: c.
-        reference_output: another UNet's output for the same pairs. The loss then has `reference_weight` times
-            `mean_d((mean - reference mean)^2) / (2 sigma^2)`, the KL between the two steps divided by D.
-        grad_scale: [] fp32, the loss scale of fp16 training: the gradient is kept in the output's precision, times
-            this, and divided by it in backward, so that a scaled loss does not lose it to underflow.
+        clip_range: c, in units of the ratio.
+        reference_output: a frozen reference UNet's output for the same pairs, of the shape of `model_output`. It adds
+            `reference_weight` times the KL divergence between the two steps, divided by D:
+            `mean_d((mu - mu_ref)^2) / (2 sigma^2)`.
+        grad_scale: [] fp32, the loss scale of fp16 training. The gradient is stored in the output's dtype, multiplied
+            by it so that small values do not underflow; `loss.backward()` divides by it again.
 
-    `approx_kl` is `mean((log_prob - old)^2) / 2`, `ratio_drift` the largest |r - 1|. Raises `ValueError` for shapes
-    and dtypes that do not fit.
+    `approx_kl` is `mean((log_prob - old_log_prob)^2) / 2`, `clip_fraction` the share of pairs with |r - 1| > c,
+    `ratio_drift` the largest |r - 1|, `reference_kl` the mean KL.
+
+    Raises `ValueError` for shapes and dtypes that do not fit.
     """
     check_step("model_output", model_output, latents, guidance_scale)
     check_table(table, timesteps, latents)
@@ -135,13 +150,14 @@ def _reference(
     c_x, c_m, sigma = table_rows(table, timesteps, latents)
     combined = model_output if guidance_scale is None else guided(model_output, guidance_scale)
     difference = next_latents - step_mean(combined, latents, c_x, c_m)
+    # the same function that sampling uses, so that a policy that has not changed has ratios of 1
     log_probs = log_density(difference, sigma)
     advantages = advantages.clamp(-advantage_limit, advantage_limit)
     ratio = torch.exp(log_probs - old_log_probs)
     terms = _clipped(advantages, clip_range, ratio)
     slope = torch.where(is_clipped(advantages, clip_range, ratio), 0.0, -advantages * ratio)
     variance = sigma.square()
-    # d log_prob / d mean = difference / (sigma^2 D), d mean / d combined = c_m
+    # the closed form at the top of this module; the division by D and by N follows for all terms at once
     grad = per_image(slope * c_m / variance, latents) * difference
     reference_kl = torch.zeros_like(log_probs)
     if reference_output is not None:
@@ -150,6 +166,7 @@ def _reference(
         reference_kl = (apart.square() / per_image(2 * variance, latents)).flatten(1).mean(1)
         terms = terms + reference_weight * reference_kl
         grad = grad + per_image(reference_weight * c_m / variance, latents) * apart
+    # N D elements: the mean over d in each log-prob and the mean over pairs in the loss
     grad = grad / latents.numel()
     if grad_scale is not None:
         grad = grad * grad_scale
@@ -168,7 +185,7 @@ def _reference(
     return terms.mean(), metrics, log_probs, laid_out_as(model_output, grad)
 
 
-# the kernels fill what is allocated here
+# what the kernels write to, and the op's fake
 
 
 def _empty(
@@ -185,7 +202,7 @@ FORWARD = Op("ppo_loss", _reference, _empty, triton_kernel("ppo_loss", _empty), 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     grad_scale = inputs[8]
-    # else every backward pass would fill zeros as large as the output for gradients that there are not
+    # without this, autograd would allocate zeros for the unused outputs' gradients, one as large as the UNet's output
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[3], *([] if grad_scale is None else [grad_scale]))
 
@@ -194,6 +211,7 @@ def _differentiate(ctx: Any, grad_loss: Tensor | None, *others: None) -> Any:
     if grad_loss is None:
         return (None,) * 13
     grad, *scale = ctx.saved_tensors
+    # The gradient is already multiplied by the scale. If the loss was, too, `grad_loss` is the scale, and the factor 1.
     factor = grad_loss / scale[0] if scale else grad_loss
     return grad * factor, *[None] * 12
 

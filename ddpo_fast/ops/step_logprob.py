@@ -1,4 +1,4 @@
-"""One denoising step: guidance, DDIM mean, next latents, their log-prob, and the UNet's next input."""
+"""One denoising step in one op: guidance, the DDIM step, its log-prob, and the UNet's next input."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from ddpo_fast.ops.operands import dense_rows, laid_out_as
 
 
 class Step(NamedTuple):
-    """The next latents [B, C, H, W] in the latents' dtype, their log-prob [B], the UNet's next input."""
+    """What `step_logprob` returns: the next latents [B, C, H, W] in the latents' dtype, their log-prob [B], and the
+    UNet's next input [B or 2B, C, H, W] in the UNet's dtype and layout."""
 
     latents: Tensor
     log_probs: Tensor
@@ -36,7 +37,10 @@ def step_logprob(
     timesteps: Tensor,
     guidance_scale: float | None = None,
 ) -> Step:
-    """`x' = c_x x + c_m m + sigma noise` and the mean log-density of x' as it is stored.
+    """`x' = c_x x + c_m m + sigma noise`, and the log-prob of x' (`gaussian.score_step`).
+
+    The log-prob is computed from x' as it is rounded when stored and not from the noise: training scores the stored
+    latents, and with an unchanged policy it must find the same log-prob.
 
     Args:
         model_output: [B, C, H, W], or [2B, C, H, W] with guidance, unconditional rows first; fp16, bf16 or fp32,
@@ -46,9 +50,10 @@ def step_logprob(
         timesteps: [B] or [] int64 on the device, rows of `table`.
         guidance_scale: s in `m = u + s (t - u)`, None for no guidance.
 
-    `unet_input` has the rows, dtype and layout of `model_output`. Model output and latents may carry a gradient; the
-    log-prob's is that of the density at a fixed x' (`gaussian.score_step`). Raises `ValueError` for shapes and dtypes
-    that do not fit.
+    Model output and latents may require a gradient. That of the log-prob is taken at a fixed x', as in the policy
+    gradient, although x' itself depends on both: the score function's expectation needs the density of a given x'.
+
+    Raises `ValueError` for shapes and dtypes that do not fit.
     """
     check_step("model_output", model_output, latents, guidance_scale)
     if noise.shape != latents.shape:
@@ -95,9 +100,11 @@ def _reference_backward(
     c_x, c_m, sigma = table_rows(table, timesteps, latents)
     combined = model_output if guidance_scale is None else guided(model_output, guidance_scale)
     difference = next_latents - step_mean(combined, latents, c_x, c_m)
+    # d log_prob / d mean = difference / (sigma^2 D), from the mean over d of -difference^2 / (2 sigma^2)
     slope = grad_log_probs / (sigma.square() * latents.shape[1:].numel())
     grad_input = grad_next_input.to(latents.dtype)
     if guidance_scale is not None:
+        # the next input holds the next latents twice
         uncond, text = grad_input.chunk(2)
         grad_input = uncond + text
     grad_mean = grad_next_latents + per_image(slope, latents) * difference + grad_input
@@ -108,7 +115,7 @@ def _reference_backward(
     return laid_out_as(model_output, grad_output), grad_latents
 
 
-# the kernels fill what is allocated here
+# what the kernels write to, and the ops' fakes
 
 
 def _empty(model_output: Tensor, latents: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,13 @@
-"""Memory predicted, and settings chosen that fit it. Nothing that trains imports this package."""
+"""Predicts the memory that training takes, and chooses settings that fit a GPU. Nothing that trains imports it.
+
+    live_bytes.py     the bytes of a computation's tensors, op by op, without running it
+    footprint.py      a model's weights and the live bytes of each of its computations, from its config files
+    update_bytes.py   what an update takes: gradients, optimizer states, temporary copies
+    phases.py         all of it together, for each phase of a run
+    candidates.py     the fastest settings that fit
+
+Other packages import from here only.
+"""
 
 from ddpo_fast.plan.candidates import MARGIN, Choice, choose
 from ddpo_fast.plan.footprint import Adapter, Footprint

@@ -1,7 +1,10 @@
-"""What a model takes, told from its config files: its weights one by one, and the live bytes of each computation.
+"""The sizes of a model's weights and the memory of each of its computations, from its config files alone.
 
-Networks are built on the `meta` device: no weights are read and nothing is allocated. Shapes: R rows of a UNet, or
-images, C H W latent, L tokens, D width of the text embedding.
+Networks are built on PyTorch's `meta` device, where a tensor has a shape and a dtype but no values. They can be run
+there: each op computes the shape of its output and allocates nothing. So no weights are read, no GPU is needed, and a
+model that is larger than this machine's memory can be planned for. live_bytes.py counts the tensors meanwhile.
+
+Shapes: R rows of a UNet's batch, or images, C H W latent, L tokens, D width of the text embedding.
 """
 
 from __future__ import annotations
@@ -33,22 +36,22 @@ from ddpo_fast.unet import (
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA's shape."""
+    """The shape of a LoRA: its rank, and the names of the UNet's layers that have one."""
 
     rank: int = 4
     target_modules: Sequence[str] = ("to_k", "to_q", "to_v", "to_out.0")
 
 
 class Footprint:
-    """A model as one kind of run has it. Each trace is made when it is first asked for, in a second or two.
+    """The sizes of a model in one kind of run. A computation is traced when it is first asked for: a second or two.
 
     Args:
         configs: the model's.
-        adapter: the LoRA that is trained, or None for all weights.
+        adapter: the LoRA that is trained, or None if all weights of the UNet are.
         dtype: what the networks compute in.
-        device_type: 'cuda' or 'cpu': which layers are fused, and which kernels run.
+        device_type: 'cuda' or 'cpu': decides which layers are fused and which kernels run.
         fused: the setting `fuse_unet`.
-        steps: of denoising.
+        steps: denoising steps.
         cached: the setting `sample_cache`.
     """
 
@@ -80,34 +83,44 @@ class Footprint:
         self.largest_block = max(sum(p.numel() for p in block.parameters()) for block in blocks)
 
     @property
+    def itemsize(self) -> int:
+        """Bytes of a value in the precision that the networks compute in."""
+        return self.dtype.itemsize
+
+    @property
     def trained_weights(self) -> int:
+        """The number of weights that are trained."""
         return sum(self.trained_sizes)
 
     @property
     def frozen_weights(self) -> int:
-        """Of the UNet."""
+        """The number of the UNet's weights that are not trained."""
         return self.unet_weights - self.trained_weights
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
         return self.configs.latent_shape
 
     @property
     def embedding_shape(self) -> tuple[int, int]:
+        """(L, D)."""
         return self.configs.text_encoder["max_position_embeddings"], self.configs.unet["cross_attention_dim"]
 
     @property
     def pixels(self) -> int:
-        """Values of an image."""
+        """The number of values of an image, three for each pixel."""
         height, width = self.configs.image_size
         return 3 * height * width
 
     @property
     def decoded_at_once(self) -> int:
+        """The number of images that the sampler gives to the VAE in one call."""
         _, height, width = self.latent_shape
         return max(1, sampler.DECODED_AT_ONCE // (height * width))
 
     def _unet(self) -> Any:
+        """The UNet on `meta`, with the layers that the trainer's `place_networks` would give it."""
         with torch.device("meta"):
             unet: Any = UNet2DConditionModel.from_config(self.configs.unet)
             if self.adapter is not None:
@@ -115,7 +128,7 @@ class Footprint:
                 unet.add_adapter(LoraConfig(r=self.adapter.rank, target_modules=list(self.adapter.target_modules)))
         _in_precision(unet, self.dtype)
         for module in unet.modules():
-            # as `set_attention` does
+            # what `set_attention` does without xformers
             if hasattr(module, "set_processor") and is_plain(module):
                 module.set_processor(SDPAProcessor())
         if self.fused:
@@ -123,7 +136,8 @@ class Footprint:
         return unet
 
     def _inputs(self, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """As a training forward makes them of fp32 latents."""
+        """The UNet's inputs: latents [R, C, H, W], timesteps [R] and embeddings [R, L, D]."""
+        # the latents that are stored are fp32, and the cast is one of the ops that count
         latents = torch.empty(rows, *self.latent_shape, device="meta")
         timesteps = torch.empty(rows, dtype=torch.int64, device="meta")
         embeds = torch.empty(rows, *self.embedding_shape, dtype=self.dtype, device="meta")
@@ -131,20 +145,23 @@ class Footprint:
 
     @functools.cache  # noqa: B019 (a footprint lives as long as its plan)
     def training(self, mode: str = "none", gradients: torch.dtype | None = None) -> Trace:
-        """A micro-batch of R rows, forward and backward.
+        """The forward and backward pass of a micro-batch of R rows.
 
         Args:
             mode: of `set_gradient_checkpointing`.
-            gradients: None: they are added to others, and a weight's is alive until it has been. Else there were none
-                before, and they stay, in this dtype.
+            gradients: None if gradients exist before the pass: each new one is then freed as soon as it has been added
+                to its total, which is not counted. Otherwise the pass makes the gradients, in this dtype: they are
+                counted, and stay until the end.
         """
         unet = set_gradient_checkpointing(self._unet(), mode).train()
-        added: list[torch.Tensor] = []
+        # what a pass without earlier gradients keeps
+        kept: list[torch.Tensor] = []
 
+        # as the hook of `MasterWeights` does
         def add(parameter: torch.Tensor) -> None:
             assert parameter.grad is not None
             if gradients is not None:
-                added.append(parameter.grad.to(gradients))
+                kept.append(parameter.grad.to(gradients))
             parameter.grad = None
 
         for parameter in unet.parameters():
@@ -153,28 +170,38 @@ class Footprint:
 
         def compute(rows: int) -> None:
             output = unet(*self._inputs(rows)).sample
+            # the loss's gradient for the output is computed by an op of ours, without autograd
             torch.autograd.backward(output, torch.empty_like(output))
-            added.clear()
+            kept.clear()
 
         return trace(compute, self.device_type)
 
     @functools.cache  # noqa: B019
-    def kept(self, mode: str = "none") -> int:
-        """Bytes that a row keeps for the backward pass."""
+    def kept_per_row(self, mode: str = "none") -> int:
+        """Bytes that each row of a training forward pass keeps for the backward pass."""
         unet = set_gradient_checkpointing(self._unet(), mode).train()
-        forward = trace(lambda rows: _ends_with(unet(*self._inputs(rows)).sample), self.device_type)
-        return int(forward.per_row[-1])
+
+        def compute(rows: int) -> None:
+            output = unet(*self._inputs(rows)).sample
+            # The count is taken after each op, and within the last one its temporary tensors are still alive. One more
+            # op, of an empty tensor, takes it while nothing is alive but the output and its graph.
+            torch.empty(0, device=output.device)
+
+        return int(trace(compute, self.device_type).per_row[-1])
 
     @functools.cached_property
     def sampling(self) -> Trace:
-        """A denoising step of R rows, but for what `cached_bytes` counts."""
+        """A denoising step of R rows, without what `cached_bytes` counts."""
         unet = self._unet().eval()
         return trace(torch.no_grad()(lambda rows: unet(*self._inputs(rows))), self.device_type)
 
     @functools.cache  # noqa: B019
     def cached_bytes(self, rows: int) -> int:
-        """What a rollout of R rows leaves in place for the next one: embeddings, their keys and values, and what
-        the residual blocks add for each timestep."""
+        """Bytes that a rollout of R rows keeps for all of its steps, and that the next rollout reuses.
+
+        These are the prompts' embeddings and, with `sample_cache`, their keys and values in each cross-attention, and
+        for each timestep what each residual block adds to its activations (see unet/sampling_cache.py).
+        """
         unet = self._unet()
         tokens, width = self.embedding_shape
         values = rows * tokens * width
@@ -197,7 +224,7 @@ class Footprint:
 
     @functools.cached_property
     def encoding(self) -> int:
-        """Bytes of the encoding of as many prompts as are encoded at once."""
+        """The peak of encoding as many prompts as are encoded at once, in bytes."""
 
         @torch.no_grad()
         def compute(prompts: int) -> None:
@@ -207,11 +234,6 @@ class Footprint:
 
 
 def _in_precision(network: torch.nn.Module, dtype: torch.dtype) -> None:
-    """`network.to(dtype)`, of which diffusers warns."""
+    """Casts a network's parameters, as `network.to(dtype)`, for which diffusers prints a warning."""
     for parameter in network.parameters():
         parameter.data = parameter.data.to(dtype)
-
-
-def _ends_with(output: torch.Tensor) -> None:
-    """One more op while `output` and its graph are alive."""
-    torch.empty(0, device=output.device)

@@ -1,6 +1,12 @@
-"""The bytes of all tensors that are alive, op by op, of networks without values (on the `meta` device).
+"""Counts the bytes of all tensors that are alive after each op of a computation, on PyTorch's `meta` device.
 
-R rows of a UNet, or images.
+A tensor on `meta` has a shape, strides and a dtype but no memory. Networks run there as usual, and autograd saves and
+frees the same tensors at the same moments as on a GPU. So the peak of this count is the peak of the memory that the
+computation would take, apart from workspaces that kernels allocate within an op.
+
+Three things differ on `meta` from a real device, and are corrected here: which attention PyTorch chooses
+(`fused_attention`), the memory layout of outputs (`_in_device_layout`), and ops of ours, which have no kernel there
+(`_reference_without_kernel`).
 """
 
 from __future__ import annotations
@@ -21,18 +27,18 @@ from torch.utils._pytree import tree_iter
 from ddpo_fast.ops.backend import OPS, Op
 from ddpo_fast.unet import FEW_SCORES, attend_to_few
 
-# what PyTorch's caching allocator rounds up to
+# PyTorch's caching allocator rounds sizes up to multiples of this
 CUDA_BLOCK = 512
-# flash attention has kernels up to here, memory-efficient attention beyond
+# the widest head that flash attention has kernels for; PyTorch takes memory-efficient attention for wider ones
 FLASH_HEAD_DIM = 256
 HALF = (torch.float16, torch.bfloat16)
 
 
 class LiveBytes(TorchDispatchMode):
-    """Inside of it, `after_op` grows by the bytes of the storages that ops have made and nobody has freed.
+    """Inside, `after_op` gets for each op the bytes of all storages that ops have made and that are still alive.
 
-    An op of ours with a kernel for the device counts as one op, as its outputs are all that it allocates; of others
-    the ops that they consist of count.
+    An op of ours with a kernel for the device counts as one op, as its outputs are all that it allocates. One without a
+    kernel counts as the PyTorch ops that its reference implementation consists of.
     """
 
     def __init__(self, device_type: str) -> None:
@@ -40,23 +46,26 @@ class LiveBytes(TorchDispatchMode):
         self.device_type = device_type
         self.after_op: list[int] = []
         self.now = 0
-        # by the address of the C++ object, as meta tensors have no data
+        # Storages that are alive, each by the address of its C++ object: their data pointers are all zero on `meta`.
+        # Several tensors may be views of one storage.
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in _tensors((args, kwargs)):
-            # made before: a view of it is nothing new
-            self._note(tensor, 0)
-        if (op := _consists_of_others(func, self.device_type)) is not None:
+            # a storage from before the count began, such as a weight's: not counted, nor are later views of it
+            self._count(tensor, 0)
+        if (op := _reference_without_kernel(func, self.device_type)) is not None:
+            # a mode is switched off while it handles an op
             with self:
                 return op(*args)
-        out = _laid_out(func, args, func(*args, **(kwargs or {})), self.device_type)
+        out = _in_device_layout(func, args, func(*args, **(kwargs or {})), self.device_type)
         for tensor in _tensors(out):
-            self._note(tensor, tensor.untyped_storage().nbytes())
+            self._count(tensor, tensor.untyped_storage().nbytes())
         self.after_op.append(self.now)
         return out
 
-    def _note(self, tensor: torch.Tensor, size: int) -> None:
+    def _count(self, tensor: torch.Tensor, size: int) -> None:
+        """Counts the tensor's storage as `size` bytes until it is freed, unless it is known already."""
         storage = tensor.untyped_storage()
         if storage._cdata in self._known:
             return
@@ -64,9 +73,10 @@ class LiveBytes(TorchDispatchMode):
             size = -(-size // CUDA_BLOCK) * CUDA_BLOCK
         self._known.add(storage._cdata)
         self.now += size
-        weakref.finalize(storage, self._forget, storage._cdata, size).atexit = False
+        # a storage has one Python object, which PyTorch keeps for as long as any tensor uses the storage
+        weakref.finalize(storage, self._free, storage._cdata, size).atexit = False
 
-    def _forget(self, address: int, size: int) -> None:
+    def _free(self, address: int, size: int) -> None:
         self._known.discard(address)
         self.now -= size
 
@@ -75,14 +85,18 @@ def _tensors(tree: Any) -> Iterator[torch.Tensor]:
     return (leaf for leaf in tree_iter(tree) if isinstance(leaf, torch.Tensor))
 
 
-def _laid_out(func: Any, args: Any, out: Any, device_type: str) -> Any:
-    """The output of an op on `meta` in the layout that it has on the device: there, convolutions keep to channels_last
-    (on a CPU norms too), and a copy from one layout to the other would otherwise be missed."""
+def _in_device_layout(func: Any, args: Any, out: Any, device_type: str) -> Any:
+    """The output of an op on `meta`, in the memory layout that it would have on the device.
+
+    On a device, convolutions (and on a CPU group norms) of channels_last tensors return channels_last tensors. On
+    `meta` they return contiguous ones, and the copies that later ops make to change a layout would be missed, or be
+    counted where there are none.
+    """
     aten = torch.ops.aten
-    keeping = [aten.convolution.default, aten.convolution_backward.default]
+    keep_layout = [aten.convolution.default, aten.convolution_backward.default]
     if device_type == "cpu":
-        keeping += [aten.native_group_norm.default, aten.native_group_norm_backward.default]
-    if func not in keeping or not any(_is_channels_last(arg) for arg in args[:3]):
+        keep_layout += [aten.native_group_norm.default, aten.native_group_norm_backward.default]
+    if func not in keep_layout or not any(_is_channels_last(arg) for arg in args[:3]):
         return out
     first, *others = out if isinstance(out, tuple) else (out,)
     if isinstance(first, torch.Tensor) and first.is_meta and first.ndim == 4:
@@ -93,12 +107,13 @@ def _laid_out(func: Any, args: Any, out: Any, device_type: str) -> Any:
 def _is_channels_last(tensor: Any) -> bool:
     if not isinstance(tensor, torch.Tensor) or tensor.ndim != 4:
         return False
-    # by its strides: a 1x1 kernel is contiguous in both layouts
+    # By its strides, as PyTorch's own test says yes to both layouts for a 1x1 kernel: it is contiguous in either. Here
+    # the stride of its last dimension tells which one it was made in.
     return tensor.stride(1) == 1 and tensor.stride(3) >= tensor.shape[1] > 1
 
 
-def _consists_of_others(func: Any, device_type: str) -> Callable[..., Any] | None:
-    """The reference of an op of ours that has no kernel on the device."""
+def _reference_without_kernel(func: Any, device_type: str) -> Callable[..., Any] | None:
+    """The reference implementation of an op, if it is one of ours that has no kernel on the device; else None."""
     namespace, _, name = func._schema.name.partition("::")
     op: Op | None = OPS.get(name) if namespace == "ddpo_fast" else None
     if op is None or (device_type == "cuda" and op.implementations["triton"] is not None):
@@ -108,24 +123,28 @@ def _consists_of_others(func: Any, device_type: str) -> Callable[..., Any] | Non
 
 @dataclass(frozen=True)
 class Trace:
-    """Live bytes after each op of one computation as a function of R: `fixed + R * per_row`."""
+    """Live bytes after each op of one computation, as a function of its number of rows R: `fixed + R * per_row`."""
 
     fixed: np.ndarray
     per_row: np.ndarray
 
     def peak(self, rows: float) -> int:
-        """The most bytes at a time."""
+        """The most bytes that are alive after any op, for so many rows."""
         return int(np.ceil((self.fixed + rows * self.per_row).max()))
 
 
 def trace(compute: Callable[[int], Any], device_type: str) -> Trace:
-    """The trace of `compute(R)`, from its runs with 2 and with 4 rows.
+    """The trace of `compute(R)`, from a run with 2 rows and one with 4.
 
-    Tensors of one row pass for being laid out in ways that others are not. Each op's bytes are linear in the rows, so
-    the largest of them may be another op's for more rows, and is still found.
+    Each tensor's size is a constant (a weight's gradient, say) or proportional to R, so the bytes after each op are a
+    line, which two points determine. The peak is not: for few rows it may be where most gradients are alive, and for
+    many rows where most activations are. Hence the lines of all ops are kept, and `Trace.peak` takes their maximum.
+
+    Not 1 row: a dimension of size 1 makes a tensor count as contiguous in layouts in which it is not otherwise, and
+    copies that change a layout would be missing.
     """
     two, four = (_after_ops(compute, rows, device_type) for rows in (2, 4))
-    assert len(two) == len(four), "as many ops whatever the number of rows"
+    assert len(two) == len(four), "the number of ops must not depend on the number of rows"
     per_row = (four - two) / 2
     return Trace(two - 2 * per_row, per_row)
 
@@ -138,10 +157,17 @@ def _after_ops(compute: Callable[[int], Any], rows: int, device_type: str) -> np
 
 @contextmanager
 def fused_attention(device_type: str) -> Iterator[None]:
-    """Attention as the device has it, which keeps no scores: for tensors on `meta` PyTorch would choose that which
-    does. A torch function mode would not reach what a backward pass computes again."""
+    """Inside, `scaled_dot_product_attention` runs the ops that the device would choose.
+
+    Those are fused: they never hold the whole matrix of scores. For tensors on `meta` PyTorch would choose its plain
+    implementation, whose scores, [heads, H W, H W] for each row, would dominate the count.
+
+    The function itself is replaced, and not by a torch function mode: that would not be active where gradient
+    checkpointing computes a block again in the backward pass.
+    """
 
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        # masks, causality and dropout may choose other kernels; these networks use none of them
         if args or any(kwargs.get(name) for name in ("is_causal", "dropout_p")) or kwargs.get("attn_mask") is not None:
             return plain(query, key, value, *args, **kwargs)
         return _attend(query, key, value, device_type)
@@ -154,6 +180,7 @@ def fused_attention(device_type: str) -> Iterator[None]:
 def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, device_type: str) -> torch.Tensor:
     aten = torch.ops.aten
     if device_type == "cpu":
+        # our own attention for few scores in half precision, see unet/attention.py
         if query.dtype in HALF and query.shape[-2] * key.shape[-2] <= FEW_SCORES:
             return attend_to_few(query, key, value)
         return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[0]

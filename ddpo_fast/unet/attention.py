@@ -1,6 +1,7 @@
-"""Which kernels compute the UNet's attention: one of those behind PyTorch's, or xformers'.
+"""Chooses the kernels that compute the UNet's attention: PyTorch's scaled_dot_product_attention (SDPA), or xformers'.
 
-B rows, M tokens, H heads of K channels.
+On a GPU, SDPA itself has several kernels. The setting 'auto' times all of them, forward and backward, on the device and
+takes the fastest. B rows, M tokens, H heads of K channels.
 """
 
 from __future__ import annotations
@@ -22,16 +23,17 @@ from ddpo_fast.measured import Measured
 logger = logging.getLogger(__name__)
 
 ATTENTIONS = ("auto", "sdpa", "xformers")
-# Scores of a head for which a CPU's half-precision SDPA is slower than the products that it consists of: its backward
-# pass takes 10 to 17 times as long at 64 x 64, and 0.6 times at 1024 x 1024.
+# Up to this many scores (query tokens x key tokens) of a head, half-precision SDPA on a CPU is slower than the matrix
+# products and the softmax that it consists of: its backward pass takes 10 to 17 times as long at 64 x 64, and 0.6 times
+# as long at 1024 x 1024.
 FEW_SCORES = 256 * 256
-# what PyTorch's attention chooses from on a GPU
+# the kernels that SDPA chooses from on a GPU
 SDPA_KERNELS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-# what kernels are timed on: rows, tokens and heads of a UNet's middle resolutions
+# rows, tokens and heads of the tensors that kernels are timed on, as at a UNet's middle resolutions
 TIMED_SHAPE = 4, 1024, 8
 WARM_UPS = 3
 ROUNDS = 7
@@ -41,12 +43,14 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class SDPAProcessor(AttnProcessor2_0):
-    """Attention as SD's UNets have it, by PyTorch and without diffusers' division by a `rescale_output_factor` of 1.
+    """The attention of SD's UNets by SDPA, for modules that `is_plain` accepts.
 
-    For modules that `is_plain` accepts. Masked attention and images that are no token rows go diffusers' way.
+    diffusers' processor divides its result by `rescale_output_factor`, a kernel that reads and writes every activation,
+    although the factor is 1; this one does not. Calls with a mask, or with images [B, C, H, W] instead of token rows,
+    are left to diffusers' processor.
 
     Args:
-        kernel: which of `SDPA_KERNELS` computes it wherever it can; None leaves the choice to PyTorch.
+        kernel: which of `SDPA_KERNELS` SDPA uses wherever it can; None leaves the choice to PyTorch.
     """
 
     def __init__(self, kernel: str | None = None) -> None:
@@ -77,11 +81,12 @@ class SDPAProcessor(AttnProcessor2_0):
         few = query.shape[-2] * key.shape[-2] <= FEW_SCORES
         if few and query.device.type == "cpu" and query.dtype in (torch.float16, torch.bfloat16):
             return attend_to_few(query, key, value).transpose(1, 2)
-        with _preferring(self.kernel):
+        with _first_choice(self.kernel):
             return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
 
-def _preferring(kernel: str | None) -> AbstractContextManager[Any]:
+def _first_choice(kernel: str | None) -> AbstractContextManager[Any]:
+    """A context in which SDPA tries `kernel` first. The others stay allowed, for calls that it has no code for."""
     if kernel is None:
         return nullcontext()
     first = SDPA_KERNELS[kernel]
@@ -90,23 +95,30 @@ def _preferring(kernel: str | None) -> AbstractContextManager[Any]:
 
 
 def attend_to_few(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """[B, H, M, K] and two of [B, H, M', K] -> [B, H, M, K]; the scores are fp32, as in SDPA."""
+    """Attention composed of matrix products, for few scores: [B, H, M, K] and two of [B, H, M', K] -> [B, H, M, K].
+
+    The scores are computed in fp32, as in SDPA.
+    """
     scores = (query.float() * query.shape[-1] ** -0.5) @ key.float().transpose(-1, -2)
     return scores.softmax(-1).to(value.dtype) @ value
 
 
 class XFormersProcessor(SDPAProcessor):
-    """The same by xformers, which takes the heads where the projections put them."""
+    """The same attention by xformers, which reads [B, M, H, K] as the projections write it, without a transpose."""
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        # importing it takes seconds, so nobody pays who does not use it
+        # imported here because the import takes seconds
         from xformers.ops import memory_efficient_attention
 
         return memory_efficient_attention(query, key, value)
 
 
 def is_plain(attn: Attention) -> bool:
-    """Whether a module's attention is the projections, the softmax and nothing else, in one of the usual processors."""
+    """Whether a module consists of projections and softmax attention only, and has one of the usual processors.
+
+    Norms of queries or keys, added projections, a residual connection or a custom processor (IP-Adapter's, for
+    instance) compute more than `SDPAProcessor` does; such modules must keep what they have.
+    """
     usual = (AttnProcessor2_0, XFormersAttnProcessor, SDPAProcessor, XFormersProcessor)
     absent = ("group_norm", "spatial_norm", "norm_q", "norm_k", "norm_cross", "added_kv_proj_dim")
     return (
@@ -123,9 +135,10 @@ def is_plain(attn: Attention) -> bool:
 def attention_problem(
     name: str, head_dims: Collection[int], device: torch.device | str, dtype: torch.dtype = torch.float16
 ) -> str:
-    """Why the attention `name` ('sdpa' or 'xformers') cannot train heads of these sizes on a device, or ''.
+    """Why the attention `name` ('sdpa' or 'xformers') cannot train heads of these sizes on a device, or '' if it can.
 
-    xformers is asked for kernels by a forward and backward pass over a few tokens.
+    xformers decides by device, dtype and head size whether it has a kernel, so a forward and backward pass over a few
+    tokens tries it.
     """
     if name == "sdpa":
         return ""
@@ -140,13 +153,13 @@ def attention_problem(
 
 
 def _refusal(head_dim: int, device: torch.device | str, dtype: torch.dtype) -> str:
-    """Why xformers does not compute heads of this size, forward and backward, or ''."""
+    """Why xformers cannot compute heads of this size, forward and backward, or '' if it can."""
     tokens = torch.zeros(1, 16, 2, head_dim, device=device, dtype=dtype, requires_grad=True)
     try:
         with torch.enable_grad():
             XFormersProcessor().attend(tokens, tokens, tokens).sum().backward()
     except (RuntimeError, ValueError) as error:
-        # its own message goes on with the inputs, over many lines
+        # its message continues with a list of the inputs, over many lines
         said = str(error).strip().partition("\n")[0].partition(" with inputs")[0]
         kind = str(dtype).removeprefix("torch.")
         return f"xformers refuses head dim {head_dim} in {kind} on {torch.device(device).type}: {said}"
@@ -154,7 +167,7 @@ def _refusal(head_dim: int, device: torch.device | str, dtype: torch.dtype) -> s
 
 
 def candidate_kernels() -> dict[str, Attend]:
-    """What a GPU's attention is chosen from: each refuses heads that it has no kernels for."""
+    """The kernels that 'auto' chooses from on a GPU, by name; each raises for head sizes that it does not support."""
 
     def sdpa(backend: SDPBackend, *rows: torch.Tensor) -> torch.Tensor:
         query, key, value = (row.transpose(1, 2) for row in rows)
@@ -172,17 +185,20 @@ def fastest_kernel(
     attends: Mapping[str, Attend],
     seconds: Callable[[Callable[[], None]], float],
 ) -> tuple[str, dict[str, str]]:
-    """Of `attends` the name that trains heads of this size in the least time, and why others cannot.
+    """Times a forward and backward pass of each of `attends` for heads of this size.
 
-    Every one runs forward and backward in turns, and the least of its times counts, as what disturbs a time makes it
-    longer. 'sdpa' if none can: then PyTorch composes attention of its products.
+    The kernels take turns, so that a change of the GPU's clock affects all of them, and the shortest time of each
+    counts, because disturbances only make a time longer.
 
     Args:
-        seconds: the time that a call takes on the device.
+        seconds: measures how long a call takes on the device.
+
+    Returns the name of the fastest, or 'sdpa' if none can run (PyTorch then composes attention of matrix products), and
+    for each that cannot run the reason.
     """
     rows, tokens, heads = TIMED_SHAPE
     shape = rows, tokens, heads, head_dim
-    # the default generators are the run's, which draws the same whether it measures or not
+    # not the default generator: the run's random numbers must not depend on whether it measures
     own = torch.Generator(device).manual_seed(0)
     given = [torch.randn(shape, generator=own, device=device, dtype=dtype).requires_grad_() for _ in range(3)]
 
@@ -196,7 +212,7 @@ def fastest_kernel(
         run = partial(train, attend)
         try:
             with warnings.catch_warnings():
-                # PyTorch says why it has no kernel in a page of them
+                # where SDPA has no kernel, PyTorch explains it in a page of warnings
                 warnings.simplefilter("ignore")
                 for _ in range(WARM_UPS):
                     run()
@@ -224,13 +240,16 @@ def choose_kernels(
     measured: Measured | None = None,
     agree: Callable[[str], str] = lambda value: value,
 ) -> tuple[dict[int, str], dict[str, str]]:
-    """What 'auto' is for heads of these sizes, measured on a GPU, and why not another: by head size and by name.
+    """Resolves 'auto' for heads of these sizes: SDPA on a CPU, the fastest kernel on a GPU.
 
     Args:
-        measured: what the run measured before is taken from here, and what it measures now is put there.
-        agree: the main process's value in every process.
+        measured: the results of the run's earlier measurements, which are used again, and extended. A resumed run must
+            use the kernels that it began with to end with the same bits.
+        agree: returns the main process's value in every process.
 
-    Raises `ValueError` if the run's attention of before cannot run now.
+    Returns the kernel of each head size, and for each kernel that cannot run the reason.
+
+    Raises `ValueError` if the run began with a kernel that cannot run here.
     """
     if device.type != "cuda":
         return dict.fromkeys(head_dims, "sdpa"), {"xformers": attention_problem("xformers", (), device)}
@@ -247,14 +266,15 @@ def choose_kernels(
     for head_dim in sorted(head_dims):
         name = f"attention of head dim {head_dim} in {kind} on {where}"
         chosen[head_dim] = measured.once(name, partial(measure, head_dim))
-    late = [head_dim for head_dim, name in chosen.items() if name == "xformers"]
-    if late and (problem := attention_problem("xformers", late, device, dtype)):
+    # a choice from an earlier session may need an xformers that is not installed here
+    by_xformers = [head_dim for head_dim, name in chosen.items() if name == "xformers"]
+    if by_xformers and (problem := attention_problem("xformers", by_xformers, device, dtype)):
         raise ValueError(f"the run's attention was xformers', which cannot run now: {problem}. Set attention='sdpa'")
     return chosen, reasons
 
 
 def describe_kernels(kernels: Mapping[int, str]) -> str:
-    """One word for all head sizes if they have one, else one for each."""
+    """The kernel's name if all head sizes use the same, else each name with its head size."""
     names = set(kernels.values())
     return names.pop() if len(names) == 1 else ", ".join(f"{name} (head dim {k})" for k, name in kernels.items())
 
@@ -267,17 +287,17 @@ def set_attention(
     measured: Measured | None = None,
     agree: Callable[[str], str] = lambda value: value,
 ) -> tuple[str, str]:
-    """Gives a diffusers UNet the attention `name`: 'sdpa' (PyTorch's), 'xformers', or 'auto'.
+    """Sets the attention of a diffusers UNet to `name`: 'sdpa' (PyTorch's), 'xformers', or 'auto'.
 
-    'auto' is the fastest on a GPU, for each size of heads, and PyTorch's elsewhere. Modules whose attention is more
-    than the usual (norms of q and k, processors of somebody else, ...) keep the processor that they have.
+    'auto' is the fastest kernel for each head size on a GPU, and 'sdpa' elsewhere. Modules that `is_plain` rejects keep
+    their processor.
 
     Args:
-        device, dtype: where and in what the UNet will compute; the device and dtype of its first parameter if None.
+        device, dtype: where and in which dtype the UNet will compute; those of its first parameter if None.
         measured, agree: as for `choose_kernels`.
 
-    Returns the name of what runs, and why 'auto' could not choose from all. Raises `ValueError` for another name, and
-    for 'xformers' where it cannot run.
+    Returns the name of the attention that runs, and the reasons why 'auto' could not choose others. Raises `ValueError`
+    for an unknown name, and for 'xformers' where it cannot run.
     """
     if name not in ATTENTIONS:
         raise ValueError(f"attention is {name!r} but must be {', '.join(map(repr, ATTENTIONS))}")

@@ -1,7 +1,8 @@
-"""Makes a diffusers UNet compute the same with fewer and cheaper kernels, without touching its parameters or names.
+"""Makes a diffusers UNet compute the same function with fewer and cheaper kernels.
 
-Modules change their class to a small subclass that is found again by import, so a fused UNet is copied, pickled, saved
-and hooked like any other.
+Fusing changes the class of a module to a subclass with another `forward`; parameters, buffers, hooks and names stay.
+The subclasses are defined at the top level of this module, so a fused UNet can be copied, pickled and saved like any
+other.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from ddpo_fast.ops.linear import linear, onednn_is_faster
 from ddpo_fast.ops.lora_linear import lora_linear
 from ddpo_fast.unet.attention import SDPAProcessor, is_plain
 
-# PyTorch's kernel for channels_last counts its output's elements in an int32
+# PyTorch's nearest upsampling of channels_last images counts the elements of its output in an int32
 MOST_UPSAMPLED = 2**31 - 1
 
 
 class FusedGroupNorm(nn.GroupNorm):
-    """A group norm of images."""
+    """A group norm of images [B, C, H, W]; other inputs are left to PyTorch."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.ndim != 4:
@@ -39,21 +40,24 @@ class FusedGroupNorm(nn.GroupNorm):
 
 
 class GroupNormSiLU(nn.GroupNorm):
-    """A group norm of images that does the work of the SiLU behind it too."""
+    """A group norm of images and the SiLU that follows it, which must be replaced by `SkippedSiLU`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return groupnorm_silu(x, self.weight, self.bias, self.num_groups, self.eps, True)
 
 
-class SiLUDoneBefore(nn.SiLU):
-    """What is left of the SiLU behind a `GroupNormSiLU`."""
+class SkippedSiLU(nn.SiLU):
+    """The identity, in the place of a SiLU that the `GroupNormSiLU` before it already computes."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
 
 class FusedResnetBlock2D(ResnetBlock2D):
-    """A residual block that neither resizes nor scales by the time embedding; its norms are `GroupNormSiLU`."""
+    """A residual block whose two norms are `GroupNormSiLU`, without resampling, and without scaling by the embedding.
+
+    It leaves out what has no effect there: the activation after each norm, and the division by an output factor of 1.
+    """
 
     def forward(self, input_tensor: torch.Tensor, temb: torch.Tensor | None, *args: Any, **kwargs: Any) -> torch.Tensor:
         hidden = self.conv1(self.norm1(input_tensor))
@@ -69,7 +73,11 @@ class FusedResnetBlock2D(ResnetBlock2D):
 
 
 class FusedUpsample2D(Upsample2D):
-    """Doubles images and convolves them; diffusers makes an input of 64 rows and more contiguous for old PyTorch."""
+    """Doubles the size of images and convolves them, without a copy.
+
+    For batches of 64 and more, diffusers makes the input contiguous to avoid a defect of old versions of PyTorch, which
+    turns channels_last images into contiguous ones.
+    """
 
     def forward(self, hidden_states: torch.Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
         if output_size is not None or args or kwargs or 4 * hidden_states.numel() > MOST_UPSAMPLED:
@@ -79,23 +87,25 @@ class FusedUpsample2D(Upsample2D):
 
 
 class FusedGEGLU(GEGLU):
+    """A GEGLU whose gate and product are one kernel."""
+
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return geglu(self.proj(hidden_states))
 
 
 class FrozenConv2d(nn.Conv2d):
-    """A convolution that does not keep its input while its weights are frozen."""
+    """A convolution that does not save its input for the backward pass while its weights are frozen."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not (torch.is_grad_enabled() and x.requires_grad) or _any_requires_grad(self):
             return super().forward(x)
-        # padding is a tuple in every layer that `_fits_conv`
+        # `_fits_conv` accepts layers whose padding is a tuple
         padding: Any = self.padding
         return frozen_conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
 
 
 class FusedLinear(nn.Linear):
-    """A linear layer by the faster of a CPU's two libraries."""
+    """A linear layer by the faster of PyTorch's two libraries for matrix products on a CPU."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.dtype == self.weight.dtype and onednn_is_faster(x.device.type, x.dtype):
@@ -104,7 +114,10 @@ class FusedLinear(nn.Linear):
 
 
 class FusedLoraLinear(lora.Linear):
-    """A linear layer with an adapter; one in another state than training or sampling leaves it goes peft's way."""
+    """A linear layer with one plain LoRA adapter, as a single op.
+
+    In any other state (several active adapters, merged or disabled ones, dropout, hooks, ...) peft's code runs.
+    """
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         adapter = None if args or kwargs else self._only_adapter()
@@ -116,7 +129,7 @@ class FusedLoraLinear(lora.Linear):
         return lora_linear(x, base.weight, base.bias, low.weight, high.weight, float(self.scaling[adapter]))
 
     def _only_adapter(self) -> str | None:
-        """The adapter, if there is just one to add and it is a plain one on a frozen layer."""
+        """The name of the active adapter if it is the only one, is plain, and lies on a frozen layer; else None."""
         active = [name for name in self.active_adapters if name in self.lora_A]
         if len(active) != 1 or self.merged or self.disable_adapters:
             return None
@@ -139,13 +152,13 @@ def _any_requires_grad(layer: nn.Linear | nn.Conv2d) -> bool:
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    """Whether somebody expects the module to be called, accelerate's offloading for instance."""
+    """Whether the module has hooks (accelerate's offloading, for instance), which run only if it is called."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks) or _is_patched(module)
 
 
 def _is_patched(module: nn.Module) -> bool:
-    """Whether the module has a `forward` of its own, which a change of class would not reach."""
+    """Whether `forward` is set on the instance, where it hides that of any class."""
     return "forward" in vars(module)
 
 
@@ -172,6 +185,7 @@ def _fits_conv(conv: nn.Conv2d) -> bool:
     return conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
 
 
+# for each class, its fused version and which modules it fits
 FUSED: dict[type[nn.Module], tuple[type[nn.Module], Callable[[Any], bool]]] = {
     ResnetBlock2D: (FusedResnetBlock2D, _fits_resnet),
     nn.GroupNorm: (FusedGroupNorm, lambda norm: norm.affine),
@@ -181,17 +195,19 @@ FUSED: dict[type[nn.Module], tuple[type[nn.Module], Callable[[Any], bool]]] = {
     nn.Linear: (FusedLinear, lambda _: True),
     lora.Linear: (FusedLoraLinear, lambda _: True),
 }
+# for each fused version, the class that it replaced
 PLAIN: dict[type[nn.Module], type[nn.Module]] = {
     **{fused: plain for plain, (fused, _) in FUSED.items()},
     GroupNormSiLU: nn.GroupNorm,
-    SiLUDoneBefore: nn.SiLU,
+    SkippedSiLU: nn.SiLU,
 }
 
 
 def faster_layers(device: torch.device | str) -> frozenset[type[nn.Module]]:
-    """The layers whose fused version is faster on a device.
+    """The classes of layers whose fused version is faster on a device.
 
-    On a CPU, group norms and GEGLU have no kernel of ours, and keeping less for the backward pass is all they would do.
+    On a CPU, the fused group norm and GEGLU have no kernel: they would save memory and compute more. On a GPU,
+    PyTorch's linear layers are already the fastest.
     """
     if torch.device(device).type == "cpu":
         return frozenset((nn.Linear, lora.Linear, nn.Conv2d))
@@ -199,19 +215,20 @@ def faster_layers(device: torch.device | str) -> frozenset[type[nn.Module]]:
 
 
 def fuse_unet(unet: Any, layers: Collection[type[nn.Module]] = frozenset(FUSED)) -> Any:
-    """Speeds up a `UNet2DConditionModel` in place and returns it; what it computes stays the same up to rounding.
+    """Fuses layers of a `UNet2DConditionModel` in place and returns it; it computes the same up to rounding.
+
+    Group norms compute the SiLU that follows them, GEGLU and linear layers with an adapter become one op each,
+    convolutions with frozen weights do not save their input, and divisions by 1 are left out. A module that has no
+    fitting version stays as it is. Layers that are fused already do not change, so it can be called again after an
+    adapter was added.
 
     Args:
-        layers: the classes to swap, of those in `FUSED`.
-
-    Group norms take the SiLU behind them along, GEGLU and linear layers with an adapter are one operator each,
-    convolutions do not keep their input while they are frozen (which is looked up at every call), and nothing is
-    divided by 1. A module that does not fit stays as it is. Call it again after adding an adapter: layers that are
-    fused already do not change.
+        layers: the classes to fuse, of those in `FUSED`.
     """
     if nn.GroupNorm in layers and _are_plain(unet.conv_norm_out, unet.conv_act):
-        unet.conv_norm_out.__class__, unet.conv_act.__class__ = GroupNormSiLU, SiLUDoneBefore
-    # parents come before their children: a block claims its norms before they count as norms without a SiLU
+        unet.conv_norm_out.__class__, unet.conv_act.__class__ = GroupNormSiLU, SkippedSiLU
+    # `modules` yields parents before children: a residual block makes its norms `GroupNormSiLU` before they are visited
+    # themselves, which would make them norms without a SiLU
     for module in unet.modules():
         fused, fits = FUSED[type(module)] if type(module) in layers else (None, None)
         if fused is not None and fits is not None and not _is_patched(module) and fits(module):
@@ -223,15 +240,13 @@ def fuse_unet(unet: Any, layers: Collection[type[nn.Module]] = frozenset(FUSED))
     return unet
 
 
-def _is_pytorchs_choice(processor: Any) -> bool:
-    return type(processor) is SDPAProcessor and processor.kernel is None
-
-
 def unfuse_unet(unet: Any) -> Any:
-    """Undoes `fuse_unet` in place and returns the UNet. What `set_attention` chose beyond PyTorch's attention stays."""
+    """Undoes `fuse_unet` in place and returns the UNet. Kernels that `set_attention` chose stay."""
     for module in unet.modules():
         module.__class__ = PLAIN.get(type(module), type(module))
-        if isinstance(module, Attention) and _is_pytorchs_choice(module.processor):
-            plain: Any = AttnProcessor2_0()
-            module.set_processor(plain)
+        if isinstance(module, Attention):
+            processor: Any = module.processor
+            if type(processor) is SDPAProcessor and processor.kernel is None:
+                plain: Any = AttnProcessor2_0()
+                module.set_processor(plain)
     return unet

@@ -1,7 +1,8 @@
-"""What a UNet computes alike at every step of a rollout, computed once while its weights stay as they are.
+"""Computes once per rollout what a UNet would compute again at every denoising step.
 
-The keys and values of the prompts, and what each residual block adds for a timestep. B rows, T steps, L tokens, D
-width of the text embedding.
+While the weights do not change, the keys and values of the cross-attention depend on the prompts only, and what each
+residual block adds for the time embedding depends on the timestep only. B rows, T steps, L tokens, D width of the text
+embedding.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 
-# what a UNet may have that makes its embeddings depend on more than the timestep, or its context on more than the text
+# parts of a UNet with which its time embedding depends on more than the timestep, or its context on more than the text
 UNCACHED = ("class_embedding", "add_embedding", "time_embed_act", "encoder_hid_proj")
 
 
 def cache_problem(unet: Any) -> str:
-    """Why nothing can be cached for a UNet, or ''."""
+    """Why `UNetCache` cannot be used for a UNet, or '' if it can."""
     if not isinstance(unet, UNet2DConditionModel):
         return f"{type(unet).__name__} is no UNet2DConditionModel"
     modules: Any = unet.modules()  # type: ignore[attr-defined]
@@ -32,9 +33,10 @@ def cache_problem(unet: Any) -> str:
 
 
 class UNetCache:
-    """Stands in for layers of a UNet that `cache_problem` has nothing against.
+    """The results of a UNet's layers that do not change during a rollout, for a UNet without a `cache_problem`.
 
-    The buffers stay where they are from rollout to rollout of one size, as recorded CUDA graphs read from there.
+    Call `fill` at the start of a rollout, and `at(step)` before each call of the UNet, inside `in_use()`. Buffers are
+    reused from rollout to rollout if their size is the same, because captured CUDA graphs read from their addresses.
     """
 
     def __init__(self, unet: Any) -> None:
@@ -50,7 +52,7 @@ class UNetCache:
 
     @torch.no_grad()
     def fill(self, embeds_BLD: Tensor, timesteps_T: Tensor) -> None:
-        """Computes everything for the text of a rollout's rows and for its timesteps."""
+        """Computes the results for the text embeddings of a rollout's rows and for its timesteps."""
         context = [projection(embeds_BLD) for projection in self.projections]
         self._context = [kept_in_place(old, new) for old, new in zip(self._context or context, context, strict=True)]
         emb = self.unet.time_embedding(self.unet.time_proj(timesteps_T).to(embeds_BLD.dtype))
@@ -59,19 +61,20 @@ class UNetCache:
         self._row = kept_in_place(self._row, self._steps[:1])
 
     def at(self, step: int) -> None:
-        """The next call of the UNet is for this step."""
+        """Selects the denoising step of the UNet's next call, by its index in `timesteps_T`."""
         self._row.copy_(self._steps[step : step + 1])
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """The cached layers answer without computing."""
+        """A context in which the cached layers return their stored results and compute nothing."""
+        # the time embedding itself is used by nothing but the layers below: an empty tensor stands in for it
         nothing = self._row.new_empty(1, 0)
         stand_ins: list[tuple[Any, Tensor]] = [(self.unet.time_proj, nothing), (self.unet.time_embedding, nothing)]
         stand_ins += zip(self.projections, self._context, strict=True)
         projections = [block.time_emb_proj for block in self.blocks]
         rows = self._row.split([projection.out_features for projection in projections], dim=1)
         stand_ins += zip(projections, rows, strict=True)
-        # somebody's hook may have put a `forward` of its own there
+        # a module may already have a `forward` of its own, from accelerate's hooks for instance
         before = [vars(module).get("forward") for module, _ in stand_ins]
         for module, answer in stand_ins:
             module.forward = _answers(answer)
@@ -89,6 +92,6 @@ def _answers(answer: Tensor) -> Callable[..., Tensor]:
 
 
 def kept_in_place(buffer: Tensor, values: Tensor) -> Tensor:
-    """The buffer with these values in it; a new one where it has another shape, dtype or device."""
+    """Copies the values into the buffer and returns it; returns a new one if shape, dtype or device differ."""
     same = (buffer.shape, buffer.dtype, buffer.device) == (values.shape, values.dtype, values.device)
     return buffer.copy_(values) if same else values.clone()

@@ -1,1 +1,1 @@
-"""Triton kernels of ddpo_fast, one module an op. Imports torch and triton only."""
+"""Triton kernels of ddpo_fast, one module for each op. Imports torch and triton only."""

@@ -1,7 +1,8 @@
-"""The Gaussian denoising step inside kernels.
+"""The Gaussian denoising step inside kernels; `ddpo_fast/ops/gaussian.py` is its definition.
 
-Sampling and training share these functions, and every product with a sum is an explicit `fma`: the compiler has no
-choice left, so both compute the same log-prob to the last bit.
+Sampling and training must compute the same log-prob in every bit, so that ratios are exactly 1 while the policy has not
+changed. Both kernels call these functions, take an image in tiles of the same size and add up in the same order, and
+every sum of a product is an explicit `fma`, which leaves the compiler no choice of what to fuse.
 """
 
 from __future__ import annotations
@@ -9,12 +10,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# log(sqrt(2 pi))
 LOG_SQRT_2PI = tl.constexpr(0.9189385332046727)
 
 
 @triton.jit
 def place(d, CHANNELS: tl.constexpr, PIXELS: tl.constexpr):
-    """Where element d of a row (in NCHW order) lies: rows are contiguous (CHANNELS = 0) or channels_last."""
+    """The offset in memory of element d of a row, counted in NCHW order.
+
+    Rows are contiguous (CHANNELS = 0) or channels_last. Latents are always contiguous and the UNet's output may be
+    channels_last; counting in one order pairs their elements.
+    """
     if CHANNELS > 0:
         return (d % PIXELS) * CHANNELS + d // PIXELS
     return d
@@ -22,12 +28,13 @@ def place(d, CHANNELS: tl.constexpr, PIXELS: tl.constexpr):
 
 @triton.jit
 def load_fp32(rows, row, D, at, mask):
+    """Elements of a row in fp32, zero where masked. `row` is int64: rows * D may exceed what an int32 counts."""
     return tl.load(rows + row * D + at, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def load_guided(output, image, images, D, at, mask, guidance, GUIDED: tl.constexpr):
-    """The model's output for an image in fp32; GUIDED: from 2 * images rows, the unconditional ones first."""
+    """The model's output for an image in fp32; GUIDED: combined from 2 * images rows, the unconditional ones first."""
     uncond = load_fp32(output, image, D, at, mask)
     if GUIDED:
         text = load_fp32(output, image + images, D, at, mask)
@@ -37,7 +44,7 @@ def load_guided(output, image, images, D, at, mask, guidance, GUIDED: tl.constex
 
 @triton.jit
 def store_guided(rows, image, images, D, at, mask, grad, guidance, GUIDED: tl.constexpr):
-    """The gradient to the model's output from that to the guided one: what `load_guided` combines."""
+    """Stores the gradient for the model's output, given that for the guided output: the transpose of `load_guided`."""
     kind = rows.dtype.element_ty
     if GUIDED:
         tl.store(rows + image * D + at, ((1.0 - guidance) * grad).to(kind), mask=mask)
@@ -56,10 +63,11 @@ def coefficients(table, timesteps, image, PER_IMAGE: tl.constexpr):
 
 @triton.jit
 def mean(model_output, latents, c_x, c_m):
+    """c_m * model_output + c_x * latents."""
     return tl.fma(c_m, model_output, c_x * latents)
 
 
 @triton.jit
 def log_density(sum_of_squares, D, sigma):
-    """Mean over D elements of a Gaussian's log-density, from the squared differences to its mean."""
+    """A Gaussian's log-density averaged over D elements, given the sum of their squared distances from its mean."""
     return -(sum_of_squares / D) / (2.0 * sigma * sigma) - tl.log(sigma) - LOG_SQRT_2PI

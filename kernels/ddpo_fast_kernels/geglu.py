@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-# two 16-byte loads of half precision from each half of the row for each of 128 threads
+# elements of each half in a tile: for each of 128 threads, two 16-byte loads of half precision from either half
 TILE = 2048
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 INVERSE_SQRT_2PI = tl.constexpr(0.3989422804014327)
@@ -17,8 +17,8 @@ INVERSE_SQRT_2PI = tl.constexpr(0.3989422804014327)
 
 @triton.jit
 def _load(x_ptr, rows, inner, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr):
-    """a, g and Phi(g) of the program's tile, its offsets in [rows, 2 inner] and [rows, inner], and its mask."""
-    # rows times columns may exceed an int32
+    """Of the program's tile: a, g, Phi(g) = (1 + erf(g / sqrt(2))) / 2, offsets in x and in y, and the mask."""
+    # int64: rows * columns may exceed what an int32 counts
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     column = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)[None, :]
     mask = (row < rows) & (column < inner)
@@ -38,6 +38,7 @@ def geglu_fwd_kernel(x_ptr, y_ptr, rows, inner, BLOCK_R: tl.constexpr, BLOCK_I: 
 def geglu_bwd_kernel(x_ptr, grad_ptr, dx_ptr, rows, inner, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr):
     a, g, phi, wide, narrow, mask = _load(x_ptr, rows, inner, BLOCK_R, BLOCK_I)
     grad = tl.load(grad_ptr + narrow, mask=mask, other=0.0).to(tl.float32)
+    # gelu(g) = g Phi(g), so its derivative is Phi(g) + g phi(g) with the normal density phi
     slope = phi + g * (tl.exp(-0.5 * g * g) * INVERSE_SQRT_2PI)
     tl.store(dx_ptr + wide, (grad * g * phi).to(dx_ptr.dtype.element_ty), mask=mask)
     tl.store(dx_ptr + wide + inner, (grad * a * slope).to(dx_ptr.dtype.element_ty), mask=mask)
@@ -62,14 +63,14 @@ def _launch(kernel: Any, x: torch.Tensor, *others: torch.Tensor) -> None:
 
 
 def _tiling(rows: int, inner: int) -> tuple[tuple[int, int], dict[str, int]]:
-    # 256 divides the widths of Stable Diffusion (1280, 2560, 5120): no lane is idle
+    # 256 divides the widths of Stable Diffusion (1280, 2560, 5120), so that no lane is idle
     block_i = min(triton.next_power_of_2(inner), 256)
     block_r = TILE // block_i
     return (triton.cdiv(rows, block_r), triton.cdiv(inner, block_i)), {"BLOCK_R": block_r, "BLOCK_I": block_i}
 
 
 def ahead_of_time() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, Any], int]]:
-    """(name, kernel, signature, constants, warps) of Stable Diffusion 1.5's first transformer block for 24 images."""
+    """Yields (name, kernel, signature, constants, warps) for SD 1.5's first transformer block with 24 images."""
     _, tile = _tiling(24 * 4096, 1280)
     sizes = {"rows": "i32", "inner": "i32", **dict.fromkeys(tile, "constexpr")}
     for dtype in ("fp16", "bf16", "fp32"):

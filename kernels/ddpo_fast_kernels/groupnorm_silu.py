@@ -1,4 +1,7 @@
-"""GroupNorm followed by SiLU, forward and backward, in one launch each and in place of NCHW and channels_last alike."""
+"""GroupNorm followed by SiLU, forward and backward in one launch each, for contiguous and channels_last images.
+
+A program normalises whole groups of one image, which it reads twice: for the statistics, and to normalise.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,12 @@ import triton.language as tl
 
 # two programs for each of an H100's 132 multiprocessors
 FULL_GRID = 264
-# what a program works on at a time: two 16-byte loads of half precision for each thread of 8 warps
+# elements that a program takes at a time: two 16-byte loads of half precision for each thread of 8 warps
 TILE = 4096
 
 
 class Norm(NamedTuple):
-    """What normalises: weight [C], bias [C], and fp32 mean [N, G] and rstd [N, G]."""
+    """The parameters weight [C] and bias [C], and the fp32 statistics mean [N, G] and rstd = 1 / std [N, G]."""
 
     weight: Any
     bias: Any
@@ -34,11 +37,14 @@ def _lanes(
     BLOCK_C: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
 ):
-    """Of a program's channels: which lanes are real, their indices, the offsets of their first pixels, the step to the
-    next pixel, and [GROUPS, BLOCK_C] which group a lane is in."""
+    """Describes the channels of a program, one for each of BLOCK_C lanes.
+
+    Returns which lanes have a channel (BLOCK_C is a power of two), the channels, the offsets of their first pixels, the
+    step from a pixel to the next, and [GROUPS, BLOCK_C] whether a lane belongs to a group.
+    """
     lane = tl.arange(0, BLOCK_C)
     channel = tl.program_id(0) * (GROUPS * GROUP_SIZE) + lane
-    # the batch may hold more elements than an int32 counts, an image does not
+    # int64: a batch may hold more elements than an int32 counts; an image does not
     image = tl.program_id(1).to(tl.int64) * channels * pixels
     member = (lane // GROUP_SIZE)[None, :] == tl.arange(0, GROUPS)[:, None]
     if CHANNELS_LAST:
@@ -48,7 +54,7 @@ def _lanes(
 
 @triton.jit
 def _per_group(member, values):
-    # `where` and not a product: a NaN stays in its group
+    # `where` and not a product with 0 or 1: 0 * NaN is NaN, which would spread to the program's other groups
     return tl.sum(tl.where(member, values[None, :], 0.0), axis=1)
 
 
@@ -75,7 +81,8 @@ def groupnorm_silu_fwd_kernel(
     real, channel, first, step, member = _lanes(channels, pixels, GROUPS, GROUP_SIZE, BLOCK_C, CHANNELS_LAST)
     row = tl.arange(0, BLOCK_P)
 
-    # Welford's recurrence in every element of the tile: E[x^2] - E[x]^2 cancels where the mean is large
+    # Welford's recurrence, in every element of the tile by itself. E[x^2] - E[x]^2 would be cheaper, but it loses all
+    # digits to cancellation where the mean is large.
     mean = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     squares = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for start in range(0, pixels, BLOCK_P):
@@ -86,7 +93,9 @@ def groupnorm_silu_fwd_kernel(
         mean += delta * (1.0 / (start // BLOCK_P + 1))
         squares += delta * (x - mean)
 
-    # Chan's merge: of rows, which saw different numbers of pixels, then of the channels of a group
+    # Chan's formula merges the statistics, first of the tile's rows, which saw `count` pixels each (the last tile may
+    # be cut), then of a group's channels: the squares of a union are its parts' squares and, for each part, count times
+    # the squared distance of its mean from the union's.
     count = ((pixels - row + BLOCK_P - 1) // BLOCK_P).to(tl.float32)[:, None]
     channel_mean = tl.sum(count * mean, axis=0) / pixels
     difference = mean - channel_mean[None, :]
@@ -103,7 +112,7 @@ def groupnorm_silu_fwd_kernel(
     weight = tl.load(norm.weight + channel, mask=real, other=0.0).to(tl.float32)
     bias = tl.load(norm.bias + channel, mask=real, other=0.0).to(tl.float32)
     scale = weight * _per_channel(member, rstd)
-    # backwards: the caches still hold the end of the slab
+    # from the last tile to the first: the caches still hold what the first pass read last
     for done in range(0, pixels, BLOCK_P):
         pixel = (pixels - 1) // BLOCK_P * BLOCK_P - done + row
         mask = (pixel < pixels)[:, None] & real[None, :]
@@ -117,13 +126,14 @@ def groupnorm_silu_fwd_kernel(
 
 @triton.jit
 def _normalised(x_ptr, grad_ptr, offset, mask, mean, rstd, weight, bias, SILU: tl.constexpr):
-    """xhat, and the gradient of the normalised, scaled and shifted x: of what SiLU takes."""
+    """Returns xhat = (x - mean) * rstd and the gradient with respect to z = xhat * weight + bias, SiLU's input."""
     x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
     grad = tl.load(grad_ptr + offset, mask=mask, other=0.0).to(tl.float32)
     xhat = (x - mean[None, :]) * rstd[None, :]
     if SILU:
         z = xhat * weight[None, :] + bias[None, :]
         sigmoid = tl.sigmoid(z)
+        # the derivative of z sigmoid(z); z is computed again from x, so that only x is saved
         grad *= sigmoid * (1.0 + z * (1.0 - sigmoid))
     return xhat, grad
 
@@ -170,10 +180,12 @@ def groupnorm_silu_bwd_kernel(
         tl.store(at, channel_product, mask=real)
         tl.store(at + tl.num_programs(1) * channels, channel_sum, mask=real)
 
+    # With h = grad * weight, the gradient with respect to xhat: normalising removes from it the components along the
+    # constant vector and along xhat. dx = rstd * (h - mean(h) - xhat * mean(h * xhat)), means over the group.
     count = GROUP_SIZE * pixels
     along_one = _per_channel(member, _per_group(member, weight * channel_sum) / count)
     along_x = _per_channel(member, _per_group(member, weight * channel_product) / count)
-    # backwards: the caches still hold the end of the slab
+    # from the last tile to the first, as in the forward pass
     for done in range(0, pixels, BLOCK_P):
         pixel = (pixels - 1) // BLOCK_P * BLOCK_P - done + row
         mask = (pixel < pixels)[:, None] & real[None, :]
@@ -193,7 +205,7 @@ def groupnorm_silu(
     mean: torch.Tensor,
     rstd: torch.Tensor,
 ) -> None:
-    """Fills `y`, of the dense layout of `x` [N, C, ...] (not empty), and the fp32 `mean` and `rstd` [N, G]."""
+    """Fills `y`, which has the dense layout of `x` [N, C, ...] (not empty), and the fp32 `mean` and `rstd` [N, G]."""
     images, channels, pixels = x.shape[0], x.shape[1], math.prod(x.shape[2:])
     grid, tile, warps = _tiling(images, channels, pixels, mean.shape[1], x.element_size(), not x.is_contiguous())
     norm = Norm(weight.contiguous(), bias.contiguous(), mean, rstd)
@@ -212,9 +224,9 @@ def groupnorm_silu_backward(
     dx: torch.Tensor,
     partials: torch.Tensor | None,
 ) -> None:
-    """Fills `dx`, and if given `partials` [2, N, C] fp32: the gradients of weight and bias by image.
+    """Fills `dx` and, if given, `partials` [2, N, C] fp32: the gradients of weight and bias of each image.
 
-    `x`, `grad` and `dx` share one dense layout.
+    `x`, `grad` and `dx` share one dense layout. The caller adds the images up, in a fixed order.
     """
     images, channels, pixels = x.shape[0], x.shape[1], math.prod(x.shape[2:])
     grid, tile, warps = _tiling(images, channels, pixels, mean.shape[1], x.element_size(), not x.is_contiguous())
@@ -239,13 +251,13 @@ def groupnorm_silu_backward(
 def _tiling(
     images: int, channels: int, pixels: int, groups: int, itemsize: int, channels_last: bool
 ) -> tuple[tuple[int, int], dict[str, Any], int]:
-    """The grid, the kernels' constants and the warps: a program owns some whole groups of an image."""
+    """Returns the grid, the kernels' constants and the number of warps; a program owns whole groups of an image."""
     group_size = channels // groups
     owned = 1
     if channels_last:
-        # In channels_last, memory holds a group in short segments, one a pixel: 20 bytes for 10 channels of half
-        # precision. Neighbouring groups in one program make whole 32-byte sectors and 16-byte loads of them, as long
-        # as there are programs for the whole GPU.
+        # In channels_last, a group lies in memory as one short segment for each pixel: 20 bytes for 10 channels of half
+        # precision. A program that owns neighbouring groups reads whole 32-byte sectors in 16-byte loads. Groups are
+        # joined as long as enough programs are left to occupy the GPU.
         while groups % (2 * owned) == 0 and images * groups >= 2 * owned * FULL_GRID:
             segment = owned * group_size * itemsize
             if segment >= 64 and segment % 16 == 0:
@@ -264,7 +276,7 @@ def _tiling(
 
 
 def ahead_of_time() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, Any], int]]:
-    """(name, kernel, signature, constants, warps) of Stable Diffusion 1.5's norms for 24 images."""
+    """Yields (name, kernel, signature, constants, warps) of SD 1.5's norms for 24 images."""
     shapes = [(4096, 320), (4096, 640), (4096, 960), (1024, 1280), (256, 1920), (64, 2560)]
     for dtype, itemsize in (("fp16", 2), ("bf16", 2), ("fp32", 4)):
         x = f"*{dtype}"

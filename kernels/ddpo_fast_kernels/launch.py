@@ -1,4 +1,4 @@
-"""What launchers share: how a tensor's rows lie in memory, and the ticket that the last program of a launch draws."""
+"""What launchers share: the layout of rows, the size of tiles, and the counter that finds a launch's last program."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import torch
 import triton
 import triton.language as tl
 
+# by device and stream
 _TICKETS: dict[tuple[torch.device, int], torch.Tensor] = {}
 
 
 def row_layout(tensor: torch.Tensor) -> tuple[int, int]:
-    """(C, pixels) of channels_last rows, (0, 0) of contiguous ones. Compile-time constants, as indexing divides."""
+    """Returns (C, pixels) for channels_last rows and (0, 0) for contiguous ones.
+
+    Kernels take them as compile-time constants, because the index of a channels_last element needs a division by them.
+    """
     if tensor.is_contiguous():
         return 0, 0
     assert tensor.is_contiguous(memory_format=torch.channels_last), "rows must be dense"
@@ -18,19 +22,21 @@ def row_layout(tensor: torch.Tensor) -> tuple[int, int]:
 
 
 def block_and_warps(elements: int) -> tuple[int, int]:
-    """Elements of an image that a program takes at a time, and its warps.
+    """The number of elements that a program takes at a time, and its number of warps, for images of `elements`.
 
-    One program owns an image, so the grid is small: an image of Stable Diffusion has 16,384 elements, and more of it
-    in flight hides the latency that more programs would.
+    One program computes a whole image, so that its sum needs no second launch and has a fixed order. The grid is then
+    as small as the batch; large tiles keep enough loads in flight to hide the latency of memory. An image of Stable
+    Diffusion has 16,384 elements, four tiles.
     """
     block = min(triton.next_power_of_2(max(elements, 16)), 4096)
     return block, max(4, block // 256)
 
 
 def ticket(device: torch.device) -> torch.Tensor:
-    """A counter [1] that is 0 before and after every launch of its stream; kernels set it back themselves.
+    """A counter [1] that is 0 before and after every launch of the current stream; kernels reset it themselves.
 
-    A graph gets counters of its own: it may run on another stream than it was captured on.
+    Launches on one stream run one after the other and can share a counter. A CUDA graph gets a counter of its own,
+    because it may be replayed on another stream than it was captured on, at the same time as other launches.
     """
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return torch.zeros(1, dtype=torch.int32, device=device)
@@ -42,7 +48,12 @@ def ticket(device: torch.device) -> torch.Tensor:
 
 @triton.jit
 def is_last(ticket):
-    """Whether all other programs of the launch have drawn their tickets before; what they stored can then be read."""
+    """Whether this program is the last of its launch to arrive here.
+
+    Programs of a launch run in no particular order and cannot wait for each other. Each draws a ticket when it has
+    stored its results; the one that draws the last ticket knows that all are stored. Acquire and release make what the
+    others stored before their tickets visible to it.
+    """
     last = tl.atomic_add(ticket, 1, sem="acq_rel") == tl.num_programs(0) - 1
     if last:
         tl.store(ticket, 0)

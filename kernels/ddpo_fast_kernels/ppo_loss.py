@@ -1,4 +1,8 @@
-"""The clipped PPO loss and its gradient in one launch: the gradient is known as soon as the ratio is."""
+"""The clipped PPO loss and its gradient in one launch; `ddpo_fast/ops/ppo_loss.py` derives the gradient.
+
+One program computes a pair: a first pass over its elements gives the log-prob and with it the ratio, from which the
+factor of the gradient follows, and a second pass writes the gradient. The last program averages over the pairs.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from ddpo_fast_kernels.launch import block_and_warps, is_last, row_layout, ticke
 
 
 class Pairs(NamedTuple):
-    """What sampling left, of N pairs: latents [N, ...], the rest [N]; and the [K, 3] table."""
+    """What was stored when N pairs were sampled: latents [N, ...], the rest [N]; and the table [K, 3]."""
 
     latents: Any
     next_latents: Any
@@ -25,7 +29,7 @@ class Pairs(NamedTuple):
 
 
 class Bounds(NamedTuple):
-    """Smallest and largest ratio, the clip range, the largest advantage, the weight of the KL to the reference."""
+    """The ratio's bounds, the clip range, the advantages' bound, and the weight of the KL to the reference."""
 
     low: Any
     high: Any
@@ -35,7 +39,7 @@ class Bounds(NamedTuple):
 
 
 class Results(NamedTuple):
-    """loss [], metrics [4], log_probs [N], the output's gradient, and scratch [5, N] for what is averaged."""
+    """loss [], metrics [4], log_probs [N], the output's gradient, and scratch [5, N] for terms to be averaged."""
 
     loss: Any
     metrics: Any
@@ -62,9 +66,11 @@ def ppo_loss_fwd_kernel(
     PIXELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    # int64: pair * D may exceed what an int32 counts
     pair = tl.program_id(0).to(tl.int64)
     count = tl.num_programs(0)
     c_x, c_m, sigma = coefficients(pairs.table, pairs.timesteps, pair, True)
+    # a lane adds up every BLOCK-th element, and the lanes are added at the end: the same order as in `step_logprob`
     squares = tl.zeros([BLOCK], tl.float32)
     apart_squares = tl.zeros([BLOCK], tl.float32)
     for start in range(0, D, BLOCK):
@@ -81,13 +87,13 @@ def ppo_loss_fwd_kernel(
     log_prob = log_density(tl.sum(squares, axis=0), D, sigma)
     reference_kl = tl.sum(apart_squares, axis=0) / D / (2.0 * sigma * sigma)
     slope = settle_pair(pair, count, log_prob, reference_kl, pairs, bounds, results)
-    # d log_prob / d mean = difference / (sigma^2 D), d mean / d guided = c_m
+    # the factor that both terms share: d mean / d guided = c_m, 1 / sigma^2, and the means over D and over the pairs
     share = c_m / (sigma * sigma) / (D * count.to(tl.float32))
     if SCALED:
         share *= tl.load(grad_scale)
     slope *= share
     reference_slope = bounds.reference_weight * share
-    # the rows were read a moment ago: this pass reads them from the cache
+    # the same loads again: the rows are still in the caches, and registers do not hold a whole image
     for start in range(0, D, BLOCK):
         d = start + tl.arange(0, BLOCK)
         mask = d < D
@@ -105,8 +111,9 @@ def ppo_loss_fwd_kernel(
 
 @triton.jit
 def settle_pair(pair, count, log_prob, reference_kl, pairs, bounds, results):
-    """Stores a pair's log-prob and its terms of the averages; returns d loss / d log_prob."""
+    """Stores a pair's log-prob and its terms of the averages; returns d term / d log_prob."""
     advantage = tl.load(pairs.advantages + pair)
+    # tl.minimum and tl.maximum drop a NaN unless told otherwise, and a NaN advantage or ratio must reach the loss
     advantage = tl.minimum(advantage, bounds.advantage_limit, propagate_nan=tl.PropagateNan.ALL)
     advantage = tl.maximum(advantage, -bounds.advantage_limit, propagate_nan=tl.PropagateNan.ALL)
     change = log_prob - tl.load(pairs.old_log_probs + pair)
@@ -127,7 +134,10 @@ def settle_pair(pair, count, log_prob, reference_kl, pairs, bounds, results):
 
 @triton.jit
 def average(results, count):
-    """Means over the pairs, always in the same order, and the largest |ratio - 1|."""
+    """Stores the means over the pairs, added in a fixed order, and the largest |ratio - 1|.
+
+    Atomic additions from every program would be simpler, but their order and so the loss would differ between launches.
+    """
     tl.store(results.loss, column_sum(results.scratch, count) / count)
     tl.store(results.metrics, column_sum(results.scratch + count, count) / count)
     tl.store(results.metrics + 1, column_sum(results.scratch + 2 * count, count) / count)
@@ -137,17 +147,18 @@ def average(results, count):
         i = start + tl.arange(0, 1024)
         largest = tl.maximum(largest, tl.load(moved + i, mask=i < count, other=0.0, volatile=True))
     total = column_sum(moved, count)
-    # a maximum passes over NaN, a sum does not
+    # tl.max ignores NaN; the sum shows whether there is one
     tl.store(results.metrics + 2, tl.where(total != total, total, tl.max(largest, axis=0)))
     tl.store(results.metrics + 3, column_sum(results.scratch + 4 * count, count) / count)
 
 
 @triton.jit
 def column_sum(column, count):
+    """The sum of `count` values, in an order that depends on `count` only."""
     sums = tl.zeros([1024], tl.float32)
     for start in range(0, count, 1024):
         i = start + tl.arange(0, 1024)
-        # volatile: other programs wrote these during the launch
+        # volatile: other programs wrote these during the launch, so a cached or reordered read could be stale
         sums += tl.load(column + i, mask=i < count, other=0.0, volatile=True)
     return tl.sum(sums, axis=0)
 
@@ -171,7 +182,7 @@ def ppo_loss(
     log_probs: torch.Tensor,
     grad: torch.Tensor,
 ) -> None:
-    """Fills `loss` [], `metrics` [4], `log_probs` [N] and `grad`, of the rows and layout of `model_output`; N > 0."""
+    """Fills `loss` [], `metrics` [4], `log_probs` [N] and `grad`, which is laid out as `model_output`; N > 0."""
     elements = latents[0].numel()
     block, warps = block_and_warps(elements)
     channels, pixels = row_layout(model_output)
@@ -198,7 +209,10 @@ def ppo_loss(
 
 
 def ahead_of_time() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, Any], int]]:
-    """(name, kernel, signature, constants, warps) of what Stable Diffusion's latents launch."""
+    """Yields (name, kernel, signature, constants, warps) of the launches for Stable Diffusion's latents.
+
+    `bench/compile_kernels.py` compiles them for GPUs that need not be there.
+    """
     block, warps = block_and_warps(4 * 64 * 64)
     for dtype in ("fp16", "bf16", "fp32"):
         for guided, reference, channels in ((True, False, 0), (True, False, 4), (True, True, 4), (False, False, 0)):

@@ -1,4 +1,4 @@
-"""One denoising step in one launch: guidance, DDIM mean, next latents, their log-prob, and the UNet's next input."""
+"""One denoising step in one launch: guidance, the DDIM step, its log-prob, and the UNet's next input."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def step_logprob_fwd_kernel(
         tl.store(next_input + image * D + at, as_input, mask=mask)
         if GUIDED:
             tl.store(next_input + (image + images) * D + at, as_input, mask=mask)
-        # what is stored is scored: the rounded sum, not sigma * noise
+        # the log-prob of what is stored: the rounded sum minus the mean, which is not exactly sigma * noise
         difference = tl.where(mask, following - mu, 0.0)
         squares = tl.fma(difference, difference, squares)
     tl.store(log_probs + image, log_density(tl.sum(squares, axis=0), D, sigma))
@@ -75,6 +75,7 @@ def step_logprob_bwd_kernel(
     image = tl.program_id(0).to(tl.int64)
     images = tl.num_programs(0)
     c_x, c_m, sigma = coefficients(table, timesteps, image, PER_IMAGE)
+    # d log_prob / d mean = difference / (sigma^2 D), at fixed next latents
     slope = tl.load(grad_log_probs + image) / (sigma * sigma * D)
     for start in range(0, D, BLOCK):
         d = start + tl.arange(0, BLOCK)
@@ -83,7 +84,7 @@ def step_logprob_bwd_kernel(
         guided = load_guided(output, image, images, D, at, mask, guidance, GUIDED)
         mu = mean(guided, load_fp32(latents, image, D, d, mask), c_x, c_m)
         difference = load_fp32(next_latents, image, D, d, mask) - mu
-        # d log_prob / d mean = difference / (sigma^2 D)
+        # the mean acts on three outputs: the log-prob, the next latents, and the UNet's input, which is a copy of them
         grad_mean = tl.fma(slope, difference, load_fp32(grad_next_latents, image, D, d, mask))
         grad_mean += load_fp32(grad_next_input, image, D, at, mask)
         if GUIDED:
@@ -103,7 +104,7 @@ def step_logprob(
     log_probs: torch.Tensor,
     next_input: torch.Tensor,
 ) -> None:
-    """Fills `next_latents` [B, ...], `log_probs` [B] and `next_input` (of the rows and layout of `model_output`)."""
+    """Fills `next_latents` [B, ...], `log_probs` [B] and `next_input`, which is laid out as `model_output`."""
     _launch(
         step_logprob_fwd_kernel,
         latents,
@@ -125,7 +126,7 @@ def step_logprob_backward(
     grad_output: torch.Tensor,
     grad_latents: torch.Tensor,
 ) -> None:
-    """Fills `grad_output`, of the rows and layout of `model_output`, and `grad_latents` [B, ...]."""
+    """Fills `grad_output`, which is laid out as `model_output`, and `grad_latents` [B, ...]."""
     grads = grad_next_latents, grad_log_probs, grad_next_input
     _launch(
         step_logprob_bwd_kernel,
@@ -155,7 +156,7 @@ def _launch(kernel: Any, latents: torch.Tensor, arguments: tuple[Any, ...], guid
 
 
 def ahead_of_time() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, Any], int]]:
-    """(name, kernel, signature, constants, warps) of what Stable Diffusion's latents launch."""
+    """Yields (name, kernel, signature, constants, warps) of the launches for Stable Diffusion's latents."""
     block, warps = block_and_warps(4 * 64 * 64)
     for dtype in ("fp16", "bf16", "fp32"):
         for guided, channels in ((True, 0), (True, 4), (False, 0)):

@@ -1,0 +1,123 @@
+"""Where DeepSpeed's ZeRO keeps each parameter in fp32: from whole parameters to parts of them, and back.
+
+DeepSpeed copies the trained parameters, flattened and in fp32, into a few flat tensors, which its optimizer trains.
+Each process has a part of every flat tensor. This module reads attributes of DeepSpeed's that it does not document:
+    ds_id, ds_shape, ds_numel   on a parameter that stage 3 has split: its id, whole shape and number of elements
+    ds_tensor                   this process's part of such a parameter, in the compute precision
+    _hp_mapping                 on a parameter of stages 1 and 2: which part of it this process has ("hp" and "lp" are
+                                high and low precision)
+    fp32_partitioned_groups_flat, single_partition_of_fp32_groups    this process's parts of the flat tensors
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor
+
+from ddpo_fast.engine import moments
+
+
+class Fragment(NamedTuple):
+    """This process's part of a parameter: `flat[start : start + size]` are the values of
+    `parameter.flatten()[offset : offset + size]`."""
+
+    flat: Tensor
+    start: int
+    offset: int
+    size: int
+
+
+class ZeroFragments:
+    """The parts that this process has of some parameters.
+
+    Args:
+        zero_optimizer: DeepSpeed's, after it has taken the parameters.
+        parameters: the trained ones.
+    """
+
+    def __init__(self, zero_optimizer: Any, parameters: Sequence[Any], accelerator: Accelerator) -> None:
+        self.parameters = list(parameters)
+        self.accelerator = accelerator
+        self.shapes: list[torch.Size] = [getattr(p, "ds_shape", p.shape) for p in self.parameters]
+        self._fragments = [_fragment(zero_optimizer, p, accelerator.process_index) for p in self.parameters]
+        # this process's flat tensors, each once
+        self.flats = list({id(f.flat): f.flat for f in self._fragments if f is not None}.values())
+
+    def gather(self, i: int, values: dict[int, Tensor]) -> Tensor:
+        """One value for each element of the parameter with index `i`, whole, in fp32 and in host memory.
+
+        Every process must call it.
+
+        Args:
+            values: by the `id` of each flat tensor of this process: a tensor of its size, such as its weights, a moment
+                or the moving average.
+        """
+        fragment, shape = self._fragments[i], self.shapes[i]
+        # each process fills in its part, and the sum over processes is the whole
+        whole = torch.zeros(shape.numel(), device=self.accelerator.device)
+        if fragment is not None:
+            flat, start, offset, size = fragment
+            whole[offset : offset + size] = values[id(flat)].detach()[start : start + size].to(whole.device)
+        if self.accelerator.num_processes > 1:
+            dist.all_reduce(whole)
+        return whole.view(shape).cpu()
+
+    def gather_all(self, values: dict[int, Tensor], keep: bool) -> list[Tensor]:
+        """`gather` for every parameter; empty tensors if this process does not `keep` the values."""
+        nothing = torch.empty(0)
+        gathered = []
+        for i in range(len(self.parameters)):
+            whole = self.gather(i, values)
+            # dropped at once, so that no more than one parameter is in this process's memory
+            gathered.append(whole if keep else nothing)
+        return gathered
+
+    @torch.no_grad()
+    def set_weights(self, values: Sequence[Tensor]) -> None:
+        """Sets the parameters in both precisions, from whole values that are the same on every process."""
+        for parameter, fragment, value in zip(self.parameters, self._fragments, values, strict=True):
+            if fragment is not None:
+                flat, start, offset, size = fragment
+                part = value.flatten()[offset : offset + size]
+                flat[start : start + size].copy_(part)
+                if hasattr(parameter, "ds_tensor"):
+                    parameter.ds_tensor.data.view(-1)[:size].copy_(part)
+            # stage 3 leaves a parameter empty while no layer needs it
+            if parameter.numel() == value.numel():
+                parameter.data.copy_(value)
+
+    def from_checkpoint(self, saved: Sequence[moments.SavedMoment], moment: str) -> dict[int, Tensor]:
+        """A moment of each parameter from a checkpoint, as values of this process's flat tensors, by their `id`."""
+        parts = {id(flat): torch.zeros(flat.numel()) for flat in self.flats}
+        for value, fragment, shape in zip(saved, self._fragments, self.shapes, strict=True):
+            if fragment is not None:
+                flat, start, offset, size = fragment
+                # A stand-in says in which order the values are to be: DeepSpeed's parameters are contiguous.
+                whole = moments.from_checkpoint(value, torch.empty(shape, device="meta"), moment)
+                parts[id(flat)][start : start + size] = whole[offset : offset + size]
+        return parts
+
+
+def _fragment(zero_optimizer: Any, parameter: Any, rank: int) -> Fragment | None:
+    """The part of a parameter that the process `rank` has, or None if others have all of it."""
+    if hasattr(parameter, "ds_id"):
+        # Stage 3 cuts each parameter by itself, into parts of equal size. What the last parts have beyond the
+        # parameter's end is padding, and some may be nothing but that.
+        group, start, _ = zero_optimizer.grad_position[zero_optimizer.get_param_id(parameter)]
+        part = parameter.ds_tensor.ds_numel
+        size = min(part, parameter.ds_numel - rank * part)
+        if size <= 0:
+            return None
+        return Fragment(zero_optimizer.fp32_partitioned_groups_flat[group], start, rank * part, size)
+    # Stages 1 and 2 lay all parameters one after the other and cut the whole, in the middle of a parameter if need be.
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return None
+    flat = zero_optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+    in_flat, in_parameter = mapping.hp_fragment_address, mapping.lp_fragment_address
+    return Fragment(flat, in_flat.start, in_parameter.start, in_flat.numel)
