@@ -214,11 +214,11 @@ def model_of(spec: Row, folder: Path) -> Path:
 def trainer_of(config: DDPOConfig, model: Path, use_lora: bool) -> Any:
     from ddpo_fast.pipeline import DefaultDDPOStableDiffusionPipeline
     from ddpo_fast.trainer import DDPOTrainer
-    from ddpo_fast.unet.gradient_checkpointing import set_recompute
+    from ddpo_fast.unet import set_gradient_checkpointing
 
     pipeline = DefaultDDPOStableDiffusionPipeline(str(model), use_lora=use_lora)
     trainer = DDPOTrainer(config, jpeg_compressibility, PromptsInTurn(prompts(False), config.seed), pipeline)
-    set_recompute(trainer.sd_pipeline.unet, config.gradient_checkpointing)
+    set_gradient_checkpointing(trainer.sd_pipeline.unet, config.gradient_checkpointing)
     (trainer.sd_pipeline.vae.enable_slicing if config.vae_slicing else trainer.sd_pipeline.vae.disable_slicing)()
     return trainer
 

@@ -89,8 +89,8 @@ times geglu gates --op geglu
 tests layers tests/test_lora_linear.py tests/test_frozen.py
 times lora_linear layers --op lora_linear
 times frozen layers --op frozen
-tests unet tests/test_fuse_unet.py tests/test_attention.py
-tests trainer tests/test_cuda_graphs.py tests/test_master_weights.py tests/test_memory.py
+tests unet tests/test_fused_layers.py tests/test_attention.py
+tests trainer tests/test_cuda_graphs.py tests/test_master_weights.py tests/test_batch_sizes.py
 tests engine tests/test_engine.py
 for gb in 8 12 24 16 40; do capped lora $gb; done
 capped full 40

@@ -7,8 +7,15 @@ namespace {
 constexpr int64_t GRAIN = 64;
 
 void check(
-    const Tensor& master, const Tensor& codes1, const Tensor& codes2, const Tensor& absmax1, const Tensor& absmax2,
-    const Tensor& grad, const std::optional<Tensor>& out, const Tensor& maps, const Tensor& decades) {
+    const Tensor& master,
+    const Tensor& codes1,
+    const Tensor& codes2,
+    const Tensor& absmax1,
+    const Tensor& absmax2,
+    const Tensor& grad,
+    const std::optional<Tensor>& out,
+    const Tensor& maps,
+    const Tensor& decades) {
   const int64_t n = master.numel(), blocks = (n + BLOCK - 1) / BLOCK;
   CHECK_DTYPE(master, Float);
   CHECK_SHAPE(master, n);
@@ -63,7 +70,13 @@ Converter converter_of(const Tensor& tensor, void* data) {
 
 // A block that ends early, padded with weights of zero: they change no scale.
 void adamw_tail(
-    const AdamStep& s, const float* grad, int64_t n, float* master, uint8_t* codes1, uint8_t* codes2, float& absmax1,
+    const AdamStep& s,
+    const float* grad,
+    int64_t n,
+    float* master,
+    uint8_t* codes1,
+    uint8_t* codes2,
+    float& absmax1,
     float& absmax2) {
   alignas(64) float g[BLOCK] = {}, p[BLOCK] = {};
   alignas(64) uint8_t c1[BLOCK], c2[BLOCK] = {};
@@ -79,15 +92,37 @@ void adamw_tail(
 }
 
 void adamw8bit(
-    const Tensor& master, const Tensor& codes1, const Tensor& codes2, const Tensor& absmax1, const Tensor& absmax2,
-    const Tensor& grad, const std::optional<Tensor>& out, const Tensor& maps, const Tensor& decades, double beta1,
-    double beta2, double rest1, double rest2, double decay, double eps, double step_size) {
+    const Tensor& master,
+    const Tensor& codes1,
+    const Tensor& codes2,
+    const Tensor& absmax1,
+    const Tensor& absmax2,
+    const Tensor& grad,
+    const std::optional<Tensor>& out,
+    const Tensor& maps,
+    const Tensor& decades,
+    double beta1,
+    double beta2,
+    double rest1,
+    double rest2,
+    double decay,
+    double eps,
+    double step_size) {
   check(master, codes1, codes2, absmax1, absmax2, grad, out, maps, decades);
   const float* map = maps.const_data_ptr<float>();
   const AdamStep s{
-      static_cast<float>(beta1), static_cast<float>(beta2), static_cast<float>(rest1), static_cast<float>(rest2),
-      static_cast<float>(decay), static_cast<float>(eps), static_cast<float>(step_size), map[0], Map(map),
-      Map(map + BLOCK), quantizer_of(decades, 0), quantizer_of(decades, 1)};
+      static_cast<float>(beta1),
+      static_cast<float>(beta2),
+      static_cast<float>(rest1),
+      static_cast<float>(rest2),
+      static_cast<float>(decay),
+      static_cast<float>(eps),
+      static_cast<float>(step_size),
+      map[0],
+      Map(map),
+      Map(map + BLOCK),
+      quantizer_of(decades, 0),
+      quantizer_of(decades, 1)};
   const int64_t n = master.numel();
   float* p = master.mutable_data_ptr<float>();
   uint8_t* c1 = codes1.mutable_data_ptr<uint8_t>();

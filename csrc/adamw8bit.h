@@ -52,7 +52,8 @@ struct Map {
   explicit Map(const float* values) {
     alignas(64) uint8_t planes[4][BLOCK];
     for (int64_t i = 0; i < BLOCK; ++i)
-      for (int64_t j = 0; j < 4; ++j) planes[j][i] = static_cast<uint8_t>(std::bit_cast<uint32_t>(values[i]) >> (8 * j));
+      for (int64_t j = 0; j < 4; ++j)
+        planes[j][i] = static_cast<uint8_t>(std::bit_cast<uint32_t>(values[i]) >> (8 * j));
     for (int64_t j = 0; j < 4; ++j)
       for (int64_t k = 0; k < 4; ++k) bytes[j][k] = _mm512_load_si512(planes[j] + 64 * k);
   }
@@ -146,8 +147,7 @@ template <bool SIGNED>
 inline void quantize_part(const Quantizer& quantizer, const float* values, float inverse, uint8_t* codes) {
   __m512i n[4];
   for (int64_t j = 0; j < 4; ++j)
-    n[j] = steps_from_zero<SIGNED>(
-        quantizer, _mm512_mul_ps(_mm512_load_ps(values + 16 * j), _mm512_set1_ps(inverse)));
+    n[j] = steps_from_zero<SIGNED>(quantizer, _mm512_mul_ps(_mm512_load_ps(values + 16 * j), _mm512_set1_ps(inverse)));
   __m512i low = _mm512_packs_epi32(n[0], n[1]), high = _mm512_packs_epi32(n[2], n[3]);
   if (SIGNED) {
     low = _mm512_add_epi16(low, _mm512_set1_epi16(127));
@@ -231,7 +231,12 @@ inline float scale_of(Extremes extremes, float lowest) {
 
 // All 256 elements of every argument are there.
 __attribute__((always_inline)) inline void adamw_block(
-    const AdamStep& s, const float* grad, float* master, uint8_t* codes1, uint8_t* codes2, float& absmax1,
+    const AdamStep& s,
+    const float* grad,
+    float* master,
+    uint8_t* codes1,
+    uint8_t* codes2,
+    float& absmax1,
     float& absmax2) {
   alignas(64) float m[BLOCK], v[BLOCK];
   const Extremes first = next_moment<true>(s.map1, codes1, absmax1 * s.beta1, grad, s.rest1, m);

@@ -37,10 +37,10 @@ inline void check_shape(const char* name, const Tensor& tensor, std::initializer
 #define CHECK_CONTIGUOUS(tensor) STD_TORCH_CHECK((tensor).is_contiguous(), #tensor " must be contiguous")
 #define CHECK_DTYPE(tensor, dtype) \
   STD_TORCH_CHECK((tensor).scalar_type() == ScalarType::dtype, #tensor " must have dtype " #dtype)
-#define CHECK_LATENTS(tensor, like)                                                       \
-  do {                                                                                    \
-    CHECK_DTYPE(tensor, Float);                                                           \
-    CHECK_CONTIGUOUS(tensor);                                                             \
+#define CHECK_LATENTS(tensor, like)                                                              \
+  do {                                                                                           \
+    CHECK_DTYPE(tensor, Float);                                                                  \
+    CHECK_CONTIGUOUS(tensor);                                                                    \
     STD_TORCH_CHECK((tensor).numel() == (like).numel(), #tensor " must be as large as latents"); \
   } while (false)
 
@@ -59,8 +59,8 @@ struct Rows {
 inline Rows rows_of(const Tensor& model_output, const Tensor& latents, bool guided) {
   Rows rows{latents.size(0), 0, 1, 1, false, guided};
   STD_TORCH_CHECK(
-      model_output.dim() == latents.dim() && model_output.size(0) == rows.rows(),
-      "model_output must have ", rows.rows(), " rows but has ", model_output.size(0));
+      model_output.dim() == latents.dim() && model_output.size(0) == rows.rows(), "model_output must have ",
+      rows.rows(), " rows but has ", model_output.size(0));
   rows.elements = 1;
   for (int64_t i = 1; i < latents.dim(); ++i) {
     STD_TORCH_CHECK(model_output.size(i) == latents.size(i), "model_output and latents must have images of one shape");

@@ -30,8 +30,14 @@ struct Layout {
 };
 
 inline Layout layout_of(const Rows& rows, std::optional<double> guidance_scale) {
-  return {rows.images,        rows.elements, rows.channels, rows.pixels,
-          rows.channels_last, rows.guided,   static_cast<float>(guidance_scale.value_or(1.0))};
+  return {
+      rows.images,
+      rows.elements,
+      rows.channels,
+      rows.pixels,
+      rows.channels_last,
+      rows.guided,
+      static_cast<float>(guidance_scale.value_or(1.0))};
 }
 
 inline cudaStream_t current_stream(const Tensor& tensor) {

@@ -46,7 +46,8 @@ void store_tile(const float* tile, const Rows& rows, int64_t row, int64_t start,
 }
 
 template <typename T>
-void load_guided(const T* output, const Rows& rows, int64_t image, int64_t start, int64_t n, float guidance, float* out) {
+void load_guided(
+    const T* output, const Rows& rows, int64_t image, int64_t start, int64_t n, float guidance, float* out) {
   load_tile(output, rows, image, start, n, out);
   if (!rows.guided) return;
   alignas(64) float text[TILE];

@@ -167,19 +167,22 @@ void ppo_loss(
   const cudaStream_t stream = current_stream(latents);
   Tensor scratch = torch::stable::new_empty(log_probs, {5 * count + 1});
   float* ticket = scratch.mutable_data_ptr<float>() + 5 * count;
-  STD_TORCH_CHECK(cudaMemsetAsync(ticket, 0, sizeof(unsigned int), stream) == cudaSuccess, "the ticket was not cleared");
+  STD_TORCH_CHECK(
+      cudaMemsetAsync(ticket, 0, sizeof(unsigned int), stream) == cudaSuccess, "the ticket was not cleared");
   const Bounds bounds = bounds_of(clip_range, advantage_limit, reference_weight);
   for_cuda_type(model_output, [&](auto* kind) {
     using T = std::remove_pointer_t<decltype(kind)>;
     ppo_loss_fwd_kernel<T><<<count, THREADS, 0, stream>>>(
         static_cast<const T*>(model_output.const_data_ptr()),
         reference_output ? static_cast<const T*>(reference_output->const_data_ptr()) : nullptr,
-        Pairs{latents.const_data_ptr<float>(), next_latents.const_data_ptr<float>(),
-              old_log_probs.const_data_ptr<float>(), advantages.const_data_ptr<float>(), table.const_data_ptr<float>(),
-              timesteps.const_data_ptr<int64_t>(), grad_scale ? grad_scale->const_data_ptr<float>() : nullptr},
+        Pairs{
+            latents.const_data_ptr<float>(), next_latents.const_data_ptr<float>(),
+            old_log_probs.const_data_ptr<float>(), advantages.const_data_ptr<float>(), table.const_data_ptr<float>(),
+            timesteps.const_data_ptr<int64_t>(), grad_scale ? grad_scale->const_data_ptr<float>() : nullptr},
         bounds, layout_of(rows, guidance_scale), static_cast<T*>(grad.mutable_data_ptr()),
-        Results{loss.mutable_data_ptr<float>(), metrics.mutable_data_ptr<float>(), log_probs.mutable_data_ptr<float>(),
-                scratch.mutable_data_ptr<float>(), reinterpret_cast<unsigned int*>(ticket)});
+        Results{
+            loss.mutable_data_ptr<float>(), metrics.mutable_data_ptr<float>(), log_probs.mutable_data_ptr<float>(),
+            scratch.mutable_data_ptr<float>(), reinterpret_cast<unsigned int*>(ticket)});
   });
   check_launch();
 }

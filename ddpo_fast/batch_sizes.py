@@ -1,67 +1,63 @@
-"""How many rows a UNet call may have: from the bytes that one pair keeps for its backward pass and what is free.
+"""How many rows a UNet call has: in training (the micro-batch) and in sampling (batches drawn together).
 
-On many processors the sums of a row depend on how many rows there are: sizes are kept with the run, see measured.py,
-and are powers of two, as a little more or less free memory then gives the same new run again, to the bit.
+Decided by the bytes that one pair keeps for its backward pass and by the memory that is free. On many processors the
+sums of a row depend on how many rows there are, so sizes are kept with the run (see measured.py), and a resumed one
+computes the same bits. They are powers of two: a new run gets the same from a little more or less free memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch.autograd.graph import saved_tensors_hooks
 
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.device_memory import free_bytes
+from ddpo_fast.engine import Engine
 from ddpo_fast.measured import Measured
+from ddpo_fast.policy import Policy
+from ddpo_fast.processes import all_reduce_min
 
 # More rows gain nothing: NeMo's ControlNet gains 1.26 times from 8 to 32 images on an A100, and the bundled model on a
 # CPU 1.35 times from 6 to 48 rows and nothing beyond.
 MOST_ROWS = 64
-# where sampling has the device busy, and a further batch is better scored while the next is drawn
+# Sampling keeps the device busy from here on, and a further batch is better scored while the next one is sampled.
 SAMPLING_ROWS = 24
-# gradients, the backward pass's own tensors and fragments take the rest
+# Share of the free memory for what a micro-batch keeps: gradients, the backward pass's own tensors and fragmentation
+# take the rest.
 SHARE_FOR_ACTIVATIONS = 0.6
-# Blocks that keep their inputs have everything else while they run again: of Stable Diffusion 1.5 (traced, see
-# footprint.py) 0.15 GB a row and 0.24 for all weights, 0.08 and 0.17 for a LoRA.
-RUN_AGAIN = 2
+# With gradient_checkpointing='blocks' only the inputs of blocks are kept, and a block's activations come back while it
+# is computed again. Stable Diffusion 1.5 (traced, see plan/footprint.py) keeps 0.15 GB a row and has 0.24 at the peak
+# for all weights, 0.08 and 0.17 for a LoRA: about twice as much.
+PEAK_OVER_KEPT_OF_BLOCKS = 2
 
 
-class Sizes:
-    """The sizes of a run's UNet calls: those of its settings, else what fits and pays, measured when first asked for.
+class BatchSizes:
+    """The sizes of a run's UNet calls: as set, else what fits and pays, measured when first asked for.
 
     Args:
-        forward: a training forward of one pair.
-        computing: the context that it runs in.
-        to_come: bytes that training will allocate beside activations.
-        measured: where sizes that are not set are kept.
-        least: the smallest of all processes' values.
+        measured: keeps the sizes that are not set.
     """
 
     def __init__(
-        self,
-        config: DDPOConfig,
-        device: torch.device,
-        num_processes: int,
-        unet: torch.nn.Module,
-        forward: Callable[[], Any],
-        computing: Callable[[], AbstractContextManager[Any]],
-        to_come: Callable[[], int],
-        measured: Measured,
-        least: Callable[[int], int] = lambda value: value,
+        self, config: DDPOConfig, policy: Policy, engine: Engine, accelerator: Accelerator, measured: Measured
     ) -> None:
         self.config = config
-        self.device = device
-        self.num_processes = num_processes
-        self.unet = unet
-        self.forward = forward
-        self.computing = computing
-        self.to_come = to_come
+        self.policy = policy
+        self.engine = engine
+        self.accelerator = accelerator
         self.measured = measured
-        self.least = least
+
+    @property
+    def micro_batch_size(self) -> int:
+        """(image, timestep) pairs of a UNet call in training; an update's calls are as equal as they can be."""
+        return self.measured.once(
+            "micro_batch_size", lambda: self.config.train_micro_batch_size or self._fitting_micro_batch()
+        )
 
     @property
     def merged_batches(self) -> int:
@@ -69,48 +65,48 @@ class Sizes:
         set_to = self.config.sample_merge_batches
         return self.measured.once("merged_batches", self._fitting_batches) if set_to is None else set_to
 
-    @property
-    def micro_batch_size(self) -> int:
-        """(image, timestep) pairs of a training forward: parts of an update that are as equal as they can be."""
-        return self.measured.once(
-            "micro_batch_size", lambda: self.config.train_micro_batch_size or self._fitting_micro_batch()
-        )
-
     def halve(self) -> bool:
-        """Makes the micro-batch smaller for good, after memory ran out; False if it is one pair already."""
+        """Halves the micro-batch for good, after memory ran out; False if it is one pair already."""
         if self.micro_batch_size == 1:
             return False
         self.measured["micro_batch_size"] = self.micro_batch_size // 2
         return True
 
-    def _fitting_batches(self) -> int:
-        rows = 2 if self.config.sample_guidance_scale > 1 else 1
-        images_that_fit = self._free_bytes() // (self._bytes_per_row * rows)
-        return batches_to_merge(self.config.sample_batch_size, rows, images_that_fit)
-
     def _fitting_micro_batch(self) -> int:
-        rows = self._rows_per_pair
-        fit = pairs_that_fit(self._bytes_per_row * rows, self._free_bytes(), rows)
+        rows = self.config.rows_per_pair
+        fit = pairs_that_fit(self._kept_bytes_per_row * rows, self._free_bytes(), rows)
         return equal_parts(self.config.pairs_per_update, fit)
 
-    @property
-    def _rows_per_pair(self) -> int:
-        return 2 if self.config.guides_training else 1
+    def _fitting_batches(self) -> int:
+        # sampling keeps nothing for a backward pass, so what training keeps is more than enough
+        images_that_fit = self._free_bytes() // (self._kept_bytes_per_row * self.config.rows_per_image)
+        return batches_to_merge(self.config.sample_batch_size, self.config.rows_per_image, images_that_fit)
 
     def _free_bytes(self) -> int:
-        free = free_bytes(self.device, self.num_processes, self.config.gpu_memory)
-        free = self.least(max(0, free - self.to_come()))
+        """Free memory of the device, less what the first update is yet to allocate; the least of all processes, as
+        they must split their work alike."""
+        free = free_bytes(self.accelerator.device, self.accelerator.num_processes, self.config.gpu_memory)
+        free = all_reduce_min(self.accelerator, max(0, free - self.engine.bytes_before_first_step()))
         # a recorded micro-batch keeps its activations, and one of another size needs its own
         return free // 2 if self.config.cuda_graphs else free
 
     @cached_property
-    def _bytes_per_row(self) -> int:
-        weights = list(self.unet.parameters())
-        # DeepSpeed's stage 3 brings weights together for the layers under way
+    def _kept_bytes_per_row(self) -> int:
+        """Measured by a forward pass of one pair with a graph."""
+        policy, device = self.policy, self.accelerator.device
+        weights = list(policy.unet.parameters())
+        # DeepSpeed's stage 3 gathers the weights of a layer while it runs, and frees them
         split = [weight for weight in weights if hasattr(weight, "ds_id")]
-        with self.computing():
-            kept = kept_bytes(self.forward, _storages(weights), lambda: _storages(split)) // self._rows_per_pair
-        return max(1, kept * (RUN_AGAIN if self.config.gradient_checkpointing == "blocks" else 1))
+
+        def forward() -> torch.Tensor:
+            latents = torch.zeros((1, *policy.latent_shape), device=device)
+            timesteps = torch.zeros(1, dtype=torch.int64, device=device)
+            return policy.output(latents, timesteps, policy.negative_embeds.repeat(self.config.rows_per_pair, 1, 1))
+
+        with policy.computing():
+            kept = kept_bytes(forward, _storages(weights), lambda: _storages(split)) // self.config.rows_per_pair
+        factor = PEAK_OVER_KEPT_OF_BLOCKS if self.config.gradient_checkpointing == "blocks" else 1
+        return max(1, kept * factor)
 
 
 def _storages(tensors: Iterable[torch.Tensor]) -> set[int]:

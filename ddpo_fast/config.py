@@ -154,7 +154,7 @@ class DDPOConfig:
     )
     gpu_memory: Optional[float] = _option(None, "GB of the GPU to use (default: all).")  # noqa: UP045
 
-    # not a field: set by `processes.launched` where only accelerate has settings for DeepSpeed
+    # not a field: set by `processes.with_launch_settings` where only accelerate has settings for DeepSpeed
     launched_with_deepspeed = False
 
     def __post_init__(self) -> None:

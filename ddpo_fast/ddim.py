@@ -65,7 +65,7 @@ def ddim_scheduler(config: Mapping[str, Any]) -> DDIMScheduler:
             clip_sample=False,
             thresholding=False,
             steps_offset=1,
-            # the last step ends at the first timestep, as in `NoiseSchedule`
+            # the last step ends at the first timestep, as in `DDIMCoefficients`
             set_alpha_to_one=config.get("set_alpha_to_one", False),
         )
     except (TypeError, ValueError, RuntimeError) as error:
@@ -115,7 +115,7 @@ def check_steps(scheduler: Any, steps: int, eta: float) -> None:
         raise ValueError(_too_many(steps, scheduler.config.num_train_timesteps))
     trial = copy.copy(scheduler)
     trial.set_timesteps(steps)
-    NoiseSchedule.from_scheduler(trial, eta, "cpu")
+    DDIMCoefficients.from_scheduler(trial, eta, "cpu")
 
 
 def _check_ddim(scheduler: Any) -> None:
@@ -132,7 +132,7 @@ def _too_many(steps: int, most: int) -> str:
 
 
 @dataclass(frozen=True)
-class NoiseSchedule:
+class DDIMCoefficients:
     """(c_x, c_m, sigma) of every timestep, [num_train_timesteps, 3] fp32 on the device: lookups never wait."""
 
     table: torch.Tensor
@@ -144,7 +144,7 @@ class NoiseSchedule:
         return c_x, c_m, sigma
 
     @classmethod
-    def of(cls, scheduler: Any, eta: float, device: torch.device) -> NoiseSchedule:
+    def of(cls, scheduler: Any, eta: float, device: torch.device) -> DDIMCoefficients:
         """`from_scheduler`, made once for each eta and for each state that a scheduler comes in."""
         config = scheduler.config
         tables = _TABLES.setdefault(scheduler, {})
@@ -161,7 +161,7 @@ class NoiseSchedule:
         return tables[key]
 
     @classmethod
-    def from_scheduler(cls, scheduler: Any, eta: float, device: torch.device | str) -> NoiseSchedule:
+    def from_scheduler(cls, scheduler: Any, eta: float, device: torch.device | str) -> DDIMCoefficients:
         """The stochastic DDIM steps (arXiv 2010.02502, eq. 12 and 16) of a diffusers scheduler after `set_timesteps`.
 
         Computed in fp64. A step leads from a sampled timestep to the next one that is sampled, the last step to
@@ -193,7 +193,7 @@ class NoiseSchedule:
         return cls(table.to(device, torch.float32))
 
 
-_TABLES: WeakKeyDictionary[Any, dict[tuple, NoiseSchedule]] = WeakKeyDictionary()
+_TABLES: WeakKeyDictionary[Any, dict[tuple, DDIMCoefficients]] = WeakKeyDictionary()
 # a scheduler's tensor of timesteps and its values, which are on the device
 _SAMPLED: WeakKeyDictionary[Any, tuple[torch.Tensor, tuple[int, ...]]] = WeakKeyDictionary()
 

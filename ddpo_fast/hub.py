@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData, PyTorchModelHubMixin, constants, errors, get_token, whoami
 from huggingface_hub.utils import validate_repo_id
 
-from ddpo_fast.processes import from_main_process
+from ddpo_fast.processes import broadcast_from_main
 from ddpo_fast.run_folder import files
 
 TEMPLATE = """---
@@ -222,10 +222,10 @@ class HubModel(PyTorchModelHubMixin):
         if not self.accelerator.is_main_process:
             # what the main process does for the upload, and what it waits for
             self._save_pretrained(self.output_dir)
-            return from_main_process(self.accelerator, "")
+            return broadcast_from_main(self.accelerator, "")
         self._pushed_to = repo_id or self.output_dir.absolute().name
         try:
             url = super().push_to_hub(self._pushed_to, **kwargs)
         finally:
             self._pushed_to = None
-        return from_main_process(self.accelerator, str(url))
+        return broadcast_from_main(self.accelerator, str(url))

@@ -12,7 +12,7 @@ from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # a terminal and torchrun both pass a Ctrl-C on: within this many seconds it is the same one
-SAME_S = 0.5
+REPEAT_S = 0.5
 
 
 class Signalled(SystemExit):
@@ -47,14 +47,14 @@ class Interruption:
         self._replaced.clear()
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def deferred(self) -> Iterator[None]:
         """A first signal waits for the end of this; a second one does not."""
-        with self.deaf():
+        with self.suppressed():
             yield
         self.check()
 
     @contextmanager
-    def deaf(self) -> Iterator[None]:
+    def suppressed(self) -> Iterator[None]:
         """A first signal is lost in here, as the training has ended already."""
         self._holds += 1
         try:
@@ -68,7 +68,7 @@ class Interruption:
             self._raise()
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        again = bool(self.asked) and time.monotonic() - self._asked_at > SAME_S
+        again = bool(self.asked) and time.monotonic() - self._asked_at > REPEAT_S
         if self.asked and not again:
             return
         self.asked, self._asked_at = number, time.monotonic()

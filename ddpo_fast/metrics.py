@@ -1,25 +1,87 @@
-"""Scalars of one update, gathered on the device."""
+"""What is measured of an update and of an epoch. `run_folder/run_log.py` writes it down.
+
+Shapes: N (image, timestep) pairs.
+"""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from typing import TypeVar
+
 import torch
+from torch import Tensor
+
+from ddpo_fast import ops
+
+T = TypeVar("T")
 
 
 class UpdateMetrics:
-    """Means of an update's micro-batches, weighted by their pairs; stays on the device until `means`."""
+    """Means over the pairs of an update, and maxima. They stay on the device until the update's numbers are written.
+
+    Reading a number on the host would make it wait for all that the device has queued.
+    """
 
     def __init__(self) -> None:
-        self._sums: dict[str, torch.Tensor] = {}
-        self._largest: dict[str, torch.Tensor] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._largest: dict[str, Tensor] = {}
 
-    def add(self, share: float, **values: torch.Tensor) -> None:
+    def add(self, share: float, **values: Tensor) -> None:
+        """Adds means [] over some pairs, which are `share` of all that the mean is over."""
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0) + share * value.detach().float()
 
-    def at_least(self, name: str, value: torch.Tensor) -> None:
-        """Raises the maximum called `name` to `value`."""
+    def at_least(self, name: str, value: Tensor) -> None:
+        """Raises the maximum called `name` to `value`, []."""
         largest = self._largest.get(name)
         self._largest[name] = value.clone() if largest is None else torch.maximum(largest, value)
 
-    def means(self) -> dict[str, torch.Tensor]:
+    def means(self) -> dict[str, Tensor]:
+        """All of them by name, [] each."""
         return {**self._sums, **self._largest}
+
+
+def approx_kl(log_probs: Tensor, old_log_probs: Tensor) -> Tensor:
+    """TRL's estimate of the KL between the policy that sampled and the present one, `mean((l - l_old)^2) / 2`, []."""
+    return 0.5 * (log_probs - old_log_probs).square().mean()
+
+
+def clip_fraction(ratio: Tensor, clip_range: float) -> Tensor:
+    """Share of the ratios [N] that are out of the clip range, whether or not the clip takes their gradient, []."""
+    return ((ratio - 1).abs() > clip_range).float().mean()
+
+
+def has_no_gradient(ratio: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
+    """Which pairs [N] the clipped loss gives no gradient: no advantage, or clipped on the side it favours."""
+    return ops.is_clipped(advantages, clip_range, ratio) | (advantages == 0)
+
+
+class EpochTimer:
+    """Seconds that an epoch's stages take: sampling, scoring and training, in this order."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._started = time.monotonic()
+        self._ended: dict[str, float] = {}
+
+    def ends(self, stage: str) -> None:
+        """The stage is over when the device has done what this thread gave it; what other threads gave it goes on."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+        self._ended[stage] = time.monotonic()
+
+    def at_end_of(self, items: Iterator[T], stage: str) -> Iterator[T]:
+        """`items`; the stage is over after the last of them."""
+        yield from items
+        self.ends(stage)
+
+    def timings(self, images: int) -> dict[str, float]:
+        """Seconds of each stage, and images a second of the whole epoch."""
+        sampled, scored, trained = (self._ended[stage] for stage in ("sampling", "scoring", "training"))
+        return {
+            "sample_s": sampled - self._started,
+            "reward_s": scored - sampled,
+            "train_s": trained - scored,
+            "images_per_s": images / (trained - self._started),
+        }

@@ -15,7 +15,7 @@ from packaging.version import Version
 from peft import LoraConfig
 
 from ddpo_fast import lora, ops, sampler
-from ddpo_fast.ddim import NoiseSchedule, check_steps
+from ddpo_fast.ddim import DDIMCoefficients, check_steps
 from ddpo_fast.lora import ADAPTER, LORA_WEIGHTS, TRL_RANK, TRL_TARGETS
 from ddpo_fast.model_configs import check_model, first_line, model_folder, pickle_problem, variant_of
 from ddpo_fast.sampler import DDPOPipelineOutput, DDPOSchedulerOutput
@@ -164,7 +164,7 @@ class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
         if prev_sample is not None and generator is not None:
             raise ValueError("pass either generator (to draw the next sample) or prev_sample (to score it), not both")
         timestep = torch.as_tensor(timestep, device=sample.device)
-        step = [c.expand(len(sample)) for c in NoiseSchedule.of(self.scheduler, eta, sample.device).at(timestep)]
+        step = [c.expand(len(sample)) for c in DDIMCoefficients.of(self.scheduler, eta, sample.device).at(timestep)]
         if prev_sample is None:
             noise = sampler.randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
             prev_sample = ops.take_step(model_output, sample, noise, *step)

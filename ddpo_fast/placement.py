@@ -14,10 +14,8 @@ from ddpo_fast.device_memory import limit_memory
 from ddpo_fast.engine import compute_dtype, exact_weights
 from ddpo_fast.measured import Measured
 from ddpo_fast.offload_frozen import sleep
-from ddpo_fast.processes import from_main_process
-from ddpo_fast.unet.attention import set_attention
-from ddpo_fast.unet.fused_layers import FusedLoraLinear, faster_layers, fuse_unet
-from ddpo_fast.unet.gradient_checkpointing import set_recompute
+from ddpo_fast.processes import broadcast_from_main
+from ddpo_fast.unet import FusedLoraLinear, faster_layers, fuse_unet, set_attention, set_gradient_checkpointing
 
 
 def place_networks(
@@ -31,6 +29,8 @@ def place_networks(
     Returns what the pipeline wants to have trained.
     """
     device, dtype = accelerator.device, compute_dtype(config.mixed_precision)
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
     if config.gpu_memory is not None and device.type == "cuda":
         limit_memory(config.gpu_memory, device)
     for frozen in (pipeline.vae, pipeline.text_encoder):
@@ -50,7 +50,7 @@ def place_networks(
         parameter.data = parameter.data.to(there, torch.float32 if exact else dtype)
     for buffer in pipeline.unet.buffers():
         buffer.data = buffer.data.to(device)
-    agree = partial(from_main_process, accelerator)
+    agree = partial(broadcast_from_main, accelerator)
     set_attention(pipeline.unet, config.attention, device, dtype, measured, agree)
     if config.fuse_unet:
         layers_that_pay = faster_layers(device)
@@ -61,7 +61,7 @@ def place_networks(
             # DeepSpeed sends and flattens contiguous weights only
             pipeline.unet.to(memory_format=torch.channels_last)
         fuse_unet(pipeline.unet, layers_that_pay)
-    set_recompute(pipeline.unet, config.gradient_checkpointing)
+    set_gradient_checkpointing(pipeline.unet, config.gradient_checkpointing)
     if config.vae_slicing:
         pipeline.vae.enable_slicing()
     if config.vae_tiling:
@@ -69,6 +69,14 @@ def place_networks(
     if config.compile_unet:
         pipeline.unet.compile()
     return layers
+
+
+def compute_precision(pipeline: Any, config: DDPOConfig) -> str | None:
+    """What the trained network computes in: 'no', 'fp16' or 'bf16'.
+
+    A pipeline with an autocast of its own computes in that, from weights in fp32.
+    """
+    return "no" if pipeline.autocast is not None else config.mixed_precision
 
 
 def trainable_parameters(layers: Any) -> list[nn.Parameter]:

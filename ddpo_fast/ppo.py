@@ -1,158 +1,216 @@
-"""One update of the weights: which pairs it needs, their losses and gradients, and what is logged about them.
+"""One update of the weights: the pairs that it needs, their gradients, and what to do when memory runs out.
 
-Shapes: N pairs in a UNet call, C H W latent, L tokens, D width of the text embedding.
+Shapes: N (image, timestep) pairs in a UNet call, C H W latent, L tokens, D width of the text embedding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ddpo_fast import ops
+from ddpo_fast.batch_sizes import BatchSizes
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.cuda_graphs import Recorded
+from ddpo_fast.device_memory import is_out_of_memory
 from ddpo_fast.engine import Engine
-from ddpo_fast.metrics import UpdateMetrics
-from ddpo_fast.trajectory import Pairs, micro_batches, pair_index
+from ddpo_fast.metrics import UpdateMetrics, approx_kl, clip_fraction, has_no_gradient
+from ddpo_fast.policy import Policy
+from ddpo_fast.trajectory import Pairs, TrainingBatch, Trajectory, pair_index, pairs_of
 
-# A look costs a forward pass, a third of a pair's work, and saves all three thirds of a dead one: it pays from a third
-# on, and fewer may be dead than in the epoch before.
-LOOKING_PAYS = 0.5
+logger = logging.getLogger(__name__)
 
-# (latents [N, C, H, W], timesteps [N], embeds [N or 2N, L, D]) -> the UNet's output
-UNetOutput = Callable[[Tensor, Tensor, Tensor], Tensor]
-# (latents, timesteps, next latents, old log-probs, advantages, embeds) -> (loss, approximate KL, clip fraction)
-Loss = Callable[..., tuple[Tensor, Tensor, Tensor]]
+# Scoring all pairs first, to train only on those with a gradient, costs each a forward pass: a third of a pair's work,
+# as a backward pass takes twice a forward one. It saves all of the work of a pair without a gradient, so it pays from a
+# third of them on; half is asked for, as there may be fewer than in the epoch before.
+SCORING_FIRST_PAYS = 0.5
+
+# the arguments of `Pairs`, in order -> (loss, approximate KL, clip fraction)
+Objective = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 class PPO:
     """Updates by the clipped loss of `ops.ppo_loss`, whose gradient goes straight into the UNet's backward pass.
 
+    The loss's gradient with respect to the UNet's output is known in closed form, so the forward pass computes it and
+    there is no autograd graph between the output and the loss.
+
     Args:
-        unet_output: calls the UNet.
-        table: the noise schedule's.
+        sizes: says how many pairs a UNet call has.
     """
 
-    def __init__(
-        self,
-        config: DDPOConfig,
-        engine: Engine,
-        device: torch.device,
-        unet_output: UNetOutput,
-        table: Callable[[], Tensor],
-    ) -> None:
+    def __init__(self, config: DDPOConfig, policy: Policy, engine: Engine, sizes: BatchSizes) -> None:
         self.config = config
+        self.policy = policy
         self.engine = engine
-        self.unet_output = unet_output
-        self.table = table
+        self.sizes = sizes
         self.metrics = UpdateMetrics()
-        self._recorded = Recorded(self._learn, engine.zero_gradients) if config.cuda_graphs else None
-        # cuDNN plans each number of rows anew, which takes longer than the rows do
-        self.zero = torch.zeros((), device=device)
-        self.fills_up = device.type == "cuda"
+        # share of pairs without a gradient in each update of this epoch so far, and of the one before
+        self.zero_gradient_shares: list[float] = []
+        self._shares_before: list[float] = []
+        self._recorded = Recorded(self._add_gradient, engine.zero_gradients) if config.cuda_graphs else None
+        # cuDNN plans its convolutions anew for each number of rows, which takes longer than a few rows more
+        self.pads_last_call = policy.device.type == "cuda"
 
-    def add_gradients(
-        self,
-        batches: Sequence[Any],
-        micro_batch_size: int,
-        looks_first: bool = False,
-        own_loss: Loss | None = None,
-    ) -> None:
-        """Adds the gradient of the pairs of training batches, for `step`.
+    def begin_epoch(self) -> None:
+        """The next updates train on new samples."""
+        self.zero_gradient_shares, self._shares_before = [], self.zero_gradient_shares
+
+    def remember(self, shares: Sequence[float]) -> None:
+        """The shares of pairs without a gradient in the updates since the last call, alike on every process."""
+        self.zero_gradient_shares += shares
+
+    def update(self, batches: Sequence[TrainingBatch], number: int, objective: Objective | None) -> dict[str, Tensor]:
+        """One optimizer step from the first `num_train_timesteps` steps of training batches.
 
         Args:
-            looks_first: score all pairs without a graph and then train on those that have a gradient. The gradient is
-                the same; the host waits for the device once.
-            own_loss: somebody's objective in place of `ops.ppo_loss`; it is given all pairs.
+            number: the update's number in its epoch, from 0.
+            objective: the user's own loss, which is given all pairs; None for `ops.ppo_loss`.
+
+        Returns its metrics, [] each, still on the device. Raises `RuntimeError` if memory runs out and a smaller
+        micro-batch cannot help.
         """
-        self.metrics = UpdateMetrics()
-        every = pair_index(batches)
-        if own_loss is not None:
-            self._learn_own(own_loss, micro_batches(batches, every, micro_batch_size), len(every))
-        else:
-            self._learn_live(batches, every, micro_batch_size, looks_first)
+        while True:
+            try:
+                self._add_gradients(batches, number, objective)
+                break
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                problem = str(error)
+            # after the `except`, as the error's traceback keeps the tensors of the call that failed
+            self._halve_micro_batch(problem)
+        found = {**self.metrics.means(), **self.engine.step()}
+        if number > 0:
+            # the ratio's distance from 1 is an error only while the weights are still those that sampled
+            found.pop("ratio_drift", None)
+        return found
 
-    def step(self) -> dict[str, Tensor]:
-        """One optimizer step; its metrics and those of the pairs, still on the device."""
-        return {**self.metrics.means(), **self.engine.step()}
+    @torch.no_grad()
+    def score_again(self, trajectory: Trajectory) -> Trajectory:
+        """The trajectory with the log-probs that training's forward pass gives it under the current weights."""
+        log_probs, index, size = (
+            [],
+            pair_index([trajectory], trajectory.timesteps.shape[1]),
+            self.sizes.micro_batch_size,
+        )
+        with self.engine.computing():
+            for start in range(0, len(index), size):
+                pairs = pairs_of([trajectory], index[start : start + size], self.config.guides_training)
+                log_probs.append(self.policy.log_prob(pairs.latents, pairs.timesteps, pairs.next_latents, pairs.embeds))
+        # pairs are in order of the step, then of the image
+        by_step = torch.cat(log_probs).reshape(trajectory.log_probs.T.shape)
+        return replace(trajectory, log_probs=by_step.T.contiguous())
 
-    def forget_recordings(self) -> None:
-        """Frees what graphs of micro-batches keep; they are recorded again when they are needed."""
+    def _halve_micro_batch(self, problem: str) -> None:
+        """Makes UNet calls smaller for good, and forgets the gradients of the update that has to begin again."""
+        size = self.sizes.micro_batch_size
+        if not self.engine.can_begin_again or not self.sizes.halve():
+            raise RuntimeError(
+                f"out of memory with a micro-batch of {size}: set a smaller train_micro_batch_size, "
+                f"gradient_checkpointing='blocks', train_use_8bit_adam or offload='optimizer' ({problem})"
+            )
         if self._recorded is not None:
+            # a recorded graph keeps its activations
             self._recorded.forget()
+        self.engine.zero_gradients()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        logger.warning(
+            "out of memory: micro-batches of %d instead of %d from here on", self.sizes.micro_batch_size, size
+        )
 
-    def _learn_own(self, own_loss: Loss, parts: Iterable[Pairs], total: int) -> None:
-        for pairs in parts:
-            share = len(pairs) / total
-            loss, approx_kl, clipfrac = own_loss(*self._operands(pairs))
-            self.engine.backward(loss * share)
-            self.metrics.add(share, loss=loss, approx_kl=approx_kl, clipfrac=clipfrac)
+    # gradients of an update
 
-    def _learn_live(self, batches: Sequence[Any], every: np.ndarray, size: int, looks_first: bool) -> None:
-        """Adds the gradients of all pairs, from those that have one as far as that is known."""
-        zero = self.zero
-        scored = index = _with_advantage(batches, every) if self.config.train_skip_dead_pairs else every
-        # the losses of the others are zero; whatever else is logged is of those that were scored
-        self.metrics.add(1.0, loss=zero, approx_kl=zero, clipfrac=zero, dead=zero)
-        self.metrics.at_least("ratio_drift", zero)
-        if looks_first:
-            index = scored[self._look(batches, scored, size, len(every))]
-        for pairs, count in self._calls(batches, index, size, len(every)):
-            found = self._learn_from(pairs, len(pairs) / len(every), len(pairs) == size)
-            if not looks_first:
-                self._note(pairs, count, len(every), len(scored), *found)
-        for output in self._passes_for_others(batches, len(index), size):
+    def _add_gradients(self, batches: Sequence[TrainingBatch], number: int, objective: Objective | None) -> None:
+        self.metrics = UpdateMetrics()
+        index = pair_index(batches, self.config.num_train_timesteps)
+        total, size = len(index), self.sizes.micro_batch_size
+        if objective is not None:
+            # the user's own loss: what it does with pairs without an advantage is not known, so none is left out
+            for pairs, _ in self._calls(batches, index, total):
+                share = pairs.number / total
+                loss, kl, clipfrac = objective(*pairs)
+                self.engine.backward(loss * share)
+                self.metrics.add(share, loss=loss, approx_kl=kl, clipfrac=clipfrac)
+            return
+        # pairs without an advantage have neither loss nor gradient: they are left out, and the host knows them
+        if self.config.train_skip_dead_pairs:
+            index = _with_advantage(batches, index)
+        scored = len(index)
+        nothing = torch.zeros((), device=self.policy.device)
+        self.metrics.add(1.0, loss=nothing, approx_kl=nothing, clipfrac=nothing, zero_gradient=nothing)
+        self.metrics.at_least("ratio_drift", nothing)
+        # pairs that the clip leaves without a gradient are known only after a forward pass without a graph
+        scores_first = self._scores_first(number)
+        if scores_first:
+            index = index[self._has_gradient(batches, index, total)]
+        for pairs, count in self._calls(batches, index, total):
+            scale = self.engine.loss_scale().to(pairs.latents.dtype) * (pairs.number / total)
+            uses_graph = self._recorded is not None and pairs.number == size
+            add = self._recorded if uses_graph and self._recorded is not None else self._add_gradient
+            found = add(*pairs, scale)
+            if not scores_first:
+                self._measure(pairs, count, total, scored, *found)
+        # processes whose weights are split must make as many passes as the one with the most pairs
+        for output in self._passes_for_others(batches, index):
             self.engine.loss_scale()
             self.engine.backward_from(output, torch.zeros_like(output))
-        self.metrics.add(1.0, skipped=zero + (1 - len(index) / len(every)))
+        self.metrics.add(1.0, skipped=nothing + (1 - len(index) / total))
 
-    def _look(self, batches: Sequence[Any], index: np.ndarray, size: int, total: int) -> np.ndarray:
-        """Which pairs have a gradient, [M]."""
-        dead = []
-        with torch.no_grad():
-            for pairs, count in self._calls(batches, index, size, total):
-                _, scored = self._score(*self._operands(pairs))
-                dead.append(self._note(pairs, count, total, len(index), *_logged(scored)))
-            for _ in self._passes_for_others(batches, len(index), size):
-                pass
-        return ~torch.cat(dead).cpu().numpy() if dead else np.zeros(0, dtype=bool)
+    def _scores_first(self, number: int) -> bool:
+        """Whether so many pairs had no gradient in this update of the last epoch that finding them first pays."""
+        shares = self._shares_before[number : number + 1]
+        return self.config.train_skip_dead_pairs and any(share > SCORING_FIRST_PAYS for share in shares)
 
-    def _calls(self, batches: Sequence[Any], index: np.ndarray, size: int, total: int) -> Iterator[tuple[Pairs, int]]:
-        """The pairs of each UNet call for an `index` into `total`, and how many of them it is made for.
+    @torch.no_grad()
+    def _has_gradient(self, batches: Sequence[TrainingBatch], index: np.ndarray, total: int) -> np.ndarray:
+        """Which pairs have a gradient, [M]; the host waits for the device once."""
+        without = []
+        for pairs, count in self._calls(batches, index, total):
+            _, scored = self._score(*pairs)
+            without.append(self._measure(pairs, count, total, len(index), *_measured(scored)))
+        for _ in self._passes_for_others(batches, index):
+            pass
+        return ~torch.cat(without).cpu().numpy() if without else np.zeros(0, dtype=bool)
 
-        Where some were left out the last call has any size, and the next update's another one. With `fills_up` it has a
-        power of two or `size`: its last pair is repeated with an advantage of zero, so with neither loss nor gradient.
+    def _calls(self, batches: Sequence[TrainingBatch], index: np.ndarray, total: int) -> Iterator[tuple[Pairs, int]]:
+        """The pairs of each UNet call for an `index` of some of an update's pairs, and how many are not padding.
+
+        Where pairs were left out the last call has any number of them, and the next update's another one. With
+        `pads_last_call` it has a power of two or a whole micro-batch: the last pair is repeated with an advantage of
+        zero, so without loss and gradient.
         """
+        size = self.sizes.micro_batch_size
         for start in range(0, len(index), size):
             chunk = index[start : start + size]
             count = len(chunk)
-            rows = min(size, 1 << (count - 1).bit_length()) if self.fills_up and len(index) < total else count
-            (pairs,) = micro_batches(batches, np.concatenate([chunk, chunk[-1:].repeat(rows - count, axis=0)]), rows)
+            if self.pads_last_call and len(index) < total:
+                rows = min(size, 1 << (count - 1).bit_length())
+                chunk = np.concatenate([chunk, chunk[-1:].repeat(rows - count, axis=0)])
+            pairs = pairs_of(batches, chunk, self.config.guides_training)
             pairs.advantages[count:] = 0
             yield pairs, count
 
-    def _passes_for_others(self, batches: Sequence[Any], count: int, size: int) -> Iterator[Tensor]:
-        """Outputs of passes that this process does not need, and that others need its share of the weights for."""
-        mine = -(-count // size)
+    def _passes_for_others(self, batches: Sequence[TrainingBatch], index: np.ndarray) -> Iterator[Tensor]:
+        """Outputs of forward passes that this process does not need, and others need its share of the weights for."""
+        mine = -(-len(index) // self.sizes.micro_batch_size)
         for _ in range(self.engine.forward_passes(mine) - mine):
-            (pairs,) = micro_batches(batches, pair_index(batches)[:1], 1)
-            latents, timesteps, *_, embeds = self._operands(pairs)
-            yield self.unet_output(latents, timesteps, embeds)
+            pairs = pairs_of(batches, pair_index(batches, 1)[:1], self.config.guides_training)
+            yield self.policy.output(pairs.latents, pairs.timesteps, pairs.embeds)
 
-    def _learn_from(self, pairs: Pairs, share: float, is_full: bool) -> Sequence[Tensor]:
-        scale = self.engine.loss_scale().to(pairs.latents.dtype) * share
-        learn = self._recorded if self._recorded is not None and is_full else self._learn
-        return learn(*self._operands(pairs), scale)
+    # one UNet call
 
-    def _learn(self, *operands: Tensor) -> Sequence[Tensor]:
-        """Adds the gradient of pairs, times the last of the operands."""
-        output, scored = self._score(*operands)
+    def _add_gradient(self, *pairs_and_scale: Tensor) -> Sequence[Tensor]:
+        """Adds the gradient of `Pairs` times a scale []; returns what `_measure` takes. A CUDA graph may replay it."""
+        output, scored = self._score(*pairs_and_scale)
         self.engine.backward_from(output, scored.gradient)
-        return _logged(scored)
+        return _measured(scored)
 
     def _score(
         self,
@@ -164,14 +222,15 @@ class PPO:
         embeds: Tensor,
         scale: Tensor | None = None,
     ) -> tuple[Tensor, ops.PPOLoss]:
-        output = self.unet_output(latents, timesteps, embeds)
+        """The UNet's output for pairs, with its graph, and the loss with its gradient with respect to that output."""
+        output = self.policy.output(latents, timesteps, embeds)
         scored = ops.ppo_loss(
             output.detach(),
             latents,
             next_latents,
             log_probs,
             advantages,
-            self.table(),
+            self.policy.noise_table,
             timesteps,
             self.config.sample_guidance_scale if self.config.guides_training else None,
             clip_range=self.config.train_clip_range,
@@ -180,50 +239,44 @@ class PPO:
         )
         return output, scored
 
-    def _operands(self, pairs: Pairs) -> tuple[Tensor, ...]:
-        """Pairs as `Loss` takes them."""
-        embeds = pairs.embeds(self.config.guides_training)
-        return pairs.latents, pairs.timesteps, pairs.next_latents, pairs.log_probs, pairs.advantages, embeds
-
-    def _note(
+    def _measure(
         self,
         pairs: Pairs,
         count: int,
         total: int,
         scored: int,
         loss: Tensor,
-        approx_kl: Tensor,
+        kl: Tensor,
         clipfrac: Tensor,
         ratio_drift: Tensor,
         log_probs: Tensor,
     ) -> Tensor:
-        """Adds the first `count` pairs of a call to the metrics; which of them have no gradient, [count].
+        """Adds the first `count` pairs of a call, the rest is padding, to the metrics; which have no gradient, [count].
 
-        They are some of the update's `total` pairs and of those that are `scored`; the call's others only fill it up.
+        The loss is a mean over the update's `total` pairs, as those left out have a loss of zero; the other metrics are
+        over the pairs that are `scored`.
         """
-        edge = self.config.train_clip_range
-        change, advantages = (log_probs - pairs.log_probs)[:count], pairs.advantages[:count]
-        ratio = torch.exp(change)
-        dead = torch.where(advantages > 0, ratio > 1 + edge, ratio < 1 - edge) | (advantages == 0)
-        if count < len(pairs):
-            approx_kl = 0.5 * change.square().mean()
-            clipfrac = ((ratio - 1).abs() > edge).float().mean()
-        # a mean over the call's pairs, of which those that fill it up add nothing
-        self.metrics.add(len(pairs) / total, loss=loss)
-        self.metrics.add(count / scored, approx_kl=approx_kl, clipfrac=clipfrac, dead=dead.float().mean())
+        clip_range = self.config.train_clip_range
+        new, old, advantages = log_probs[:count], pairs.log_probs[:count], pairs.advantages[:count]
+        ratio = torch.exp(new - old)
+        without = has_no_gradient(ratio, advantages, clip_range)
+        if count < pairs.number:
+            kl, clipfrac = approx_kl(new, old), clip_fraction(ratio, clip_range)
+        self.metrics.add(pairs.number / total, loss=loss)
+        self.metrics.add(count / scored, approx_kl=kl, clipfrac=clipfrac, zero_gradient=without.float().mean())
         self.metrics.at_least("ratio_drift", ratio_drift)
-        return dead
+        return without
 
 
-def _logged(scored: ops.PPOLoss) -> tuple[Tensor, ...]:
+def _measured(scored: ops.PPOLoss) -> tuple[Tensor, ...]:
     return scored.loss, scored.approx_kl, scored.clip_fraction, scored.ratio_drift, scored.log_probs
 
 
-def _with_advantage(batches: Sequence[Any], index: np.ndarray) -> np.ndarray:
-    """The pairs of a `pair_index` whose images have an advantage, as far as the host knows."""
-    live = np.ones(len(index), dtype=bool)
+def _with_advantage(batches: Sequence[TrainingBatch], index: np.ndarray) -> np.ndarray:
+    """The rows of a `pair_index` whose images have an advantage, as far as the host knows."""
+    keep = np.ones(len(index), dtype=bool)
     for i, batch in enumerate(batches):
-        if batch.get("live") is not None:
+        if batch.has_advantage is not None:
             mine = index[:, 0] == i
-            live[mine] = batch["live"].numpy()[index[mine, 2]]
-    return index[live]
+            keep[mine] = batch.has_advantage.numpy()[index[mine, 2]]
+    return index[keep]

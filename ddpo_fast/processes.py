@@ -34,7 +34,7 @@ def make_accelerator(config: DDPOConfig, output_dir: Path) -> Accelerator:
     )
 
 
-def launched(config: DDPOConfig, accelerator: Accelerator) -> DDPOConfig:
+def with_launch_settings(config: DDPOConfig, accelerator: Accelerator) -> DDPOConfig:
     """The settings as `accelerate launch` completes them: with its precision, and with DeepSpeed if it has settings
     for that and `config` has none. `config` itself where there is nothing to complete.
 
@@ -61,12 +61,12 @@ def launch_problem() -> str:
     return ""
 
 
-def from_main_process(accelerator: Accelerator, value: T) -> T:
+def broadcast_from_main(accelerator: Accelerator, value: T) -> T:
     """The main process's value."""
     return value if accelerator.num_processes == 1 else broadcast_object_list([value])[0]
 
 
-def least_of_all(accelerator: Accelerator, value: int) -> int:
+def all_reduce_min(accelerator: Accelerator, value: int) -> int:
     """The smallest of all processes' values: they must not differ in how they split their work."""
     if accelerator.num_processes == 1:
         return value
@@ -75,7 +75,7 @@ def least_of_all(accelerator: Accelerator, value: int) -> int:
     return int(least)
 
 
-def raise_on_all(accelerator: Accelerator, work: Callable[[], T]) -> T:
+def run_or_raise_on_all(accelerator: Accelerator, work: Callable[[], T]) -> T:
     """`work()` in every process; if it raises in one, all raise, as the others would wait for that one for ever.
 
     Raises the process's own error, or a `RuntimeError` that says which process stopped, and why.

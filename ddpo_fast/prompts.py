@@ -12,7 +12,7 @@ from typing import Any
 
 from ddpo_fast.interruption import Signalled
 from ddpo_fast.tiny_sd.drawings import ANIMALS, FACES, with_article
-from ddpo_fast.user_functions import kind_of, load_function, name_of, place_of, told
+from ddpo_fast.user_functions import describe_value, error_line, function_name, load_function, where_raised
 
 PromptFunction = Callable[[], tuple[str, Any]]
 
@@ -164,11 +164,14 @@ def _draw(prompt_function: PromptFunction) -> tuple[str, Any]:
         raise
     # one that exits would end the run without a word
     except (Exception, SystemExit) as error:
-        raise ValueError(f"the prompt function raised {told(error)} ({place_of(error, prompt_function)})") from error
-    name = name_of(prompt_function)
+        raise ValueError(
+            f"the prompt function raised {error_line(error)} ({where_raised(error, prompt_function)})"
+        ) from error
+    name = function_name(prompt_function)
     if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[0], str):
         raise ValueError(
-            f"the prompt function must return (prompt, metadata) with a string first, got {kind_of(pair)} ({name})"
+            "the prompt function must return (prompt, metadata) with a string first, "
+            f"got {describe_value(pair)} ({name})"
         )
     # plain, also of NumPy's strings and enumerations: checkpoints and pictures keep prompts
     prompt = str.__str__(pair[0])

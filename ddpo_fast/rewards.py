@@ -19,10 +19,10 @@ import torch
 from PIL import Image
 
 from ddpo_fast.interruption import Signalled
-from ddpo_fast.user_functions import kind_of, load_function, name_of, place_of, told
+from ddpo_fast.user_functions import describe_value, error_line, function_name, load_function, where_raised
 
 # the names of worker threads begin so
-WORKERS = "reward"
+WORKER_NAME = "reward"
 
 RewardFunction = Callable[[torch.Tensor, tuple[str, ...], tuple[Any, ...]], tuple[Any, Any]]
 
@@ -75,16 +75,16 @@ def score(
         raise
     # one that exits would end the run without a word
     except (Exception, SystemExit) as error:
-        problem = f"the reward function raised {told(error)} ({place_of(error, reward_function)})"
-        if threading.current_thread().name.startswith(WORKERS):
+        problem = f"the reward function raised {error_line(error)} ({where_raised(error, reward_function)})"
+        if threading.current_thread().name.startswith(WORKER_NAME):
             problem += "; it ran in a worker thread: set async_reward_computation=False if it needs the main one"
         # a notebook has a loop of its own
         elif "running event loop" in str(error) or "loop is already running" in str(error):
             problem += "; set async_reward_computation=True: worker threads have no event loop yet"
         raise RuntimeError(problem) from error
-    name = name_of(reward_function)
+    name = function_name(reward_function)
     if not isinstance(result, (tuple, list)) or len(result) != 2:
-        raise ValueError(f"the reward function must return (rewards, metadata), got {kind_of(result)} ({name})")
+        raise ValueError(f"the reward function must return (rewards, metadata), got {describe_value(result)} ({name})")
     rewards = _as_fp32(result[0], len(prompts), name)
     if not rewards.isfinite().all():
         worst = int((~rewards.isfinite()).nonzero()[0])
@@ -105,7 +105,9 @@ def _as_fp32(given: Any, count: int, name: str) -> torch.Tensor:
     try:
         rewards = _real_numbers(given)
     except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
-        raise ValueError(f"the reward function returned {kind_of(given)} as rewards ({name}): {needs}") from error
+        raise ValueError(
+            f"the reward function returned {describe_value(given)} as rewards ({name}): {needs}"
+        ) from error
     if rewards.shape[:1] != (count,) or rewards.numel() != count:
         shape = tuple(rewards.shape)
         raise ValueError(f"the reward function returned rewards of shape {shape} for {count} images ({name}): {needs}")

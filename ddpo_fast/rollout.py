@@ -1,28 +1,30 @@
-"""An epoch's images: prompts and noise drawn in TRL's order, sampling batches drawn together, each handed on decoded.
+"""An epoch's images: prompts and noise are drawn in TRL's order, sampling batches denoised together, then decoded.
 
-Shapes: B images of a sampling batch or of the batches drawn together, T denoising steps, C H W latent.
+Shapes: B images of a sampling batch or of the batches denoised together, T denoising steps, C H W latent, L tokens, D
+width of the text embedding.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from ddpo_fast import ops, sampler
-from ddpo_fast.batch_sizes import Sizes
+from ddpo_fast import ops
+from ddpo_fast.batch_sizes import BatchSizes
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.cuda_graphs import Recorded
-from ddpo_fast.prompt_embeddings import PromptEmbeddings
+from ddpo_fast.policy import Policy
 from ddpo_fast.prompts import PromptFunction, draw_prompts
 from ddpo_fast.sample_ahead import Stopped
+from ddpo_fast.sampler import DenoisingChain, decode
 from ddpo_fast.trajectory import Trajectory
-from ddpo_fast.unet.sampling_cache import UNetCache, cache_problem
+from ddpo_fast.unet import UNetCache, cache_problem
 
 
 @dataclass(frozen=True)
@@ -34,69 +36,61 @@ class Draw:
     noise: list[torch.Tensor]  # T + 1 of [B, C, H, W], the initial latents first
 
 
-# trajectories, images [B, 3, height, width] in fp32, the prompts' metadata
-Batch = tuple[Trajectory, torch.Tensor, tuple[Any, ...]]
+class SampledBatch(NamedTuple):
+    """A sampling batch: what training reads, and what a reward function is given."""
+
+    trajectory: Trajectory
+    images: torch.Tensor  # [B, 3, height, width] fp32 in [0, 1]
+    metadata: tuple[Any, ...]  # of the prompts
 
 
 class Rollout:
-    """Samples from a diffusers pipeline `pipe`, as `DefaultDDPOStableDiffusionPipeline` has one.
+    """Samples by the diffusers pipeline that a `DefaultDDPOStableDiffusionPipeline` has.
 
     Args:
-        embed: the text embeddings.
-        negative_embed: [1, L, D], those of the negative prompt.
-        computing: the context of the networks' calls.
-        sizes: how many batches are drawn together.
+        sizes: says how many sampling batches are denoised together.
     """
 
-    def __init__(
-        self,
-        pipe: Any,
-        config: DDPOConfig,
-        embed: PromptEmbeddings,
-        negative_embed: torch.Tensor,
-        computing: Callable[[], AbstractContextManager[Any]],
-        sizes: Sizes,
-    ) -> None:
-        self.pipe = pipe
+    def __init__(self, config: DDPOConfig, policy: Policy, sizes: BatchSizes) -> None:
         self.config = config
-        self.embed = embed
-        self.negative_embed = negative_embed
-        self.computing = computing
+        self.policy = policy
         self.sizes = sizes
-        # set from another thread to be called off at the next step
+        self.pipe = policy.pipeline.sd_pipeline
+        # set from another thread to end the sampling at the next denoising step
         self.stop = threading.Event()
-        self._chains: dict[tuple[Any, ...], Chain] = {}
+        self._chains: dict[tuple[Any, ...], RolloutChain] = {}
 
-    def batches(self, prompt_function: PromptFunction, iterations: int, batch_size: int) -> Iterator[Batch]:
-        """`iterations` batches, one after the other; all prompts and noise are drawn before this returns.
+    def batches(self, prompt_function: PromptFunction, iterations: int, batch_size: int) -> Iterator[SampledBatch]:
+        """`iterations` sampling batches, one after the other; all prompts and noise are drawn before this returns.
 
-        A reward may use the same random generators, and the prompt function may be bound to its thread.
+        A reward may use the same random generators while batches are sampled, and the prompt function may be bound to
+        the calling thread.
         """
         draws = [self.draw(prompt_function, batch_size) for _ in range(iterations)]
-        if self.embed.remembers:
-            # new prompts go to the device before anything is queued there
-            with self.computing():
-                self.embed([prompt for draw in draws for prompt in draw.prompts])
+        if self.policy.embed_prompts.remembers:
+            # new prompts are copied to the device before anything is queued there: a copy would wait for it
+            with self.policy.computing():
+                self.policy.embed_prompts([prompt for draw in draws for prompt in draw.prompts])
         return self._sampled(draws)
 
-    def _sampled(self, draws: list[Draw]) -> Iterator[Batch]:
+    def _sampled(self, draws: list[Draw]) -> Iterator[SampledBatch]:
         for start in range(0, len(draws), self.sizes.merged_batches):
-            together = draws[start : start + self.sizes.merged_batches]
-            for draw, sampled in zip(together, self.sample(together), strict=True):
-                yield *sampled, draw.metadata
+            merged = draws[start : start + self.sizes.merged_batches]
+            for draw, (trajectory, images) in zip(merged, self.sample(merged), strict=True):
+                yield SampledBatch(trajectory, images, draw.metadata)
 
     def draw(self, prompt_function: PromptFunction, batch_size: int) -> Draw:
         """Draws for a batch what TRL draws, in its order: the prompts, the latents, the noise of each step."""
         prompts, metadata = draw_prompts(prompt_function, batch_size)
-        shape = (batch_size, *sampler.latent_shape(self.pipe.unet))
-        noise = [randn_tensor(shape, device=self.embed.device) for _ in range(self.config.sample_num_steps + 1)]
+        shape = (batch_size, *self.policy.latent_shape)
+        noise = [randn_tensor(shape, device=self.policy.device) for _ in range(self.config.sample_num_steps + 1)]
         return Draw(prompts, metadata, noise)
 
     def sample(self, draws: Sequence[Draw]) -> Iterator[tuple[Trajectory, torch.Tensor]]:
         """The trajectories and images [B, 3, height, width] of batches that are denoised together."""
         for trajectory in self._trajectories(draws).split([len(draw.prompts) for draw in draws]):
-            with torch.no_grad(), self.computing():
-                images = sampler.decode(self.pipe, trajectory.trail[:, -1], "pt")
+            with torch.no_grad(), self.policy.computing():
+                images = decode(self.pipe, trajectory.trail[:, -1], "pt")
             yield trajectory, images
 
     @torch.no_grad()
@@ -104,16 +98,16 @@ class Rollout:
         prompts = tuple(prompt for draw in draws for prompt in draw.prompts)
         noise = [torch.cat(step) for step in zip(*(draw.noise for draw in draws), strict=True)]
         for draw in draws:
-            # it becomes latents, and both would be as large as all of the rollout's
+            # as large as all latents of the rollout, which it now is a second time
             draw.noise.clear()
-        with self.computing():
-            ids, embeds = self.embed(prompts)
+        with self.policy.computing():
+            ids, embeds = self.policy.embed_prompts(prompts)
             trail, log_probs = self._denoise(noise, embeds)
         return Trajectory(
             prompts=prompts,
             prompt_ids=ids,
             prompt_embeds=embeds,
-            negative_prompt_embeds=self.negative_embed.expand_as(embeds),
+            negative_prompt_embeds=self.policy.negative_embeds.expand_as(embeds),
             timesteps=self.pipe.scheduler.timesteps.repeat(len(prompts), 1),
             trail=torch.stack(trail, dim=1),
             log_probs=torch.stack(log_probs, dim=1),
@@ -122,52 +116,47 @@ class Rollout:
     def _denoise(
         self, noise: list[torch.Tensor], embeds: torch.Tensor
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        scheduler, device = self.pipe.scheduler, self.embed.device
-        if (
-            scheduler.num_inference_steps != self.config.sample_num_steps
-            or scheduler.timesteps.device.type != device.type
-        ):
-            # it copies to the device, for which the host waits
-            scheduler.set_timesteps(self.config.sample_num_steps, device=device)
-        if self.config.sample_guidance_scale > 1:
-            embeds = torch.cat([self.negative_embed.expand_as(embeds), embeds])
-        embeds = embeds.to(self.pipe.unet.dtype)
+        scheduler, device, steps = self.pipe.scheduler, self.policy.device, self.config.sample_num_steps
+        if scheduler.num_inference_steps != steps or scheduler.timesteps.device.type != device.type:
+            # only then: it copies the timesteps to the device, for which the host waits
+            scheduler.set_timesteps(steps, device=device)
+        embeds = self.policy.embeds_for_sampling(embeds)
         key = embeds.shape, embeds.dtype
         if key not in self._chains:
-            self._chains[key] = Chain(self.pipe, self.config, embeds, self.stop)
-        return self._chains[key].run(noise, embeds)
+            self._chains[key] = RolloutChain(self.pipe, self.config, embeds, self.stop)
+        return self._chains[key].sample(noise, embeds)
 
 
-class Chain:
+class RolloutChain(DenoisingChain):
     """The denoising chain for one number of rows, with what stays in place from rollout to rollout.
 
-    A recorded step reads the embeddings and the cached layers where they were when it was recorded.
+    A recorded CUDA graph reads the embeddings and the cached layers at the addresses where they were when it was
+    recorded.
+
+    Args:
+        stop: set from another thread to end the sampling at the next step.
     """
 
     def __init__(self, pipe: Any, config: DDPOConfig, embeds: torch.Tensor, stop: threading.Event) -> None:
-        self.pipe = pipe
+        guidance_scale = config.sample_guidance_scale if config.rows_per_image == 2 else None
+        super().__init__(pipe, embeds.clone(), guidance_scale, config.sample_eta)
         self.stop = stop
-        self.guidance = config.sample_guidance_scale if config.sample_guidance_scale > 1 else None
-        self.embeds = embeds.clone()
-        # a compiled UNet would be compiled anew for every rollout's answers
+        # torch.compile would compile the UNet anew for each rollout's cached layers
         uses_cache = config.sample_cache and not config.compile_unet and not cache_problem(pipe.unet)
         self.cache = UNetCache(pipe.unet) if uses_cache else None
         self.recorded = Recorded(self._step) if config.cuda_graphs else None
-        self._sampler_step = sampler.step_taker(pipe, self._predict, self.guidance, 0.0, config.sample_eta)
 
-    def run(self, noise: list[torch.Tensor], embeds: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def sample(self, noise: list[torch.Tensor], embeds: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """(T + 1 latents [B, C, H, W], T log-probs [B]) from T + 1 of noise, the initial latents first; empties it."""
         self.embeds.copy_(embeds)
         if self.cache is not None:
             self.cache.fill(self.embeds, self.pipe.scheduler.timesteps)
-        # taken from the end, and freed when it has been added
+        # taken from the end, so that each is freed when it has been added
         noise.reverse()
-        latents = noise.pop()
         with self.cache.in_use() if self.cache is not None else nullcontext():
-            copies = 1 if self.guidance is None else 2
-            return sampler.denoise(self.pipe, self._take_step, latents, lambda _i: noise.pop(), copies)
+            return self.run(noise.pop(), noise.pop)
 
-    def _take_step(
+    def take_step(
         self, rows: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, i: int
     ) -> ops.Step:
         if self.stop.is_set():
@@ -176,42 +165,30 @@ class Chain:
             self.cache.at(i)
         if self.recorded is None:
             return self._step(rows, latents, noise, t)
-        following, log_probs, unet_input = self.recorded(rows, latents, noise, t)
-        # the next replay writes over what stays
-        return ops.Step(following.clone(), log_probs.clone(), unet_input)
+        next_latents, log_probs, unet_input = self.recorded(rows, latents, noise, t)
+        # the next replay overwrites the graph's outputs, and these two are kept; its input is only read by then
+        return ops.Step(next_latents.clone(), log_probs.clone(), unet_input)
 
     def _step(self, rows: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> ops.Step:
-        return self._sampler_step(rows, latents, noise, t, 0)
-
-    def _predict(self, rows: torch.Tensor, t: torch.Tensor, _i: int) -> torch.Tensor:
-        return self.pipe.unet(rows, t, encoder_hidden_states=self.embeds, return_dict=False)[0]
+        return super().take_step(rows, latents, noise, t, 0)
 
 
 class PipelineRollout:
-    """Samples by the call of a `DDPOStableDiffusionPipeline` that has one of its own, a batch at a time."""
+    """Samples by the call of a `DDPOStableDiffusionPipeline` that has a `__call__` of its own, a batch at a time."""
 
-    def __init__(
-        self,
-        pipeline: Any,
-        config: DDPOConfig,
-        embed: PromptEmbeddings,
-        negative_embed: torch.Tensor,
-        computing: Callable[[], AbstractContextManager[Any]],
-    ) -> None:
-        self.pipeline = pipeline
+    def __init__(self, config: DDPOConfig, policy: Policy) -> None:
         self.config = config
-        self.embed = embed
-        self.negative_embed = negative_embed
-        self.computing = computing
+        self.policy = policy
 
-    def batches(self, prompt_function: PromptFunction, iterations: int, batch_size: int) -> Iterator[Batch]:
-        """`iterations` batches, one after the other."""
+    def batches(self, prompt_function: PromptFunction, iterations: int, batch_size: int) -> Iterator[SampledBatch]:
+        """`iterations` sampling batches, one after the other."""
+        pipeline = self.policy.pipeline
         for _ in range(iterations):
             prompts, metadata = draw_prompts(prompt_function, batch_size)
-            ids, embeds = self.embed(prompts)
-            negative_embeds = self.negative_embed.expand_as(embeds)
-            with self.computing():
-                output = self.pipeline(
+            ids, embeds = self.policy.embed_prompts(prompts)
+            negative_embeds = self.policy.negative_embeds.expand_as(embeds)
+            with self.policy.computing():
+                output = pipeline(
                     prompt_embeds=embeds,
                     negative_prompt_embeds=negative_embeds,
                     num_inference_steps=self.config.sample_num_steps,
@@ -224,13 +201,12 @@ class PipelineRollout:
                 prompt_ids=ids,
                 prompt_embeds=embeds,
                 negative_prompt_embeds=negative_embeds,
-                timesteps=self.pipeline.scheduler.timesteps.repeat(batch_size, 1),
+                timesteps=pipeline.scheduler.timesteps.repeat(batch_size, 1),
                 trail=torch.stack(output.latents, dim=1).float(),
                 log_probs=torch.stack(output.log_probs, dim=1).float(),
             )
-            yield trajectory, _as_fp32(output.images), metadata
-
-
-def _as_fp32(images: Any) -> Any:
-    """A pipeline of one's own may give its network's precision, which NumPy may not know, or a graph."""
-    return images.detach().float() if isinstance(images, torch.Tensor) else images
+            images = output.images
+            if isinstance(images, torch.Tensor):
+                # they may be in half precision, which NumPy may not know, or carry a graph
+                images = images.detach().float()
+            yield SampledBatch(trajectory, images, metadata)

@@ -16,8 +16,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch.utils.checkpoint import checkpoint
 
 from ddpo_fast import ops
-from ddpo_fast.ddim import NoiseSchedule
+from ddpo_fast.ddim import DDIMCoefficients
 from ddpo_fast.offload_frozen import awake
+from ddpo_fast.policy import latent_shape, unet_output
 
 # An image of 512 x 512 takes about a gigabyte while it is decoded in half precision, and eight keep a GPU busy.
 DECODED_AT_ONCE = 8 * 64 * 64
@@ -48,23 +49,121 @@ class DDPOSchedulerOutput:
     log_probs: torch.Tensor | None
 
 
-# (latents of all rows, timestep, index of the step) -> the UNet's output
-Predict = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
-# (latents of all rows, latents [B, C, H, W], noise [B, C, H, W], timestep, index of the step) -> the step taken
-TakeStep = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int], ops.Step]
+class DenoisingChain:
+    """The T-step Gaussian chain from noise to images for one set of embeddings.
+
+    Subclasses change how the UNet is called (`predict`) or what goes around a step (`take_step`).
+
+    Args:
+        pipe: a diffusers `StableDiffusionPipeline`, whose scheduler has its timesteps set.
+        embeds: [B, L, D], or [2B, L, D] with guidance, the negative prompts first.
+        guidance_scale: None for no guidance.
+        eta: share of DDPM's noise; 0 makes the steps deterministic, without a density.
+        guidance_rescale: of arXiv 2305.08891, section 3.4; 0 leaves it out.
+        cross_attention_kwargs: for the UNet's attention processors.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        embeds: torch.Tensor,
+        guidance_scale: float | None,
+        eta: float,
+        guidance_rescale: float = 0.0,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        self.pipe = pipe
+        self.embeds = embeds
+        self.guidance_scale = guidance_scale
+        self.guidance_rescale = guidance_rescale
+        self.cross_attention_kwargs = cross_attention_kwargs
+        self.table = DDIMCoefficients.of(pipe.scheduler, eta, pipe.unet.device).table
+
+    def predict(self, rows: torch.Tensor, t: torch.Tensor, i: int) -> torch.Tensor:
+        """The UNet's output for the rows of step i, [B, C, H, W], or twice as many with guidance."""
+        return unet_output(self.pipe.unet, rows, t, self.embeds, self.cross_attention_kwargs)
+
+    def take_step(
+        self, rows: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, i: int
+    ) -> ops.Step:
+        """Step i at timestep t [] from `latents` with `noise`, both [B, C, H, W]; `rows` are the UNet's input."""
+        output = self.predict(self.pipe.scheduler.scale_model_input(rows, t), t, i)
+        if self.guidance_scale is None or self.guidance_rescale <= 0:
+            # guidance, mean, next latents, log-prob and the UNet's next input in one launch
+            return ops.step_logprob(output, latents, noise, self.table, t, self.guidance_scale)
+        combined = ops.guided(output, self.guidance_scale)
+        combined = rescale_noise_cfg(combined, output.chunk(2)[1], guidance_rescale=self.guidance_rescale)
+        step = ops.step_logprob(combined, latents, noise, self.table, t)
+        return step._replace(unet_input=torch.cat([step.unet_input] * 2))
+
+    def run(
+        self,
+        latents: torch.Tensor,
+        draw_noise: Callable[[], torch.Tensor],
+        after_step: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """All steps from initial noise `latents` [B, C, H, W]: (T + 1 latents, T log-probs [B]).
+
+        Args:
+            draw_noise: the noise [B, C, H, W] of the next step.
+            after_step: called with the step's index, its timestep and the latents that it led to.
+        """
+        # in the memory layout of the UNet's weights, which its output has too; later rows are made like the output
+        last = self.pipe.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if last else torch.contiguous_format
+        copies = 1 if self.guidance_scale is None else 2
+        rows = torch.cat([latents] * copies).to(self.pipe.unet.dtype, memory_format=layout)
+        trail, log_probs = [latents], []
+        with self.pipe.progress_bar(total=len(self.pipe.scheduler.timesteps)) as progress:
+            for i, t in enumerate(self.pipe.scheduler.timesteps):
+                latents, log_prob, rows = self.take_step(rows, latents, draw_noise(), t, i)
+                trail.append(latents)
+                log_probs.append(log_prob)
+                progress.update()
+                if after_step is not None:
+                    after_step(i, t, latents)
+        return trail, log_probs
 
 
-def latent_shape(unet: Any) -> tuple[int, int, int]:
-    """(C, H, W) of an image's latents."""
-    size = unet.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    return unet.config.in_channels, height, width
+@dataclass(frozen=True)
+class Truncation:
+    """Which steps of a chain pass a gradient to the UNet, as in AlignProp (arXiv 2310.03739).
+
+    With `truncated_backprop`, step i passes none if it is before `truncated_backprop_timestep`, or, with
+    `truncated_backprop_rand`, before a random number from `truncated_rand_backprop_minmax` that is drawn for each step.
+    `gradient_checkpoint` keeps no activations of a UNet call and runs it again in the backward pass.
+    """
+
+    truncated_backprop: bool = True
+    truncated_backprop_rand: bool = True
+    gradient_checkpoint: bool = True
+    truncated_backprop_timestep: int = 49
+    truncated_rand_backprop_minmax: tuple[int, int] = (0, 50)
+
+
+class TruncatedChain(DenoisingChain):
+    """A chain with a graph, whose first steps pass no gradient to the UNet."""
+
+    def __init__(self, truncation: Truncation, *args: Any) -> None:
+        super().__init__(*args)
+        self.truncation = truncation
+
+    def predict(self, rows: torch.Tensor, t: torch.Tensor, i: int) -> torch.Tensor:
+        how = self.truncation
+        if how.gradient_checkpoint:
+            output = checkpoint(super().predict, rows, t, i, use_reentrant=False)
+        else:
+            output = super().predict(rows, t, i)
+        first = how.truncated_backprop_timestep
+        if how.truncated_backprop and how.truncated_backprop_rand:
+            first = random.randint(*how.truncated_rand_backprop_minmax)
+        return output.detach() if how.truncated_backprop and i < first else output
 
 
 @torch.no_grad()
 def generate(pipe: Any, *args: Any, **kwargs: Any) -> DDPOPipelineOutput:
     """Draws images; the arguments are `StableDiffusionPipeline`'s, see `_generate`."""
-    return _generate(pipe, lambda predict: predict, *args, **kwargs)
+    return _generate(pipe, None, *args, **kwargs)
 
 
 def generate_with_grad(
@@ -77,30 +176,20 @@ def generate_with_grad(
     truncated_rand_backprop_minmax: tuple[int, int] = (0, 50),
     **kwargs: Any,
 ) -> DDPOPipelineOutput:
-    """Like `generate`, and the images carry a gradient to the UNet (AlignProp, arXiv 2310.03739).
-
-    With `truncated_backprop`, step i passes no gradient if it is before `truncated_backprop_timestep`, or before a
-    random number from `truncated_rand_backprop_minmax` drawn for each step with `truncated_backprop_rand`.
-    """
-
-    def with_grad(predict: Predict) -> Predict:
-        def truncated(rows: torch.Tensor, t: torch.Tensor, i: int) -> torch.Tensor:
-            output = (
-                checkpoint(predict, rows, t, i, use_reentrant=False) if gradient_checkpoint else predict(rows, t, i)
-            )
-            first = truncated_backprop_timestep
-            if truncated_backprop and truncated_backprop_rand:
-                first = random.randint(*truncated_rand_backprop_minmax)
-            return output.detach() if truncated_backprop and i < first else output
-
-        return truncated
-
-    return _generate(pipe, with_grad, *args, **kwargs)
+    """Like `generate`, and the images carry a gradient to the UNet, from the steps that `Truncation` describes."""
+    truncation = Truncation(
+        truncated_backprop,
+        truncated_backprop_rand,
+        gradient_checkpoint,
+        truncated_backprop_timestep,
+        truncated_rand_backprop_minmax,
+    )
+    return _generate(pipe, truncation, *args, **kwargs)
 
 
 def _generate(
     pipe: Any,
-    wrap: Callable[[Predict], Predict],
+    truncation: Truncation | None,
     prompt: str | list[str] | None = None,
     height: int | None = None,
     width: int | None = None,
@@ -120,12 +209,15 @@ def _generate(
     cross_attention_kwargs: dict[str, Any] | None = None,
     guidance_rescale: float = 0.0,
 ) -> DDPOPipelineOutput:
-    """TRL's `pipeline_step`: the same arguments, defaults and order of random draws (`return_dict` has no effect)."""
-    # long by its eighteen arguments, which are TRL's; the chain itself is `denoise`
+    """TRL's `pipeline_step`: the same arguments, defaults and order of random draws (`return_dict` has no effect).
+
+    `truncation` is for images with a gradient, None for those without.
+    """
     _, *size = latent_shape(pipe.unet)
     height, width = height or size[0] * pipe.vae_scale_factor, width or size[1] * pipe.vae_scale_factor
     pipe.check_inputs(prompt, height, width, callback_steps, negative_prompt, prompt_embeds, negative_prompt_embeds)
     device, guide = pipe.unet.device, guidance_scale > 1.0
+    # the text encoder may be kept in host memory while it is idle
     with torch.no_grad(), awake(pipe.text_encoder, device):
         text, negative = pipe.encode_prompt(
             prompt,
@@ -139,81 +231,22 @@ def _generate(
         )
         embeds = (torch.cat([negative, text]) if guide else text).to(pipe.unet.dtype)
         pipe.scheduler.set_timesteps(num_inference_steps, device=device)
-        # fp32 whatever the networks' precision: the log-prob is that of the latents as they are stored
+        # fp32 whatever the networks' precision: a log-prob is computed on the values that training reads back
         latents = pipe.prepare_latents(
             len(text), pipe.unet.config.in_channels, height, width, torch.float32, device, generator, latents
         )
-
-    def predict(rows: torch.Tensor, t: torch.Tensor, i: int) -> torch.Tensor:
-        return pipe.unet(
-            rows,
-            t,
-            encoder_hidden_states=embeds,
-            cross_attention_kwargs=cross_attention_kwargs,
-            return_dict=False,
-        )[0]
 
     def after_step(i: int, t: torch.Tensor, latents_BCHW: torch.Tensor) -> None:
         if callback is not None and i % callback_steps == 0:
             callback(i, t, latents_BCHW)
 
-    def draw_noise(_i: int) -> torch.Tensor:
+    def draw_noise() -> torch.Tensor:
         return randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
 
-    take_step = step_taker(pipe, wrap(predict), guidance_scale if guide else None, guidance_rescale, eta)
-    trail, log_probs = denoise(pipe, take_step, latents, draw_noise, 2 if guide else 1, after_step)
+    given = pipe, embeds, guidance_scale if guide else None, eta, guidance_rescale, cross_attention_kwargs
+    chain = DenoisingChain(*given) if truncation is None else TruncatedChain(truncation, *given)
+    trail, log_probs = chain.run(latents, draw_noise, after_step)
     return DDPOPipelineOutput(decode(pipe, trail[-1], output_type), trail, log_probs if eta > 0 else [])
-
-
-def step_taker(
-    pipe: Any, predict: Predict, guidance_scale: float | None, guidance_rescale: float, eta: float
-) -> TakeStep:
-    """A step of the chain with the UNet's call in it.
-
-    `predict` is given [B, C, H, W] rows, or twice as many with guidance.
-    """
-    table = NoiseSchedule.of(pipe.scheduler, eta, pipe.unet.device).table
-
-    def take_step(rows: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, i: int) -> ops.Step:
-        output = predict(pipe.scheduler.scale_model_input(rows, t), t, i)
-        if guidance_scale is None or guidance_rescale <= 0:
-            return ops.step_logprob(output, latents, noise, table, t, guidance_scale)
-        combined = ops.guided(output, guidance_scale)
-        combined = rescale_noise_cfg(combined, output.chunk(2)[1], guidance_rescale=guidance_rescale)
-        step = ops.step_logprob(combined, latents, noise, table, t)
-        return step._replace(unet_input=torch.cat([step.unet_input] * 2))
-
-    return take_step
-
-
-def denoise(
-    pipe: Any,
-    take_step: TakeStep,
-    latents: torch.Tensor,
-    draw_noise: Callable[[int], torch.Tensor],
-    copies: int,
-    after_step: Callable[[int, torch.Tensor, torch.Tensor], None] = lambda i, t, latents: None,
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """The T-step Gaussian chain from noise `latents` [B, C, H, W]: (T + 1 latents, T log-probs [B]).
-
-    Args:
-        draw_noise: the noise [B, C, H, W] of a step's index.
-        copies: rows of the UNet for an image.
-    """
-    # laid out as the UNet's output is, which later rows are made like
-    last = pipe.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
-    layout = torch.channels_last if last else torch.contiguous_format
-    rows = torch.cat([latents] * copies).to(pipe.unet.dtype, memory_format=layout)
-    trail, log_probs = [latents], []
-    with pipe.progress_bar(total=len(pipe.scheduler.timesteps)) as progress:
-        for i, t in enumerate(pipe.scheduler.timesteps):
-            step = take_step(rows, latents, draw_noise(i), t, i)
-            rows, latents = step.unet_input, step.latents
-            trail.append(latents)
-            log_probs.append(step.log_probs)
-            progress.update()
-            after_step(i, t, latents)
-    return trail, log_probs
 
 
 def decode(pipe: Any, latents: torch.Tensor, output_type: str) -> Any:

@@ -1,26 +1,27 @@
-"""What sampling leaves for training.
+"""What sampling leaves for training, in three shapes: trajectories, shuffled batches of them, pairs of a UNet call.
 
-Shapes: B images, T denoising steps, C H W latent, L tokens, D width of the text embedding, N pairs.
+Shapes: B images, T denoising steps, C H W latent, L tokens, D width of the text embedding; b images and S steps of a
+training batch; N (image, timestep) pairs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import repeat
-from typing import Any
+from itertools import islice, repeat
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 
 class _Keyed:
-    """Fields readable as `sample["latents"]` too: TRL's samples are dicts."""
+    """Fields that can be read as `sample["latents"]` too: TRL's samples are dicts."""
 
     _views: tuple[str, ...] = ()
 
-    def get(self, key: str) -> Any:
-        return getattr(self, key) if key in self.keys() else None
+    def get(self, key: str, default: Any = None) -> Any:
+        return self[key] if key in self.keys() else default
 
     def keys(self) -> list[str]:
         return [f.name for f in fields(self)] + list(self._views)  # type: ignore[arg-type]
@@ -47,7 +48,7 @@ class Trajectory(_Keyed):
     trail: torch.Tensor  # [B, T + 1, C, H, W]
     log_probs: torch.Tensor  # [B, T]
     advantages: torch.Tensor | None = None  # [B]
-    live: torch.Tensor | None = None  # [B] on the CPU: which images have an advantage; None: all
+    has_advantage: torch.Tensor | None = None  # [B] bool on the CPU, so that the host can read it; None: all have one
 
     _views = ("latents", "next_latents")
 
@@ -80,14 +81,20 @@ class Trajectory(_Keyed):
 
     def with_advantages(self, advantages: torch.Tensor) -> Trajectory:
         """With the advantages of its images, [B] on the CPU."""
-        live = advantages != 0
-        return replace(self, advantages=advantages.to(self.trail.device), live=None if live.all() else live)
+        differs = advantages != 0
+        return replace(
+            self,
+            advantages=advantages.to(self.trail.device),
+            has_advantage=None if differs.all() else differs,
+        )
 
-    def transitions(self, rows: torch.Tensor, steps: torch.Tensor, live: torch.Tensor | None) -> Transitions:
-        """The steps `steps` [b, S] of the images `rows` [b], each image with its own order of steps."""
-        assert self.advantages is not None, "transitions are for training: set advantages first"
+    def training_batch(
+        self, rows: torch.Tensor, steps: torch.Tensor, has_advantage: torch.Tensor | None
+    ) -> TrainingBatch:
+        """The steps `steps` [b, T] of the images `rows` [b], each image with its own order of steps."""
+        assert self.advantages is not None, "training needs advantages: call with_advantages first"
         pick = rows[:, None], steps
-        return Transitions(
+        return TrainingBatch(
             prompt_embeds=self.prompt_embeds[rows],
             negative_prompt_embeds=self.negative_prompt_embeds[rows],
             timesteps=self.timesteps[pick],
@@ -95,15 +102,15 @@ class Trajectory(_Keyed):
             next_latents=self.next_latents[pick],
             log_probs=self.log_probs[pick],
             advantages=self.advantages[rows],
-            live=live,
+            has_advantage=has_advantage,
         )
 
 
-def training_batches(trajectory: Trajectory, batch_size: int, inner_epochs: int) -> Iterator[Iterator[Transitions]]:
-    """For each inner epoch, all transitions in batches of `batch_size` images.
+def training_batches(trajectory: Trajectory, batch_size: int, inner_epochs: int) -> Iterator[Iterator[TrainingBatch]]:
+    """For each inner epoch, all images in training batches of `batch_size`.
 
-    Each epoch shuffles the images, and every image's steps on their own. The shuffles compound and are drawn in TRL's
-    order from the default generator of the trajectory's device.
+    Each inner epoch shuffles the images, and the steps of every image on their own. The shuffles compound, and are
+    drawn in TRL's order from the default generator of the trajectory's device.
     """
     device, (count, num_steps) = trajectory.timesteps.device, trajectory.timesteps.shape
     rows = torch.arange(count, device=device)
@@ -112,71 +119,81 @@ def training_batches(trajectory: Trajectory, batch_size: int, inner_epochs: int)
         order = torch.randperm(count, device=device)
         rows, steps = rows[order], steps[order]
         steps = steps.gather(1, torch.stack([torch.randperm(num_steps, device=device) for _ in range(count)]))
-        live = None if trajectory.live is None else trajectory.live[rows.cpu()].split(batch_size)
-        parts = zip(rows.split(batch_size), steps.split(batch_size), live or repeat(None), strict=False)
-        yield (trajectory.transitions(*part) for part in parts)
+        flags: Any = repeat(None)
+        if trajectory.has_advantage is not None:
+            flags = trajectory.has_advantage[rows.cpu()].split(batch_size)
+        parts = zip(rows.split(batch_size), steps.split(batch_size), flags, strict=False)
+        yield (trajectory.training_batch(*part) for part in parts)
 
 
 _TENSORS = ("prompt_ids", "prompt_embeds", "negative_prompt_embeds", "timesteps", "trail", "log_probs")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Transitions(_Keyed):
-    """A training batch: b images with S steps each, shuffled."""
+class TrainingBatch(_Keyed):
+    """b images with their steps, shuffled: a view of a trajectory, gathered when it is its turn."""
 
     prompt_embeds: torch.Tensor  # [b, L, D]
     negative_prompt_embeds: torch.Tensor  # [b, L, D]
-    timesteps: torch.Tensor  # [b, S]
-    latents: torch.Tensor  # [b, S, C, H, W]
-    next_latents: torch.Tensor  # [b, S, C, H, W]
-    log_probs: torch.Tensor  # [b, S]
+    timesteps: torch.Tensor  # [b, T]
+    latents: torch.Tensor  # [b, T, C, H, W]
+    next_latents: torch.Tensor  # [b, T, C, H, W]
+    log_probs: torch.Tensor  # [b, T]
     advantages: torch.Tensor  # [b]
-    live: torch.Tensor | None = None  # [b] on the CPU, as in `Trajectory`
+    has_advantage: torch.Tensor | None = None  # [b] on the CPU, as in `Trajectory`
+
+    @classmethod
+    def of(cls, batch: Any) -> TrainingBatch:
+        """A training batch from a dict such as TRL's, whose keys are these fields; one of ours as it is."""
+        if isinstance(batch, cls):
+            return batch
+        return cls(**{f.name: batch[f.name] for f in fields(cls) if f.name in batch})
 
 
-@dataclass(frozen=True, kw_only=True)
-class Pairs:
-    """N (image, timestep) pairs: what one UNet call scores."""
+def in_groups(batches: Iterable[Any], size: int) -> Iterator[list[TrainingBatch]]:
+    """Training batches, or dicts such as TRL's, in groups of `size`: what an update trains on."""
+    rest = iter(batches)
+    while group := [TrainingBatch.of(batch) for batch in islice(rest, size)]:
+        yield group
 
-    prompt_embeds: torch.Tensor  # [N, L, D]
-    negative_prompt_embeds: torch.Tensor  # [N, L, D]
-    timesteps: torch.Tensor  # [N]
+
+class Pairs(NamedTuple):
+    """N (image, timestep) pairs, which one UNet call scores: the arguments of `DDPOTrainer.calculate_loss` in order."""
+
     latents: torch.Tensor  # [N, C, H, W]
+    timesteps: torch.Tensor  # [N]
     next_latents: torch.Tensor  # [N, C, H, W]
     log_probs: torch.Tensor  # [N]
     advantages: torch.Tensor  # [N]
+    embeds: torch.Tensor  # [N, L, D]; with guidance in training [2N, L, D], the negative prompts first
 
-    def __len__(self) -> int:
+    @property
+    def number(self) -> int:
+        """N."""
         return len(self.timesteps)
 
-    def embeds(self, guided: bool) -> torch.Tensor:
-        """The text embeddings of a UNet call: with guidance 2N rows, the negative prompts first."""
-        return torch.cat([self.negative_prompt_embeds, self.prompt_embeds]) if guided else self.prompt_embeds
 
+def pair_index(batches: Sequence[TrainingBatch | Trajectory], num_steps: int) -> np.ndarray:
+    """(batch, step, image) of the pairs of the first `num_steps` steps of training batches, [M, 3], on the host.
 
-def pair_index(batches: Sequence[Any]) -> np.ndarray:
-    """(batch, step, row) of all pairs of the training batches, [M, 3].
-
-    TRL's order: batch by batch, in each the first step of every image, then the second. `batches` hold what
-    `Transitions` hold (TRL's dicts do).
+    TRL's order: batch by batch, in each the first step of every image, then the second.
     """
-    shapes = [batch["timesteps"].shape for batch in batches]
-    return np.array([(i, t, b) for i, (rows, steps) in enumerate(shapes) for t in range(steps) for b in range(rows)])
+    counts = [len(batch.timesteps) for batch in batches]
+    return np.array([(i, t, b) for i, count in enumerate(counts) for t in range(num_steps) for b in range(count)])
 
 
-def micro_batches(batches: Sequence[Any], index: np.ndarray, size: int) -> Iterator[Pairs]:
-    """The pairs that a `pair_index` of the training batches names, in chunks of at most `size`."""
-    for start in range(0, len(index), size):
-        chunk = index[start : start + size]
-        parts = []
-        for i in dict.fromkeys(chunk[:, 0].tolist()):
-            mine = torch.from_numpy(chunk[chunk[:, 0] == i].T.copy())
-            _, steps, rows = mine.to(batches[i]["timesteps"].device, non_blocking=True)
-            parts.append(_pairs(batches[i], rows, steps))
-        yield Pairs(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Pairs)})
+def pairs_of(batches: Sequence[TrainingBatch | Trajectory], index: np.ndarray, guided: bool) -> Pairs:
+    """The pairs that rows of a `pair_index` name; `guided` as the UNet is called in training."""
+    parts: list[dict[str, torch.Tensor]] = []
+    for i in dict.fromkeys(index[:, 0].tolist()):
+        mine = torch.from_numpy(index[index[:, 0] == i].T.copy())
+        _, steps, rows = mine.to(batches[i].timesteps.device, non_blocking=True)
+        per_step = {name: batches[i][name][rows, steps] for name in _PER_STEP}
+        parts.append({**per_step, **{name: batches[i][name][rows] for name in _PER_IMAGE}})
+    found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    negative, prompts = found.pop("negative_prompt_embeds"), found.pop("prompt_embeds")
+    return Pairs(**found, embeds=torch.cat([negative, prompts]) if guided else prompts)
 
 
-def _pairs(batch: Any, rows: torch.Tensor, steps: torch.Tensor) -> Pairs:
-    per_image = {name: batch[name][rows] for name in ("prompt_embeds", "negative_prompt_embeds", "advantages")}
-    per_step = {name: batch[name][rows, steps] for name in ("timesteps", "latents", "next_latents", "log_probs")}
-    return Pairs(**per_image, **per_step)
+_PER_STEP = ("latents", "timesteps", "next_latents", "log_probs")
+_PER_IMAGE = ("advantages", "prompt_embeds", "negative_prompt_embeds")

@@ -38,7 +38,7 @@ def load_function(option: str, spec: str) -> Callable[..., Any]:
 def require_function(what: str, function: Any) -> None:
     """Raises `ValueError` unless `function` can be called, and is no class that a call would only make one of."""
     if not callable(function):
-        raise ValueError(f"{what} is {kind_of(function)} but must be a function")
+        raise ValueError(f"{what} is {describe_value(function)} but must be a function")
     if inspect.isclass(function):
         raise ValueError(f"{what} is a class: give a function, or an object of the class that has __call__")
 
@@ -51,7 +51,7 @@ def _imported(option: str, spec: str, module_name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         # the module itself, a package that it is in, or something that it imports
         if error.name and not f"{module_name}.".startswith(f"{error.name}."):
-            reason = f"it needs {error.name!r}, which is not installed ({place_of(error)})"
+            reason = f"it needs {error.name!r}, which is not installed ({where_raised(error)})"
         else:
             reason = (
                 f"there is no module {error.name or module_name!r} in {os.getcwd()} nor among the installed packages"
@@ -59,7 +59,7 @@ def _imported(option: str, spec: str, module_name: str) -> ModuleType:
     # a module that exits would end the command without a word
     except (Exception, SystemExit) as error:
         # a mistake of syntax says where it is
-        reason = told(error) if isinstance(error, SyntaxError) else f"{told(error)} ({place_of(error)})"
+        reason = error_line(error) if isinstance(error, SyntaxError) else f"{error_line(error)} ({where_raised(error)})"
     raise ValueError(f"{option} is {spec!r}, and importing {module_name} failed: {reason}")
 
 
@@ -82,20 +82,20 @@ def _hint(module: ModuleType, name: str) -> str:
 # words for messages, each on one line
 
 
-def name_of(function: Any) -> str:
+def function_name(function: Any) -> str:
     """Where a function comes from: 'module.name'."""
     named = _named(function)
     return f"{named.__module__}.{named.__qualname__}"
 
 
-def place_of(error: BaseException, function: Any = None) -> str:
+def where_raised(error: BaseException, function: Any = None) -> str:
     """The line that raised: of the function's own file if it is there, else the last."""
     frames = traceback.extract_tb(error.__traceback__)
     if function is None:
         return f"line {frames[-1].lineno} of {Path(frames[-1].filename).name}"
     file = getattr(sys.modules.get(_named(function).__module__), "__file__", None)
     own = [frame for frame in frames if frame.filename == file] or frames
-    return f"{name_of(function)}, line {own[-1].lineno} of {Path(own[-1].filename).name}"
+    return f"{function_name(function)}, line {own[-1].lineno} of {Path(own[-1].filename).name}"
 
 
 def _named(function: Any) -> Any:
@@ -104,13 +104,13 @@ def _named(function: Any) -> Any:
     return function if hasattr(function, "__qualname__") else type(function)
 
 
-def told(error: BaseException) -> str:
+def error_line(error: BaseException) -> str:
     """An error on one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text:.500}" if text else type(error).__name__
 
 
-def kind_of(value: Any) -> str:
+def describe_value(value: Any) -> str:
     """A value in a few words."""
     if inspect.iscoroutine(value):
         value.close()

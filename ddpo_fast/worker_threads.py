@@ -16,9 +16,17 @@ class WorkerThreads(Executor):
     def __init__(self, count: int, name: str) -> None:
         self.count = count
         self.name = name
+        self._start_over()
+
+    def _start_over(self) -> None:
         self._work: SimpleQueue[Any] = SimpleQueue()
         self._threads: list[threading.Thread] = []
         weakref.finalize(self, _end, self._work, self._threads)
+
+    def abandon(self) -> None:
+        """What is queued and under way ends in its threads, for nobody; the next call starts new ones."""
+        self.shutdown(wait=False)
+        self._start_over()
 
     def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """Calls `function` in one of the threads."""

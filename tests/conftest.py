@@ -27,11 +27,11 @@ torch.set_num_threads(1)
 # of processor time, that of its processes included, and is not here is named at the end of a run.
 SLOW = """
 test_backends test_bad_folders test_bench test_cli test_cuda_graphs test_damage test_engine test_kernels_compile
-test_differences_from_trl test_fuse_unet test_groupnorm_silu test_health test_host_adamw test_optimizer test_plan
+test_differences_from_trl test_fused_layers test_groupnorm_silu test_health test_host_adamw test_optimizer test_plan
 test_quiet_start
-test_resume test_stopping test_throughput test_trl_parity test_two_processes
+test_resumption test_stopping test_throughput test_trl_parity test_two_processes
 test_adamw8bit.py::test_loops_and_avx512 test_adamw8bit.py::test_cpp_quantizes
-test_memory.py::test_what_was_measured test_memory.py::test_a_run_that
+test_batch_sizes.py::test_what_was_measured test_batch_sizes.py::test_a_run_that
 test_ppo.py::test_ratio test_ppo.py::test_the_fast_path test_ppo.py::test_golden
 test_rollout.py::test_sampling_ends test_scaling.py::test_command
 test_trainer.py::test_a_compiled test_trainer.py::test_packed test_trainer.py::test_packing

@@ -8,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler
 from op_checks import DEVICE, in_layout
 
-from ddpo_fast.ddim import NoiseSchedule
+from ddpo_fast.ddim import DDIMCoefficients
 from ddpo_fast.tiny_sd.build import SCHEDULER
 
 GUIDANCE = 5.0
@@ -40,7 +40,7 @@ def scheduler_table(prediction_type: str = "epsilon", steps: int = 50) -> tuple[
     """Stable Diffusion's coefficients, and the timesteps of a chain from noise to image."""
     scheduler = DDIMScheduler(**{**SCHEDULER, "prediction_type": prediction_type})
     scheduler.set_timesteps(steps)
-    return NoiseSchedule.from_scheduler(scheduler, 1.0, DEVICE).table, scheduler.timesteps.to(DEVICE)
+    return DDIMCoefficients.from_scheduler(scheduler, 1.0, DEVICE).table, scheduler.timesteps.to(DEVICE)
 
 
 def step_example(

@@ -11,12 +11,11 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from op_checks import DEVICE
-from test_fuse_unet import KINDS, make_unet, output_and_gradients, predict
+from test_fused_layers import KINDS, make_unet, output_and_gradients, predict
 
 from ddpo_fast.measured import Measured
-from ddpo_fast.unet import attention
+from ddpo_fast.unet import attention, fuse_unet, unfuse_unet
 from ddpo_fast.unet.attention import SDPAProcessor, XFormersProcessor, attention_problem, is_plain, set_attention
-from ddpo_fast.unet.fused_layers import fuse_unet, unfuse_unet
 
 
 @pytest.fixture
@@ -93,7 +92,7 @@ def test_auto_takes_pytorch_on_a_cpu_and_says_why(caplog, monkeypatch):
     unet = make_unet("bundled").cpu()
     caplog.clear()
     caplog.set_level("INFO", logger="ddpo_fast.unet.attention")
-    monkeypatch.setattr(attention, "fastest", None)
+    monkeypatch.setattr(attention, "fastest_kernel", None)
     measured = Measured()
     reason = "not xformers: xformers' attention runs on CUDA only, not on cpu"
     assert set_attention(unet, "auto", measured=measured) == ("sdpa", reason)
@@ -143,7 +142,7 @@ def test_the_fastest_that_can_train_is_chosen(times, expected):
     kernels = Kernels(**times)
     random_state = torch.get_rng_state()
     with torch.no_grad():
-        name, refused = attention.fastest(40, "cpu", torch.float32, kernels.attends, kernels.seconds)
+        name, refused = attention.fastest_kernel(40, "cpu", torch.float32, kernels.attends, kernels.seconds)
     assert name == expected
     assert refused.keys() == {name for name, time in times.items() if isinstance(time, Exception)}
     assert all("\n" not in reason and "inputs" not in reason for reason in refused.values())
@@ -159,7 +158,7 @@ def test_a_kernel_without_a_backward_pass_is_refused():
 
     kernels = Kernels(flash=1.0)
     attends = {"forward only": forward_only, **kernels.attends}
-    name, refused = attention.fastest(40, "cpu", torch.float32, attends, kernels.seconds)
+    name, refused = attention.fastest_kernel(40, "cpu", torch.float32, attends, kernels.seconds)
     assert name == "flash"
     assert list(refused) == ["forward only"]
 
@@ -167,7 +166,7 @@ def test_a_kernel_without_a_backward_pass_is_refused():
 def test_pytorchs_kernels_are_asked_one_by_one():
     rows = torch.randn(1, 16, 2, 8)
     for name in attention.SDPA_KERNELS:
-        attend = attention.candidates()[name]
+        attend = attention.candidate_kernels()[name]
         if name == "flash":
             expected = SDPAProcessor().attend(rows, rows, rows)
             torch.testing.assert_close(attend(rows, rows, rows), expected)
@@ -185,7 +184,7 @@ def fake_gpu(monkeypatch):
         asked.append((head_dim, device.type, dtype))
         return answers[head_dim], {"efficient": "no kernel"}
 
-    monkeypatch.setattr(attention, "fastest", fastest)
+    monkeypatch.setattr(attention, "fastest_kernel", fastest)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(attention, "attention_problem", lambda *_: "")
     return answers, asked
@@ -194,19 +193,19 @@ def fake_gpu(monkeypatch):
 def test_each_head_size_is_measured_once_in_the_life_of_a_run(fake_gpu):
     answers, asked = fake_gpu
     measured, gpu = Measured(), torch.device("cuda")
-    first = attention.chosen_kernels({160, 40}, gpu, torch.float16, measured)
+    first = attention.choose_kernels({160, 40}, gpu, torch.float16, measured)
     assert first == ({40: "cudnn", 160: "xformers"}, {"efficient": "head dim 160: no kernel"})
     answers.update({40: "flash", 160: "flash"})
     resumed = Measured(json.loads(json.dumps(measured)))
-    assert attention.chosen_kernels({40, 160}, gpu, torch.float16, resumed)[0] == first[0]
+    assert attention.choose_kernels({40, 160}, gpu, torch.float16, resumed)[0] == first[0]
     assert len(asked) == 2
     assert set(resumed) == {f"attention of head dim {d} in float16 on a GPU" for d in (40, 160)}
     # another precision is another question
-    assert attention.chosen_kernels({40}, gpu, torch.bfloat16, resumed)[0] == {40: "flash"}
+    assert attention.choose_kernels({40}, gpu, torch.bfloat16, resumed)[0] == {40: "flash"}
 
 
 def test_the_main_process_decides(fake_gpu):
-    chosen, _ = attention.chosen_kernels(
+    chosen, _ = attention.choose_kernels(
         {40, 80}, torch.device("cuda"), torch.float16, Measured(), lambda mine: "flash"
     )
     assert chosen == {40: "flash", 80: "flash"}
@@ -214,10 +213,10 @@ def test_the_main_process_decides(fake_gpu):
 
 def test_a_run_whose_xformers_is_gone_is_told_so(fake_gpu, monkeypatch):
     measured = Measured()
-    attention.chosen_kernels({160}, torch.device("cuda"), torch.float16, measured)
+    attention.choose_kernels({160}, torch.device("cuda"), torch.float16, measured)
     monkeypatch.setattr(attention, "attention_problem", lambda *_: "xformers cannot be imported")
     with pytest.raises(ValueError, match="was xformers', which cannot run now: xformers cannot be imported"):
-        attention.chosen_kernels({160}, torch.device("cuda"), torch.float16, measured)
+        attention.choose_kernels({160}, torch.device("cuda"), torch.float16, measured)
 
 
 def test_each_module_gets_the_kernel_of_its_head_size(fake_gpu, can_run):
@@ -245,10 +244,10 @@ def test_each_module_gets_the_kernel_of_its_head_size(fake_gpu, can_run):
 @pytest.mark.skipif(DEVICE == "cpu", reason="there is no GPU")
 def test_a_gpu_is_measured():
     gpu = torch.device("cuda")
-    kernels, reasons = attention.chosen_kernels({40, 80, 160}, gpu, torch.float16)
+    kernels, reasons = attention.choose_kernels({40, 80, 160}, gpu, torch.float16)
     print(kernels, reasons)
     for head_dim, kernel in kernels.items():
-        assert kernel in attention.candidates()
+        assert kernel in attention.candidate_kernels()
         rows = [torch.randn(2, 256, 4, head_dim, device=gpu, dtype=torch.float16) for _ in range(3)]
         exact = SDPAProcessor().attend(*(row.double() for row in rows))
         got = attention._processor(kernel).attend(*rows)

@@ -596,7 +596,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(make_trainer, monkeypatch, tmp_
     monkeypatch.setattr(trainer, "loss", lambda advantages, clip_range, ratio: (ratio * NAN).mean())
     with pytest.raises(RuntimeError, match="train_learning_rate"):
         trainer.train()
-    assert not checkpoint.numbered(tmp_path / "run" / "checkpoints")
+    assert not checkpoint.list_in(tmp_path / "run" / "checkpoints")
 
 
 def test_prompts_of_numpy_are_resumed(make_trainer, tmp_path):

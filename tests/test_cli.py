@@ -17,7 +17,7 @@ from ddpo_fast import DDPOConfig, cli, hub, rewards
 from ddpo_fast.commands import early_checks
 from ddpo_fast.commands import options as command_options
 from ddpo_fast.commands import train as train_command
-from ddpo_fast.run_folder import checkpoint, folder_lock
+from ddpo_fast.run_folder import checkpoint, folder_lock, pictures
 from ddpo_fast.run_folder.run_log import output_folder
 from ddpo_fast.trainer import DDPOTrainer
 
@@ -315,7 +315,7 @@ def test_results_are_safe_before_anything_is_drawn(model_dir, tmp_path, monkeypa
         assert (tmp_path / "run" / "checkpoints" / "checkpoint_1").is_dir()
         raise KeyError("no pictures today")
 
-    monkeypatch.setattr(report, "_save", broken)
+    monkeypatch.setattr(pictures, "_save", broken)
     cli.main(["train", *OPTIONS, "--output_dir", str(tmp_path / "run"), "--pretrained_model", model_dir])
     assert (tmp_path / "run" / "final" / "model_index.json").exists()
     assert "a picture could not be drawn (KeyError" in caplog.text
@@ -432,7 +432,7 @@ def test_another_reward_is_another_run_with_a_comparison_of_its_own(copied, monk
 def test_sample(copied, monkeypatch, capsys):
     monkeypatch.setattr(sys, "path", list(sys.path))
     drawn = []
-    monkeypatch.setattr(report, "draw_grid", lambda *given: drawn.append(given))
+    monkeypatch.setattr(pictures, "draw_grid", lambda *given: drawn.append(given))
     seen = []
     generate = train_command.DefaultDDPOStableDiffusionPipeline.__call__
 

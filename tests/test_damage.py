@@ -115,7 +115,7 @@ def test_a_state_of_other_types(run, name, value):
     del state["sha256"]
     path.write_text(json.dumps({**state, name: value}))
     with pytest.raises(ValueError, match=r"checkpoint_2.* is damaged") as found:
-        checkpoint.check_same_part(path.parent, checkpoint.read_state(path.parent)["trained"], trained)
+        checkpoint.check_trained_weights_match(path.parent, checkpoint.read_state(path.parent)["trained"], trained)
     assert "\n" not in str(found.value)
 
 
@@ -144,7 +144,7 @@ def test_metrics_lose_only_the_lines_that_are_damaged(tmp_path, content, epochs)
     metrics.path.write_bytes(content)
     assert [record["epoch"] for record in metrics.read()] == epochs
     # as a resumed run does, whose checkpoint knows of more
-    metrics.cut(1000)
+    metrics.truncate(1000)
     metrics.write({"kind": "epoch", "epoch": 7})
     assert [record["epoch"] for record in metrics.read()] == [*epochs, 7]
     assert metrics.size() <= len(content) + 40
@@ -152,11 +152,11 @@ def test_metrics_lose_only_the_lines_that_are_damaged(tmp_path, content, epochs)
 
 def test_metrics_after_the_checkpoint_are_written_again(tmp_path):
     metrics = MetricsFile(tmp_path / "metrics.jsonl")
-    metrics.cut(10)
+    metrics.truncate(10)
     metrics.write({"kind": "epoch", "epoch": 0})
     size = metrics.size()
     metrics.write({"kind": "epoch", "epoch": 1})
-    metrics.cut(size)
+    metrics.truncate(size)
     assert [record["epoch"] for record in metrics.read()] == [0]
 
 

@@ -177,13 +177,13 @@ def test_21_tensorboard_has_the_rewards(make_trainer, tmp_path):
 def test_24_metrics_hold_no_graph(make_trainer, monkeypatch):
     trainer = make_trainer(num_epochs=1)
     seen = []
-    write = trainer.run_log.updates
+    write = trainer.run_log.log_updates
 
     def keep(updates, *rest):
         seen.extend(updates)
         return write(updates, *rest)
 
-    monkeypatch.setattr(trainer.run_log, "updates", keep)
+    monkeypatch.setattr(trainer.run_log, "log_updates", keep)
     trainer.train()
     assert all(not value.requires_grad for update in seen for value in update.values())
 

@@ -143,7 +143,7 @@ def test_a_vae_that_overflows_stops_the_run_before_it_learns(make_trainer, tmp_p
     with pytest.raises(RunStopped, match="the VAE overflows"):
         trainer.train()
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.sd_pipeline.unet.parameters(), strict=True))
-    assert not checkpoint.numbered(tmp_path / "run" / "checkpoints")
+    assert not checkpoint.list_in(tmp_path / "run" / "checkpoints")
     with pytest.raises(RunStopped, match="the VAE overflows"):
         trainer.evaluate(("a cat",) * 2, ({},) * 2)
 
@@ -183,10 +183,10 @@ def test_the_last_good_checkpoint_outlives_the_limit(make_trainer, tmp_path, cap
 
     settings = {"sample_num_steps": 2, "num_checkpoint_limit": 1, "reward_overlap": False, "train_learning_rate": 1e-6}
     make_trainer(reward=reward, num_epochs=5, **settings).train()
-    kept = sorted(path.name for path in checkpoint.numbered(tmp_path / "run" / "checkpoints"))
+    kept = sorted(path.name for path in checkpoint.list_in(tmp_path / "run" / "checkpoints"))
     # two batches an epoch: two epochs had spread
     assert kept == ["checkpoint_2", "checkpoint_5"]
-    assert checkpoint.last_healthy(tmp_path / "run" / "checkpoints").name == "checkpoint_2"
+    assert checkpoint.newest_healthy(tmp_path / "run" / "checkpoints").name == "checkpoint_2"
     assert caplog.text.count("without spread") == 1
 
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpo_fast import DefaultDDPOStableDiffusionPipeline, sampler
 from ddpo_fast.prompt_embeddings import ENCODED_AT_ONCE, PromptEmbeddings
-from ddpo_fast.unet.sampling_cache import UNetCache, cache_problem
+from ddpo_fast.unet import UNetCache, cache_problem
 
 
 def rows_seen(trainer) -> list[int]:
@@ -331,7 +331,7 @@ def test_a_cache_computes_its_layers_once_per_rollout(make_trainer):
 
 
 def test_what_cannot_be_cached_says_why():
-    from test_fuse_unet import make_unet
+    from test_fused_layers import make_unet
 
     assert cache_problem(make_unet("sd15")) == ""
     assert "add_embedding" in cache_problem(make_unet("sdxl"))

@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from test_resume import flat, untimed
+from test_resumption import flat, untimed
 from tiny_run import SETTINGS, Prompts, brightness, forget_accelerate_state
 
 from ddpo_fast import DDPOConfig
 from ddpo_fast.interruption import SIGNALS, Interruption
 from ddpo_fast.prompts import load_prompts
-from ddpo_fast.resumption import refuse_changes
+from ddpo_fast.resume_checks import refuse_changes
 from ddpo_fast.run_folder import checkpoint, folder_lock
 
 BATCHES = SETTINGS["sample_num_batches_per_epoch"]
@@ -50,7 +50,7 @@ def test_a_signal_waits_for_what_must_be_finished_and_a_second_one_does_not(monk
     done = []
 
     def work(seconds_between):
-        with Interruption() as interruption, interruption.held():
+        with Interruption() as interruption, interruption.deferred():
             signal.raise_signal(signal.SIGINT)
             now[0] += seconds_between
             signal.raise_signal(signal.SIGINT)
@@ -375,7 +375,7 @@ def test_a_loose_checkpoint_is_no_place_for_a_run(make_trainer, tmp_path):
 
 
 def test_stopped_before_the_first_epoch_it_says_how_to_go_on(make_trainer, monkeypatch, capsys):
-    monkeypatch.setattr(checkpoint, "try_saving", lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(checkpoint, "trial_save", lambda *_: signal.raise_signal(signal.SIGINT))
     trainer = make_trainer(**QUICK)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ddpo_fast.processes import from_main_process
+from ddpo_fast.processes import broadcast_from_main
 from ddpo_fast.run_folder import checkpoint, pictures
 from ddpo_fast.trainer import DDPOTrainer
 
@@ -55,7 +55,7 @@ def begin(trainer: DDPOTrainer, prompts: tuple[str, ...], metadata: tuple[Any, .
     wanted = {"prompts": list(prompts), "settings": settings}
     is_main = trainer.accelerator.is_main_process
     # all draw, or none: what they read may differ
-    found = from_main_process(trainer.accelerator, _kept(trainer, wanted) if is_main else None)
+    found = broadcast_from_main(trainer.accelerator, _kept(trainer, wanted) if is_main else None)
     if found is not None:
         return found
     name = BEFORE if trainer.first_epoch == 0 else f"epoch_{trainer.first_epoch}"
@@ -79,7 +79,7 @@ def _kept(trainer: DDPOTrainer, wanted: dict[str, Any]) -> Comparison | None:
     """The earliest comparison that fits, in the run's folder or in that of the run that it goes on from."""
     folders = [trainer.output_dir]
     if trainer.config.resume_from:
-        folders.append(checkpoint.run_folder(trainer.config.resume_from))
+        folders.append(checkpoint.run_folder_of(trainer.config.resume_from))
     for folder in folders:
         for path in sorted((folder / f"{BEFORE}.pt", *folder.glob("epoch_*.pt")), key=_epoch):
             kept = _read(path) if path.exists() and _epoch(path) <= trainer.first_epoch else None

@@ -101,7 +101,7 @@ def read(named: str) -> EarlierRun:
     """Raises `ValueError` for what is no run."""
     found = checkpoint.find(named)
     # as it is named: a link in there to another run's checkpoints is to be seen
-    folder = checkpoint.run_folder(named)
+    folder = checkpoint.run_folder_of(named)
     settings = checkpoint.read_state(found) if found is not None else _read_config(folder / "config.json")
     problem = recorded_settings.problem_with(settings)
     if problem or "config" not in settings:

@@ -18,7 +18,7 @@ from ddpo_fast.model_configs import ModelConfigs, check_model
 from ddpo_fast.processes import launch_problem
 from ddpo_fast.run_folder import checkpoint
 from ddpo_fast.run_folder.run_log import folder_problem, output_folder
-from ddpo_fast.unet.attention import attention_problem
+from ddpo_fast.unet import attention_problem
 
 
 def check_before_loading(run: RunArguments, config: DDPOConfig) -> ModelConfigs:
@@ -35,7 +35,7 @@ def check_before_loading(run: RunArguments, config: DDPOConfig) -> ModelConfigs:
         zero_settings(config, config.mixed_precision)
     folder = output_folder(config)
     try:
-        if not checkpoint.goes_on_in(folder, config.resume_from) and (problem := folder_problem(folder)):
+        if not checkpoint.continues_in(folder, config.resume_from) and (problem := folder_problem(folder)):
             raise ValueError(problem)
     # a name that no file system takes
     except OSError as error:

@@ -8,7 +8,7 @@ from importlib import metadata
 import torch
 
 from ddpo_fast import ops
-from ddpo_fast.unet.attention import chosen_kernels, described
+from ddpo_fast.unet import choose_kernels, describe_kernels
 from ddpo_fast.version import __version__
 
 # of Stable Diffusion 1.x; 2.x and XL have 64
@@ -25,8 +25,8 @@ def run() -> None:
             print(f"  {op:<26}{running}")
             for backend, reason in reasons.items():
                 print(f"  {'':<26}not {backend}: {reason}")
-        kernels, problems = chosen_kernels(SD_HEAD_DIMS, torch.device(device), torch.float16)
-        print(f"  {'attention':<26}{described(kernels)}")
+        kernels, problems = choose_kernels(SD_HEAD_DIMS, torch.device(device), torch.float16)
+        print(f"  {'attention':<26}{describe_kernels(kernels)}")
         for name, problem in problems.items():
             print(f"  {'':<26}not {name}: {problem}")
 

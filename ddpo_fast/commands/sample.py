@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> None:
     if found is None:
         raise ValueError(f"{options.run!r} has no checkpoint yet: train it for at least save_freq epochs")
     checkpoint.verify(found)
-    path = picture_path(options, checkpoint.run_folder(found))
+    path = picture_path(options, checkpoint.run_folder_of(found))
     earlier = earlier_run.read(str(found))
     given = {name for name in earlier_run.FUNCTIONS if getattr(options, name)}
     earlier.check_trust(given, options.trust_run, used=["prompts"])

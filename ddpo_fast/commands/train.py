@@ -17,9 +17,9 @@ from ddpo_fast.commands.options import RunArguments, check_given, filled, given_
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.pipeline import DefaultDDPOStableDiffusionPipeline
 from ddpo_fast.prompts import PromptFunction, draw_prompts, existing, load_prompts
-from ddpo_fast.resumption import refuse_changes
+from ddpo_fast.resume_checks import refuse_changes
 from ddpo_fast.run_folder import checkpoint, pictures
-from ddpo_fast.run_folder.run_log import new_folder, output_folder
+from ddpo_fast.run_folder.run_log import default_folder, output_folder
 from ddpo_fast.trainer import DDPOTrainer
 
 SHOWN_PROMPTS = 8
@@ -92,8 +92,8 @@ def read_options(arguments: Sequence[str]) -> tuple[RunArguments, DDPOConfig]:
     if earlier is not None:
         if given & {"logdir", "run_name", "exp_name"} and not config.output_dir:
             # a run of its own from there on
-            config.output_dir = str(new_folder(config))
-        in_place = checkpoint.goes_on_in(output_folder(config), config.resume_from)
+            config.output_dir = str(default_folder(config))
+        in_place = checkpoint.continues_in(output_folder(config), config.resume_from)
         present = {"reward": options.reward, "prompts": options.prompts, **vars(config)}
         refuse_changes(config.resume_from, earlier.options, present, in_place)
     return options, config

@@ -27,7 +27,7 @@ def make_engine(
     network: nn.Module,
     trained: list[nn.Parameter],
     make_optimizer: Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer],
-    precision: str,
+    precision: str | None,
     config: DDPOConfig,
     accelerator: Accelerator,
 ) -> Engine:
@@ -40,7 +40,7 @@ def make_engine(
     """
     if config.uses_deepspeed:
         given = accelerate_settings(accelerator) if config.launched_with_deepspeed else None
-        settings = zero_settings(config, precision, given)
+        settings = zero_settings(config, precision or "no", given)
         prepare_communication(accelerator)
         return ZeroEngine(accelerator, network, trained, make_optimizer, settings, config)
     weights = MasterWeights(

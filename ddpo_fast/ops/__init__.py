@@ -8,7 +8,7 @@ from ddpo_fast.ops.geglu import geglu
 from ddpo_fast.ops.groupnorm_silu import groupnorm_silu
 from ddpo_fast.ops.linear import linear
 from ddpo_fast.ops.lora_linear import lora_linear
-from ddpo_fast.ops.ppo_loss import PPOLoss, clipped_surrogate, ppo_loss
+from ddpo_fast.ops.ppo_loss import PPOLoss, clipped_surrogate, is_clipped, ppo_loss
 from ddpo_fast.ops.step_logprob import Step, step_logprob
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "geglu",
     "groupnorm_silu",
     "guided",
+    "is_clipped",
     "linear",
     "lora_linear",
     "ppo_loss",

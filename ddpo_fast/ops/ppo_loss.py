@@ -109,6 +109,11 @@ def _clipped(advantages: Tensor, clip_range: float, ratio: Tensor) -> Tensor:
     return torch.maximum(-advantages * ratio, -advantages * clipped)
 
 
+def is_clipped(advantages: Tensor, clip_range: float, ratio: Tensor) -> Tensor:
+    """Which pairs [N] the clip leaves without a gradient: out of range on the side that their advantage favours."""
+    return ((advantages > 0) & (ratio > 1 + clip_range)) | ((advantages < 0) & (ratio < 1 - clip_range))
+
+
 # the definition
 
 
@@ -134,8 +139,7 @@ def _reference(
     advantages = advantages.clamp(-advantage_limit, advantage_limit)
     ratio = torch.exp(log_probs - old_log_probs)
     terms = _clipped(advantages, clip_range, ratio)
-    beyond = ((advantages > 0) & (ratio > 1 + clip_range)) | ((advantages < 0) & (ratio < 1 - clip_range))
-    slope = torch.where(beyond, 0.0, -advantages * ratio)
+    slope = torch.where(is_clipped(advantages, clip_range, ratio), 0.0, -advantages * ratio)
     variance = sigma.square()
     # d log_prob / d mean = difference / (sigma^2 D), d mean / d combined = c_m
     grad = per_image(slope * c_m / variance, latents) * difference

@@ -20,10 +20,15 @@ from ddpo_fast import sampler
 from ddpo_fast.model_configs import ModelConfigs
 from ddpo_fast.plan.live_bytes import Trace, trace
 from ddpo_fast.prompt_embeddings import ENCODED_AT_ONCE
-from ddpo_fast.unet.attention import SDPAProcessor, is_plain
-from ddpo_fast.unet.fused_layers import faster_layers, fuse_unet
-from ddpo_fast.unet.gradient_checkpointing import set_recompute
-from ddpo_fast.unet.sampling_cache import UNetCache, cache_problem
+from ddpo_fast.unet import (
+    SDPAProcessor,
+    UNetCache,
+    cache_problem,
+    faster_layers,
+    fuse_unet,
+    is_plain,
+    set_gradient_checkpointing,
+)
 
 
 @dataclass(frozen=True)
@@ -129,11 +134,11 @@ class Footprint:
         """A micro-batch of R rows, forward and backward.
 
         Args:
-            mode: of `set_recompute`.
+            mode: of `set_gradient_checkpointing`.
             gradients: None: they are added to others, and a weight's is alive until it has been. Else there were none
                 before, and they stay, in this dtype.
         """
-        unet = set_recompute(self._unet(), mode).train()
+        unet = set_gradient_checkpointing(self._unet(), mode).train()
         added: list[torch.Tensor] = []
 
         def add(parameter: torch.Tensor) -> None:
@@ -156,7 +161,7 @@ class Footprint:
     @functools.cache  # noqa: B019
     def kept(self, mode: str = "none") -> int:
         """Bytes that a row keeps for the backward pass."""
-        unet = set_recompute(self._unet(), mode).train()
+        unet = set_gradient_checkpointing(self._unet(), mode).train()
         forward = trace(lambda rows: _ends_with(unet(*self._inputs(rows)).sample), self.device_type)
         return int(forward.per_row[-1])
 

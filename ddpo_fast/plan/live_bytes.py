@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from ddpo_fast.ops.backend import OPS, Op
-from ddpo_fast.unet.attention import FEW_SCORES, attend_to_few
+from ddpo_fast.unet import FEW_SCORES, attend_to_few
 
 # what PyTorch's caching allocator rounds up to
 CUDA_BLOCK = 512

@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from ddpo_fast.processes import raise_on_all
+from ddpo_fast.processes import run_or_raise_on_all
 from ddpo_fast.run_folder import files, recorded_settings
 from ddpo_fast.run_folder.plain_data import pack, unpack
-from ddpo_fast.user_functions import place_of, told
+from ddpo_fast.user_functions import error_line, where_raised
 
 STATE, TRAINING = "state.json", "training.pt"
 PREFIX = "checkpoint_"
@@ -75,13 +75,13 @@ def save(
             _remove(final)
         aside.rename(final)
         if not name:
-            forget_last_epoch(folder)
+            discard_last_epoch(folder)
             for old in _superfluous(folder, keep):
                 _remove(old)
 
     try:
         for part in (begin, write, finish):
-            raise_on_all(accelerator, part)
+            run_or_raise_on_all(accelerator, part)
     except Exception as error:
         if main:
             shutil.rmtree(aside, ignore_errors=True)
@@ -89,7 +89,7 @@ def save(
     return final
 
 
-def try_saving(folder: Path, training: dict[str, Any], write_weights: Callable[[Path], None]) -> None:
+def trial_save(folder: Path, training: dict[str, Any], write_weights: Callable[[Path], None]) -> None:
     """Writes into `folder` what a checkpoint holds beside the optimizer's state, reads it back, and removes it.
 
     Raises `ValueError` for what cannot be saved, `OSError` for a folder that cannot be written.
@@ -151,7 +151,7 @@ def _remove(checkpoint: Path) -> None:
 
 
 def _superfluous(folder: Path, keep: int) -> list[Path]:
-    found = numbered(folder)
+    found = list_in(folder)
     good = next((path for path in reversed(found) if _is_healthy(path)), None)
     return [path for path in found[:-keep] if path != good]
 
@@ -163,12 +163,12 @@ def _is_healthy(checkpoint: Path) -> bool:
         return False
 
 
-def last_healthy(folder: Path) -> Path | None:
+def newest_healthy(folder: Path) -> Path | None:
     """The newest checkpoint in `folder` from before anything looked wrong."""
-    return next((path for path in reversed(numbered(folder)) if _is_healthy(path)), None)
+    return next((path for path in reversed(list_in(folder)) if _is_healthy(path)), None)
 
 
-def keep_last_epoch(folder: Path) -> None:
+def promote_last_epoch(folder: Path) -> None:
     """Makes a checkpoint of the state after the last whole epoch, if there is none of it yet."""
     last = folder / LAST_EPOCH
     if not (last / STATE).exists():
@@ -180,21 +180,21 @@ def keep_last_epoch(folder: Path) -> None:
         last.rename(final)
 
 
-def forget_last_epoch(folder: Path) -> None:
-    """Removes what `keep_last_epoch` would keep."""
+def discard_last_epoch(folder: Path) -> None:
+    """Removes what `promote_last_epoch` would keep."""
     if (folder / LAST_EPOCH).exists():
         _remove(folder / LAST_EPOCH)
 
 
-def numbered(folder: Path) -> list[Path]:
+def list_in(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, oldest first."""
     found = [p for p in folder.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdigit()]
     return sorted(found, key=lambda p: int(p.name.removeprefix(PREFIX)))
 
 
-def set_aside_later(checkpoint: Path) -> None:
+def mark_later_superseded(checkpoint: Path) -> None:
     """Renames the checkpoints after this one: a run that goes on from here must not be resumed from those."""
-    for path in numbered(checkpoint.parent):
+    for path in list_in(checkpoint.parent):
         if int(path.name.removeprefix(PREFIX)) > int(checkpoint.name.removeprefix(PREFIX)):
             number, aside = 1, path.with_name(f"{path.name}.superseded")
             while aside.exists():
@@ -212,7 +212,7 @@ def find(resume_from: str | Path) -> Path | None:
     if (path / STATE).exists():
         return path
     for folder in (path / "checkpoints", path):
-        if found := numbered(folder):
+        if found := list_in(folder):
             if not (found[-1] / STATE).exists():
                 raise ValueError(
                     f"resume_from is {str(resume_from)!r}, but {found[-1].name} there is not a checkpoint of ddpo_fast"
@@ -225,7 +225,7 @@ def find(resume_from: str | Path) -> Path | None:
     raise ValueError(f"resume_from is {str(resume_from)!r}, which {what}: give a run's folder or a checkpoint in it")
 
 
-def run_folder(resume_from: str | Path) -> Path:
+def run_folder_of(resume_from: str | Path) -> Path:
     """The folder of the run that `resume_from` (its folder, its checkpoints or one checkpoint) belongs to."""
     path = Path(resume_from).expanduser().resolve()
     if path.name.startswith(PREFIX) and path.parent.name == "checkpoints":
@@ -233,12 +233,12 @@ def run_folder(resume_from: str | Path) -> Path:
     return path.parent if path.name == "checkpoints" else path
 
 
-def goes_on_in(folder: Path, resume_from: str) -> bool:
+def continues_in(folder: Path, resume_from: str) -> bool:
     """Whether `resume_from` names the run in `folder`, so that it is continued there; False for no resumption."""
     here = folder.expanduser().resolve()
     if not resume_from or (here / STATE).exists():
         return False
-    return run_folder(resume_from) == here
+    return run_folder_of(resume_from) == here
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -294,7 +294,7 @@ def _damage(checkpoint: Path) -> str:
 
 
 def _instead_of(checkpoint: Path) -> str:
-    for older in reversed(numbered(checkpoint.parent)):
+    for older in reversed(list_in(checkpoint.parent)):
         digits = checkpoint.name.removeprefix(PREFIX)
         if digits.isdigit() and int(older.name.removeprefix(PREFIX)) < int(digits) and not _damage(older):
             return f": go on from the one before it with --resume_from {older}"
@@ -333,10 +333,10 @@ def _called(name: str, method: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return method(*arguments)
     except Exception as error:
-        raise ValueError(f"{name} raised {told(error)} ({place_of(error)})") from error
+        raise ValueError(f"{name} raised {error_line(error)} ({where_raised(error)})") from error
 
 
-def trained_part(named_parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> dict[str, Any]:
+def describe_trained_weights(named_parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> dict[str, Any]:
     """What tells one run's trained weights from another's: their number and a hash of names and shapes."""
     # DeepSpeed's stage 3 leaves parameters without elements
     shapes = sorted((name, tuple(getattr(p, "ds_shape", p.shape))) for name, p in named_parameters if p.requires_grad)
@@ -349,7 +349,7 @@ def trained_part(named_parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> 
     }
 
 
-def check_same_part(checkpoint: Path, saved: dict[str, Any], mine: dict[str, Any]) -> None:
+def check_trained_weights_match(checkpoint: Path, saved: dict[str, Any], mine: dict[str, Any]) -> None:
     """Raises `ValueError` if the checkpoint's trained weights are not the ones that this run trains."""
     if saved.keys() != mine.keys():
         raise ValueError(f"{checkpoint} is damaged: it does not say what was trained")

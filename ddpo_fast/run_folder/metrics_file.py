@@ -36,7 +36,7 @@ class MetricsFile:
         """Bytes so far: a checkpoint remembers them."""
         return self.path.stat().st_size if self.path.exists() else 0
 
-    def cut(self, size: int) -> None:
+    def truncate(self, size: int) -> None:
         """Drops what was written after `size` bytes, as a resumed run writes those lines again, and a broken last line.
 
         A file that is shorter, or gone, stays so: made longer it would be filled with zeros.

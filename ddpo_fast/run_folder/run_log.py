@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.health import Health
-from ddpo_fast.processes import from_main_process
+from ddpo_fast.processes import broadcast_from_main
 from ddpo_fast.run_folder import checkpoint, folder_lock, pictures
 from ddpo_fast.run_folder.metrics_file import MetricsFile
 from ddpo_fast.run_folder.trackers import tracker_config
@@ -36,7 +36,7 @@ class RunLog:
         self._last_update: dict[str, float] = {}
         self._warned_of_drift = False
 
-    def claim_folder(self, is_new: bool) -> None:
+    def lock_folder(self, is_new: bool) -> None:
         """Makes the folder this run's alone until its process ends.
 
         Raises `ValueError` if another process writes there, or if it `is_new` and a run is in it: two would mix their
@@ -49,7 +49,7 @@ class RunLog:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 # what another run began to write since is seen once the folder is locked
                 problem = folder_lock.lock(self.folder) or (folder_problem(self.folder) if is_new else "")
-        if problem := from_main_process(self.accelerator, problem):
+        if problem := broadcast_from_main(self.accelerator, problem):
             raise ValueError(problem)
 
     def start_trackers(self, resumed_step: int | None) -> None:
@@ -76,13 +76,13 @@ class RunLog:
         """Goes on after the records that the checkpoint `state` knows of; later ones are written again."""
         self._earlier_s = state.get("elapsed_s", 0.0)
         if in_place and self.accelerator.is_main_process:
-            self.metrics.cut(state.get("metrics_bytes", 0))
+            self.metrics.truncate(state.get("metrics_bytes", 0))
 
     def elapsed_s(self) -> float:
         """Seconds that the run took so far, without the time between a kill and its resumption."""
         return self._earlier_s + time.monotonic() - self._started
 
-    def rewards(self, epoch: int, global_step: int, all_rewards: torch.Tensor) -> None:
+    def log_rewards(self, epoch: int, global_step: int, all_rewards: torch.Tensor) -> None:
         values = all_rewards.cpu().numpy()
         # plain floats: TensorBoard drops NumPy's
         means = {"reward_mean": float(values.mean()), "reward_std": float(values.std())}
@@ -90,7 +90,7 @@ class RunLog:
         self.health.rewards(epoch, values)
         self.accelerator.log({"reward": values, "epoch": epoch, **means}, step=global_step)
 
-    def updates(
+    def log_updates(
         self, updates: list[dict[str, torch.Tensor]], epoch: int, inner_epoch: int, global_step: int
     ) -> list[dict[str, float]]:
         """Writes an inner epoch's updates, from the device after its last one was queued, and returns them.
@@ -109,7 +109,7 @@ class RunLog:
             infos.append(info)
         return infos
 
-    def epoch(self, epoch: int, global_step: int, all_rewards: torch.Tensor, timings: dict[str, float]) -> None:
+    def log_epoch(self, epoch: int, global_step: int, all_rewards: torch.Tensor, timings: dict[str, float]) -> None:
         means = {"reward_mean": all_rewards.mean().item(), "reward_std": all_rewards.std(correction=0).item()}
         self.accelerator.log(timings, step=global_step - 1)
         counts = {"kind": "epoch", "epoch": epoch, "updates": global_step, "images": len(all_rewards)}
@@ -119,7 +119,7 @@ class RunLog:
             f"clipped {self._last_update['clipfrac']:.0%}, {timings['images_per_s']:.2f} images/s"
         )
 
-    def draw(self) -> None:
+    def draw_reward_curve(self) -> None:
         """`rewards.png`."""
         if self.accelerator.is_main_process:
             pictures.attempt(pictures.draw_rewards, self.metrics.read(), self.folder / "rewards.png")
@@ -146,7 +146,7 @@ def folder_problem(folder: Path) -> str:
         return f"output_dir is {str(folder)!r}, which is a file: choose another folder"
     if (folder / checkpoint.STATE).exists():
         return f"output_dir is {str(folder)!r}, which is a checkpoint: give the run a folder of its own with output_dir"
-    if (folder / "metrics.jsonl").exists() or checkpoint.numbered(folder / "checkpoints"):
+    if (folder / "metrics.jsonl").exists() or checkpoint.list_in(folder / "checkpoints"):
         return (
             f"output_dir {str(folder)!r} already holds a run: continue it with resume_from={str(folder)!r}, "
             "or choose another folder"
@@ -154,16 +154,16 @@ def folder_problem(folder: Path) -> str:
     return ""
 
 
-def claimed_folder(config: DDPOConfig, accelerator: Accelerator, folder: Path) -> Path:
+def agree_on_folder(config: DDPOConfig, accelerator: Accelerator, folder: Path) -> Path:
     """`folder`, or where nobody chose it, one like it that no other run of the same second has."""
     if not (config.output_dir or config.project_kwargs.get("project_dir") or config.resume_from or config.run_name):
         made = str(folder_lock.make_new(folder)) if accelerator.is_main_process else ""
-        folder = Path(from_main_process(accelerator, made))
+        folder = Path(broadcast_from_main(accelerator, made))
         accelerator.project_configuration.project_dir = str(folder)
         if "logging_dir" not in config.project_kwargs:
             accelerator.project_configuration.logging_dir = str(folder)
     # the default folder carries a time, which must be the main process's
-    return Path(from_main_process(accelerator, str(folder)))
+    return Path(broadcast_from_main(accelerator, str(folder)))
 
 
 def output_folder(config: DDPOConfig) -> Path:
@@ -173,11 +173,11 @@ def output_folder(config: DDPOConfig) -> Path:
     if config.project_kwargs.get("project_dir"):
         return Path(config.project_kwargs["project_dir"]).expanduser()
     if config.resume_from:
-        return checkpoint.run_folder(config.resume_from)
-    return new_folder(config)
+        return checkpoint.run_folder_of(config.resume_from)
+    return default_folder(config)
 
 
-def new_folder(config: DDPOConfig) -> Path:
+def default_folder(config: DDPOConfig) -> Path:
     """The folder below `logdir` that `run_name` or the time names."""
     name = config.run_name or f"{config.exp_name or 'ddpo'}-{datetime.now():%Y%m%d-%H%M%S}"
     return Path(config.logdir).expanduser() / name

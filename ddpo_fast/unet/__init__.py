@@ -1,1 +1,73 @@
-"""Changes how a diffusers UNet computes, and not what."""
+"""Faster and smaller ways for a diffusers UNet to compute the same function.
+
+`fuse_unet` swaps layers for fused ones, `set_attention` chooses the attention kernels, `set_gradient_checkpointing`
+chooses which activations are kept for the backward pass, and `UNetCache` computes once per rollout what does not change
+between its steps. None of them changes a parameter or its name, and outputs stay equal up to rounding.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ddpo_fast.unet.attention import (
+        FEW_SCORES,
+        SDPAProcessor,
+        attend_to_few,
+        attention_problem,
+        choose_kernels,
+        describe_kernels,
+        is_plain,
+        set_attention,
+    )
+    from ddpo_fast.unet.fused_layers import FusedLoraLinear, faster_layers, fuse_unet, unfuse_unet
+    from ddpo_fast.unet.gradient_checkpointing import set_gradient_checkpointing
+    from ddpo_fast.unet.sampling_cache import UNetCache, cache_problem
+
+__all__ = [
+    "FEW_SCORES",
+    "FusedLoraLinear",
+    "SDPAProcessor",
+    "UNetCache",
+    "attend_to_few",
+    "attention_problem",
+    "cache_problem",
+    "choose_kernels",
+    "describe_kernels",
+    "faster_layers",
+    "fuse_unet",
+    "is_plain",
+    "set_attention",
+    "set_gradient_checkpointing",
+    "unfuse_unet",
+]
+
+# The module that defines each name, imported when the name is first used: fused_layers needs peft, whose import takes
+# seconds, and `ddpo-fast info` asks for the attention only.
+_HOMES = {
+    "FEW_SCORES": "attention",
+    "FusedLoraLinear": "fused_layers",
+    "SDPAProcessor": "attention",
+    "UNetCache": "sampling_cache",
+    "attend_to_few": "attention",
+    "attention_problem": "attention",
+    "cache_problem": "sampling_cache",
+    "choose_kernels": "attention",
+    "describe_kernels": "attention",
+    "faster_layers": "fused_layers",
+    "fuse_unet": "fused_layers",
+    "is_plain": "attention",
+    "set_attention": "attention",
+    "set_gradient_checkpointing": "gradient_checkpointing",
+    "unfuse_unet": "fused_layers",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    # stored, so that later uses of the name do not come here
+    globals()[name] = value
+    return value

@@ -153,7 +153,7 @@ def _refusal(head_dim: int, device: torch.device | str, dtype: torch.dtype) -> s
     return ""
 
 
-def candidates() -> dict[str, Attend]:
+def candidate_kernels() -> dict[str, Attend]:
     """What a GPU's attention is chosen from: each refuses heads that it has no kernels for."""
 
     def sdpa(backend: SDPBackend, *rows: torch.Tensor) -> torch.Tensor:
@@ -165,7 +165,7 @@ def candidates() -> dict[str, Attend]:
     return {**kernels, "xformers": XFormersProcessor().attend}
 
 
-def fastest(
+def fastest_kernel(
     head_dim: int,
     device: torch.device | str,
     dtype: torch.dtype,
@@ -217,7 +217,7 @@ def _cuda_seconds(run: Callable[[], None]) -> float:
     return begun.elapsed_time(ended) / 1e3
 
 
-def chosen_kernels(
+def choose_kernels(
     head_dims: Collection[int],
     device: torch.device,
     dtype: torch.dtype,
@@ -239,7 +239,7 @@ def chosen_kernels(
     reasons: dict[str, str] = {}
 
     def measure(head_dim: int) -> str:
-        name, refused = fastest(head_dim, device, dtype, candidates(), _cuda_seconds)
+        name, refused = fastest_kernel(head_dim, device, dtype, candidate_kernels(), _cuda_seconds)
         reasons.update({other: f"head dim {head_dim}: {why}" for other, why in refused.items()})
         return agree(name)
 
@@ -253,7 +253,7 @@ def chosen_kernels(
     return chosen, reasons
 
 
-def described(kernels: Mapping[int, str]) -> str:
+def describe_kernels(kernels: Mapping[int, str]) -> str:
     """One word for all head sizes if they have one, else one for each."""
     names = set(kernels.values())
     return names.pop() if len(names) == 1 else ", ".join(f"{name} (head dim {k})" for k, name in kernels.items())
@@ -274,7 +274,7 @@ def set_attention(
 
     Args:
         device, dtype: where and in what the UNet will compute; the device and dtype of its first parameter if None.
-        measured, agree: as for `chosen_kernels`.
+        measured, agree: as for `choose_kernels`.
 
     Returns the name of what runs, and why 'auto' could not choose from all. Raises `ValueError` for another name, and
     for 'xformers' where it cannot run.
@@ -288,10 +288,11 @@ def set_attention(
     kernels = dict.fromkeys(head_dims, name)
     reasons: dict[str, str] = {}
     if name == "auto":
-        kernels, reasons = chosen_kernels(head_dims, device, dtype, measured, agree)
+        kernels, reasons = choose_kernels(head_dims, device, dtype, measured, agree)
     elif problem := attention_problem(name, head_dims, device, dtype):
         raise ValueError(f"attention {name!r} was asked for but cannot run: {problem}")
-    running, why = described(kernels) or name, "; ".join(f"not {other}: {reason}" for other, reason in reasons.items())
+    running = describe_kernels(kernels) or name
+    why = "; ".join(f"not {other}: {reason}" for other, reason in reasons.items())
     logger.info("attention: %s%s", running, f" ({why})" if why else "")
     for module in modules:
         module.set_processor(_processor(kernels[module.inner_dim // module.heads]))

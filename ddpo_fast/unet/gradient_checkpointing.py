@@ -17,7 +17,7 @@ MODES = ("none", "selective", "blocks")
 KEEPS_INPUT_ONLY = (ResnetBlock2D, nn.GroupNorm, GEGLU)
 
 
-def set_recompute(unet: Any, mode: str) -> Any:
+def set_gradient_checkpointing(unet: Any, mode: str) -> Any:
     """Makes a diffusers UNet keep less for its backward pass, in place, and returns it.
 
     Args:

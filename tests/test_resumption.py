@@ -39,13 +39,13 @@ def test_killed_run_ends_with_the_same_bits(model_dir, tmp_path):
     options += ["--output_dir", str(killed)]
     train(*options, killed_at=(STEP, 3))  # before any checkpoint
     assert (killed / "before.pt").exists()
-    assert not checkpoint.numbered(killed / "checkpoints")
+    assert not checkpoint.list_in(killed / "checkpoints")
     train(*options, "--resume_from", str(killed), killed_at=("os.fsync", 2))  # while saving
     assert list((killed / "checkpoints").glob(".checkpoint_1.partial*"))
-    assert not checkpoint.numbered(killed / "checkpoints")
+    assert not checkpoint.list_in(killed / "checkpoints")
     # in the third epoch's second update, on top of a checkpoint
     train(*options, "--resume_from", str(killed), killed_at=(STEP, 8 + 8 + 2))
-    assert [path.name for path in checkpoint.numbered(killed / "checkpoints")] == ["checkpoint_1", "checkpoint_2"]
+    assert [path.name for path in checkpoint.list_in(killed / "checkpoints")] == ["checkpoint_1", "checkpoint_2"]
     # the settings come from the run itself
     train("--resume_from", str(killed))
     same_run(whole, killed)

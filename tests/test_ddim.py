@@ -8,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from ddpo_fast import ops
-from ddpo_fast.ddim import PREDICTION_TYPES, NoiseSchedule, check_steps, ddim_scheduler
+from ddpo_fast.ddim import PREDICTION_TYPES, DDIMCoefficients, check_steps, ddim_scheduler
 from ddpo_fast.tiny_sd.build import SCHEDULER
 
 
@@ -23,7 +23,7 @@ def make_scheduler(steps: int, **changes) -> DDIMScheduler:
 def test_mean_is_diffusers_ddim_step(prediction_type, steps, eta):
     scheduler = make_scheduler(steps, prediction_type=prediction_type)
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
-    schedule = NoiseSchedule.from_scheduler(scheduler, eta, "cpu")
+    schedule = DDIMCoefficients.from_scheduler(scheduler, eta, "cpu")
     generator = torch.Generator().manual_seed(0)
     x, m = torch.randn(2, 3, 4, 8, 8, generator=generator, dtype=torch.float64)
     for t in scheduler.timesteps[:-1]:  # the last step differs on purpose: TRL keeps its std above 0
@@ -39,7 +39,7 @@ def test_step_is_trls(prediction_type):
     from trl.models.modeling_sd_base import scheduler_step
 
     scheduler = make_scheduler(10, prediction_type=prediction_type)
-    schedule = NoiseSchedule.from_scheduler(scheduler, 1.0, "cpu")
+    schedule = DDIMCoefficients.from_scheduler(scheduler, 1.0, "cpu")
     generator = torch.Generator().manual_seed(0)
     x, m, following = torch.randn(3, 10, 4, 8, 8, generator=generator)
     t = scheduler.timesteps.clone()
@@ -52,24 +52,24 @@ def test_step_is_trls(prediction_type):
 def test_std_is_positive_at_every_step_and_last():
     for steps in (1, 2, 10, 50, 500):
         scheduler = make_scheduler(steps)
-        _, _, sigma = NoiseSchedule.from_scheduler(scheduler, 1.0, "cpu").at(scheduler.timesteps)
+        _, _, sigma = DDIMCoefficients.from_scheduler(scheduler, 1.0, "cpu").at(scheduler.timesteps)
         assert (sigma > 0).all()
 
 
 @pytest.mark.parametrize("change", [{"clip_sample": True}, {"thresholding": True}, {"prediction_type": "flow"}])
 def test_steps_that_are_not_linear_are_refused(change):
     with pytest.raises(ValueError, match=next(iter(change))):
-        NoiseSchedule.from_scheduler(make_scheduler(5, **change), 1.0, "cpu")
+        DDIMCoefficients.from_scheduler(make_scheduler(5, **change), 1.0, "cpu")
 
 
 def test_more_steps_than_the_model_knows_are_refused():
     with pytest.raises(ValueError, match="1000 sampling steps"):
-        NoiseSchedule.from_scheduler(make_scheduler(1000), 1.0, "cpu")
+        DDIMCoefficients.from_scheduler(make_scheduler(1000), 1.0, "cpu")
 
 
 def test_scheduler_without_timesteps_is_refused():
     with pytest.raises(ValueError, match="set_timesteps"):
-        NoiseSchedule.from_scheduler(DDIMScheduler(**SCHEDULER), 1.0, "cpu")
+        DDIMCoefficients.from_scheduler(DDIMScheduler(**SCHEDULER), 1.0, "cpu")
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
@@ -83,7 +83,7 @@ def test_a_step_leads_to_the_next_sampled_timestep(prediction_type, spacing, ste
     scheduler = make_scheduler(
         steps, prediction_type=prediction_type, timestep_spacing=spacing, rescale_betas_zero_snr=zero_snr
     )
-    schedule = NoiseSchedule.from_scheduler(scheduler, 0.7, "cpu")
+    schedule = DDIMCoefficients.from_scheduler(scheduler, 0.7, "cpu")
     image, noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     sampled = scheduler.timesteps.tolist()
     for t, following in zip(sampled, [*sampled[1:], 0], strict=True):
@@ -107,7 +107,7 @@ def test_leading_steps_are_trls_to_the_bit():
     direction = (1 - previous - variance).clamp(min=0).sqrt()
     c_x = previous.sqrt() / alpha.sqrt()
     c_m = direction - previous.sqrt() * (1 - alpha).sqrt() / alpha.sqrt()
-    table = NoiseSchedule.from_scheduler(scheduler, 1.0, "cpu").table
+    table = DDIMCoefficients.from_scheduler(scheduler, 1.0, "cpu").table
     assert torch.equal(table, torch.stack([c_x, c_m, variance.sqrt()], 1).float())
 
 
@@ -132,23 +132,23 @@ def test_another_scheduler_is_not_stepped_as_ddim():
     scheduler = diffusers.EulerDiscreteScheduler()
     scheduler.set_timesteps(5)
     with pytest.raises(ValueError, match="EulerDiscreteScheduler"):
-        NoiseSchedule.of(scheduler, 1.0, torch.device("cpu"))
+        DDIMCoefficients.of(scheduler, 1.0, torch.device("cpu"))
 
 
 def test_a_table_is_kept_for_what_it_was_made_of():
     scheduler, cpu = make_scheduler(10), torch.device("cpu")
-    first = NoiseSchedule.of(scheduler, 1.0, cpu)
+    first = DDIMCoefficients.of(scheduler, 1.0, cpu)
     scheduler.set_timesteps(10)
-    assert NoiseSchedule.of(scheduler, 1.0, cpu) is first
+    assert DDIMCoefficients.of(scheduler, 1.0, cpu) is first
     scheduler.timesteps = scheduler.timesteps - 1
     scheduler.timesteps[-1] = 2
-    moved = NoiseSchedule.of(scheduler, 1.0, cpu)
+    moved = DDIMCoefficients.of(scheduler, 1.0, cpu)
     assert not torch.equal(moved.table, first.table)
     scheduler.alphas_cumprod = scheduler.alphas_cumprod * 0.9
-    assert NoiseSchedule.of(scheduler, 1.0, cpu) is not moved
+    assert DDIMCoefficients.of(scheduler, 1.0, cpu) is not moved
     scheduler.register_to_config(clip_sample=True)
     with pytest.raises(ValueError, match="clip_sample"):
-        NoiseSchedule.of(scheduler, 1.0, cpu)
+        DDIMCoefficients.of(scheduler, 1.0, cpu)
 
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

@@ -14,9 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpo_fast.batch_sizes import MOST_ROWS
 from ddpo_fast.tiny_sd import MODEL
+from ddpo_fast.unet import SDPAProcessor, fuse_unet, unfuse_unet
 from ddpo_fast.unet import fused_layers as fusing
-from ddpo_fast.unet.attention import SDPAProcessor
-from ddpo_fast.unet.fused_layers import fuse_unet, unfuse_unet
 
 SD15 = {
     "block_out_channels": (32, 64, 128, 128),

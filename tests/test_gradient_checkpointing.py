@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_fuse_unet import make_unet, output_and_gradients, predict
+from test_fused_layers import make_unet, output_and_gradients, predict
 
 from ddpo_fast.batch_sizes import kept_bytes
-from ddpo_fast.unet.fused_layers import faster_layers, fuse_unet
-from ddpo_fast.unet.gradient_checkpointing import set_recompute
+from ddpo_fast.unet import faster_layers, fuse_unet, set_gradient_checkpointing
 
 KINDS = pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 
@@ -24,9 +23,9 @@ def test_less_and_less_is_kept(lora, fused):
     unet = make_unet("bundled", lora)
     if fused:
         fuse_unet(unet, faster_layers("cpu"))
-    none, selective, blocks = (kept(set_recompute(unet, mode)) for mode in ("none", "selective", "blocks"))
+    none, selective, blocks = (kept(set_gradient_checkpointing(unet, mode)) for mode in ("none", "selective", "blocks"))
     assert blocks < 0.6 * selective < 0.6 * 0.95 * none
-    assert kept(set_recompute(unet, "none")) == selective, "fused layers stay, blocks run once again"
+    assert kept(set_gradient_checkpointing(unet, "none")) == selective, "fused layers stay, blocks run once again"
 
 
 @KINDS
@@ -34,14 +33,16 @@ def test_less_and_less_is_kept(lora, fused):
 def test_blocks_give_the_same_bits(kind, lora):
     unet = make_unet(kind, lora)
     plain = output_and_gradients(unet)
-    torch.testing.assert_close(output_and_gradients(set_recompute(unet, "blocks")), plain, rtol=0, atol=0)
+    torch.testing.assert_close(output_and_gradients(set_gradient_checkpointing(unet, "blocks")), plain, rtol=0, atol=0)
 
 
 @KINDS
 def test_selective_gives_the_same_gradients_up_to_rounding(lora):
     unet = make_unet("bundled", lora, torch.float64)
     plain = output_and_gradients(unet)
-    torch.testing.assert_close(output_and_gradients(set_recompute(unet, "selective")), plain, rtol=1e-7, atol=1e-10)
+    torch.testing.assert_close(
+        output_and_gradients(set_gradient_checkpointing(unet, "selective")), plain, rtol=1e-7, atol=1e-10
+    )
 
 
 @KINDS
@@ -49,12 +50,12 @@ def test_all_of_it_together(lora):
     """A UNet that is fused before or after, with an adapter or without."""
     unet = make_unet("bundled", lora, torch.float64)
     plain = output_and_gradients(unet)
-    fuse_unet(set_recompute(set_recompute(unet, "selective"), "blocks"))
+    fuse_unet(set_gradient_checkpointing(set_gradient_checkpointing(unet, "selective"), "blocks"))
     torch.testing.assert_close(output_and_gradients(unet), plain, rtol=1e-7, atol=1e-10)
 
 
 def test_sampling_runs_no_block_twice(monkeypatch):
-    unet = set_recompute(make_unet("bundled"), "blocks").eval()
+    unet = set_gradient_checkpointing(make_unet("bundled"), "blocks").eval()
     monkeypatch.setattr(
         "ddpo_fast.unet.gradient_checkpointing.checkpoint", lambda *args, **kwargs: pytest.fail("checkpointed")
     )
@@ -71,12 +72,12 @@ def test_dropout_draws_the_same_twice():
     torch.manual_seed(3)
     plain = output_and_gradients(unet)
     torch.manual_seed(3)
-    torch.testing.assert_close(output_and_gradients(set_recompute(unet, "blocks")), plain, rtol=0, atol=0)
+    torch.testing.assert_close(output_and_gradients(set_gradient_checkpointing(unet, "blocks")), plain, rtol=0, atol=0)
 
 
 def test_another_mode_is_refused():
     with pytest.raises(ValueError, match="gradient_checkpointing is 'some' but must be 'none', 'selective', 'blocks'"):
-        set_recompute(make_unet("bundled"), "some")
+        set_gradient_checkpointing(make_unet("bundled"), "some")
 
 
 @KINDS
@@ -84,7 +85,7 @@ def test_a_run_trains_the_same(lora, make_trainer, tmp_path):
     weights = []
     for mode in ("none", "blocks"):
         trainer = make_trainer(use_lora=lora, output_dir=str(tmp_path / mode), num_epochs=1, save_freq=9)
-        set_recompute(trainer.sd_pipeline.unet, mode)
+        set_gradient_checkpointing(trainer.sd_pipeline.unet, mode)
         trainer.step(0, 0)
         weights.append([p.detach().clone() for p in trainer.engine.parameters])
     torch.testing.assert_close(weights[1], weights[0], rtol=0, atol=0)

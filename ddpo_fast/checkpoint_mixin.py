@@ -1,0 +1,169 @@
+"""The part of the trainer that writes checkpoints and goes on from them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from ddpo_fast.advantages import PerPromptStatTracker
+from ddpo_fast.config import DDPOConfig
+from ddpo_fast.engine import Engine
+from ddpo_fast.health import check_weights
+from ddpo_fast.interruption import Interruption
+from ddpo_fast.ppo import PPO
+from ddpo_fast.progress import Progress
+from ddpo_fast.resume_checks import run_settings
+from ddpo_fast.run_folder import checkpoint
+from ddpo_fast.run_folder.run_log import RunLog
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointMixin:
+    """A mixin of `DDPOTrainer`, whose parts it saves and restores: TRL's model hooks are among its methods.
+
+    `progress` says when; `run_folder/checkpoint.py` says in which files.
+    """
+
+    accelerator: Accelerator
+    base: str
+    config: DDPOConfig
+    engine: Engine
+    interruption: Interruption
+    output_dir: Path
+    ppo: PPO
+    progress: Progress
+    prompt_fn: Callable[..., Any]
+    reward_fn: Callable[..., Any]
+    run_log: RunLog
+    run_settings: dict[str, Any]
+    sd_pipeline: Any
+    stat_tracker: PerPromptStatTracker
+    trainable_layers: Any
+    _can_be_saved = False
+
+    @property
+    def first_epoch(self) -> int:
+        """Whole epochs so far, as TRL calls it."""
+        return self.progress.epochs
+
+    def _save(self, epochs: int, name: str = "") -> None:
+        """Writes a checkpoint after `epochs` whole epochs, under another `name` one that lies beside them."""
+        # with what has been measured since the last one
+        self.run_log.write_config(self.run_settings)
+        state = {
+            "epochs": epochs,
+            "global_step": self.progress.global_step,
+            "elapsed_s": self.run_log.elapsed_s(),
+            "metrics_bytes": self.run_log.metrics.size(),
+            "trained": self._trained_part(),
+            "healthy": self.run_log.health.good,
+            **json.loads(json.dumps(self.run_settings, default=str)),
+        }
+        training = {
+            "engine": self.engine.state_dict(),
+            "dead_shares": self.ppo.zero_gradient_shares,
+            **checkpoint.function_states({"stat_tracker": self.stat_tracker, **self._stateful_functions()}),
+        }
+        limit = self.config.project_kwargs.get("total_limit") or self.config.num_checkpoint_limit
+        with self.interruption.deferred(), self.engine.exact():
+            checkpoint.save(
+                self.progress.checkpoints,
+                self.accelerator,
+                state,
+                training,
+                self.engine.process_state(),
+                self._write_weights,
+                limit,
+                name,
+            )
+
+    def _save_between(self, epochs: int, is_last: bool) -> None:
+        """After an epoch that `save_freq` leaves out: a checkpoint if it is the last, else a rolling one."""
+        if is_last:
+            self._save(epochs)
+        elif self.progress.keeps_last_epoch:
+            with self.progress.timing_the_write():
+                self._save(epochs, checkpoint.LAST_EPOCH)
+
+    def _load(self, folder: Path, state: dict[str, Any]) -> None:
+        """Goes on from the checkpoint in `folder`, whose `state.json` is `state`."""
+        training = checkpoint.read_training(folder)
+        with self.engine.exact(write=True):
+            self._load_model_hook([self._trained_model], str(folder))
+        self.engine.load_state_dict(training["engine"])
+        self.stat_tracker.load_state_dict(training["stat_tracker"])
+        self.ppo.zero_gradient_shares = training["dead_shares"]
+        checkpoint.load_function_states(self._stateful_functions(), training)
+        self.progress.epochs, self.progress.global_step = state["epochs"], state["global_step"]
+        random_state = checkpoint.read_random_state(folder, self.accelerator.process_index)
+        if random_state is None:
+            # there were fewer processes: another draw than any process made in the epochs so far
+            fresh = self.config.seed + 1_000_003 * self.first_epoch
+            set_seed(fresh % (2**32 - self.accelerator.num_processes), device_specific=True)
+        else:
+            self.engine.load_process_state(random_state["own"])
+            checkpoint.restore_random_state(random_state)
+
+    def _begin_epoch_again(self) -> None:
+        """Back to the start of the epoch that was stopped, if its updates had begun."""
+        if not self.progress.begin_epoch_again():
+            return
+        if not self.engine.can_begin_again:
+            self.progress.is_updating = True
+            raise RuntimeError(
+                "an update was stopped in its middle, and this engine cannot begin it again: make a new trainer with "
+                f"resume_from={str(self.output_dir)!r}"
+            )
+        self.engine.zero_gradients()
+        last = self.progress.checkpoints / f"{checkpoint.PREFIX}{self.first_epoch}"
+        if (last / checkpoint.STATE).exists():
+            self._load(last, checkpoint.read_state(last))
+        elif self.first_epoch:
+            logger.warning("%s is not there: epoch %d goes on where it was", last, self.first_epoch + 1)
+
+    def _check_that_it_can_be_saved(self) -> None:
+        """Before the first update: what could not be saved must not be trained."""
+        if self._can_be_saved:
+            return
+        states = checkpoint.function_states(self._stateful_functions())
+        with self.engine.exact():
+            if self.accelerator.is_main_process:
+                checkpoint.trial_save(self.progress.checkpoints, states, self._write_weights)
+        self._can_be_saved = True
+
+    def _write_weights(self, folder: Path) -> None:
+        trained = {name: p.detach() for name, p in self._trained_model.named_parameters() if p.requires_grad}
+        check_weights(trained, self.first_epoch)
+        self._save_model_hook([self._trained_model], [], str(folder))
+
+    def _save_model_hook(self, models: list, weights: list, output_dir: str) -> None:
+        self.sd_pipeline.save_checkpoint(models, weights, output_dir)
+
+    def _load_model_hook(self, models: list, input_dir: str) -> None:
+        self.sd_pipeline.load_checkpoint(models, input_dir)
+
+    @property
+    def _trained_model(self) -> Any:
+        return self.sd_pipeline.unet if isinstance(self.trainable_layers, list) else self.trainable_layers
+
+    def _trained_part(self) -> dict[str, Any]:
+        return checkpoint.describe_trained_weights(self._trained_model.named_parameters())
+
+    def _stateful_functions(self) -> dict[str, Any]:
+        functions = {"reward_function": self.reward_fn, "prompt_function": self.prompt_fn}
+        return {name: f for name, f in functions.items() if hasattr(f, "state_dict") and hasattr(f, "load_state_dict")}
+
+    def _run_settings(self) -> dict[str, Any]:
+        return run_settings(self.config, self.accelerator, self.sd_pipeline, self.base)
+
+    def finishing(self) -> AbstractContextManager[None]:
+        """For what comes after the training: who stops it is told how to go on."""
+        return self.progress.finishing()

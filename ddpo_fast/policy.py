@@ -1,0 +1,129 @@
+"""The policy: a UNet that is given a prompt's embedding and takes denoising steps, each a Gaussian with a density.
+
+Nothing else calls the network.
+
+Shapes: R rows of a UNet call, B images, N (image, timestep) pairs, C H W latent, L tokens, D width of the embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpo_fast import ops
+from ddpo_fast.config import DDPOConfig
+from ddpo_fast.ddim import DDIMCoefficients
+from ddpo_fast.engine import Engine
+from ddpo_fast.prompt_embeddings import PromptEmbeddings
+
+
+def unet_output(
+    unet: Any,
+    latents: Tensor,
+    timesteps: Tensor,
+    embeds: Tensor,
+    cross_attention_kwargs: dict[str, Any] | None = None,
+) -> Tensor:
+    """The UNet's output [R, C, H, W] for rows of latents [R, C, H, W], timesteps [R] or [], embeds [R, L, D]."""
+    given = {} if cross_attention_kwargs is None else {"cross_attention_kwargs": cross_attention_kwargs}
+    return unet(latents, timesteps, encoder_hidden_states=embeds, return_dict=False, **given)[0]
+
+
+def latent_shape(unet: Any) -> tuple[int, int, int]:
+    """(C, H, W) of an image's latents."""
+    size = unet.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return unet.config.in_channels, height, width
+
+
+class Policy:
+    """A pipeline's UNet under the conditions of a run: prompts, guidance, noise table and precision.
+
+    Args:
+        pipeline: a `DDPOStableDiffusionPipeline`.
+        engine: has the trained weights in the precision that the UNet computes in.
+    """
+
+    def __init__(self, pipeline: Any, config: DDPOConfig, engine: Engine, device: torch.device) -> None:
+        self.pipeline = pipeline
+        self.config = config
+        self.engine = engine
+        self.device = device
+        self.embed_prompts = PromptEmbeddings(
+            pipeline.tokenizer, pipeline.text_encoder, device, remembers=config.sample_cache
+        )
+        # [1, L, D]
+        self.negative_embeds = self.embed_prompts([config.negative_prompts or ""])[1]
+
+    @property
+    def unet(self) -> Any:
+        return self.pipeline.unet
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image's latents."""
+        return latent_shape(self.unet)
+
+    @property
+    def noise_table(self) -> Tensor:
+        """[K, 3] on the device: (c_x, c_m, sigma) of the step from each timestep of the scheduler."""
+        return DDIMCoefficients.of(self.pipeline.scheduler, self.config.sample_eta, self.device).table
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Inside, the networks compute in the run's precision: the engine's copies of the trained weights, and the
+        pipeline's own autocast if it has one."""
+        with self.engine.computing(), (self.pipeline.autocast or nullcontext)():
+            yield
+
+    @torch.no_grad()
+    def embeds_for_sampling(self, embeds: Tensor) -> Tensor:
+        """The embeddings of a sampling call from those of its prompts [B, L, D]: with guidance the negative prompt's
+        come first, [2B, L, D], in the UNet's precision."""
+        if self.config.rows_per_image == 2:
+            embeds = torch.cat([self.negative_embeds.expand_as(embeds), embeds])
+        return embeds.to(self.unet.dtype)
+
+    def output(self, latents: Tensor, timesteps: Tensor, embeds: Tensor) -> Tensor:
+        """The UNet's output for N pairs as training calls it, [N, C, H, W], or [2N, C, H, W] with guidance in training.
+
+        Latents are [N, C, H, W], timesteps [N], and embeds have as many rows as the output, the negative prompts first.
+        """
+        copies = self.config.rows_per_pair
+        with self.computing():
+            rows = torch.cat([latents] * copies).to(self.unet.dtype)
+            return unet_output(self.unet, rows, torch.cat([timesteps] * copies), embeds.to(self.unet.dtype))
+
+    def log_prob(self, latents: Tensor, timesteps: Tensor, next_latents: Tensor, embeds: Tensor) -> Tensor:
+        """Log-density of the steps from `latents` to `next_latents` [N, C, H, W] by the pipeline's own step, [N].
+
+        A mean over the elements of a latent, as TRL has it. Carries a gradient to the UNet's weights.
+        """
+        output = self.output(latents, timesteps, embeds)
+        if self.config.guides_training:
+            output = ops.guided(output, self.config.sample_guidance_scale)
+        scored = self.pipeline.scheduler_step(
+            output, timesteps, latents, eta=self.config.sample_eta, prev_sample=next_latents
+        )
+        assert scored.log_probs is not None, "sample_eta is above 0, so every step has a density"
+        return scored.log_probs
+
+    @torch.no_grad()
+    def draw(self, prompts: Sequence[str], seed: int) -> tuple[Tensor, Tensor]:
+        """One image per prompt from noise that `seed` fixes: (images [B, 3, height, width] in fp32, latents)."""
+        self.unet.eval()
+        with self.computing():
+            drawn = self.pipeline(
+                prompt=list(prompts),
+                negative_prompt=[self.config.negative_prompts or ""] * len(prompts),
+                num_inference_steps=self.config.sample_num_steps,
+                guidance_scale=self.config.sample_guidance_scale,
+                eta=self.config.sample_eta,
+                generator=torch.Generator().manual_seed(seed),
+                output_type="pt",
+            )
+        return drawn.images.detach().float(), drawn.latents[-1]

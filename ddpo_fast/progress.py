@@ -1,0 +1,177 @@
+"""How far a run is: whole epochs and updates, and what is kept of it when it stops before its end."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from ddpo_fast.config import DDPOConfig
+from ddpo_fast.interruption import Interruption
+from ddpo_fast.processes import broadcast_from_main
+from ddpo_fast.resume_checks import refuse_changes
+from ddpo_fast.run_folder import checkpoint
+from ddpo_fast.run_folder.run_log import RunLog
+
+logger = logging.getLogger(__name__)
+
+
+class Progress:
+    """A run's counters, and its checkpoints as far as they are about where it stopped and where it goes on.
+
+    Args:
+        output_dir: the run's folder.
+    """
+
+    def __init__(
+        self,
+        config: DDPOConfig,
+        accelerator: Accelerator,
+        output_dir: Path,
+        run_log: RunLog,
+        interruption: Interruption,
+    ) -> None:
+        self.config = config
+        self.accelerator = accelerator
+        self.output_dir = output_dir
+        self.run_log = run_log
+        self.interruption = interruption
+        # whole epochs, and updates, since the run began
+        self.epochs = 0
+        self.global_step = 0
+        # the call of `train` under way, or that was stopped: the epoch it began with, and that it has not ended
+        self.is_broken = False
+        self._train_from = 0
+        # updates of an epoch that is not whole have been made: its weights are between two checkpoints
+        self.is_updating = False
+        # where this process began; bytes of metrics.jsonl at the end of the last whole epoch
+        self._started_at = 0
+        self._whole_bytes = 0
+        # seconds: how long the last rolling checkpoint took to write, an epoch took; when the last one was whole
+        self._keeping_s = self._epoch_s = self._whole_at = 0.0
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.output_dir / "checkpoints"
+
+    # going on from an earlier process
+
+    def go_on(
+        self, resume: Path | None, state: dict[str, Any], trained: dict[str, Any], settings: dict[str, Any]
+    ) -> None:
+        """Prepares the run's folder for going on from the checkpoint `resume`, or from the beginning if there is none.
+
+        Args:
+            state: the checkpoint's `state.json`.
+            trained: what is trained now, as `checkpoint.describe_trained_weights` has it.
+            settings: the present `run_settings`.
+
+        Raises `ValueError` where the checkpoint is of another model or of settings that do not go together.
+        """
+        in_place = checkpoint.continues_in(self.output_dir, self.config.resume_from)
+        self.run_log.resume(state, in_place)
+        if resume is None:
+            logger.warning("%s has no checkpoint yet: the run starts from the beginning", self.config.resume_from)
+            return
+        checkpoint.check_trained_weights_match(resume, state["trained"], trained)
+        refuse_changes(self.config.resume_from, state, settings, in_place)
+        if state["epochs"] >= self.config.num_epochs:
+            logger.warning(
+                "%s has trained for %d epochs, and num_epochs is %d: nothing is left to train; raise num_epochs to "
+                "go on",
+                self.config.resume_from,
+                state["epochs"],
+                self.config.num_epochs,
+            )
+        if in_place and self.accelerator.is_main_process:
+            checkpoint.mark_later_superseded(resume)
+            checkpoint.discard_last_epoch(self.checkpoints)
+        self.config.resume_from = str(resume)
+
+    def begin(self) -> None:
+        """From here on this process trains, from the epoch that a checkpoint has set."""
+        self._started_at, self._whole_bytes = self.epochs, self.run_log.metrics.size()
+
+    # one call of `train`
+
+    def epochs_to_train(self, epochs: int) -> range:
+        """As many for each call as for the first, as TRL does; a call that was stopped is gone on with."""
+        if not self.is_broken:
+            self._train_from = self.epochs
+        return range(self.epochs, max(self.epochs, self._train_from + epochs - self._started_at))
+
+    @contextmanager
+    def attended(self) -> Iterator[None]:
+        """Signals end the training in here, and however it ends, there is a checkpoint of the last whole epoch."""
+        with self.interruption:
+            try:
+                yield
+            except BaseException as error:
+                self._keep_last_epoch(error)
+                raise
+            self.is_broken = False
+
+    def train_begins(self) -> None:
+        """The first epoch of a call of `train` begins: if it is stopped from here on, the next call goes on with it."""
+        self.is_broken, self._whole_at = True, time.monotonic()
+
+    def epoch_is_whole(self, epochs: int, global_step: int) -> None:
+        """So many epochs are trained and logged."""
+        self.epochs, self.global_step, self.is_updating = epochs, global_step, False
+        self._epoch_s, self._whole_at = time.monotonic() - self._whole_at, time.monotonic()
+        self._whole_bytes = self.run_log.metrics.size()
+
+    def begin_epoch_again(self) -> bool:
+        """Drops the stopped epoch's records; returns whether its updates had begun, so that weights must go back."""
+        if self.accelerator.is_main_process:
+            self.run_log.metrics.truncate(self._whole_bytes)
+        must_go_back, self.is_updating = self.is_updating, False
+        return must_go_back
+
+    # the rolling checkpoint after an epoch that `save_freq` leaves out
+
+    @property
+    def keeps_last_epoch(self) -> bool:
+        """Whether the state after each epoch is kept, until the next one: not where writing it takes too long.
+
+        That is more than 5 s and 5 % of an epoch. The main process decides for all.
+        """
+        return not broadcast_from_main(self.accelerator, self._keeping_s > max(5.0, 0.05 * self._epoch_s))
+
+    @contextmanager
+    def timing_the_write(self) -> Iterator[None]:
+        """Around the writing of that state."""
+        started = time.monotonic()
+        yield
+        self._keeping_s = time.monotonic() - started
+
+    def _keep_last_epoch(self, error: BaseException) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        with self.interruption.suppressed():
+            checkpoint.promote_last_epoch(self.checkpoints)
+            # an error says itself what happened; Ctrl-C and signals do not
+            if not isinstance(error, Exception):
+                self._say_how_to_go_on(f"in epoch {self.epochs + 1}")
+
+    def _say_how_to_go_on(self, stopped: str) -> None:
+        found = checkpoint.list_in(self.checkpoints)
+        there = f"{found[-1]} is there" if found else "there is no checkpoint yet"
+        print(f"\nstopped {stopped}, {there}: go on with --resume_from {self.output_dir}", file=sys.stderr, flush=True)
+
+    @contextmanager
+    def finishing(self) -> Iterator[None]:
+        """For what comes after the training: who stops it is told how to go on."""
+        try:
+            with self.interruption:
+                yield
+        except (KeyboardInterrupt, SystemExit):
+            if self.accelerator.is_main_process:
+                self._say_how_to_go_on("after the training")
+            raise
