@@ -29,6 +29,9 @@ PREFIXES = ("train_", "sample_", "per_prompt_", "vae_", "ema_", "lora_")
 MADE_UP = {"my_rewards.py"}
 OTHER_NAMES = {"lora_rank", "lora_alpha", "lora_target_modules", "lora_linear", "sample_s", "train_s"}
 
+# capitals that no module defines: a file, signals, environment variables
+NOT_CONSTANTS = {"NOTICE", "SIGTERM", "SIGHUP", "DDPO_FAST_BACKEND", "DDPO_FAST_CACHE"}
+
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
@@ -112,6 +115,17 @@ def test_options_and_settings_exist(page):
                 assert not word.startswith("--") or word.partition("=")[0] in options, span
         if re.fullmatch(r"\w+", span) and span.startswith(PREFIXES):
             assert span in settings, span
+
+
+@each_page
+def test_constants_exist(page):
+    """Names in capitals, which say where something is added."""
+    code = "".join(
+        path.read_text("utf-8") for path in [*ROOT.glob("ddpo_fast/**/*.py"), ROOT / "tests" / "conftest.py"]
+    )
+    for span in code_spans(page):
+        if re.fullmatch(r"[A-Z]{3}[A-Z_]+", span) and span not in NOT_CONSTANTS:
+            assert re.search(rf"^{span}\b", code, re.MULTILINE), span
 
 
 def test_pages_are_short():
