@@ -12,15 +12,11 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from ddpo_fast.advantages import PerPromptStatTracker
 from ddpo_fast.config import DDPOConfig
-from ddpo_fast.engine import Engine
 from ddpo_fast.health import check_weights
-from ddpo_fast.interruption import Interruption
-from ddpo_fast.ppo import PPO
-from ddpo_fast.progress import Progress
-from ddpo_fast.resume_checks import run_settings
 from ddpo_fast.run_folder import checkpoint
+from ddpo_fast.run_folder.progress import Progress
+from ddpo_fast.run_folder.resume_checks import run_settings
 from ddpo_fast.run_folder.run_log import RunLog
 
 logger = logging.getLogger(__name__)
@@ -35,17 +31,17 @@ class CheckpointMixin:
     accelerator: Accelerator
     base: str
     config: DDPOConfig
-    engine: Engine
-    interruption: Interruption
+    engine: Any
+    interruption: Any
     output_dir: Path
-    ppo: PPO
+    ppo: Any
     progress: Progress
     prompt_fn: Callable[..., Any]
     reward_fn: Callable[..., Any]
     run_log: RunLog
     run_settings: dict[str, Any]
     sd_pipeline: Any
-    stat_tracker: PerPromptStatTracker
+    stat_tracker: Any
     trainable_layers: Any
     _can_be_saved = False
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from ddpo_fast.config import DDPOConfig
 from ddpo_fast.cuda_graphs import Recorded
 from ddpo_fast.policy import Policy
 from ddpo_fast.prompts import PromptFunction, draw_prompts
-from ddpo_fast.sample_ahead import Stopped
+from ddpo_fast.sample_ahead import Stopped, ahead
 from ddpo_fast.sampler import DenoisingChain, decode
 from ddpo_fast.trajectory import Trajectory
 from ddpo_fast.unet import UNetCache, cache_problem
@@ -78,6 +78,12 @@ class Rollout:
             merged = draws[start : start + self.sizes.merged_batches]
             for draw, (trajectory, images) in zip(merged, self.sample(merged), strict=True):
                 yield SampledBatch(trajectory, images, draw.metadata)
+
+    def ahead(
+        self, batches: Iterator[SampledBatch]
+    ) -> AbstractContextManager[Iterator[tuple[SampledBatch, torch.cuda.Event | None]]]:
+        """The batches, sampled by a thread of their own while the block runs; see `sample_ahead`."""
+        return ahead(batches, self.policy.device, self.stop)
 
     def draw(self, prompt_function: PromptFunction, batch_size: int) -> Draw:
         """Draws for a batch what TRL draws, in its order: the prompts, the latents, the noise of each step."""

@@ -24,7 +24,6 @@ from ddpo_fast.checkpoint_mixin import CheckpointMixin
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.engine import make_engine, make_optimizer
 from ddpo_fast.health import SampleHealth, check_images
-from ddpo_fast.hub import HubModel
 from ddpo_fast.interruption import Interruption
 from ddpo_fast.measured import Measured
 from ddpo_fast.metrics import EpochTimer, approx_kl, clip_fraction
@@ -33,15 +32,15 @@ from ddpo_fast.placement import compute_precision, place_networks, trainable_par
 from ddpo_fast.policy import Policy
 from ddpo_fast.ppo import PPO
 from ddpo_fast.processes import broadcast_from_main, make_accelerator, run_or_raise_on_all, with_launch_settings
-from ddpo_fast.progress import Progress
 from ddpo_fast.prompts import PromptFunction
-from ddpo_fast.resume_checks import base_digest, verify
 from ddpo_fast.reward_random import RewardRandom
 from ddpo_fast.rollout import PipelineRollout, Rollout
 from ddpo_fast.run_folder import checkpoint
+from ddpo_fast.run_folder.hub import HubModel
+from ddpo_fast.run_folder.progress import Progress
+from ddpo_fast.run_folder.resume_checks import base_digest, verify
 from ddpo_fast.run_folder.run_log import RunLog, agree_on_folder, output_folder
 from ddpo_fast.run_folder.trackers import first_tracker
-from ddpo_fast.sample_ahead import ahead
 from ddpo_fast.trajectory import Trajectory, in_groups, training_batches
 from ddpo_fast.worker_threads import WorkerThreads
 
@@ -126,7 +125,6 @@ class DDPOTrainer(CheckpointMixin, HubModel):
         self.rollout: Rollout | PipelineRollout = PipelineRollout(settings, self.policy)
         if type(sd_pipeline).__call__ is DefaultDDPOStableDiffusionPipeline.__call__:
             self.rollout = Rollout(settings, self.policy, self.sizes)
-        # for rewards that may be called from several threads
         self.executor = WorkerThreads(config.max_workers, rewards.WORKER_NAME)
         self.reward_random, self.sample_health = RewardRandom(), SampleHealth()
         self.stat_tracker = PerPromptStatTracker(
@@ -166,23 +164,18 @@ class DDPOTrainer(CheckpointMixin, HubModel):
         """
         left = self.progress.epochs_to_train(self.config.num_epochs if epochs is None else epochs)
         bar = tqdm(left, initial=left.start, total=left.stop, desc="Epoch", disable=self._hides_bars)
-        try:
-            with self.progress.attended():
-                self._check_that_it_can_be_saved()
-                if self.progress.is_broken:
-                    self._begin_epoch_again()
-                self.progress.train_begins()
-                for epoch in bar:
-                    self.step(epoch, self.progress.global_step)
-                    bar.set_postfix_str(self.run_log.summary)
-                    if bar.disable and self.accelerator.is_main_process:
-                        print(f"epoch {epoch + 1}/{left.stop}: {self.run_log.summary}", file=sys.stderr, flush=True)
-                    if (epoch + 1) % self.config.save_freq:
-                        self._save_between(epoch + 1, is_last=epoch + 1 == left.stop)
-        except BaseException:
-            # a reward that still runs in a worker thread ends there, and nobody waits for it
-            self.executor.abandon()
-            raise
+        with self.executor.abandoned_on_error(), self.progress.attended():
+            self._check_that_it_can_be_saved()
+            if self.progress.is_broken:
+                self._begin_epoch_again()
+            self.progress.train_begins()
+            for epoch in bar:
+                self.step(epoch, self.progress.global_step)
+                bar.set_postfix_str(self.run_log.summary)
+                if bar.disable and self.accelerator.is_main_process:
+                    print(f"epoch {epoch + 1}/{left.stop}: {self.run_log.summary}", file=sys.stderr, flush=True)
+                if (epoch + 1) % self.config.save_freq:
+                    self._save_between(epoch + 1, is_last=epoch + 1 == left.stop)
         self.run_log.draw_reward_curve()
         self.accelerator.wait_for_everyone()
 
@@ -215,12 +208,12 @@ class DDPOTrainer(CheckpointMixin, HubModel):
 
     def _sample_and_score(self, timer: EpochTimer) -> tuple[Trajectory, list[list[Any]]]:
         """An epoch's trajectories, and each batch as `[images, prompts, metadata, rewards, reward metadata]`."""
-        config, alone = self.config, self.accelerator.num_processes == 1
-        sizes = config.sample_num_batches_per_epoch, config.sample_batch_size
+        sizes = self.config.sample_num_batches_per_epoch, self.config.sample_batch_size
+        is_async, alone = self.config.async_reward_computation, self.accelerator.num_processes == 1
         try:
             if self._overlaps_rewards:
                 # TRL calls rewards in the caller's thread, and so do we unless they may be called from several
-                executor = self.executor if config.async_reward_computation else None
+                executor = self.executor if is_async else None
                 scoring = rewards.Scoring(self.reward_fn, executor, raises_early=alone)
                 samples, batches = self._generate_samples(*sizes, scoring, timer)
                 found = run_or_raise_on_all(self.accelerator, lambda: self._on_device(scoring.results(batches)))
@@ -228,9 +221,7 @@ class DDPOTrainer(CheckpointMixin, HubModel):
                 samples, batches = self._generate_samples(*sizes)
                 timer.ends("sampling")
                 self.reward_random.begin()
-                found = run_or_raise_on_all(
-                    self.accelerator, lambda: self.compute_rewards(batches, config.async_reward_computation)
-                )
+                found = run_or_raise_on_all(self.accelerator, lambda: self.compute_rewards(batches, is_async))
         except Exception:
             # the reward function may have failed on an image of pixels that are not finite: then say that
             self.sample_health.check()
@@ -263,8 +254,8 @@ class DDPOTrainer(CheckpointMixin, HubModel):
         batches = self.rollout.batches(self.prompt_fn, iterations, batch_size)
         made: AbstractContextManager[Any] = nullcontext((batch, None) for batch in batches)
         if scoring is not None and timer is not None:
-            assert isinstance(self.rollout, Rollout), "its sampling can be stopped between two steps"
-            made = ahead(timer.at_end_of(batches, "sampling"), self.accelerator.device, self.rollout.stop)
+            assert isinstance(self.rollout, Rollout), "only its sampling can be stopped between two steps"
+            made = self.rollout.ahead(timer.at_end_of(batches, "sampling"))
         samples, prompt_image_pairs = [], []
         with made as batches_and_events:
             for (trajectory, images, metadata), ready in batches_and_events:
@@ -279,8 +270,9 @@ class DDPOTrainer(CheckpointMixin, HubModel):
     @property
     def _overlaps_rewards(self) -> bool:
         """Whether a batch is scored while the next is sampled: not if a subclass does either in its own way."""
-        own = _overrides(self, DDPOTrainer, "compute_rewards", "_generate_samples")
-        return self.config.reward_overlap and isinstance(self.rollout, Rollout) and not own
+        kind, ours = type(self), DDPOTrainer
+        is_ours = kind.compute_rewards is ours.compute_rewards and kind._generate_samples is ours._generate_samples
+        return self.config.reward_overlap and is_ours and isinstance(self.rollout, Rollout)
 
     def compute_rewards(self, prompt_image_pairs: Sequence[Sequence[Any]], is_async: bool = False) -> Any:
         """(rewards [B] of each batch, their metadata), as two tuples; in worker threads if `is_async`."""
@@ -375,10 +367,8 @@ class DDPOTrainer(CheckpointMixin, HubModel):
 
     def _has_own_objective(self) -> bool:
         """Whether the loss or the pipeline's step is somebody's own, which the fused loss knows nothing of."""
-        ours = DefaultDDPOStableDiffusionPipeline
-        return _overrides(self, DDPOTrainer, "loss", "calculate_loss") or _overrides(
-            self.sd_pipeline, ours, "scheduler_step"
-        )
+        pipeline, ours = self.sd_pipeline, DefaultDDPOStableDiffusionPipeline
+        return _overrides(self, DDPOTrainer, "loss", "calculate_loss") or _overrides(pipeline, ours, "scheduler_step")
 
     # images of fixed prompts and noise
 

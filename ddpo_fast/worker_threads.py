@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
+from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Any
 
@@ -22,6 +23,15 @@ class WorkerThreads(Executor):
         self._work: SimpleQueue[Any] = SimpleQueue()
         self._threads: list[threading.Thread] = []
         weakref.finalize(self, _end, self._work, self._threads)
+
+    @contextmanager
+    def abandoned_on_error(self) -> Iterator[None]:
+        """Whatever ends the block with an error or a signal, nobody waits for the threads any more."""
+        try:
+            yield
+        except BaseException:
+            self.abandon()
+            raise
 
     def abandon(self) -> None:
         """What is queued and under way ends in its threads, for nobody; the next call starts new ones."""

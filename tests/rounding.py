@@ -58,7 +58,7 @@ def drift_limit(trainer, trajectory) -> float:
     guided = trainer.config.guides_training
     few = slice(0, 2)  # an error is a mean over D elements already
     noise = 0.0
-    with trainer._computing():
+    with trainer.policy.computing():
         # not by the trainer's own call, which may have another fault than rounding
         unet, exact = trainer.sd_pipeline.unet, copy.deepcopy(trainer.sd_pipeline.unet).double()
         for i in range(trajectory.timesteps.shape[1]):
@@ -71,7 +71,7 @@ def drift_limit(trainer, trajectory) -> float:
             rounded = unet(rows, *operands).sample.double()
             error = rounded - exact(rows.double(), operands[0], operands[1].double()).sample
             error = ops.guided(error, trainer.config.sample_guidance_scale) if guided else error
-            _, c_m, sigma = trainer._noise_table()[timesteps].double().unbind(1)
+            _, c_m, sigma = trainer.policy.noise_table[timesteps].double().unbind(1)
             rms = error.square().mean((1, 2, 3)).sqrt()
             noise = max(noise, float((2 * rms * c_m.abs() / sigma).max()))
     elements = trajectory.trail[0, 0].numel()

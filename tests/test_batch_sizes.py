@@ -93,7 +93,7 @@ def test_a_run_that_is_resumed_with_less_memory_ends_with_the_same_bits(weights_
 def test_what_was_measured_elsewhere_is_measured_again(weights_after, tmp_path, monkeypatch, settings, device):
     weights_after("cut", 10**10, 1)
     if device:
-        monkeypatch.setattr("ddpo_fast.trainer.device_name", lambda _: device)
+        monkeypatch.setattr("ddpo_fast.run_folder.resume_checks.device_name", lambda _: device)
     _, sizes = weights_after("cut", 10**6, 2, resume_from=str(tmp_path / "cut"), **settings)
     assert sizes == (1, 1)
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpo_fast import DDPOConfig, cli, hub, rewards
+from ddpo_fast import DDPOConfig, cli, rewards
 from ddpo_fast.commands import early_checks
 from ddpo_fast.commands import options as command_options
 from ddpo_fast.commands import train as train_command
-from ddpo_fast.run_folder import checkpoint, folder_lock, pictures
+from ddpo_fast.run_folder import checkpoint, folder_lock, hub, pictures
 from ddpo_fast.run_folder.run_log import output_folder
 from ddpo_fast.trainer import DDPOTrainer
 

@@ -11,7 +11,7 @@ from rounding import drift_limits
 
 from ddpo_fast import cuda_graphs
 from ddpo_fast.cuda_graphs import WARM_UPS, Recorded, Recording
-from ddpo_fast.trajectory import micro_batches, pair_index
+from ddpo_fast.trajectory import pair_index, pairs_of
 
 on_a_gpu = torch.cuda.is_available()
 
@@ -90,12 +90,12 @@ def test_a_replay_adds_the_gradient_that_one_call_adds(make_trainer, precision):
     trainer = make_trainer(mixed_precision=precision, cuda_graphs=True, allow_tf32=False)
     (trajectory,), _ = trainer._generate_samples(1, 4)
     trajectory = trajectory.with_advantages(torch.tensor([1.0, -1.0, 0.5, 2.0]))
-    pairs = next(micro_batches([trajectory], pair_index([trajectory]), 8))
+    pairs = pairs_of([trajectory], pair_index([trajectory], 5)[:8], guided=True)
     ppo, engine, gradients = trainer.ppo, trainer.engine, []
     with engine.computing():
-        operands = *ppo._operands(pairs), engine.loss_scale().clone()
+        operands = *pairs, engine.loss_scale().clone()
         # the second recorded call is a replay alone
-        for learn in (ppo._learn, ppo._recorded, ppo._recorded):
+        for learn in (ppo._add_gradient, ppo._recorded, ppo._recorded):
             engine.zero_gradients()
             learn(*operands)
             gradients.append(torch.cat([g.flatten().double() for g in engine.weights.gradients]))
@@ -117,7 +117,7 @@ def test_recordings_go_with_their_micro_batch(make_trainer):
     kept = [weakref.ref(tensor) for recording in recordings for tensor in (*recording.inputs, *recording.outputs)]
     assert kept
     del recordings
-    trainer._take_smaller_steps("no memory")
+    trainer.ppo._halve_micro_batch("no memory")
     gc.collect()
     assert not any(reference() is not None for reference in kept)
     assert trainer.sizes.micro_batch_size == 4

@@ -343,7 +343,7 @@ def test_without_a_smaller_micro_batch_there_is_advice(make_trainer, monkeypatch
     def full(*_):
         raise error
 
-    trainer.ppo.unet_output = full
+    trainer.policy.output = full
     with pytest.raises(RuntimeError, match="micro-batch of 1: set a smaller train_micro_batch_size, gradient_check"):
         trainer.train()
 
@@ -375,7 +375,7 @@ def test_every_update_in_backward_must_be_one_call(make_trainer):
         make_trainer(optimizer_in_backward=True, train_max_grad_norm=float("inf"), train_micro_batch_size=3)
 
 
-def test_processes_take_the_least_of_their_sizes(make_trainer):
+def test_processes_take_the_least_of_their_sizes(make_trainer, monkeypatch):
     trainer = make_trainer()
-    trainer.sizes.least = lambda value: min(value, 10)
+    monkeypatch.setattr("ddpo_fast.batch_sizes.all_reduce_min", lambda _, value: min(value, 10))
     assert trainer.sizes._free_bytes() <= 10

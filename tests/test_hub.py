@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from ddpo_fast import cli, hub
+from ddpo_fast import cli
+from ddpo_fast.run_folder import hub
 
 
 def test_the_card_says_what_was_trained_and_how_to_open_it(make_trainer, tmp_path, monkeypatch):

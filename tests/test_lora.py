@@ -64,11 +64,11 @@ def test_an_adapter_beside_the_model_goes_on_whole(make_trainer, model, tmp_path
     write_adapter(model, text)
     given = reopened(model)
     trainer = make_trainer(model=str(model), use_lora=True, num_epochs=1, sample_num_steps=2)
-    assert torch.equal(trainer.embed_prompts(["a cat"])[1], given.encode_prompt("a cat", "cpu", 1, False)[0])
+    assert torch.equal(trainer.policy.embed_prompts(["a cat"])[1], given.encode_prompt("a cat", "cpu", 1, False)[0])
     trainer.train()
     trainer.save_model()
     final = reopened(tmp_path / "run" / "final")
-    assert torch.equal(final.encode_prompt("a cat", "cpu", 1, False)[0], trainer.embed_prompts(["a cat"])[1])
+    assert torch.equal(final.encode_prompt("a cat", "cpu", 1, False)[0], trainer.policy.embed_prompts(["a cat"])[1])
     # what is fused computes in another order: a few roundings of values near 1
     torch.testing.assert_close(unet_output(final.unet), unet_output(trainer.sd_pipeline.unet), rtol=0, atol=1e-5)
     recorded = json.loads((tmp_path / "run" / "config.json").read_text())
@@ -203,7 +203,7 @@ def test_a_style_that_the_user_loaded_stays_in_force(make_trainer, model_dir, tm
     trainer = make_trainer(pipeline=pipeline, num_epochs=1, sample_num_steps=2)
     # a new adapter begins as nothing
     torch.testing.assert_close(unet_output(pipeline.unet), styled, rtol=0, atol=1e-6)
-    assert torch.equal(trainer.embed_prompts(["a cat"])[1], prompt)
+    assert torch.equal(trainer.policy.embed_prompts(["a cat"])[1], prompt)
     trained = {name for name, p in pipeline.unet.named_parameters() if p.requires_grad}
     assert trained
     assert all(".default." in name for name in trained)

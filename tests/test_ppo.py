@@ -11,6 +11,7 @@ from rounding import RUNS_APART_IN_FP64, drift_limits, in_fp64
 from tiny_run import brightness
 
 from ddpo_fast.tiny_sd import MODEL
+from ddpo_fast.trajectory import TrainingBatch
 
 PLAIN = {
     "train_micro_batch_size": 2,
@@ -47,17 +48,24 @@ def example(trainer, advantages: list[float], shift: float) -> dict:
         "next_latents": randn(count, 5, 4, 8, 8),
         "log_probs": torch.zeros(count, 5, dtype=torch.float64),
         "advantages": torch.tensor(advantages, dtype=torch.float64),
-        "live": torch.tensor(advantages) != 0,
+        "has_advantage": torch.tensor(advantages) != 0,
     }
     trainer.sd_pipeline.scheduler.set_timesteps(5)
     embeds = torch.cat([batch["negative_prompt_embeds"], batch["prompt_embeds"]])
     with torch.no_grad():
         for j in range(5):
-            score = trainer._log_prob(
+            score = trainer.policy.log_prob(
                 batch["latents"][:, j], batch["timesteps"][:, j], batch["next_latents"][:, j], embeds
             )
             batch["log_probs"][:, j] = score - shift * (-1) ** (torch.arange(count) + j)
     return batch
+
+
+def update(trainer, batch, scores_first):
+    """One update, after an epoch in which all pairs or none had no gradient."""
+    trainer.ppo.remember([float(scores_first)])
+    trainer.ppo.begin_epoch()
+    return trainer.ppo.update([TrainingBatch.of(batch)], 0, None)
 
 
 @pytest.mark.parametrize("looks_first", [False, True])
@@ -77,7 +85,7 @@ def test_dead_pairs_are_left_out_and_the_gradient_stays(make_trainer, tmp_path, 
 
         trainer.sd_pipeline.unet.register_forward_pre_hook(count)
         trainer.engine.step = dict
-        metrics = trainer._update([batch], skips and looks_first)
+        metrics = update(trainer, batch, skips and looks_first)
         gradient = torch.cat([p.grad.flatten() for p in trainer.engine.parameters])
         found[skips] = gradient, {name: float(value) for name, value in metrics.items()}
     (every, all_metrics), (some, metrics) = found[False], found[True]
@@ -86,23 +94,23 @@ def test_dead_pairs_are_left_out_and_the_gradient_stays(make_trainer, tmp_path, 
     assert rows[False] == {"with": 30, "without": 0}
     assert rows[True] == ({"with": 10, "without": 20} if looks_first else {"with": 20, "without": 0})
     assert metrics["skipped"] == pytest.approx(20 / 30 if looks_first else 10 / 30)
-    assert metrics["dead"] == pytest.approx(0.5), "of the pairs that have an advantage"
+    assert metrics["zero_gradient"] == pytest.approx(0.5), "of the pairs that have an advantage"
 
 
 @pytest.mark.parametrize("looks_first", [False, True])
 def test_remainders_have_few_sizes_and_the_update_stays(make_trainer, tmp_path, looks_first):
     """Of 30 pairs 20 have an advantage and 10 a gradient: calls of 7 leave 6 and 3, which take 7 and 4 rows."""
     found, sizes = [], []
-    for fills_up in (False, True):
-        trainer = make_trainer(train_micro_batch_size=7, output_dir=str(tmp_path / f"{fills_up}"))
+    for pads in (False, True):
+        trainer = make_trainer(train_micro_batch_size=7, output_dir=str(tmp_path / f"{pads}"))
         trainer.sd_pipeline.unet.double()
-        trainer.ppo.fills_up = fills_up
+        trainer.ppo.pads_last_call = pads
         batch = example(trainer, [1.0, 0.0, -0.5, 2.0, 0.0, -1.0], shift=1e-2)
         seen: list[int] = []
         count = lambda _module, inputs, seen=seen: seen.append(len(inputs[0]) // 2)  # noqa: E731
         trainer.sd_pipeline.unet.register_forward_pre_hook(count)
         trainer.engine.step = dict
-        metrics = {name: float(value) for name, value in trainer._update([batch], looks_first).items()}
+        metrics = {name: float(value) for name, value in update(trainer, batch, looks_first).items()}
         found.append((torch.cat([p.grad.flatten() for p in trainer.engine.parameters]), metrics))
         sizes.append(seen)
     (every, all_metrics), (filled, metrics) = found
@@ -128,20 +136,20 @@ def test_an_epoch_without_any_advantage_trains_on_zero(make_trainer, precision):
     assert not any(rows)
     assert [u["skipped"] for u in updates_of(trainer)] == [1.0, 1.0]
     # processes add up their metrics one by one: those without a live pair must have the same
-    assert {"loss", "approx_kl", "clipfrac", "dead", "ratio_drift"} <= set(updates_of(trainer)[0])
+    assert {"loss", "approx_kl", "clipfrac", "zero_gradient", "ratio_drift"} <= set(updates_of(trainer)[0])
     for name, after in trained(trainer).items():
         torch.testing.assert_close(after, before[name] * (1 - 1e-3 * 0.1) ** 2)
 
 
 def test_looking_first_begins_when_many_pairs_were_dead(make_trainer):
     trainer = make_trainer(num_epochs=2)
-    trainer._dead_shares = [0.1, 0.9]
+    trainer.ppo.remember([0.1, 0.9])
     looked = []
-    add = trainer.ppo.add_gradients
-    trainer.ppo.add_gradients = lambda batches, size, looks, own: looked.append(looks) or add(batches, size, looks, own)
+    scores_first = trainer.ppo._scores_first
+    trainer.ppo._scores_first = lambda number: looked.append(scores_first(number)) or looked[-1]
     trainer.step(0, 0)
     assert looked == [False, True]
-    assert trainer._dead_shares == [u["dead"] for u in updates_of(trainer)]
+    assert trainer.ppo.zero_gradient_shares == [u["zero_gradient"] for u in updates_of(trainer)]
 
 
 @pytest.mark.parametrize("use_lora", [False, True])

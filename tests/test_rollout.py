@@ -391,12 +391,12 @@ def test_the_host_never_waits_inside_sampling_and_training(make_trainer, use_lor
         samples = [trajectory for trajectory, _ in trainer.rollout.sample(draws)]
     assert sampling.seen == []
     trajectory = samples[0].with_advantages(torch.tensor([1.0, -1.0, 0.5, -0.5]))
-    batch = trajectory.transitions(torch.arange(4), torch.arange(5).expand(4, -1), None)
+    batch = trajectory.training_batch(torch.arange(4), torch.arange(5).expand(4, -1), None)
     trainer.sd_pipeline.unet.train()
     step = trainer.engine.step
     trainer.engine.step = dict
     with trainer.engine.computing(), Waits() as training:
-        trainer._update([batch])
+        trainer.ppo.update([batch], 0, None)
     assert training.seen == []
     trainer.engine.step = step
 

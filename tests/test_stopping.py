@@ -21,8 +21,8 @@ from tiny_run import SETTINGS, Prompts, brightness, forget_accelerate_state
 from ddpo_fast import DDPOConfig
 from ddpo_fast.interruption import SIGNALS, Interruption
 from ddpo_fast.prompts import load_prompts
-from ddpo_fast.resume_checks import refuse_changes
 from ddpo_fast.run_folder import checkpoint, folder_lock
+from ddpo_fast.run_folder.resume_checks import refuse_changes
 
 BATCHES = SETTINGS["sample_num_batches_per_epoch"]
 QUICK = {"sample_num_steps": 2}
@@ -120,7 +120,7 @@ def test_stopped_in_an_update_it_ends_with_the_same_bits(make_trainer, tmp_path,
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         stopped.train()
     assert handlers() == before
-    assert (stopped.first_epoch, stopped._global_step) == (2, 4)
+    assert (stopped.first_epoch, stopped.progress.global_step) == (2, 4)
     assert f"checkpoint_2 is there: go on with --resume_from {tmp_path / 'stopped'}" in capsys.readouterr().err
     assert checkpoint.find(tmp_path / "stopped").name == "checkpoint_2"
     checkpoint.verify(checkpoint.find(tmp_path / "stopped"))
@@ -152,7 +152,7 @@ def test_stopped_while_a_reward_runs_in_a_thread(make_trainer, tmp_path):
     assert checkpoint.find(tmp_path / "run").name == "checkpoint_1"
     given_up.set()
     trainer.train()
-    assert (trainer.first_epoch, trainer._global_step) == (3, 6)
+    assert (trainer.first_epoch, trainer.progress.global_step) == (3, 6)
     assert [r["epoch"] for r in records(tmp_path / "run") if r["kind"] == "epoch"] == [0, 1, 2]
     assert [r["update"] for r in records(tmp_path / "run") if r["kind"] == "update"] == list(range(6))
 
@@ -171,7 +171,7 @@ def test_an_error_leaves_the_last_whole_epoch_too(make_trainer, tmp_path):
         trainer.train()
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["checkpoint_2"]
     trainer.train()
-    assert (trainer.first_epoch, trainer._global_step) == (3, 6)
+    assert (trainer.first_epoch, trainer.progress.global_step) == (3, 6)
 
 
 def test_a_second_call_trains_as_many_epochs_again(make_trainer, tmp_path):
@@ -179,9 +179,9 @@ def test_a_second_call_trains_as_many_epochs_again(make_trainer, tmp_path):
     trainer = make_trainer(num_epochs=1, **QUICK)
     trainer.train()
     trainer.train()
-    assert (trainer.first_epoch, trainer._global_step) == (2, 4)
+    assert (trainer.first_epoch, trainer.progress.global_step) == (2, 4)
     trainer.train(epochs=2)
-    assert (trainer.first_epoch, trainer._global_step) == (4, 8)
+    assert (trainer.first_epoch, trainer.progress.global_step) == (4, 8)
     assert [r["update"] for r in records(tmp_path / "run") if r["kind"] == "update"] == list(range(8))
 
 

@@ -14,6 +14,7 @@ from tiny_run import Prompts, brightness, build_pipeline, forget_accelerate_stat
 from transformers import HfArgumentParser
 
 from ddpo_fast import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
+from ddpo_fast.trajectory import TrainingBatch
 
 # pairs of a UNet call in TRL's order: one timestep of a training batch
 PLAIN = 2
@@ -56,12 +57,12 @@ def test_packing_does_not_change_the_gradient(make_trainer, monkeypatch, tmp_pat
             for batch in batches:
                 for j in range(5):
                     embeds = torch.cat([batch["negative_prompt_embeds"], batch["prompt_embeds"]])
-                    score = trainer._log_prob(
+                    score = trainer.policy.log_prob(
                         batch["latents"][:, j], batch["timesteps"][:, j], batch["next_latents"][:, j], embeds
                     )
                     batch["log_probs"][:, j] = score + 1e-3 * randn(2)
         monkeypatch.setattr(trainer.engine, "step", dict)
-        trainer._update(batches)
+        trainer.ppo.update([TrainingBatch.of(batch) for batch in batches], 0, None)
         gradients[size] = torch.cat([p.grad.flatten() for p in trainer.engine.parameters])
     expected, packed = gradients[PLAIN], gradients[micro_batch_size]
     assert expected.norm() > 0

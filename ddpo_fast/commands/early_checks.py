@@ -13,10 +13,10 @@ from ddpo_fast import cuda_graphs, ops, rewards
 from ddpo_fast.commands.options import RunArguments
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.engine import zero_settings
-from ddpo_fast.hub import push_problem
 from ddpo_fast.model_configs import ModelConfigs, check_model
 from ddpo_fast.processes import launch_problem
 from ddpo_fast.run_folder import checkpoint
+from ddpo_fast.run_folder.hub import push_problem
 from ddpo_fast.run_folder.run_log import folder_problem, output_folder
 from ddpo_fast.unet import attention_problem
 

@@ -17,8 +17,8 @@ from ddpo_fast.commands.options import RunArguments, check_given, filled, given_
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.pipeline import DefaultDDPOStableDiffusionPipeline
 from ddpo_fast.prompts import PromptFunction, draw_prompts, existing, load_prompts
-from ddpo_fast.resume_checks import refuse_changes
 from ddpo_fast.run_folder import checkpoint, pictures
+from ddpo_fast.run_folder.resume_checks import refuse_changes
 from ddpo_fast.run_folder.run_log import default_folder, output_folder
 from ddpo_fast.trainer import DDPOTrainer
 

@@ -15,8 +15,8 @@ from accelerate import Accelerator
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.interruption import Interruption
 from ddpo_fast.processes import broadcast_from_main
-from ddpo_fast.resume_checks import refuse_changes
 from ddpo_fast.run_folder import checkpoint
+from ddpo_fast.run_folder.resume_checks import refuse_changes
 from ddpo_fast.run_folder.run_log import RunLog
 
 logger = logging.getLogger(__name__)
