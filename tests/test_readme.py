@@ -30,7 +30,7 @@ MADE_UP = {"my_rewards.py"}
 OTHER_NAMES = {"lora_rank", "lora_alpha", "lora_target_modules", "lora_linear", "sample_s", "train_s"}
 
 # capitals that no module defines: a file, signals, environment variables
-NOT_CONSTANTS = {"NOTICE", "SIGTERM", "SIGHUP", "DDPO_FAST_BACKEND", "DDPO_FAST_CACHE"}
+NOT_CONSTANTS = {"NOTICE", "SIGTERM", "SIGHUP", "DDPO_FAST_BACKEND", "DDPO_FAST_CACHE", "PIP_EXTRA_INDEX_URL"}
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
