@@ -2,9 +2,12 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+# What the project is tested with. Some of these versions need Python 3.11: with 3.10 give CONSTRAINTS=/dev/null, and pip
+# chooses the newest that run there.
+CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# full: what README shows, in minutes; quick: the same steps in seconds, for nothing but to see them
+# full: what README shows, in minutes; quick: the same steps in seconds, too few to learn anything
 DEMO ?= full
 DEMO_FOLDER := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 # idle OpenMP threads sleep instead of spinning, which costs a shared machine dearly
@@ -18,19 +21,20 @@ setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[dev]'
 	touch $(READY)
 
-# All weights of the bundled model, towards smaller and then towards larger JPEG files. The clip range grows as
-# latents shrink: a log-prob is a mean over 1,024 elements here and over 16,384 for Stable Diffusion.
+# All weights of the bundled model, towards smaller and then towards larger JPEG files. The clip range is larger than
+# TRL's 1e-4, because a log-prob is a mean over the latent's elements and varies more where there are fewer: 1,024 here,
+# 16,384 in Stable Diffusion.
 DEMO_OPTIONS := --full-finetune --prompts demo_animals --num_epochs 12 --save_freq 4 \
 	--sample_num_steps 20 --sample_guidance_scale 3 --sample_batch_size 16 --sample_num_batches_per_epoch 2 \
 	--train_batch_size 16 --train_micro_batch_size 40 --train_timestep_fraction 0.5 --train_learning_rate 4e-4 \
 	--train_adam_beta2 0.99 --train_warmup_steps 10 --train_clip_range 5e-3 --per_prompt_stat_tracking \
 	--per_prompt_stat_tracking_buffer_size 32 --per_prompt_stat_tracking_min_count 2
 
-# the last of two values counts
+# argparse takes the last of two values
 DEMO_full := $(DEMO_OPTIONS)
 DEMO_quick := $(DEMO_OPTIONS) --num_epochs 2 --sample_num_steps 3 --sample_batch_size 4 --train_batch_size 4
 
@@ -57,12 +61,12 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --no-
 test: lint
 	$(PYTEST) -m "not benchmark"
 
-# the rest of the benchmarks' own tests, whole tiny runs of each script: before a figure is recorded
+# whole tiny runs of the benchmarks' scripts, to be tested before a figure is recorded
 test-bench: $(READY)
 	$(PYTEST) -m benchmark
 
-# What is not marked slow (see tests/conftest.py), in less than two minutes, most of them on the trainer and the kernels.
-# Without lint, of which mypy alone takes half a minute where it has not run before: `make lint`.
+# The tests that are not marked slow (see tests/conftest.py), in less than two minutes. Lint is a target of its own, as
+# mypy alone takes half a minute without its cache.
 test-fast: $(READY)
 	$(PYTEST) -m "not slow"
 

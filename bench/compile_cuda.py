@@ -1,14 +1,14 @@
-"""Compiles `csrc/` against the headers of several versions of torch, without a GPU, and prints what its kernels take.
+"""Compiles `csrc/` against the headers of several versions of torch; prints registers and spills of its CUDA kernels.
 
     python bench/compile_cuda.py [--torch 2.11.0 2.13.0 installed] [--architectures 80 90] [--output FILE.jsonl]
 
-`installed` is the torch of this Python. Another version's headers come out of a wheel that pip downloads: macOS's,
-which is the smallest (80 MB) and has the stable ABI's headers as Linux's has them. Ends with status 1 if any fails.
+This needs nvcc and no GPU. `installed` stands for the torch of this Python. Headers of another version are taken from
+a wheel that pip downloads: that for macOS, which is the smallest (80 MB) and has the same headers of the stable ABI as
+that for Linux. The exit status is 1 if a source does not compile.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import subprocess
@@ -19,8 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import paths  # noqa: F401
 import torch
+from lib.command_line import new_parser
 
 from ddpo_fast.ops import extension
 
@@ -28,11 +28,11 @@ WHEEL = ("--python-version", "3.12", "--platform", "macosx_11_0_arm64", "--platf
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--torch", nargs="+", default=["2.11.0", "2.13.0"], metavar="VERSION")
-    parser.add_argument("--architectures", type=int, nargs="+", default=[80, 90])
-    parser.add_argument("--headers", type=Path, help="keep unpacked headers there (default: nowhere)")
-    parser.add_argument("--output", type=Path, help="write the rows there as JSON")
+    parser.add_argument("--architectures", type=int, nargs="+", default=[80, 90], help="default: 80 and 90")
+    parser.add_argument("--headers", type=Path, help="keep the unpacked headers in this folder")
+    parser.add_argument("--output", type=Path, help="write a row for each source there, as JSON lines")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
         rows = [
@@ -53,7 +53,7 @@ def main() -> int:
 
 
 def headers(version: str, folder: Path) -> Path:
-    """The include folder of a version of torch, unpacked into `folder` unless it is there."""
+    """The include folder of a version of torch. Downloads and unpacks it into `folder` unless it is there already."""
     if version == "installed":
         return Path(torch.__file__).parent / "include"
     unpacked = folder / version
@@ -71,11 +71,12 @@ def headers(version: str, folder: Path) -> Path:
 
 
 def compiled(include: Path, architectures: list[int], work: Path) -> Iterator[dict[str, Any]]:
-    """For each source: its name, what the compiler says if it fails, and what each of its kernels takes."""
+    """For each source its name, the compiler's error if it fails, and each kernel's registers and spilled bytes."""
     flags = extension.include_flags(include)
     cuda = ["nvcc", *extension.CUDA_COMMON, *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures)]
     for source in sorted(extension.CSRC.glob("*.cu")):
         yield row(source, [*cuda, *flags, "-Xptxas", "-v", "-c", "-o", str(work / "made.o")])
+    # the C++ sources have no kernels, so their syntax and types are checked and nothing is compiled
     for source in sorted(extension.CSRC.glob("*.cpp")):
         yield row(source, ["c++", *extension.CPU_COMMON, *flags, "-fsyntax-only"])
 

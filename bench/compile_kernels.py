@@ -1,28 +1,26 @@
-"""Compiles every Triton kernel ahead of time, without a GPU, and prints what it takes of one.
+"""Compiles every Triton kernel ahead of time, without a GPU, and prints what each needs of one.
 
     python bench/compile_kernels.py [--output FILE.json] [--architectures 80 90] [--only STEM]
 
-Registers of a thread, shared memory of a block, and spills in bytes as `cuobjdump` reads them from the machine code.
+That is registers of a thread, shared memory of a block in bytes, and spilled bytes of a thread, as `cuobjdump` reads
+them from the machine code.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
 import pkgutil
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
-
-import ddpo_fast_kernels
 import triton
+from lib import KERNELS
+from lib.command_line import new_parser
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -30,10 +28,10 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="write the rows there as JSON")
-    parser.add_argument("--architectures", type=int, nargs="+", default=[80, 90])
-    parser.add_argument("--only", default="", help="only the module of this name")
+    parser = new_parser(__doc__)
+    parser.add_argument("--output", type=Path, help="write a row for each kernel there, as JSON lines")
+    parser.add_argument("--architectures", type=int, nargs="+", default=[80, 90], help="default: 80 and 90")
+    parser.add_argument("--only", default="", help="only the kernels of this op")
     options = parser.parse_args()
     rows = list(compile_all(options.architectures, options.only))
     print(f"{'kernel':<72}{'sm':>4}{'warps':>7}{'registers':>11}{'shared':>8}{'spilled':>9}")
@@ -48,7 +46,7 @@ def main() -> None:
 
 
 def compile_all(architectures: list[int], only: str) -> Iterator[dict[str, Any]]:
-    for module_info in pkgutil.iter_modules(ddpo_fast_kernels.__path__):
+    for module_info in pkgutil.iter_modules([str(KERNELS / "ddpo_fast_kernels")]):
         module = importlib.import_module(f"ddpo_fast_kernels.{module_info.name}")
         if hasattr(module, "ahead_of_time") and only in ("", module_info.name):
             for architecture in architectures:
@@ -59,7 +57,7 @@ def compile_all(architectures: list[int], only: str) -> Iterator[dict[str, Any]]
 def compiled(
     architecture: int, name: str, kernel: Any, signature: dict[str, Any], constants: dict[str, Any], warps: int
 ) -> dict[str, Any]:
-    """What one kernel takes: its case, architecture, warps, registers, shared and spilled bytes."""
+    """A kernel's row: what it needs of a GPU, and what the tests check in its intermediate code."""
     made = triton.compile(
         ASTSource(kernel, signature, constexprs=constants, attrs=aligned(signature)),
         target=GPUTarget("cuda", architecture, 32),
@@ -80,7 +78,8 @@ def compiled(
         "registers": found["REG"],
         "shared_bytes": max(found["SHARED"], made.metadata.shared),
         "spilled_bytes": found["STACK"] + found["LOCAL"],
-        # two-dimensional pointers are those to activations, which may hold more elements than an int32 counts
+        # The types of offsets of two-dimensional pointers. These point to activations, which may have more elements
+        # than an int32 counts.
         "offsets": sorted(set(re.findall(r"tt\.addptr .*: tensor<\d+x\d+x!tt\.ptr<\w+>>, tensor<\w+x(i\d+)>", ttir))),
         "atomics": re.findall(r"\b(atom[.\w:]+)", made.asm["ptx"]),
         "contractible": contractible(ttir),
@@ -90,14 +89,21 @@ def compiled(
 
 
 def contractible(ttir: str) -> int:
-    """Sums of a product, which a compiler may fuse or leave alone: they round otherwise in another kernel."""
+    """How many additions have a product as an operand.
+
+    A compiler may fuse such an addition with the multiplication, which then rounds once instead of twice. If it does so
+    in one kernel and not in another, their results differ.
+    """
     products = set(re.findall(r"(%\S+) = arith\.mulf ", ttir))
     sums = re.findall(r"= arith\.(?:addf|subf) (%\S+), (%\S+) :", ttir)
     return sum(not products.isdisjoint(operands) for operands in sums)
 
 
 def aligned(signature: dict[str, Any]) -> dict[tuple[int, ...], list[list[Any]]]:
-    """torch's pointers are multiples of 16, and so are the sizes here: what the just-in-time compiler finds out."""
+    """Tells the compiler which arguments are multiples of 16: PyTorch's pointers and all sizes here.
+
+    At run time, Triton's just-in-time compiler finds this out from the arguments.
+    """
     paths = []
     for i, kind in enumerate(signature.values()):
         if isinstance(kind, tuple):

@@ -1,4 +1,4 @@
-"""Predicted memory against measured.
+"""Compares the memory that the plan predicts with the memory that training takes.
 
     python bench/memory.py --device cpu [--models bundled random] [--kinds lora full] [--precisions fp32 bf16]
                            [--modes none selective blocks] [--micro 1 4] [--engines plain 8bit ...]
@@ -6,15 +6,17 @@
     python bench/memory.py --cap GB --kinds full|lora [--device cuda] [--size full] [--steps 4] [--output FILE.jsonl]
     python bench/memory.py --show FILE.jsonl ...
 
-The first trains for two epochs in each combination: with the plain engine, and with each of the others too where all
-weights are trained in bf16, without checkpointing, 4 pairs at a time. Engines that are named train in every
-combination. The second plans for a GPU of so many GB, trains for two epochs
-with what was chosen, in a process that may not have more, and then with what is chosen for the whole GPU.
+The first command trains for two epochs in each combination of the options, each in a process of its own. By default
+that is the plain engine everywhere, and the other engines where all weights are trained in bf16 without checkpointing,
+in micro-batches of 4 pairs. Engines that are named are trained in every combination.
 
-Measured is on a GPU what PyTorch's allocator says (the CUDA context is not in it). On a CPU it is what tensors there
-are before the first epoch, and from there on every allocation and release of PyTorch's CPU allocator, as its profiler
-tells them: workspaces inside of ops are in it, what oneDNN and MKL allocate by themselves is not. Device and host are
-one memory there, so predicted is what the plan has at its peak on the one and on the other together.
+The second command plans for a GPU of so many GB and trains for two epochs with the settings that were chosen, in a
+process that may not allocate more. Then it does the same for the whole GPU.
+
+Measured on a GPU is the peak of PyTorch's allocator, without the CUDA context. Measured on a CPU are the tensors that
+exist before the first epoch, and after it each allocation and release of PyTorch's CPU allocator, as its profiler
+records them. That includes workspaces inside of ops, but not what oneDNN and MKL allocate by themselves. On a CPU,
+device memory and host memory are the same, so predicted is the sum of what the plan has for both.
 """
 
 from __future__ import annotations
@@ -26,19 +28,19 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterable
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import paths
-import record
 import torch
-from model import default_model
-from runs import PromptsInTurn, synchronize
-from workloads import EXAMPLE, FULL_RATE, NEVER, TINY, prompts
+from lib import RECORDS, ROOT, records
+from lib.call_costs import peak_of_cpu_allocations
+from lib.command_line import add_device_and_size, new_parser
+from lib.run_trainer import SeededPrompts, timed_epoch
+from lib.sd15_random import default_model
+from lib.workloads import EXAMPLE, FULL_RATE, NEVER, TINY, prompts
 
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.device_memory import CUDA_CONTEXT, GB
@@ -49,7 +51,7 @@ from ddpo_fast.rewards import jpeg_compressibility
 
 Row = dict[str, Any]
 PRECISIONS = {"fp32": "no", "fp16": "fp16", "bf16": "bf16"}
-# what trains the weights, and where all of them are compared
+# settings of the engine, which turns gradients into weights
 ENGINES: dict[str, Row] = {
     "plain": {},
     "8bit": {"train_use_8bit_adam": True},
@@ -57,11 +59,12 @@ ENGINES: dict[str, Row] = {
     "stochastic": {"stochastic_rounding": True, "train_use_8bit_adam": True},
     "ema": {"ema_decay": 0.99},
     "offload": {"offload": "optimizer", "train_use_8bit_adam": True},
-    # an update of one micro-batch; JSON has no infinity
+    # Each update is a single micro-batch. The norm is text, as it goes through JSON, which has no infinity.
     "in_backward": {"optimizer_in_backward": True, "train_max_grad_norm": "inf"},
 }
+# kind, precision, checkpointing and pairs of the combination that all engines train
 ENGINES_COMPARED_AT = ("full", "bf16", "none", 4)
-# of the bundled model's weights to Stable Diffusion's, roughly, with room for activations: caps of a dry run
+# a dry run's part of a cap: roughly the bundled model's weights over Stable Diffusion's, and room for activations
 TINY_SCALE = 1 / 50
 OUT_OF_MEMORY = "out of memory"
 
@@ -71,36 +74,38 @@ def main() -> None:
     if options.child:
         print(json.dumps(trained(json.loads(options.child))))
     elif options.show:
-        show([json.loads(line) for path in options.show for line in path.read_text("utf-8").splitlines()])
+        show(records.read(options.show))
     else:
         rows = list(capped(options) if options.cap else combinations(options))
-        facts = {"bench": "memory", **record.facts(options.device)}
-        record.append(options.output, ({**facts, **row} for row in rows))
+        facts = {"bench": "memory", **records.facts(options.device)}
+        records.append(options.output, ({**facts, **row} for row in rows))
         show(rows)
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--size", choices=["tiny", "full"], default="full")
+    parser = new_parser(__doc__)
+    add_device_and_size(parser)
     parser.add_argument("--models", nargs="+", choices=["bundled", "random"], default=["bundled", "random"])
     parser.add_argument("--kinds", nargs="+", choices=["lora", "full"], default=["lora", "full"])
     parser.add_argument("--precisions", nargs="+", choices=list(PRECISIONS), default=["fp32", "bf16"])
-    parser.add_argument("--modes", nargs="+", default=["none", "selective", "blocks"])
-    parser.add_argument("--micro", nargs="+", type=int, default=[1, 4])
-    parser.add_argument("--engines", nargs="+", choices=list(ENGINES), help="default: see above")
-    parser.add_argument("--cap", type=float, help="GB of the GPU; at size tiny a fiftieth of it")
+    parser.add_argument("--modes", nargs="+", default=["none", "selective", "blocks"], help="of checkpointing")
+    parser.add_argument("--micro", nargs="+", type=int, default=[1, 4], help="pairs of a micro-batch")
+    parser.add_argument(
+        "--engines", nargs="+", choices=list(ENGINES), help="settings of the engine (default: see above)"
+    )
+    parser.add_argument(
+        "--cap", type=float, metavar="GB", help="memory of a GPU to plan for; at tiny size a fiftieth of it"
+    )
     parser.add_argument("--steps", type=int, default=4, help="denoising steps")
     parser.add_argument("--show", nargs="+", type=Path, help="print records and run nothing")
-    parser.add_argument("--output", type=Path, default=paths.ROOT / "bench" / "records" / "memory.jsonl")
+    parser.add_argument("--output", type=Path, default=RECORDS / "memory.jsonl")
+    # for the processes that this script starts
     parser.add_argument("--child", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-# every combination, on a CPU
-
-
 def combinations(options: argparse.Namespace) -> Iterable[Row]:
+    """A row for each combination of the options, without a cap."""
     chosen = product(options.models, options.kinds, options.precisions, options.modes, options.micro)
     for model, kind, precision, mode, micro in chosen:
         every = list(ENGINES) if (kind, precision, mode, micro) == ENGINES_COMPARED_AT else ["plain"]
@@ -122,17 +127,15 @@ def combinations(options: argparse.Namespace) -> Iterable[Row]:
 
 
 def spec_of(options: argparse.Namespace, kind: str, settings: Row, model: str = "") -> Row:
-    # all pairs are trained on, and no reward is in a thread that the profiler does not see
+    # Training on all pairs is what the plan predicts, and the profiler does not see a reward that runs in a thread.
     fixed = {"train_skip_dead_pairs": False, "reward_overlap": False}
     fixed |= {"save_freq": NEVER, "train_learning_rate": FULL_RATE}
     settings = {**settings, **fixed}
     return {"device": options.device, "kind": kind, "settings": settings, "model": model, "size": options.size}
 
 
-# a part of a GPU
-
-
 def capped(options: argparse.Namespace) -> Iterable[Row]:
+    """For each kind of training a row with the cap and one for the whole GPU."""
     for kind in options.kinds:
         half = {"lora": "fp16", "full": "bf16"}[kind] if options.device == "cuda" else "no"
         example = {**EXAMPLE, "mixed_precision": half, "sample_num_steps": options.steps}
@@ -148,23 +151,20 @@ def capped(options: argparse.Namespace) -> Iterable[Row]:
 
 
 def in_a_process(spec: Row) -> Row:
-    """What `trained` finds in a fresh process; a lack of memory is a finding too."""
+    """What `trained` returns in a process of its own, also where it ran out of memory."""
     variables = {**os.environ, "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     if spec["device"] == "cuda":
         variables.pop("OMP_NUM_THREADS")
     command = [sys.executable, str(Path(__file__)), "--child", json.dumps(spec)]
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, cwd=paths.ROOT)
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         raise RuntimeError(f"{spec}\n{done.stderr[-3000:]}")
     found: Row = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
-# one run
-
-
 def trained(spec: Row) -> Row:
-    """Two epochs, the second timed, and the peak of both beside the predicted one."""
+    """Trains for two epochs: their measured peak and the predicted one, and the seconds of the second."""
     device, cap = spec["device"], spec.get("cap")
     with tempfile.TemporaryDirectory() as folder:
         model = model_of(spec, Path(folder))
@@ -181,7 +181,7 @@ def trained(spec: Row) -> Row:
         )
         chosen: Row = {}
         if "cap" in spec:
-            # on a CPU the whole is as much as nothing needs to be saved for
+            # without a cap, a CPU counts as 64 GB, at which no memory needs to be saved
             capacity = cap * GB if cap else torch.cuda.mem_get_info()[1] if device == "cuda" else 64 * GB
             chosen = choose(footprint, config, capacity, evaluated_images=0).settings
             config = DDPOConfig(**{**vars(config), **chosen})
@@ -204,7 +204,8 @@ def trained(spec: Row) -> Row:
 def model_of(spec: Row, folder: Path) -> Path:
     if spec["model"] != "random":
         return default_model(spec["device"], "tiny" if spec["model"] == "bundled" else spec["size"])
-    sys.path.append(str(paths.ROOT / "tests"))
+    # the tests' random model
+    sys.path.append(str(ROOT / "tests"))
     from tiny_run import build_pipeline
 
     build_pipeline().save_pretrained(folder / "model")
@@ -217,7 +218,7 @@ def trainer_of(config: DDPOConfig, model: Path, use_lora: bool) -> Any:
     from ddpo_fast.unet import set_gradient_checkpointing
 
     pipeline = DefaultDDPOStableDiffusionPipeline(str(model), use_lora=use_lora)
-    trainer = DDPOTrainer(config, jpeg_compressibility, PromptsInTurn(prompts(False), config.seed), pipeline)
+    trainer = DDPOTrainer(config, jpeg_compressibility, SeededPrompts(prompts(False), config.seed), pipeline)
     set_gradient_checkpointing(trainer.sd_pipeline.unet, config.gradient_checkpointing)
     (trainer.sd_pipeline.vae.enable_slicing if config.vae_slicing else trainer.sd_pipeline.vae.disable_slicing)()
     return trainer
@@ -225,14 +226,8 @@ def trainer_of(config: DDPOConfig, model: Path, use_lora: bool) -> Any:
 
 def two_epochs(trainer: Any) -> float:
     """Seconds of the second."""
-    global_step, seconds = 0, 0.0
-    for epoch in range(2):
-        synchronize()
-        began = time.perf_counter()
-        global_step = trainer.step(epoch, global_step)
-        synchronize()
-        seconds = time.perf_counter() - began
-    return seconds
+    global_step, _ = timed_epoch(trainer, 0, 0)
+    return timed_epoch(trainer, 1, global_step)[1]
 
 
 def on_cuda(make: Callable[[], Any]) -> Row:
@@ -249,19 +244,17 @@ def on_cpu(make: Callable[[], Any]) -> Row:
     trainer = make()
     held = tensor_bytes() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        # the profiler slows it, so this is no figure to compare with others
+        # slowed down by the profiler, so these seconds compare only with others of this script
         seconds = two_epochs(trainer)
-    events = profile.profiler.kineto_results.events()
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    now = most = 0
-    for _, change in changes:
-        now += change
-        most = max(most, now)
-    return {"measured_bytes": held + most, "reserved_bytes": None, "epoch_s": seconds}
+    return {
+        "measured_bytes": held + peak_of_cpu_allocations(profile),
+        "reserved_bytes": None,
+        "epoch_s": seconds,
+    }
 
 
 def tensor_bytes() -> int:
-    """Of all tensors that the interpreter knows, each storage once."""
+    """Bytes of all tensors on the CPU that the garbage collector knows; those that share a storage count once."""
     gc.collect()
     sizes = {}
     with warnings.catch_warnings():

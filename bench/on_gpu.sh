@@ -1,26 +1,29 @@
 #!/usr/bin/env bash
-# Every figure that needs a GPU, in one command for an offline machine, most valuable first.
-#   OUT=FOLDER bench/on_gpu.sh        stages that are in FOLDER already are skipped
-#   DRY_RUN=1 bench/on_gpu.sh         every stage at tiny sizes on a CPU
-# PYTHON is the interpreter, LIMIT a stage's seconds, ONLY a regular expression for the stages to run.
+# Measures everything that needs a GPU, on a machine without a network. The most valuable stages come first, in case the
+# machine's time runs out; a stage that fails stops no other.
+#   OUT=FOLDER bench/on_gpu.sh        writes to FOLDER and skips the stages whose results are there already
+#   DRY_RUN=1 bench/on_gpu.sh         runs every stage at tiny sizes on a CPU
+# PYTHON is the interpreter (default: python3), LIMIT the most seconds of a stage (default: 170), ONLY a regular
+# expression that names the stages to run (default: all).
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export OUT=${OUT:-bench/records/gpu} PYTHONPATH="$PWD:$PWD/kernels:${PYTHONPATH:-}" KINETO_LOG_LEVEL=${KINETO_LOG_LEVEL:-99}
 python=${PYTHON:-python3} limit=${LIMIT:-170}
 mkdir -p "$OUT"
 size=full device=cuda quick=() kernels=() compiler=(--compile --rounds 9)
-# a case of TRL's 50 steps takes minutes: with fewer of them a stage holds two rounds or more
+# with TRL's 50 denoising steps a case takes minutes; with these, two rounds or more fit into a stage
 example=lora-fp16 few=(--steps 10) fewer=(--steps 4)
 if [[ ${DRY_RUN:-} ]]; then
     size=tiny device=cpu quick=(-k "determin or last_bit or refuse or unknown_names or replays or buckets") compiler=()
     kernels=(--only geglu --architectures 90)
     example=lora few=() fewer=()
 fi
-# interpreted kernels are neither timed nor compiled; the tests' own settings interpret them where there is no GPU
+# Kernels that Triton interprets can be neither timed nor compiled. Tests set this variable themselves where they find no
+# GPU.
 unset TRITON_INTERPRET
 failed=0 summary=""
 
-# stage NAME RESULT COMMAND...: the command writes RESULT.part, which takes its name when the stage has passed
+# stage NAME RESULT COMMAND...: the command writes RESULT.part, which is renamed to RESULT if the command succeeds
 stage() {
     local name=$1 result=$OUT/$2 begun=$SECONDS
     shift 2
@@ -40,9 +43,11 @@ report() {
     echo "$1: $2"
     summary+=$(printf '%-24s%s' "$1" "$2")$'\n'
 }
+# tests NAME FILE...: runs files of tests and keeps their report, which lets `times` measure the ops that passed
 tests() { stage "tests-$1" "tests-$1.xml" "$python" -m pytest -q "${quick[@]}" "--junitxml=$OUT/tests-$1.xml.part" "${@:2}"; }
 
-# times NAME TESTS OPTION...: a few quick tests prove nothing, so a dry run's records say that they are unverified
+# times NAME TESTS OPTION...: times ops, if the stage of tests of that name has passed. A dry run runs only a few of the
+# tests, so its records say that the ops are unverified.
 times() {
     local name=ops-$1 tests=$OUT/tests-$2.xml gate=(--tested "$OUT/tests-$2.xml")
     [[ $name =~ ${ONLY:-.} ]] || return
@@ -52,14 +57,15 @@ times() {
         --output "$OUT/$name.jsonl.part" --plot "$OUT/$name.png" "${@:3}"
 }
 
-# speeds NAME OPTION...: our trainer and TRL's
+# speeds NAME OPTION...: our trainer's speed and TRL's
 speeds() {
     stage "throughput-$1" "throughput-$1.jsonl" "$python" bench/throughput.py --device $device --size $size \
         --budget $((limit - 20)) --output "$OUT/throughput-$1.jsonl.part" "${@:2}"
 }
-# bars NUMBER TECHNIQUE...: a part of the waterfall, which begins with the last bar of the one before
+# bars NUMBER TECHNIQUE...: a part of the waterfall, which as a whole takes longer than a stage may. Each part begins with
+# the last bar of the part before, so that every bar is compared with its neighbour in the same rounds.
 bars() { speeds "waterfall-$1" --waterfall --case $example "${few[@]}" --technique "${@:2}"; }
-# capped KIND GB: what is chosen for so much of the GPU, beside what is chosen for all of it
+# capped KIND GB: memory and time with the settings that the plan chooses for so many GB, and for the whole GPU
 capped() {
     stage "memory-$1-$2" "memory-$1-$2.jsonl" "$python" bench/memory.py --device $device --size $size \
         --kinds "$1" --cap "$2" --output "$OUT/memory-$1-$2.jsonl.part"
@@ -97,11 +103,12 @@ capped full 40
 times compiled_steps steps --op step_logprob ppo_loss "${compiler[@]}"
 times compiled_norms norms --op groupnorm_silu "${compiler[@]}"
 times compiled_gates gates --op geglu "${compiler[@]}"
-# which attention a run chooses is in its log; here for each size of heads, with the reasons against the others
+# the attention that would be chosen for each size of heads, with the reasons against the others
 stage attention attention.txt bash -c "\"$python\" -m ddpo_fast.cli info >\"$OUT/attention.txt.part\""
 stage sources sources.jsonl "$python" bench/compile_cuda.py --torch installed --output "$OUT/sources.jsonl.part"
 stage kernels kernels.jsonl "$python" bench/compile_kernels.py "${kernels[@]}" --output "$OUT/kernels.jsonl.part"
 
+# a pattern without a match stays as it is, and then names no file
 records=("$OUT"/ops-*.jsonl)
 [[ ! -e ${records[0]} ]] || "$python" bench/ops.py --show "${records[@]}"
 records=("$OUT"/throughput-*.jsonl)

@@ -1,15 +1,15 @@
-"""Times every op against the plain PyTorch that it replaces. An op whose tests fail is not reported.
+"""Times every op against the plain PyTorch that it replaces. An op whose tests fail is not timed.
 
     python bench/ops.py [--op STEM ...] [--device cpu|cuda] [--size tiny|full] [--output FILE.jsonl] [--plot FILE.png]
 
-Contenders take turns in rounds. Records are appended as JSON lines; `share_of_copy` is the time of a copy that moves
-the bytes that the op must move at least, over the op's time.
+The contenders of an op are plain PyTorch ("eager") and each backend that can run here. They take turns in rounds.
+Records are appended to a file of JSON lines. `share_of_copy` is the time of a copy that moves as many bytes as the op
+must move at least, over the op's time: an op that is limited by memory bandwidth alone reaches 100 %.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import subprocess
@@ -17,15 +17,15 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 from xml.etree import ElementTree
 
-import paths
-import record
-import timing
 import torch
-from cases import CASES, Case, Function
+from lib import ROOT, call_costs, records, timing
+from lib.command_line import add_device_and_size, new_parser, print_progress
+from lib.op_cases import CASES, Case, Function
+from lib.timing import Run, percentiles
 from matplotlib.figure import Figure
 
 from ddpo_fast.ops.backend import BACKENDS, force_backend
@@ -36,45 +36,50 @@ Row = dict[str, Any]
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if options.show:
-        print_table([json.loads(line) for file in options.show for line in file.read_text("utf-8").splitlines()])
+        print_table(records.read(options.show))
         return 0
-    facts = record.facts(options.device)
-    output = options.output or paths.ROOT / "bench" / "records" / f"ops-{record.slug(facts['device'])}.jsonl"
-    facts["large_copy_gb_per_s"] = record.copy_bandwidth(2**20 if options.size == "tiny" else 2**28, options.device)
+    facts = records.facts(options.device)
+    output = options.output or records.default_file("ops", facts["device"])
+    facts["large_copy_gb_per_s"] = timing.copy_bandwidth(2**20 if options.size == "tiny" else 2**28, options.device)
     rows, refused = [], []
     for stem in options.op:
-        if not options.skip_tests and (failure := failed_tests(stem, options)):
-            say(f"{stem} is not reported, as its tests fail:\n{failure}")
+        if not options.skip_tests and (failure := test_failure(stem, options)):
+            print_progress(f"{stem} is not timed, as its tests fail:\n{failure}")
             refused.append(stem)
             continue
         for case in CASES[stem](options.device, options.size):
             for direction in case.moved:
                 found = [{**row, **facts} for row in measured(case, direction, options)]
-                record.append(output, found)
+                records.append(output, found)
                 rows += found
+        # compiled code of other shapes counts towards a limit beyond which torch.compile falls back to eager
         torch.compiler.reset()
     print_table(rows)
     if rows:
         plot(rows, options.plot or output.with_suffix(".png"))
-        say(f"records: {output}")
+        print_progress(f"records: {output}")
     if refused:
-        print(f"not reported, as their tests fail: {', '.join(refused)}")
+        print(f"not timed, as their tests fail: {', '.join(refused)}")
     return 1 if refused else 0
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--op", nargs="+", choices=list(CASES), default=list(CASES), metavar="STEM")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default=device)
-    parser.add_argument("--size", choices=["tiny", "full"], default="full")
+    parser = new_parser(__doc__)
+    parser.add_argument(
+        "--op", nargs="+", choices=list(CASES), default=list(CASES), metavar="STEM", help="default: all"
+    )
+    add_device_and_size(parser)
     parser.add_argument("--output", type=Path, help="default: bench/records/ops-DEVICE.jsonl")
     parser.add_argument("--plot", type=Path, help="default: beside the records")
     parser.add_argument("--rounds", type=int, help="default: 21, or 3 for tiny sizes")
-    parser.add_argument("--compile", action="store_true", help="torch.compile is a contender too (takes long)")
-    parser.add_argument("--skip-tests", action="store_true", help="the records say that they are unverified")
+    parser.add_argument("--compile", action="store_true", help="torch.compile is a contender too (slow)")
     parser.add_argument(
-        "--tested", type=Path, help="pytest's --junitxml report: ops that passed there are not tested again"
+        "--skip-tests", action="store_true", help="time ops that may be wrong; their records say `unverified`"
+    )
+    parser.add_argument(
+        "--tested",
+        type=Path,
+        help="a report of pytest's --junitxml: an op whose tests passed there is not tested again",
     )
     parser.add_argument("--show", type=Path, nargs="+", help="print these records and time nothing")
     parser.add_argument("--test-command", default=f"{shlex.quote(sys.executable)} -m pytest -q tests/test_{{op}}.py")
@@ -83,31 +88,27 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def failed_tests(stem: str, options: argparse.Namespace) -> str:
-    """The end of what an op's failing tests print, or '' if they pass."""
+def test_failure(stem: str, options: argparse.Namespace) -> str:
+    """The last lines of an op's failing tests, or '' if they pass."""
     if options.tested and all_passed(stem, options.tested):
         return ""
     environment = dict(os.environ)
     if options.device == "cuda":
         environment.pop("TRITON_INTERPRET", None)
     command = shlex.split(options.test_command.format(op=stem))
-    done = subprocess.run(command, cwd=paths.ROOT, env=environment, capture_output=True, text=True)
-    said = (done.stdout + done.stderr)[-2000:]
-    return "" if done.returncode == 0 else said or f"{command[0]} ended with status {done.returncode}"
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    printed = (done.stdout + done.stderr)[-2000:]
+    return "" if done.returncode == 0 else printed or f"{command[0]} ended with status {done.returncode}"
 
 
 def all_passed(stem: str, report: Path) -> bool:
-    """Whether pytest's JUnit report has the op's tests and no failure or error among them."""
+    """Whether the report has tests of the op, and no failure or error among them."""
     tests = [test for test in ElementTree.parse(report).iter("testcase") if f"test_{stem}" in test.get("classname", "")]
     return bool(tests) and not any(test.find(kind) is not None for test in tests for kind in ("failure", "error"))
 
 
 def contenders(case: Case, options: argparse.Namespace) -> Iterator[tuple[str, Function, str]]:
-    """Names, functions, and backends. Interpreted kernels are not among them: their backend has a reason."""
+    """(name, function, backend). Interpreted Triton kernels are left out, as that backend gives a reason not to run."""
     yield "eager", case.eager, "auto"
     if options.compile:
         yield "torch.compile", torch.compile(case.eager, dynamic=False), "auto"
@@ -118,8 +119,8 @@ def contenders(case: Case, options: argparse.Namespace) -> Iterator[tuple[str, F
             yield backend, case.fused, backend
 
 
-def prepared(function: Function, case: Case, direction: str) -> timing.Run:
-    """A call to time. Gradients are returned and never added up, so there is nothing to zero."""
+def call_to_time(function: Function, case: Case, direction: str) -> Run:
+    """Gradients are returned and not accumulated in `.grad`, which would have to be zeroed."""
     if direction == "fwd":
         return torch.no_grad()(lambda: function(*case.arguments))
 
@@ -135,27 +136,29 @@ def prepared(function: Function, case: Case, direction: str) -> timing.Run:
 
 
 def measured(case: Case, direction: str, options: argparse.Namespace) -> Iterator[Row]:
-    runs: dict[str, timing.Run] = {}
+    """A record for each contender."""
+    runs: dict[str, Run] = {}
     costs: dict[str, Row] = {}
     for name, function, backend in contenders(case, options):
         try:
-            runs[name] = with_backend(prepared(function, case, direction), backend)
+            runs[name] = with_backend(call_to_time(function, case, direction), backend)
             forward = with_backend(partial(function, *case.arguments), backend)
             costs[name] = cost(name, runs[name], forward, direction, options.device)
         except Exception as error:
+            # the failure of another package is reported, a failure of this project's op is an error
             if name not in ("torch.compile", "liger"):
                 raise
-            say(f"{case.op.name} {direction} {case.shape}: {name} is left out, {str(error).splitlines()[0]}")
+            print_progress(f"{case.op.name} {direction} {case.shape}: {name} is left out, {str(error).splitlines()[0]}")
             runs.pop(name, None)
-    runs["copy"] = record.copy_of(case.moved[direction], options.device)
-    say(f"{case.op.name} {direction} {case.shape} {case.dtype}: {', '.join(runs)}")
+    runs["copy"] = timing.copy_of(case.moved[direction], options.device)
+    print_progress(f"{case.op.name} {direction} {case.shape} {case.dtype}: {', '.join(runs)}")
     sample_seconds = 1e-3 if options.size == "tiny" else 1e-2
     times = timing.interleaved(timing.Clock(options.device), runs, options.rounds, sample_seconds)
     for name in (name for name in runs if name != "copy"):
         yield row(case, direction, name, times, costs[name], options)
 
 
-def with_backend(run: timing.Run, backend: str) -> timing.Run:
+def with_backend(run: Run, backend: str) -> Run:
     def forced() -> Any:
         with force_backend(backend):
             return run()
@@ -163,25 +166,25 @@ def with_backend(run: timing.Run, backend: str) -> timing.Run:
     return forced
 
 
-def cost(name: str, run: timing.Run, forward: timing.Run, direction: str, device: str) -> Row:
-    """What a call costs besides time."""
+def cost(name: str, run: Run, forward: Run, direction: str, device: str) -> Row:
+    """What a call costs besides time. `forward` is the forward pass alone, of which the kept bytes are counted."""
     run()
-    # ops are counted by a mode under which compiled code falls back to eager, and stays so afterwards
+    # Ops are counted by a dispatch mode. Compiled code falls back to eager under it, and does not recover afterwards.
     uncounted = name == "torch.compile" and device == "cpu"
     return {
-        **(timing.NO_LAUNCHES if uncounted else timing.launches(run, device)),
-        "peak_bytes": timing.peak_bytes(run, device),
-        "kept_bytes": None if direction == "fwd" else timing.kept_bytes(forward),
+        **(call_costs.NO_LAUNCHES if uncounted else call_costs.launches(run, device)),
+        "peak_bytes": call_costs.peak_bytes(run, device),
+        "kept_bytes": None if direction == "fwd" else call_costs.kept_bytes(forward),
     }
 
 
 def row(
     case: Case, direction: str, name: str, times: dict[str, list[float]], costs: Row, options: argparse.Namespace
 ) -> Row:
-    """One record; speed-ups are of rounds, as what slows a round down slows all in it."""
+    """A record. Speed-ups are ratios within a round, as whatever slows a round down slows all contenders in it."""
     own, moved = times[name], case.moved[direction]
-    low, middle, high = spread(own)
-    slower, speed_up, faster = spread([eager / mine for eager, mine in zip(times["eager"], own, strict=True)])
+    low, middle, high = percentiles(own)
+    slower, speed_up, faster = percentiles([eager / mine for eager, mine in zip(times["eager"], own, strict=True)])
     return {
         "op": case.op.name,
         "direction": direction,
@@ -204,14 +207,6 @@ def row(
     }
 
 
-def spread(values: list[float]) -> tuple[float, float, float]:
-    """The 20th, 50th and 80th percentile."""
-    if len(values) == 1:
-        return values[0], values[0], values[0]
-    fifths = quantiles(values, n=5, method="inclusive")
-    return fifths[0], median(values), fifths[3]
-
-
 def print_table(rows: list[Row]) -> None:
     what = rows[0]["launches_are"] if rows else ""
     print(f"{'op':<34}{'size':<46}{'contender':<14}{'p20':>9}{'p50':>9}{'p80':>9} us{'GB/s':>7}{'of copy':>9}", end="")
@@ -227,7 +222,7 @@ def print_table(rows: list[Row]) -> None:
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Speed-ups over eager with their p20 and p80, a panel for each op; beside a bar, its share of a copy's speed."""
+    """Speed-ups over eager with 20th and 80th percentile, a panel for each op; beside each bar its share of a copy."""
     shown = [row for row in rows if row["contender"] != "eager"]
     ops = {name: [row for row in shown if row["op"] == name][::-1] for name in dict.fromkeys(r["op"] for r in shown)}
     colours = {name: f"C{i}" for i, name in enumerate(sorted({row["contender"] for row in shown}))}
@@ -235,14 +230,14 @@ def plot(rows: list[Row], path: Path) -> None:
     figure = Figure(figsize=(11, 0.25 * sum(heights) + 1), layout="constrained")
     panels = figure.subplots(len(ops), squeeze=False, height_ratios=heights)[:, 0]
     for axis, (name, bars) in zip(panels, ops.items(), strict=True):
-        draw(axis, bars, colours)
+        draw_panel(axis, bars, colours)
         axis.set_title(name, fontsize=9)
     panels[-1].set_xlabel("speed-up over eager PyTorch (in brackets: share of a copy's bandwidth)")
     figure.suptitle(f"{rows[0]['device']}, torch {rows[0]['torch']}", fontsize=9)
     figure.savefig(path, dpi=130)
 
 
-def draw(axis: Any, bars: list[Row], colours: dict[str, str]) -> None:
+def draw_panel(axis: Any, bars: list[Row], colours: dict[str, str]) -> None:
     places, values = range(len(bars)), [bar["speed_up"] for bar in bars]
     below = [bar["speed_up"] - bar["speed_up_p20"] for bar in bars]
     above = [bar["speed_up_p80"] - bar["speed_up"] for bar in bars]

@@ -23,8 +23,9 @@ __all__ = [
     "__version__",
 ]
 
-# torch and diffusers take seconds to import: whoever asks for `ddpo-fast --help` or the config does not pay for them
-_HOMES = {
+# The module of each name, imported when the name is first used: torch and diffusers take seconds to import, which
+# `ddpo-fast --help` and a script that only makes a config do not need.
+_MODULES = {
     "DDPOConfig": "config",
     "DDPOPipelineOutput": "sampler",
     "DDPOSchedulerOutput": "sampler",
@@ -35,10 +36,10 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    # found at once from now on
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    # the next look-up finds it without this function
     globals()[name] = value
     return value
 

@@ -1,6 +1,7 @@
 """The command line: `ddpo-fast train`, `ddpo-fast plan`, `ddpo-fast sample` and `ddpo-fast info`.
 
-Whatever takes seconds to import is imported by the command that needs it, after its options are known to be right.
+A command is a function in `COMMANDS`: it reads its options, which needs no torch, and then imports and runs its module
+in `commands/`. So `--help` and a misspelt option are answered before the seconds that torch takes to import.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from ddpo_fast.commands import library_messages
+from ddpo_fast.commands import library_warnings
 from ddpo_fast.version import __version__
 
 USAGE = """usage: ddpo-fast COMMAND [options]
@@ -24,13 +25,14 @@ Fine-tune Stable Diffusion with reinforcement learning.
   info    print what runs on this machine, and why the rest does not
 
 `ddpo-fast COMMAND --help` lists a command's options."""
-# set to anything: a mistake ends with Python's traceback
+# an environment variable: set to anything, errors are shown with Python's traceback
 TRACEBACK = "DDPO_FAST_TRACEBACK"
+# exit statuses as shells give them: 128 plus the number of SIGINT or SIGPIPE
 INTERRUPTED, BROKEN_PIPE = 130, 141
 
 
 class Stopped(SystemExit):
-    """A user's mistake, which has been said: exit status 2."""
+    """Exit status 2, after the sentence about a user's mistake has been printed; it is kept in `args`."""
 
     def __init__(self, sentence: str) -> None:
         super().__init__(sentence)
@@ -38,7 +40,10 @@ class Stopped(SystemExit):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a command; what a user can mend ends it with one sentence and exit status 2."""
+    """Runs the command that the first word names, by default of the process's arguments.
+
+    An error that a user can mend ends it with one sentence and exit status 2.
+    """
     words = sys.argv[1:] if arguments is None else list(arguments)
     if not words or words[0] in ("-h", "--help"):
         print(USAGE)
@@ -48,15 +53,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     command, options = words[0], words[1:]
     try:
-        with library_messages.other_packages():
-            command_called(command)(options)
+        with library_warnings.quiet_libraries():
+            find_command(command)(options)
             sys.stdout.flush()
     except BrokenPipeError:
-        # whoever read the output has gone; Python's own last flush must not complain of it
+        # The reader of stdout has ended, as `head` does. Python flushes stdout at its exit, which would raise again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(BROKEN_PIPE)
     except KeyboardInterrupt as error:
-        # of training the trainer says how to go on
+        # The trainer gives its interrupts an argument, after it has printed how to resume the run.
         if not error.args:
             print(f"\nddpo-fast {command}: interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
@@ -64,7 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         stop(f"ddpo-fast {command}" if command in COMMANDS else "ddpo-fast", error)
 
 
-def command_called(name: str) -> Callable[[Sequence[str]], None]:
+def find_command(name: str) -> Callable[[Sequence[str]], None]:
+    """The command of that name. Raises `ValueError` naming the nearest one."""
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         meant = f": did you mean {near[0]}?" if near else f", only {', '.join(COMMANDS)}"
@@ -73,12 +79,12 @@ def command_called(name: str) -> Callable[[Sequence[str]], None]:
 
 
 def stop(program: str, error: Exception) -> NoReturn:
-    """Says an error in one line. Raises `Stopped`, or the error itself if `DDPO_FAST_TRACEBACK` is set."""
+    """Prints an error in one line and raises `Stopped`, or the error itself if `DDPO_FAST_TRACEBACK` is set."""
     if os.environ.get(TRACEBACK):
         raise error
-    # libraries write messages of many lines
-    said = " ".join(str(error).split()) or type(error).__name__
-    sentence = f"{program}: error: {said:.1000}"
+    # some libraries' messages have many lines
+    message = " ".join(str(error).split()) or type(error).__name__
+    sentence = f"{program}: error: {message:.1000}"
     print(sentence, file=sys.stderr, flush=True)
     raise Stopped(sentence) from None
 
@@ -86,7 +92,7 @@ def stop(program: str, error: Exception) -> NoReturn:
 def train(arguments: Sequence[str]) -> None:
     from ddpo_fast.commands.options import train_parser
 
-    # `--help` and misspelt options end here
+    # for `--help` and misspelt options, which end here; `run` parses again, with a resumed run's defaults
     train_parser().parse(arguments)
     from ddpo_fast.commands import train
 

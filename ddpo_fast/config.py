@@ -1,4 +1,8 @@
-"""`DDPOConfig`: TRL's fields, names and defaults, with rules that fail before any model is loaded."""
+"""`DDPOConfig`: TRL's fields, names and defaults, then this package's own.
+
+A field is one line here: its default, its help on the command line and, for a word from a list, its `choices`. The list
+is said here alone: the command line and `config_rules` take it from the field.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +22,17 @@ def _mapping(text: str) -> Any:
     return field(default_factory=dict, metadata={"help": f"{text} On the command line: a JSON object."})
 
 
-# HfArgumentParser takes an option of this type as a string, which `__post_init__` reads as JSON
+# the fields that an image depends on, beside weights, prompt and noise
+SAMPLING_FIELDS = ("sample_num_steps", "sample_guidance_scale", "sample_eta", "negative_prompts")
+
+# What a type checker sees is the field's type after `__post_init__` and, of the precision, where a run reads it. What
+# HfArgumentParser sees are the types of what may be given: for a mapping a string, which `__post_init__` reads as JSON.
 if TYPE_CHECKING:
     Mapping: TypeAlias = dict[str, Any]
+    Precision: TypeAlias = str
 else:
     Mapping = Optional[Union[dict, str]]  # noqa: UP007, UP045
+    Precision = Optional[str]  # noqa: UP045
 
 
 @dataclass
@@ -37,7 +47,7 @@ class DDPOConfig:
     run_name: str = _option("", "Name of this run: the folder under `logdir` that it writes to.")
     seed: int = _option(0, "Random seed.")
     log_with: Optional[str] = _option(  # noqa: UP045
-        None, "Tracker to log to, beside metrics.jsonl.", choices=["wandb", "tensorboard"]
+        None, "Tracker to log to, beside metrics.jsonl.", choices=[*config_rules.TRACKER_PACKAGES, None]
     )
     tracker_kwargs: Mapping = _mapping("Keyword arguments for the tracker (e.g. wandb_project).")
     accelerator_kwargs: Mapping = _mapping("Keyword arguments for the accelerator.")
@@ -47,7 +57,13 @@ class DDPOConfig:
     num_epochs: int = _option(100, "Number of epochs to train.")
     save_freq: int = _option(1, "Number of epochs between checkpoints.")
     num_checkpoint_limit: int = _option(5, "Number of checkpoints to keep; the oldest goes first.")
-    mixed_precision: str = _option("fp16", "Precision of the networks: no, fp16 or bf16. Latents stay in fp32.")
+    # None, which TRL takes too, is accelerate's choice: `processes.with_launch_settings` fills it in for the trainer,
+    # and `commands.options.precision_or_default` for a command, whose checks come before the accelerator.
+    mixed_precision: Precision = _option(
+        "fp16",
+        "Precision of the networks (None: what `accelerate launch` was told). Latents stay in fp32.",
+        choices=["no", "fp16", "bf16", None],
+    )
     allow_tf32: bool = _option(True, "Allow TF32 matrix products on Ampere and newer GPUs.")
     resume_from: str = _option("", "Checkpoint, or folder with checkpoints, to resume from.")
     sample_num_steps: int = _option(50, "Number of denoising steps when sampling.")
@@ -154,7 +170,8 @@ class DDPOConfig:
     )
     gpu_memory: Optional[float] = _option(None, "GB of the GPU to use (default: all).")  # noqa: UP045
 
-    # not a field: set by `processes.with_launch_settings` where only accelerate has settings for DeepSpeed
+    # Not a field, as it has no annotation: set by `processes.with_launch_settings` where `accelerate launch` was given
+    # settings for DeepSpeed and this config has none.
     launched_with_deepspeed = False
 
     def __post_init__(self) -> None:
@@ -165,7 +182,11 @@ class DDPOConfig:
         self.check()
 
     def check(self) -> None:
-        """Checks every field's type and range and the rules across fields (the trainer calls it again)."""
+        """Checks every field's type and range and the rules across fields.
+
+        Raises `ValueError`, or `ImportError` for a package that is not installed. The trainer calls it again, as fields
+        may have been set since.
+        """
         for option in fields(self):
             setattr(self, option.name, config_rules.plain(getattr(self, option.name)))
         if problem := config_rules.broken_rule(self):
@@ -207,7 +228,7 @@ class DDPOConfig:
 
     @property
     def uses_deepspeed(self) -> bool:
-        """Whether DeepSpeed trains: by `zero`, by `deepspeed`, or as `accelerate launch` was told."""
+        """Whether DeepSpeed trains: by `zero`, by `deepspeed`, or by the settings given to `accelerate launch`."""
         return self.zero > 0 or self.deepspeed is not None or self.launched_with_deepspeed
 
     @property
@@ -217,12 +238,12 @@ class DDPOConfig:
 
     @property
     def guides_training(self) -> bool:
-        """Whether a training forward has two rows per pair, as `sample_guidance_scale` <= 1 means no guidance."""
+        """Whether training uses classifier-free guidance; a `sample_guidance_scale` of 1 or less means none."""
         return self.train_cfg and self.sample_guidance_scale > 1
 
     @property
     def rows_per_image(self) -> int:
-        """Rows of the UNet's batch for an image while sampling: guidance takes one without the prompt beside it."""
+        """Rows of the UNet's batch for an image while sampling: with guidance a second one, without the prompt."""
         return 2 if self.sample_guidance_scale > 1 else 1
 
     @property
@@ -231,7 +252,7 @@ class DDPOConfig:
         return 2 if self.guides_training else 1
 
     def batch_arithmetic(self, num_processes: int = 1) -> str:
-        """One paragraph for a person: how many images, pairs and updates an epoch has."""
+        """How many images, (image, timestep) pairs and updates an epoch has, in three lines for a person."""
         images = self.sample_batch_size * self.sample_num_batches_per_epoch * num_processes
         per_update = self.train_batch_size * self.train_gradient_accumulation_steps * num_processes
         updates = self.updates_per_inner_epoch * self.train_num_inner_epochs

@@ -1,6 +1,8 @@
 """What the settings of a run must be: each field's type and range, and the rules across fields.
 
-A rule names fields, a predicate, and what the value must be, in words for a message.
+A field with a list of choices, and a switch, need no rule here: theirs follows from the field itself. Every other field
+is in `RULES`, and what fields may not be together is in `CONFLICTS`. A rule is a predicate, and what the value must be
+in words for the message.
 """
 
 from __future__ import annotations
@@ -11,53 +13,75 @@ import json
 import numbers
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeAlias
 
-# the settings, whose class is made with these rules
+# a `DDPOConfig`, whose module imports this one
 Settings: TypeAlias = Any
+Predicate: TypeAlias = Callable[[Any], bool]
 
-# sizes beyond are slips of the finger
-MOST = 10**6
-# no layer of these models is wider
-MOST_RANK = 10240
+# a batch or a buffer above this is a typing mistake
+MAX_SIZE = 10**6
+# no layer of these models is wider: GEGLU projects 1280 channels to 8 * 1280
+MAX_LORA_RANK = 10240
+# trackers that can be chosen by name, with the packages of which one must be installed
+TRACKER_PACKAGES = {"wandb": ("wandb",), "tensorboard": ("tensorboard", "tensorboardX")}
 
 
 def plain(value: Any) -> Any:
-    """NumPy's scalars and paths as Python's own: settings are written to JSON and read again."""
+    """`value` with a path as a string and a NumPy scalar as a Python number: config.json keeps the settings as JSON."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     return value.item() if type(value).__module__ == "numpy" and hasattr(value, "item") and not value.shape else value
 
 
 def shown(value: Any) -> str:
-    """A value on one line of a message."""
+    """A value's `repr` on one line and of at most 200 characters, for a message."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 200 else f"{text:.197}..."
 
 
+def one_of(choices: Collection[Any]) -> str:
+    """The choices in words: "'a', 'b' or 'c'"."""
+    *first, last = map(repr, choices)
+    return f"{', '.join(first)} or {last}" if first else last
+
+
 def broken_rule(config: Settings) -> str:
     """The first field that breaks its rule, in one sentence, or ''."""
-    for names, fits, demand in RULES:
-        for name in names.split():
-            value = getattr(config, name)
-            try:
-                fine = bool(fits(value))
-            # what compares in ways of its own, as arrays do, or has no length of a number
-            except (TypeError, ValueError, ArithmeticError):
-                fine = False
-            if not fine:
-                return f"{name} is {shown(value)} but must be {demand}"
+    for name, fits, demand in _rules(config):
+        value = getattr(config, name)
+        try:
+            is_fine = bool(fits(value))
+        # arrays compare to arrays, and some objects refuse to be compared or to be converted to a number
+        except (TypeError, ValueError, ArithmeticError):
+            is_fine = False
+        if not is_fine:
+            return f"{name} is {shown(value)} but must be {demand}"
     return ""
 
 
-def _whole(least: int, most: float = float("inf")) -> Callable[[Any], bool]:
+def _rules(config: Settings) -> Iterator[tuple[str, Predicate, str]]:
+    """Each field's name, predicate and demand: from `RULES`, else from the field's choices or its default."""
+    for option in fields(config):
+        choices = option.metadata.get("choices")
+        if option.name in _RULE_OF:
+            yield option.name, *_RULE_OF[option.name]
+        elif choices:
+            yield option.name, choices.__contains__, one_of(choices)
+        elif isinstance(option.default, bool):
+            yield option.name, lambda value: isinstance(value, bool), "True or False"
+
+
+def _whole(least: int, most: float = float("inf")) -> Predicate:
+    # True and False are whole numbers to Python
     return lambda v: isinstance(v, numbers.Integral) and not isinstance(v, bool) and least <= int(v) <= most
 
 
-def _number(fits: Callable[[float], bool]) -> Callable[[Any], bool]:
+def _number(fits: Callable[[float], bool]) -> Predicate:
+    """A finite number, not a bool, that `fits`; NaN is not below infinity."""
     return lambda value: (
         isinstance(value, numbers.Real)
         and not isinstance(value, bool)
@@ -66,31 +90,37 @@ def _number(fits: Callable[[float], bool]) -> Callable[[Any], bool]:
     )
 
 
+def _none_or(fits: Predicate) -> Predicate:
+    return lambda value: value is None or fits(value)
+
+
 def _is_path(value: Any) -> bool:
+    # no file system takes a NUL
     if not isinstance(value, str) or "\0" in value:
         return False
     try:
         Path(value).expanduser()
-    # the home of nobody here
+    # '~name' where this machine has no such user
     except RuntimeError:
         return False
     return True
 
 
+def _is_tracker(value: Any) -> bool:
+    """A tracker's name, accelerate's 'all', or an object or a list of objects, which accelerate checks itself."""
+    return not isinstance(value, (str, bool, int, float)) or value in (*TRACKER_PACKAGES, "all")
+
+
 # (fields, predicate, what the value must be); NaN fails every comparison
-RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+RULES: tuple[tuple[str, Predicate, str], ...] = (
     ("seed", _whole(0, 2**32 - 1), f"a whole number from 0 to {2**32 - 1}, as NumPy's generator takes no larger seed"),
     ("num_epochs", _whole(0, 10**9), f"a whole number from 0 to {10**9}"),
     ("train_warmup_steps train_min_8bit_size", _whole(0), "a whole number of at least 0"),
-    ("zero", lambda v: _whole(0)(v) and v <= 3, "0, 1, 2 or 3"),
-    ("offload", lambda v: v in ("none", "optimizer", "all"), "'none', 'optimizer' or 'all'"),
-    ("train_gradient_dtype", lambda v: v in ("fp32", "half"), "'fp32' or 'half'"),
-    ("gradient_checkpointing", lambda v: v in ("none", "selective", "blocks"), "'none', 'selective' or 'blocks'"),
-    ("ema_device", lambda v: v in ("auto", "cpu"), "'auto' or 'cpu'"),
+    ("zero", _whole(0, 3), "0, 1, 2 or 3"),
     ("ema_decay", _number(lambda v: 0 <= v < 1), "at least 0 and below 1"),
-    ("gpu_memory", lambda v: v is None or _number(lambda g: g > 0)(v), "None or a number above 0 (GB)"),
-    ("deepspeed", lambda v: v is None or (_is_path(v) and v), "None or the path of a JSON file"),
-    ("output_dir", lambda v: v is None or _is_path(v), "None or the path of a folder"),
+    ("gpu_memory", _none_or(_number(lambda v: v > 0)), "None or a number above 0 (GB)"),
+    ("deepspeed", _none_or(lambda v: v != "" and _is_path(v)), "None or the path of a JSON file"),
+    ("output_dir", _none_or(_is_path), "None or the path of a folder"),
     ("logdir resume_from", _is_path, "a string, the path of a folder"),
     ("run_name exp_name", _is_path, "a string that can name a folder"),
     ("save_freq num_checkpoint_limit", _whole(1), "a whole number of at least 1"),
@@ -98,21 +128,13 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "sample_num_steps sample_batch_size sample_num_batches_per_epoch train_batch_size "
         "train_gradient_accumulation_steps train_num_inner_epochs max_workers per_prompt_stat_tracking_buffer_size "
         "per_prompt_stat_tracking_min_count",
-        _whole(1, MOST),
-        f"a whole number from 1 to {MOST}",
+        _whole(1, MAX_SIZE),
+        f"a whole number from 1 to {MAX_SIZE}",
     ),
     (
         "train_micro_batch_size sample_merge_batches",
-        lambda v: v is None or _whole(1, MOST)(v),
-        f"None or a whole number from 1 to {MOST}",
-    ),
-    (
-        "allow_tf32 train_use_8bit_adam train_cfg per_prompt_stat_tracking async_reward_computation push_to_hub "
-        "train_recompute_log_probs train_skip_dead_pairs sample_cache reward_overlap fuse_unet compile_unet "
-        "cuda_graphs train_paged_adam stochastic_rounding optimizer_in_backward vae_slicing vae_tiling offload_frozen "
-        "auto_memory",
-        lambda v: isinstance(v, bool),
-        "True or False",
+        _none_or(_whole(1, MAX_SIZE)),
+        f"None or a whole number from 1 to {MAX_SIZE}",
     ),
     (
         "sample_eta",
@@ -132,26 +154,16 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda v: v == float("inf") or _number(lambda norm: norm > 0)(v),
         "a number above 0, or inf to leave gradients as they are",
     ),
-    ("mixed_precision", lambda v: v in ("no", "fp16", "bf16", None), "'no', 'fp16' or 'bf16'"),
-    (
-        "kernel_backend",
-        lambda v: v in ("auto", "triton", "csrc", "reference"),
-        "'auto', 'triton', 'csrc' or 'reference'",
-    ),
-    ("attention", lambda v: v in ("auto", "sdpa", "xformers"), "'auto', 'sdpa' or 'xformers'"),
-    (
-        "log_with",
-        lambda v: v is None or not isinstance(v, (str, bool, int, float)) or v in ("wandb", "tensorboard", "all"),
-        "None, 'wandb' or 'tensorboard'",
-    ),
+    ("log_with", _is_tracker, one_of((None, *TRACKER_PACKAGES))),
     ("tracker_project_name", lambda v: isinstance(v, str), "a string"),
-    # half of a character that UTF-16 writes as two cannot be encoded
+    # `encode` raises for a lone surrogate, which no tokenizer takes
     (
         "negative_prompts",
-        lambda v: v is None or (isinstance(v, str) and v.encode() >= b""),
+        _none_or(lambda v: isinstance(v, str) and v.encode() is not None),
         "a string, or strings that commas then separate",
     ),
 )
+_RULE_OF = {name: (fits, demand) for names, fits, demand in RULES for name in names.split()}
 
 
 # settings that do not fit together: when, and what to do
@@ -161,8 +173,9 @@ CONFLICTS: tuple[tuple[Callable[[Settings], bool], str], ...] = (
         "zero and deepspeed are both set: the file says which stage it wants, leave out zero",
     ),
     (
-        lambda c: c.offload != "none" and (c.deepspeed is not None or c.launched_with_deepspeed),
-        "offload and deepspeed are both set: ask for offload_optimizer in the file",
+        lambda c: c.offload != "none" and c.uses_deepspeed and not c.zero,
+        "offload is set beside settings of DeepSpeed's own: ask for offload_optimizer in the file, or in accelerate's "
+        "config",
     ),
     (lambda c: c.offload == "all" and c.zero != 3, "offload is 'all', which needs zero=3: use 'optimizer'"),
     (
@@ -196,20 +209,21 @@ CONFLICTS: tuple[tuple[Callable[[Settings], bool], str], ...] = (
 )
 
 
-# what other packages have to say
+# rules that depend on other packages
 
 
 def missing_package(config: Settings) -> str:
     """The package that the settings need and that is not installed, in one sentence, or ''."""
+    # an optimizer in host memory has 8-bit states of its own
     on_host = config.offload != "none" and not config.uses_deepspeed
     if config.train_use_8bit_adam and not on_host and not _installed("bitsandbytes"):
         return "train_use_8bit_adam needs bitsandbytes: `pip install bitsandbytes`, or set it to False"
     if config.uses_deepspeed and not _installed("deepspeed"):
         return "zero and deepspeed need DeepSpeed: `pip install 'deepspeed>=0.19.8'`, or leave them out"
     for tracker in _trackers(config):
-        packages = {"wandb": ("wandb",), "tensorboard": ("tensorboard", "tensorboardX")}.get(str(tracker), ())
+        packages = TRACKER_PACKAGES.get(str(tracker), ())
         if tracker == "all":
-            packages = ("wandb", "tensorboard", "tensorboardX")
+            packages = tuple(package for packages in TRACKER_PACKAGES.values() for package in packages)
         if packages and not any(_installed(package) for package in packages):
             return (
                 f"log_with is {tracker!r}, which needs {packages[0]}: `pip install {packages[0]}`, or leave it out "
@@ -228,21 +242,27 @@ def _installed(package: str) -> bool:
         found = importlib.util.find_spec(package)
     except ValueError:
         return package in sys.modules
-    # a folder of that name in the working directory, as wandb makes one, has no origin
+    # wandb writes a folder `wandb` into the working directory: that is a namespace package to Python, without an origin
     return found is not None and found.origin is not None
 
 
 def unknown_keyword(config: Settings) -> str:
-    """The keyword in one of the `_kwargs` that its receiver does not take, in one sentence, or ''."""
+    """The first keyword in `tracker_kwargs`, `accelerator_kwargs` or `project_kwargs` that accelerate does not take, or
+    takes another value for; in one sentence, or ''."""
     if not (config.tracker_kwargs or config.accelerator_kwargs or config.project_kwargs):
         return ""
-    # seconds, spent by those who give keywords only
+    # these imports take seconds, and most users give no keywords
     from accelerate import Accelerator
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
     from accelerate.utils import ProjectConfiguration
 
-    ours = {"log_with": "log_with", "mixed_precision": "mixed_precision", "project_config": "project_kwargs"}
-    ours["gradient_accumulation_steps"] = "train_gradient_accumulation_steps"
+    # the accelerator's arguments that are fields of the config
+    ours = {
+        "log_with": "log_with",
+        "mixed_precision": "mixed_precision",
+        "project_config": "project_kwargs",
+        "gradient_accumulation_steps": "train_gradient_accumulation_steps",
+    }
     accelerators = list(inspect.signature(Accelerator).parameters)
     trackers = [*LOGGER_TYPE_TO_CLASS, *(tracker.name for tracker in _trackers(config) if hasattr(tracker, "name"))]
     allowed = {
@@ -257,10 +277,10 @@ def unknown_keyword(config: Settings) -> str:
             if key not in names:
                 where = "keywords go under the name of a tracker" if option == "tracker_kwargs" else "use one"
                 return f"{option} has {shown(key)}: {where} of {', '.join(names)}"
-    return _bad_keyword(config)
+    return _bad_keyword_value(config)
 
 
-def _bad_keyword(config: Settings) -> str:
+def _bad_keyword_value(config: Settings) -> str:
     for name, keywords in config.tracker_kwargs.items():
         if not isinstance(keywords, dict):
             return f"tracker_kwargs[{name!r}] is {shown(keywords)} but must be a dict of that tracker's keywords"
@@ -282,7 +302,10 @@ def _bad_keyword(config: Settings) -> str:
 
 
 def parsed_mapping(name: str, value: Any) -> dict[str, Any]:
-    """A dict, also from a JSON object; `ValueError` for anything else."""
+    """The mapping that field `name` was given: a dict, None for an empty one, or a string with a JSON object.
+
+    Raises `ValueError` for anything else.
+    """
     mapping = value
     if isinstance(value, str):
         try:

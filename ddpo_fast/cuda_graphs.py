@@ -1,4 +1,4 @@
-"""Functions of tensors that are recorded once as a CUDA graph: a replay launches all their kernels at once."""
+"""Records functions of tensors as CUDA graphs, whose replay launches all their kernels with one call of the driver."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# kernels are compiled and chosen, and libraries take their workspaces, before anything is recorded
+# Calls before a recording: in them Triton compiles its kernels, cuDNN chooses its own, and libraries allocate their
+# workspaces, none of which may happen while a graph is recorded.
 WARM_UPS = 3
 
 Function = Callable[..., Sequence[Tensor]]
 
 
 class Recording(NamedTuple):
-    """`replay` reads what is in `inputs` and writes `outputs`."""
+    """`replay` reads `inputs` and writes `outputs`, at the addresses that they had when it was recorded."""
 
     inputs: list[Tensor]
     replay: Callable[[], None]
@@ -24,14 +25,14 @@ class Recording(NamedTuple):
 
 
 class Recorded:
-    """`function`, recorded at its first call with tensors of some shapes, dtypes and strides, then replayed.
+    """A function that is recorded at its first call for each set of shapes, dtypes and strides, and then replayed.
 
-    The function must launch the same kernels every time and keep what it works on beside its arguments in place. What
-    it returns is overwritten by the next call.
+    The function must launch the same kernels every time, and whatever it reads besides its arguments (weights, buffers)
+    must stay at its address. The next call overwrites the tensors that it returned.
 
     Args:
         function: takes and returns tensors on a CUDA device.
-        undo: takes back what calls of the function have changed, as warm-ups are calls too.
+        undo: takes back what calls of the function have changed (gradients): warm-ups are calls too.
     """
 
     def __init__(self, function: Function, undo: Callable[[], None] = lambda: None) -> None:
@@ -51,12 +52,12 @@ class Recorded:
         return recording.outputs
 
     def forget(self) -> None:
-        """Lets go of the recordings, and with them of their memory, once nobody holds their outputs."""
+        """Drops the recordings; their memory is freed once nobody holds their outputs."""
         self._recordings.clear()
 
 
 def record(function: Function, arguments: Sequence[Tensor]) -> Recording:
-    """Warms the function up on a stream of its own, as capturing wants it, and captures it."""
+    """Calls the function a few times on a side stream, as PyTorch demands before a capture, and captures it there."""
     inputs = [argument.clone() for argument in arguments]
     stream = _stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -65,7 +66,7 @@ def record(function: Function, arguments: Sequence[Tensor]) -> Recording:
             function(*inputs)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    # other threads, which score images, may allocate and wait meanwhile
+    # thread_local: other threads score images meanwhile, and may allocate or synchronise
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         outputs = function(*inputs)
     return Recording(inputs, graph.replay, outputs)
@@ -73,7 +74,7 @@ def record(function: Function, arguments: Sequence[Tensor]) -> Recording:
 
 @functools.cache
 def _stream() -> torch.cuda.Stream:
-    """One for all recordings: libraries keep workspaces for every stream that was ever used."""
+    """One stream for all recordings, as cuBLAS and cuDNN keep a workspace for each stream that was ever used."""
     return torch.cuda.Stream()
 
 

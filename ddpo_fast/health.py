@@ -1,4 +1,4 @@
-"""Whether a run still learns: what it samples, scores and updates is finite, varied and near the old policy.
+"""Checks that a run still learns: samples, rewards and updates are finite, varied, and near the policy that sampled.
 
 Shapes: B images of a batch, T denoising steps.
 """
@@ -18,34 +18,38 @@ from ddpo_fast.trajectory import Trajectory
 
 logger = logging.getLogger(__name__)
 
-# a log-ratio is a mean over a step's elements: moved by 20 standard deviations of the noise, each adds 20^2 / 2
+# A log-ratio is a mean over a step's elements of (z_old^2 - z^2) / 2, z in standard deviations of the step's noise.
+# Where the Gaussian's mean has moved by 20 of them it is about 20^2 / 2: nothing is left of the policy that sampled.
 LARGEST_LOG_RATIO = 20**2 / 2
-# ratios that are typically half as large again, in every pair: PPO's assumption of a small step is gone
+# The typical ratio is then exp(0.5), in every pair: PPO assumes steps that are much smaller.
 FAR_LOG_RATIO = 0.5
 HALF_PRECISION = "a higher mixed_precision ('bf16' or 'no')"
 
 
 class RunStopped(RuntimeError):
-    """A run that cannot go on as its numbers are broken; the checkpoints are from before."""
+    """A run that cannot go on because its numbers are not finite or meaningless; its checkpoints are from before."""
 
 
 class SampleHealth:
-    """Flags of an epoch's samples, computed on the device while it samples and read when its rewards are there."""
+    """Whether an epoch's samples are finite and differ: computed on the device with each batch, read once at the end.
+
+    Reading each flag at once would make the host wait for the device in the middle of sampling.
+    """
 
     def __init__(self) -> None:
         self._batches: list[tuple[Trajectory, torch.Tensor]] = []
-        self._all_fine: list[torch.Tensor] = []
+        self._all_finite: list[torch.Tensor] = []
         self._same: list[torch.Tensor] = []
         self._first: torch.Tensor | None = None
         self._images = 0
 
     @torch.no_grad()
     def add(self, trajectory: Trajectory, images: Any) -> None:
-        """Notes a batch of trajectories and their images [B, 3, height, width]."""
+        """Adds a batch of trajectories and their images [B, 3, height, width]."""
         if not isinstance(images, torch.Tensor):
             return
         for part in (trajectory.trail, trajectory.log_probs, images):
-            self._all_fine.append(part.isfinite().all())
+            self._all_finite.append(part.isfinite().all())
         if self._first is None:
             self._first = images[:1].clone()
         self._same.append((images == self._first).all())
@@ -53,8 +57,8 @@ class SampleHealth:
         self._batches.append((trajectory, images))
 
     def check(self) -> None:
-        """Raises `RunStopped` that names the prompt and the step; waits for the device."""
-        if self._all_fine and not bool(torch.stack(self._all_fine).all()):
+        """Raises `RunStopped`, naming the prompt and the denoising step, if one is not; waits for the device."""
+        if self._all_finite and not bool(torch.stack(self._all_finite).all()):
             for trajectory, images in self._batches:
                 _check_batch(trajectory, images)
         if self._images > 1 and bool(torch.stack(self._same).all()):
@@ -87,7 +91,7 @@ def _check_batch(trajectory: Trajectory, images: torch.Tensor) -> None:
 
 
 def not_finite(prompt: str) -> str:
-    """What is wrong with an image of not finite pixels, though its latents are finite."""
+    """The problem of an image whose pixels are not finite although its latents are."""
     return (
         f"the image of {prompt!r} has pixels that are not finite, though its latents are: the VAE overflows in this "
         f"precision; use {HALF_PRECISION} or a VAE made for fp16"
@@ -95,7 +99,7 @@ def not_finite(prompt: str) -> str:
 
 
 def check_images(images: torch.Tensor, prompts: Sequence[str], latents: torch.Tensor) -> None:
-    """Raises `RunStopped` naming the prompt of an image [B, ...], of `latents` [B, ...], that is not finite."""
+    """Raises `RunStopped` for the first of `images` [B, ...] or their `latents` [B, ...] that is not finite."""
     for parts, told in ((latents, latents_not_finite), (images, not_finite)):
         fine = parts.isfinite().flatten(1).all(1)
         if not fine.all():
@@ -103,7 +107,7 @@ def check_images(images: torch.Tensor, prompts: Sequence[str], latents: torch.Te
 
 
 def latents_not_finite(prompt: str) -> str:
-    """What is wrong with an image whose latents are not finite."""
+    """The problem of an image whose latents are not finite."""
     return (
         f"the latents of the image of {prompt!r} are not finite: the model's weights are damaged, or too much for this "
         f"precision; use {HALF_PRECISION}, copy the model again, or go on from an earlier checkpoint"
@@ -111,7 +115,11 @@ def latents_not_finite(prompt: str) -> str:
 
 
 def check_weights(weights: dict[str, torch.Tensor], epochs: int) -> None:
-    """Raises `RunStopped` if trained weights are not finite after so many epochs: they must not be saved as good."""
+    """Raises `RunStopped` if trained weights are not finite, so that they are never saved as a good checkpoint.
+
+    Args:
+        epochs: whole epochs so far, for the message.
+    """
     if not weights:
         return
     largest = torch.stack([norm.double() for norm in torch._foreach_norm(list(weights.values()), math.inf)])
@@ -124,8 +132,11 @@ def check_weights(weights: dict[str, torch.Tensor], epochs: int) -> None:
 
 
 class Health:
-    """Watches an epoch's rewards and updates, which the host has read anyway; warns once of each thing if it `speaks`,
-    as one of several processes does."""
+    """Checks an epoch's rewards and updates, of numbers that the host has read anyway.
+
+    Args:
+        speaks: whether this process warns, once of each kind of problem.
+    """
 
     def __init__(self, config: DDPOConfig, speaks: bool = True) -> None:
         self.config = config
@@ -134,11 +145,11 @@ class Health:
         self._warned: set[str] = set()
 
     def begin_epoch(self) -> None:
-        """Until something is seen in it, an epoch is good."""
+        """An epoch counts as good until a problem is found in it; checkpoints record that."""
         self.good = True
 
     def rewards(self, epoch: int, values: np.ndarray) -> None:
-        """Warns of rewards [images] without spread, from which nothing is learned."""
+        """Warns if all rewards [images] are equal: then all advantages are zero, and nothing is learned."""
         if len(values) > 1 and float(np.ptp(values)) == 0:
             self._warn(
                 "spread",
@@ -147,7 +158,7 @@ class Health:
             )
 
     def update(self, number: int, info: dict[str, float], folder: Any) -> None:
-        """Raises `RunStopped` for the update that broke the run, and warns of one that is about to."""
+        """Raises `RunStopped` for an update whose numbers show a broken run, and warns of one that may lead there."""
         rescue = f"lower train_learning_rate and resume from the last checkpoint in {folder}"
         if not math.isfinite(info["loss"]):
             raise RunStopped(f"the loss of update {number} is {info['loss']}: {rescue}")
@@ -157,7 +168,7 @@ class Health:
             )
         if not math.isfinite(info.get("grad_norm", 0.0)) and not info.get("skipped_step"):
             raise RunStopped(f"the gradient of update {number} is {info['grad_norm']}: {rescue}")
-        # KL's estimate is half the mean square of the log-ratio
+        # approx_kl is half the mean square of the log-ratio
         log_ratio = math.sqrt(2 * info["approx_kl"]) if info["approx_kl"] >= 0 else math.inf
         if not log_ratio < LARGEST_LOG_RATIO:
             raise RunStopped(

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP while a run trains: what is under way is given up, and a checkpoint is not."""
+"""Ctrl-C, SIGTERM and SIGHUP while a run trains: they end an update at once, but a checkpoint is written to its end."""
 
 from __future__ import annotations
 
@@ -11,28 +11,32 @@ from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# a terminal and torchrun both pass a Ctrl-C on: within this many seconds it is the same one
-REPEAT_S = 0.5
+# Under torchrun a process gets one Ctrl-C twice, from the terminal and from torchrun. A signal that comes within this
+# many seconds of the first is taken for the same one.
+SAME_SIGNAL_S = 0.5
 
 
 class Signalled(SystemExit):
-    """SIGTERM or SIGHUP came: unlike a user's function that exits, it is no mistake."""
+    """Raised for SIGTERM and SIGHUP, to tell them from a `SystemExit` of a user's function, which is a mistake."""
 
 
 class Interruption:
-    """A context in which a signal ends the training: `KeyboardInterrupt` for Ctrl-C, else `Signalled(128 + number)`.
+    """A context in which a signal raises `KeyboardInterrupt` for Ctrl-C, and `Signalled(128 + number)` for the others.
 
-    It leaves alone what others handle or ignore, and whatever happens outside of the main thread.
+    A signal that the program handles itself, or ignores, keeps its handler. Python runs handlers in the main thread:
+    outside of it the context does nothing.
     """
 
     def __init__(self) -> None:
-        self.asked = 0
-        self._asked_at = 0.0
-        self._holds = 0
+        # the signal that came, 0 for none, and when
+        self.received = 0
+        self._received_at = 0.0
+        # how many `suppressed` are entered
+        self._depth = 0
         self._replaced: dict[int, Any] = {}
 
     def __enter__(self) -> Interruption:
-        self.asked = self._holds = 0
+        self.received = self._depth = 0
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 present = signal.getsignal(number)
@@ -42,40 +46,40 @@ class Interruption:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, was in self._replaced.items():
-            signal.signal(number, was)
+        for number, handler in self._replaced.items():
+            signal.signal(number, handler)
         self._replaced.clear()
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """A first signal waits for the end of this; a second one does not."""
+        """In here a first signal is deferred to the end; a second one raises at once, for a user who cannot wait."""
         with self.suppressed():
             yield
         self.check()
 
     @contextmanager
     def suppressed(self) -> Iterator[None]:
-        """A first signal is lost in here, as the training has ended already."""
-        self._holds += 1
+        """In here a first signal raises nothing, as the training is ending anyway; a second one raises at once."""
+        self._depth += 1
         try:
             yield
         finally:
-            self._holds -= 1
+            self._depth -= 1
 
     def check(self) -> None:
-        """Raises what was asked for and has not come through: somebody's `except:` may have caught it."""
-        if self.asked and not self._holds:
+        """Raises again for a signal that came earlier: an `except:` in a user's function may have caught the first."""
+        if self.received and not self._depth:
             self._raise()
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        again = bool(self.asked) and time.monotonic() - self._asked_at > REPEAT_S
-        if self.asked and not again:
+        again = bool(self.received) and time.monotonic() - self._received_at > SAME_SIGNAL_S
+        if self.received and not again:
             return
-        self.asked, self._asked_at = number, time.monotonic()
-        if again or not self._holds:
+        self.received, self._received_at = number, time.monotonic()
+        if again or not self._depth:
             self._raise()
 
     def _raise(self) -> None:
-        if self.asked == signal.SIGINT:
+        if self.received == signal.SIGINT:
             raise KeyboardInterrupt("training was stopped")
-        raise Signalled(128 + self.asked)
+        raise Signalled(128 + self.received)

@@ -1,4 +1,8 @@
-"""LoRA adapters: the one that is trained, the one that lies beside a model, and others that stay as they are."""
+"""LoRA adapters (arXiv 2106.09685) by peft: finding, loading, checking, training and saving them.
+
+A UNet may have several adapters. The one that is trained has the name `ADAPTER`: it is new, or was found in a file
+beside the model. Other adapters that the user loaded stay active and frozen.
+"""
 
 from __future__ import annotations
 
@@ -22,19 +26,22 @@ from torch import nn
 
 from ddpo_fast.model_configs import first_line, hub_problem, model_folder, pickle_problem
 
+# diffusers' and TRL's name of an adapter's file
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
+# the name of the adapter that is trained: peft's default, which TRL uses
 ADAPTER = "default"
 TRL_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
 TRL_RANK = 4
-# what says how strong an adapter is, beside its weights
-SCALE = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
-FUSE = "pipe.fuse_lora(); pipe.unload_lora_weights(); pipe.save_pretrained(new_folder)"
+# the settings that determine, beside its weights, what an adapter adds to a layer
+SCALE_SETTINGS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
+# for error messages: how to merge an adapter into a model
+FUSE_COMMANDS = "pipe.fuse_lora(); pipe.unload_lora_weights(); pipe.save_pretrained(new_folder)"
 
 
 def find_adapter(name: str, revision: str = "main") -> Path | None:
-    """The file of the adapter beside a model, or None where there surely is none.
+    """Returns the adapter's file beside a model, downloaded if the model is on the Hub, or None if there is none.
 
-    Raises `OSError` where the Hub cannot say whether there is one, `ValueError` for one that is a pickle.
+    Raises `OSError` if the Hub cannot be asked whether there is one, `ValueError` if the file is a pickle.
     """
     folder = model_folder(name)
     if folder is not None:
@@ -63,10 +70,10 @@ def find_adapter(name: str, revision: str = "main") -> Path | None:
 
 
 def _is_surely_absent(name: str, revision: str) -> bool:
-    """Whether the cache remembers that the Hub has no adapter for a model."""
+    """Whether huggingface_hub's cache knows, without a network, that a model has no adapter."""
     if try_to_load_from_cache(name, LORA_WEIGHTS, revision=revision) is _CACHED_NO_EXIST:
         return True
-    # of huggingface_hub 2
+    # huggingface_hub 2 keeps the list of a repository's files, and has no entry for a file that is missing
     list_cached = getattr(huggingface_hub, "get_cached_repo_tree", None)
     if list_cached is None:
         return False
@@ -77,9 +84,9 @@ def _is_surely_absent(name: str, revision: str) -> bool:
 
 
 def load_adapter(pipe: Any, path: Path) -> None:
-    """Loads an adapter's file, with its text encoder's part if it has one, as the one that is trained.
+    """Loads an adapter's file into a pipeline's UNet, and its text encoder if the file has a part for it.
 
-    Raises `OSError` for a file that cannot be read, or that is for another kind of model.
+    Raises `OSError` for a file that cannot be read, or that belongs to another kind of model.
     """
     try:
         state, alphas, metadata = pipe.lora_state_dict(
@@ -87,7 +94,7 @@ def load_adapter(pipe: Any, path: Path) -> None:
         )
         common = {"network_alphas": alphas, "adapter_name": ADAPTER, "metadata": metadata, "_pipeline": pipe}
         pipe.load_lora_into_unet(state, unet=pipe.unet, **common)
-        # it warns of an adapter without such a part
+        # called only where there is such a part, because it logs a warning where there is none
         if not all(map(_is_of_unet, state)):
             pipe.load_lora_into_text_encoder(state, text_encoder=pipe.text_encoder, **common)
         if not any(ADAPTER in getattr(part, "peft_config", {}) for part in (pipe.unet, pipe.text_encoder)):
@@ -100,9 +107,14 @@ def load_adapter(pipe: Any, path: Path) -> None:
 
 
 def check_options(unet: Any, path: Path, rank: int, alpha: float, targets: Sequence[str]) -> None:
-    """Raises `ValueError` for options that are neither TRL's defaults nor those of the adapter that was loaded."""
+    """Raises `ValueError` if an option contradicts the adapter that was loaded from `path`.
+
+    The options have TRL's defaults, so a default counts as not given.
+    """
     loaded = unet.peft_config[ADAPTER]
-    adapted = {name for name, layer in _layers(unet) if ADAPTER in layer.lora_A or ADAPTER in layer.lora_embedding_A}
+    adapted = {
+        name for name, layer in _adapted_layers(unet) if ADAPTER in layer.lora_A or ADAPTER in layer.lora_embedding_A
+    }
     same_layers = set(targets) == set(TRL_TARGETS) or set(find_targets(unet, targets)) == adapted
     for name, given, real, fits in (
         ("lora_rank", rank, loaded.r, rank in (TRL_RANK, loaded.r)),
@@ -112,40 +124,46 @@ def check_options(unet: Any, path: Path, rank: int, alpha: float, targets: Seque
         if not fits:
             raise ValueError(
                 f"{name} is {given}, and the adapter {path} that training goes on with has {real}: leave {name} out, "
-                f"or make one model of both first ({FUSE})"
+                f"or make one model of both first ({FUSE_COMMANDS})"
             )
 
 
 def find_targets(unet: nn.Module, targets: Sequence[str]) -> list[str]:
-    """The layers of a UNet that LoRA's target modules mean. Raises `ValueError` for one that means none."""
+    """Returns the names of a UNet's layers that LoRA's target modules select.
+
+    As in peft, a target selects the layers whose name is it or ends with it. Raises `ValueError` for a target that
+    selects no layer, or one that cannot have an adapter.
+    """
+    # layers that have an adapter are wrapped: the original lies in `base_layer`, the adapter's parts in `lora_A`, ...
     names = {name.replace(".base_layer", ""): layer for name, layer in unet.named_modules() if "lora_" not in name}
     found = []
     for target in targets:
-        meant = [name for name in names if name == target or name.endswith(f".{target}")]
-        if not meant:
+        selected = [name for name in names if name == target or name.endswith(f".{target}")]
+        if not selected:
             raise ValueError(
                 f"lora_target_modules names {target!r}, and the UNet has no such layer: name some of it, as to_q, "
                 "to_k, to_v, to_out.0, proj_in, ff.net.2 or conv1"
             )
-        for name in meant:
+        for name in selected:
             if not isinstance(names[name], nn.Linear | nn.Conv2d | BaseTunerLayer):
                 raise ValueError(
                     f"lora_target_modules names {target!r}, a {type(names[name]).__name__}, and an adapter goes on "
                     "linear and convolution layers: name those in it"
                 )
-        found += meant
+        found += selected
     if not found:
         raise ValueError("lora_target_modules names no layer: leave it out for TRL's")
     return found
 
 
-def check_new(unet: nn.Module, config: LoraConfig) -> None:
-    """Raises `ValueError` for an adapter that a UNet cannot have."""
+def check_new_adapter(unet: nn.Module, config: LoraConfig) -> None:
+    """Raises `ValueError` for an adapter whose layers do not exist, or whose rank is above that of all of them."""
     layers: dict[str, Any] = dict(unet.named_modules())
     sizes: list[int] = []
     for name in find_targets(unet, list(config.target_modules or ())):
         layer = layers[name]
         base: Any = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+        # a convolution's weight [O, I, H, W] counts as a matrix [O, I H W]
         sizes.append(min(base.weight.shape[0], base.weight[0].numel()))
     if config.r > max(sizes):
         raise ValueError(
@@ -154,12 +172,12 @@ def check_new(unet: nn.Module, config: LoraConfig) -> None:
 
 
 def add_adapter(unet: Any, config: LoraConfig) -> None:
-    """Makes the adapter that is trained, if it is not there, and trains it alone.
+    """Makes the adapter that is trained, unless it exists, and makes its parameters the only trainable ones.
 
-    Others that are active stay so and are frozen. Raises `ValueError` for others that were merged into the weights but
-    not unloaded, as a layer then passes the trained one over.
+    Other active adapters stay active and are frozen. Raises `ValueError` if an adapter was merged into the weights but
+    not unloaded, because peft computes a merged layer without any adapter, and the trained one would have no effect.
     """
-    before = [layer for _, layer in _layers(unet)]
+    before = [layer for _, layer in _adapted_layers(unet)]
     if any(layer.merged for layer in before):
         raise ValueError(
             "a LoRA was fused into the UNet and not unloaded: call pipeline.sd_pipeline.unload_lora_weights()"
@@ -167,44 +185,46 @@ def add_adapter(unet: Any, config: LoraConfig) -> None:
     active = [name for layer in before[:1] if not layer.disable_adapters for name in layer.active_adapters]
     if ADAPTER not in getattr(unet, "peft_config", {}):
         with warnings.catch_warnings():
-            # that there are others, which the user knows
+            # peft warns that the UNet already has other adapters, which is meant here
             warnings.filterwarnings("ignore", "Already found a `peft_config`")
             unet.add_adapter(config, ADAPTER)
-    for _, layer in _layers(unet):
+    for _, layer in _adapted_layers(unet):
         layer.enable_adapters(True)
         layer.set_adapter([*(name for name in active if name != ADAPTER), ADAPTER])
     for name, parameter in unet.named_parameters():
         parameter.requires_grad_("lora_" in name and ADAPTER in name.split("."))
 
 
-def check_none(unet: Any) -> None:
-    """Raises `ValueError` for a UNet with an adapter, where all its weights are to be trained."""
-    if any(True for _ in _layers(unet)):
+def check_no_adapter(unet: Any) -> None:
+    """Raises `ValueError` if a UNet whose weights are all to be trained has an adapter."""
+    if has_adapter(unet):
         raise ValueError(
             "a LoRA is loaded in the UNet, and use_lora is False: fuse it first, with "
             "pipeline.sd_pipeline.fuse_lora(); pipeline.sd_pipeline.unload_lora_weights(), or train with use_lora=True"
         )
 
 
-def _layers(network: nn.Module) -> list[tuple[str, Any]]:
+def _adapted_layers(network: nn.Module) -> list[tuple[str, Any]]:
+    """The layers that peft has wrapped, with their names."""
     return [(name, layer) for name, layer in network.named_modules() if isinstance(layer, BaseTunerLayer)]
 
 
 def has_adapter(network: nn.Module) -> bool:
-    """Whether any adapter is loaded in a network."""
-    return bool(_layers(network))
+    """Whether a network has any adapter."""
+    return bool(_adapted_layers(network))
 
 
 def without_adapter(network: Any) -> Any:
-    """A network that shares the weights below the trained adapter and has its class's own parameter names.
+    """Returns a network without adapters that shares the weights of `network` and has its class's parameter names.
 
-    Other active adapters are added to the weights.
+    The trained adapter is left out, and other active adapters are merged into copies of the weights that they change.
     """
+    # on the device `meta` nothing is allocated or initialised: all weights are assigned below
     with torch.device("meta"):
         made = type(network).from_config if hasattr(network, "from_config") else type(network)
         plain = made(network.config)
     weights = {name.replace(".base_layer", ""): p for name, p in network.state_dict().items() if "lora_" not in name}
-    for name, layer in _layers(network):
+    for name, layer in _adapted_layers(network):
         others = [other for other in layer.active_adapters if other != ADAPTER]
         if others and not layer.disable_adapters:
             fused = copy.deepcopy(layer)
@@ -215,31 +235,38 @@ def without_adapter(network: Any) -> Any:
 
 
 def save_adapter(pipe: Any, unet: Any, output_dir: str | Path) -> None:
-    """Writes the trained adapter, and the text encoder's part that came with it, as `LORA_WEIGHTS`."""
+    """Writes the trained adapter, and its part for the text encoder if it was loaded with one, as `LORA_WEIGHTS`."""
     written: dict[str, Any] = {}
     for name, network in (("unet", unet), ("text_encoder", pipe.text_encoder)):
         if ADAPTER in getattr(network, "peft_config", {}):
-            state = _named_alike(get_peft_model_state_dict(network, adapter_name=ADAPTER))
-            # safetensors takes no weights that lie with their channels last
+            state = _in_one_naming(get_peft_model_state_dict(network, adapter_name=ADAPTER))
+            # safetensors refuses tensors that are not contiguous, as channels_last ones
             written[f"{name}_lora_layers"] = {key: value.contiguous() for key, value in state.items()}
-            written[f"{name}_lora_adapter_metadata"] = _in_order(network.peft_config[ADAPTER].to_dict())
+            written[f"{name}_lora_adapter_metadata"] = _with_sorted_sets(network.peft_config[ADAPTER].to_dict())
     pipe.save_lora_weights(save_directory=output_dir, **written)
     _sort_metadata(Path(output_dir) / LORA_WEIGHTS)
 
 
-def _named_alike(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights by TRL's names, or all by peft's, which layers outside attention have: diffusers reads no mixture."""
+def _in_one_naming(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Renames an adapter's weights from peft's names to TRL's, if all of them have one.
+
+    TRL's naming covers layers of attention only, and diffusers cannot read a file with both namings.
+    """
     renamed = convert_state_dict_to_diffusers(state)
     return state if any(".lora_A." in name for name in renamed) else renamed
 
 
-def _in_order(settings: dict[str, Any]) -> dict[str, Any]:
-    """Sets as sorted lists, so that equal adapters make equal files."""
+def _with_sorted_sets(settings: dict[str, Any]) -> dict[str, Any]:
+    """Replaces sets by sorted lists: the order of a set of strings differs between processes."""
     return {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
 
 
 def _sort_metadata(path: Path) -> None:
-    """Safetensors writes its metadata in an order that is another in each process."""
+    """Rewrites a safetensors file with its metadata in order, so that equal adapters make equal files.
+
+    safetensors keeps the metadata in a hash map, whose order differs between processes. The file begins with the length
+    of its header in 8 bytes, little-endian; the header is JSON, and the tensors' offsets in it count from its end.
+    """
     content = path.read_bytes()
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:end])
@@ -251,19 +278,22 @@ def _sort_metadata(path: Path) -> None:
 
 
 def read_adapter(unet: Any, path: Path) -> None:
-    """Reads the UNet's part of what `save_adapter` wrote into the adapter that is there."""
-    _check_same_shape(unet.peft_config[ADAPTER], path)
+    """Reads the UNet's part of a file of `save_adapter` into the UNet's trained adapter.
+
+    Raises `ValueError` if the file's adapter has other layers or settings.
+    """
+    _check_same_settings(unet.peft_config[ADAPTER], path)
     state = {name.removeprefix("unet."): value for name, value in load_file(path).items() if _is_of_unet(name)}
     problems = set_peft_model_state_dict(unet, convert_unet_state_dict_to_peft(state), adapter_name=ADAPTER)
     if problems is not None and problems.unexpected_keys:
         raise ValueError(f"{path.parent} holds another adapter: unexpected {problems.unexpected_keys[0]}")
 
 
-def _check_same_shape(mine: LoraConfig, path: Path) -> None:
-    """Raises `ValueError` where a file's adapter has another scale than the one that its weights are read into."""
+def _check_same_settings(mine: LoraConfig, path: Path) -> None:
+    """Raises `ValueError` if a file's adapter has other `SCALE_SETTINGS` than the adapter it is read into."""
     with safe_open(path, "pt") as file:
         saved = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-    for name in SCALE:
+    for name in SCALE_SETTINGS:
         was, now = saved.get(f"unet.{name}"), getattr(mine, name)
         if was is not None and was != now:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""What a run measured rather than was told: kept with it, so that a resumed one computes alike, to the bit."""
+"""Values that a run measures instead of being told, kept with it so that a resumed run computes the same bits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import torch
 
 T = TypeVar("T", int, float, str)
 
-# settings that change neither what fits into memory nor what is fast, and that a resumed run may change
+# Settings that a resumed run may change without measuring anew: they decide neither what fits into memory nor what is
+# fast.
 HARMLESS = {
     *("num_epochs", "save_freq", "num_checkpoint_limit", "resume_from", "output_dir", "logdir", "exp_name", "run_name"),
     *("log_with", "tracker_kwargs", "tracker_project_name", "project_kwargs", "push_to_hub", "train_learning_rate"),
@@ -20,19 +21,22 @@ HARMLESS = {
 
 
 class Measured(dict[str, int | float | str]):
-    """Plain values by name, each measured once in the life of a run: sizes from free memory, the fastest kernel.
+    """Plain values by name, each measured once in the life of a run: batch sizes from free memory, the fastest kernel.
 
     A checkpoint and `config.json` keep them; the run that is resumed starts with them.
     """
 
     def once(self, name: str, measure: Callable[[], T]) -> T:
-        """The value under `name`; `measure()`, on which all processes must agree, if there is none yet."""
+        """The value called `name`; if there is none yet, `measure()`, which must give the same on every process."""
         if name not in self:
             self[name] = measure()
         return self[name]  # type: ignore[return-value]
 
     def keep_threads(self) -> None:
-        """Takes as many threads as the run began with, unless the environment says how many: a CPU splits sums."""
+        """Uses as many CPU threads as the run began with, unless OMP_NUM_THREADS is set.
+
+        Sums are split over the threads, so their bits depend on how many there are.
+        """
         if "OMP_NUM_THREADS" not in os.environ:
             threads = self.once("threads", torch.get_num_threads)
             if threads != torch.get_num_threads():
@@ -40,8 +44,10 @@ class Measured(dict[str, int | float | str]):
 
     @classmethod
     def of_run(cls, state: Mapping[str, Any], settings: Mapping[str, Any]) -> Measured:
-        """What the run that left `state` in a checkpoint has measured; nothing if `settings`, which name the device
-        too, are others than its own, as its values may then not fit."""
+        """What the run that left `state` in a checkpoint has measured.
+
+        Nothing if the present `settings`, which name the device too, differ from its own: its values may not fit them.
+        """
         mine = json.loads(json.dumps(settings, default=str))
         same = all(_without_harmless(state.get(name)) == _without_harmless(mine[name]) for name in mine)
         return cls(state.get("measured", {}) if same else {})
@@ -52,7 +58,7 @@ def _without_harmless(value: Any) -> Any:
 
 
 def device_name(device: torch.device) -> str:
-    """A device of the same name has the same memory and computes as fast."""
+    """A name such that devices of the same name have the same memory and speed."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({torch.backends.cpu.get_cpu_capability()}, {psutil.virtual_memory().total // 2**30} GiB)"

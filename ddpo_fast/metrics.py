@@ -31,7 +31,7 @@ class UpdateMetrics:
             self._sums[name] = self._sums.get(name, 0) + share * value.detach().float()
 
     def at_least(self, name: str, value: Tensor) -> None:
-        """Raises the maximum called `name` to `value`, []."""
+        """Keeps the larger of `value` [] and the maximum called `name`."""
         largest = self._largest.get(name)
         self._largest[name] = value.clone() if largest is None else torch.maximum(largest, value)
 

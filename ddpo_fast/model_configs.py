@@ -1,4 +1,8 @@
-"""Whether a model can be trained, told from its config files before any weight is read."""
+"""Decides from a model's config files, before any weight is read, whether the model can be trained.
+
+A model that cannot be trained is refused in one sentence, with the reason and what to do, instead of an exception from
+within diffusers or, worse, a run that trains the wrong thing (an inpainting UNet, for instance, takes other inputs).
+"""
 
 from __future__ import annotations
 
@@ -18,10 +22,12 @@ from transformers import CLIPTextConfig
 from ddpo_fast import tiny_sd
 from ddpo_fast.ddim import check_steps, ddim_scheduler
 
+# two ends of error messages
 REMEDY = "give a text-to-image Stable Diffusion 1.x or 2.x as a diffusers folder or Hub id"
 AGAIN = "copy or download the model again"
+# the file names' ends of weights that are pickles
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
-# the parts that a run uses, and the classes that it knows how to use
+# the parts of a pipeline that a run uses, and the classes that each may have
 PARTS = {
     "unet": ("UNet2DConditionModel",),
     "vae": ("AutoencoderKL",),
@@ -29,6 +35,7 @@ PARTS = {
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
 }
 LIBRARIES = ("diffusers", "transformers")
+# parts that are never loaded, and all parts that a run has no use for
 UNLOADED_PARTS = ("safety_checker", "feature_extractor")
 UNUSED_PARTS = (*UNLOADED_PARTS, "image_encoder")
 CONFIGS = {
@@ -37,10 +44,11 @@ CONFIGS = {
     "text_encoder": "text_encoder/config.json",
     "scheduler": "scheduler/scheduler_config.json",
 }
+# the weights' file names without their ends
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
-# UNets by the channels that they take
+# the tasks of UNets whose input has more channels than their output, by the number of input channels
 CHANNELS = {9: "inpainting", 8: "editing or upscaling", 7: "upscaling", 5: "depth"}
-# inputs of a UNet beside latents, timestep and text
+# settings of a UNet that has inputs beside latents, timestep and text, which the trainer would not give it
 CONDITIONS = {
     "time_cond_proj_dim": "a guidance scale as an input (a latent consistency model)",
     "class_embed_type": "class labels",
@@ -53,7 +61,7 @@ CONDITIONS = {
 
 @dataclass(frozen=True)
 class ModelConfigs:
-    """What the config files of a pipeline's parts say, with diffusers' defaults for what they leave out."""
+    """The configs of a pipeline's parts, completed with diffusers' defaults."""
 
     unet: dict[str, Any]
     vae: dict[str, Any]
@@ -62,37 +70,38 @@ class ModelConfigs:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of an image's latents."""
+        """(channels, height, width) of an image's latents."""
         size = self.unet["sample_size"]
         height, width = (size, size) if isinstance(size, int) else size
         return self.unet["in_channels"], height, width
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """(height, width) in pixels."""
+        """(height, width) of an image in pixels."""
         _, height, width = self.latent_shape
+        # each block of the VAE but the last halves the image
         scale = 2 ** (len(self.vae["block_out_channels"]) - 1)
         return height * scale, width * scale
 
     @property
     def ddim(self) -> DDIMScheduler:
-        """The scheduler that the model is sampled with."""
+        """The DDIM scheduler that samples the model."""
         return ddim_scheduler(self.scheduler)
 
 
 def check_model(
     name: str, revision: str = "main", steps: int | None = None, eta: float = 1.0, has_weights: bool = True
 ) -> ModelConfigs:
-    """The configs of a model that can be trained, from a folder, the Hub or its cache; no weights are fetched or read.
+    """Reads a model's configs from a folder, the Hub or its cache, checks them, and returns them.
 
     Args:
         name: folder or Hub id; '' is the bundled model.
         revision: git revision on the Hub.
-        steps: sampling steps that the model must be able to take, with `eta`.
-        has_weights: a folder must hold weights too; a plan needs none.
+        steps: if given, the model must be able to take this number of sampling steps, with `eta`.
+        has_weights: whether a folder must hold weights; predicting a run's memory needs none.
 
-    Raises `ValueError` for a model that cannot be trained, with the reason and what to do; `OSError` where its configs
-    cannot be read.
+    Raises `ValueError` with the reason and the remedy for a model that cannot be trained, and `OSError` for configs
+    that cannot be read.
     """
     folder = model_folder(name)
     try:
@@ -120,7 +129,10 @@ def check_model(
 
 
 def model_folder(name: str) -> Path | None:
-    """The local folder that `name` means, or None for a Hub id. Raises `ValueError` for a folder without a model."""
+    """Returns the local folder that `name` means, or None if it is a Hub id.
+
+    Raises `ValueError` for a file, and for a folder without a pipeline.
+    """
     if name == "":
         return tiny_sd.MODEL
     path = Path(name).expanduser()
@@ -143,7 +155,7 @@ def model_folder(name: str) -> Path | None:
 
 
 def variant_of(folder: Path) -> str | None:
-    """The 'variant' of a folder's weights, as in `model.fp16.safetensors`, where the plain ones are not there."""
+    """The variant of a folder's weights ('fp16' in `model.fp16.safetensors`), or None if there are weights without."""
     stem = WEIGHTS["unet"]
     if _weight_files(folder, "unet", None):
         return None
@@ -152,13 +164,14 @@ def variant_of(folder: Path) -> str | None:
 
 
 def _weight_files(folder: Path, part: str, variant: str | None) -> list[str]:
+    """The names of a part's weights, which may be split, as in `model-00001-of-00002.safetensors`."""
     middle = rf"\.{variant}" if variant else ""
     pattern = rf"{WEIGHTS[part]}{middle}(-\d+-of-\d+)?\.safetensors"
     return [p.name for p in (folder / part).iterdir() if re.fullmatch(pattern, p.name)]
 
 
 def _read(name: str, revision: str, folder: Path | None, file: str, needed: bool = True) -> dict[str, Any]:
-    """A config file as a dict; an empty one for a file that is not there and not needed."""
+    """Reads a config file; returns an empty dict if the file does not exist and is not `needed`."""
     try:
         path = folder / file if folder is not None else Path(hf_hub_download(name, file, revision=revision))
         text = path.read_text(encoding="utf-8")
@@ -169,12 +182,9 @@ def _read(name: str, revision: str, folder: Path | None, file: str, needed: bool
             raise OSError(hub_problem(name, error)) from error
         raise ValueError(f"it has no {file}: {REMEDY}") from None
     except (OSError, ValueError) as error:
-        where = hub_problem(name, error) if folder is None else ""
-        raise OSError(
-            f"pretrained_model is {name!r}, whose {file} cannot be read: {first_line(error)}"
-            if folder is not None
-            else where
-        ) from error
+        if folder is None:
+            raise OSError(hub_problem(name, error)) from error
+        raise OSError(f"pretrained_model is {name!r}, whose {file} cannot be read: {first_line(error)}") from error
     try:
         found = json.loads(text)
     except ValueError as error:
@@ -185,7 +195,7 @@ def _read(name: str, revision: str, folder: Path | None, file: str, needed: bool
 
 
 def hub_problem(name: str, error: Exception) -> str:
-    """What kept a file of a Hub id away, and what to do."""
+    """A sentence that says why a file of the Hub id `name` could not be fetched, and what to do."""
     start = f"pretrained_model {name!r} is no folder here, and as a Hub id"
     if isinstance(error, errors.GatedRepoError):
         return f"{start} it is gated: accept its terms on its page and log in with `hf auth login`"
@@ -202,9 +212,10 @@ def hub_problem(name: str, error: Exception) -> str:
 
 
 def _check_parts(index: Mapping[str, Any]) -> None:
+    """Raises `ValueError` unless `model_index.json` names the parts of a text-to-image Stable Diffusion 1.x or 2.x."""
     kind = index.get("_class_name")
     if not isinstance(kind, str):
-        # a list names a file with code beside it
+        # a list here names a file of code in the model's folder, for diffusers to run
         raise ValueError(f"its kind of pipeline is {kind!r}: {REMEDY}")
     parts = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2}
     present = {name: value[1] for name, value in parts.items() if value[1] is not None}
@@ -218,7 +229,7 @@ def _check_parts(index: Mapping[str, Any]) -> None:
         if library not in LIBRARIES or used not in known:
             raise ValueError(f"its {name} is a {library}.{used} and must be a {' or '.join(known)}: {REMEDY}")
     for name in present.keys() - UNLOADED_PARTS:
-        # a module in the model's own folder is code that somebody else wrote
+        # any other library is a module in the model's folder, code that would be imported and run
         if parts[name][0] not in LIBRARIES:
             raise ValueError(
                 f"its {name} is a {'.'.join(map(str, parts[name]))}, which is not of {LIBRARIES}: {REMEDY}"
@@ -230,6 +241,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _with_defaults(kind: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Completes the config of a diffusers class with the defaults of its constructor."""
     named = config.get("_class_name", kind.__name__)
     if named != kind.__name__:
         raise ValueError(f"its config says {named!r} where {kind.__name__!r} must be: {REMEDY}")
@@ -246,6 +258,7 @@ def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_unet(unet: dict[str, Any]) -> None:
+    """Raises `ValueError` for a UNet with other inputs than the trainer gives it. Repairs old configs in place."""
     taken, given = unet["in_channels"], unet["out_channels"]
     if taken != given:
         kind = f", as one for {CHANNELS[taken]} does" if taken in CHANNELS else ""
@@ -257,7 +270,7 @@ def _check_unet(unet: dict[str, Any]) -> None:
     edges = [size, size] if isinstance(size, int) else size
     if not (isinstance(edges, list | tuple) and len(edges) == 2 and all(_is_count(edge) for edge in edges)):
         raise ValueError(f"its UNet's sample_size is {size!r} but must be a number or [height, width] of latents")
-    # as the constructor of `StableDiffusionPipeline` repairs it
+    # `StableDiffusionPipeline`'s constructor repairs configs of diffusers before 0.9 in the same way
     version = unet.get("_diffusers_version")
     if isinstance(size, int) and size < 64 and version and Version(Version(version).base_version) < Version("0.9.0"):
         unet["sample_size"] = 64
@@ -268,7 +281,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _check_fit(configs: ModelConfigs, tokenizer: Mapping[str, Any]) -> None:
-    """Whether the parts have each other's shapes."""
+    """Raises `ValueError` unless the shapes of the parts fit each other."""
     widths, width = configs.unet["cross_attention_dim"], configs.text_encoder["hidden_size"]
     for given in widths if isinstance(widths, list | tuple) else [widths]:
         if given != width:
@@ -293,6 +306,7 @@ def _check_fit(configs: ModelConfigs, tokenizer: Mapping[str, Any]) -> None:
 
 
 def _check_files(folder: Path, has_weights: bool) -> None:
+    """Raises `ValueError` if a folder lacks a part's files, or has its weights as pickles only."""
     for part in PARTS:
         if not (folder / part).is_dir():
             raise ValueError(f"it has no folder {part}: {AGAIN}")
@@ -310,7 +324,7 @@ def _check_files(folder: Path, has_weights: bool) -> None:
 
 
 def pickle_problem(file: str) -> str:
-    """Why weights are not read, and what to do."""
+    """The end of a sentence that says why weights in `file`, a pickle, are not read, and what to do."""
     return (
         f"its weights are in {file}, a pickle, which can run code when it is read: if you trust where it comes from, "
         "make safetensors of it with StableDiffusionPipeline.from_pretrained(model, use_safetensors=False)"
@@ -319,6 +333,6 @@ def pickle_problem(file: str) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what an exception says, or its kind."""
+    """The first line of an exception's message, or its class's name if it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -1,4 +1,7 @@
-"""Stable Diffusion as the trainer sees it: TRL's `DDPOStableDiffusionPipeline` and its default implementation."""
+"""The pipeline interface that `DDPOTrainer` uses, and its default implementation for Stable Diffusion.
+
+Both have TRL's names and signatures, so that subclasses written for TRL work.
+"""
 
 from __future__ import annotations
 
@@ -19,23 +22,24 @@ from ddpo_fast.config import DDPOConfig
 from ddpo_fast.ddim import DDIMCoefficients, check_steps
 from ddpo_fast.lora import ADAPTER, LORA_WEIGHTS, TRL_RANK, TRL_TARGETS
 from ddpo_fast.model_configs import check_model, first_line, model_folder, pickle_problem, variant_of
+from ddpo_fast.run_folder.files import follow_umask
 from ddpo_fast.sampler import DDPOPipelineOutput, DDPOSchedulerOutput
 
-# diffusers 0.42 warns of the older name
+# the argument that makes `from_pretrained` load in fp32; diffusers 0.42 warns about its older name
 IN_FP32: dict[str, Any] = {
     "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype": torch.float32
 }
 
 
 class DDPOStableDiffusionPipeline:
-    """What `DDPOTrainer` asks of a pipeline; subclass it, or `DefaultDDPOStableDiffusionPipeline`, for your own."""
+    """The interface that `DDPOTrainer` needs. Subclass it, or `DefaultDDPOStableDiffusionPipeline`, for your own."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> DDPOPipelineOutput:
-        """Draws images and returns them with all latents and log-probs."""
+        """Samples images and returns them with the latents and log-probs of all steps."""
         raise NotImplementedError
 
     def scheduler_step(self, *args: Any, **kwargs: Any) -> DDPOSchedulerOutput:
-        """One denoising step and its log-prob."""
+        """Takes or scores one denoising step."""
         raise NotImplementedError
 
     @property
@@ -60,7 +64,7 @@ class DDPOStableDiffusionPipeline:
 
     @property
     def autocast(self) -> Callable[[], AbstractContextManager] | None:
-        """A context for the pipeline's calls in place of the accelerator's autocast, or None."""
+        """A context manager for calls of the UNet, in place of the accelerator's autocast; None for the latter."""
         raise NotImplementedError
 
     def set_progress_bar_config(self, *args: Any, **kwargs: Any) -> None:
@@ -70,32 +74,32 @@ class DDPOStableDiffusionPipeline:
         raise NotImplementedError
 
     def get_trainable_layers(self, *args: Any, **kwargs: Any) -> Any:
-        """The module, or the list of parameters, to train."""
+        """Returns the module, or the list of parameters, that is trained."""
         raise NotImplementedError
 
     def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """`(models, weights, output_dir)`: writes the weights of `models[0]`."""
+        """Called with `(models, weights, output_dir)`: writes the trained weights of `models[0]`."""
         raise NotImplementedError
 
     def load_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """`(models, input_dir)`: reads them back."""
+        """Called with `(models, input_dir)`: reads what `save_checkpoint` wrote."""
         raise NotImplementedError
 
 
 class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
-    """A diffusers `StableDiffusionPipeline` with a DDIM scheduler, trained by LoRA or in all its UNet's weights.
+    """A diffusers `StableDiffusionPipeline` with a DDIM scheduler, of whose UNet an adapter or all weights are trained.
 
     Args:
-        pretrained_model_name: folder or Hub id; '' is the bundled tiny model. With an adapter's file beside it,
-            training goes on with that adapter.
+        pretrained_model_name: folder or Hub id; '' is the bundled tiny model. If there is an adapter's file beside the
+            model, training continues with that adapter.
         pretrained_model_revision: git revision on the Hub.
-        use_lora: train a low-rank adapter (TRL's default) or all weights.
-        lora_rank, lora_alpha, lora_target_modules: the shape of a new adapter; the defaults are TRL's.
+        use_lora: whether to train a low-rank adapter (TRL's default) or all weights of the UNet.
+        lora_rank, lora_alpha, lora_target_modules: the settings of a new adapter; the defaults are TRL's.
 
-    `lora_config` is the shape of the adapter that is trained.
+    The attribute `lora_config` holds the settings of the adapter that is trained.
 
-    Raises `ValueError` for a model that cannot be trained, told from its configs, and for options that contradict the
-    adapter beside it; `OSError` for what cannot be read.
+    Raises `ValueError` for a model that cannot be trained (this is decided from its configs), and for options that
+    contradict the adapter beside the model; `OSError` for files that cannot be read.
     """
 
     def __init__(
@@ -110,7 +114,7 @@ class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
     ) -> None:
         name = str(pretrained_model_name)
         folder = model_folder(name)
-        # a resumed run may be started elsewhere
+        # absolute, because a resumed run may be started in another folder
         self.pretrained_model = str(folder.absolute()) if name and folder else name
         self.pretrained_revision = pretrained_model_revision
         self.use_lora = use_lora
@@ -119,7 +123,7 @@ class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
         if beside is not None and not use_lora:
             raise ValueError(
                 f"use_lora is False (--full-finetune), and there is an adapter beside the model, {beside}: make one "
-                f"model of both first ({lora.FUSE}), move the adapter away, or train it with use_lora=True"
+                f"model of both first ({lora.FUSE_COMMANDS}), move the adapter away, or train it with use_lora=True"
             )
         self.sd_pipeline: Any = load_stable_diffusion(self.pretrained_model, pretrained_model_revision)
         self.lora_config = LoraConfig(
@@ -130,12 +134,12 @@ class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
         )
         if beside is not None:
             lora.load_adapter(self.sd_pipeline, beside)
-        # an adapter may be the text encoder's alone
+        # the file may hold a part for the text encoder only; then the UNet gets a new adapter
         if beside is not None and ADAPTER in getattr(self.unet, "peft_config", {}):
             lora.check_options(self.unet, beside, lora_rank, lora_alpha, targets)
             self.lora_config = self.unet.peft_config[ADAPTER]
         elif use_lora:
-            lora.check_new(self.unet, self.lora_config)
+            lora.check_new_adapter(self.unet, self.lora_config)
         self.sd_pipeline.vae.requires_grad_(False)
         self.sd_pipeline.text_encoder.requires_grad_(False)
         self.sd_pipeline.unet.requires_grad_(not self.use_lora)
@@ -144,7 +148,7 @@ class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
         return sampler.generate(self.sd_pipeline, *args, **kwargs)
 
     def rgb_with_grad(self, *args: Any, **kwargs: Any) -> DDPOPipelineOutput:
-        """Like a call, and the images carry a gradient to the UNet."""
+        """The same as calling the pipeline, with images through which a gradient flows to the UNet."""
         return sampler.generate_with_grad(self.sd_pipeline, *args, **kwargs)
 
     def scheduler_step(
@@ -157,10 +161,11 @@ class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
         generator: torch.Generator | None = None,
         prev_sample: torch.Tensor | None = None,
     ) -> DDPOSchedulerOutput:
-        """The DDIM step from `sample` [B, C, H, W] at `timestep` ([B] or one for all) and its log-prob [B].
+        """The DDIM step from `sample` [B, C, H, W] at `timestep` ([B], or one for all) and its log-prob [B].
 
-        With `prev_sample` the step is scored, without it drawn. `use_clipped_model_output` has no effect: the
-        scheduler does not clip. Raises `ValueError` if both `prev_sample` and `generator` are given.
+        Without `prev_sample` the step is sampled; with it, the step from `sample` to `prev_sample` is scored. With
+        `eta=0` the step has no density, and the log-probs are None. `use_clipped_model_output` has no effect, because
+        the scheduler does not clip. Raises `ValueError` if both `prev_sample` and `generator` are given.
         """
         if prev_sample is not None and generator is not None:
             raise ValueError("pass either generator (to draw the next sample) or prev_sample (to score it), not both")
@@ -200,21 +205,21 @@ class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
         self.sd_pipeline.set_progress_bar_config(*args, **kwargs)
 
     def get_trainable_layers(self) -> Any:
-        """The UNet, whose trainable parameters are in fp32: all of them, or the adapter's.
+        """Returns the UNet, with trainable parameters in fp32: the trained adapter's, or all of them.
 
-        Other adapters that are active stay in force and are not trained.
+        Other active adapters stay active and are not trained.
         """
         if self.use_lora:
             lora.add_adapter(self.unet, self.lora_config)
         else:
-            lora.check_none(self.unet)
+            lora.check_no_adapter(self.unet)
         for parameter in self.unet.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
         return self.unet
 
     def save_pretrained(self, output_dir: str | Path) -> None:
-        """A folder that plain diffusers opens: the whole pipeline, and the adapter's weights beside it."""
+        """Writes a folder that diffusers opens: the whole pipeline, and the trained adapter's file beside it."""
         plain = copy.copy(self.sd_pipeline)
         for name in ("unet", "text_encoder"):
             network = getattr(self.sd_pipeline, name)
@@ -223,18 +228,18 @@ class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
         if self.use_lora:
             lora.save_adapter(self.sd_pipeline, self.unet, output_dir)
         plain.save_pretrained(output_dir)
-        _let_read(Path(output_dir))
+        _give_default_mode(Path(output_dir))
 
     def save_checkpoint(self, models: list, weights: list, output_dir: str | Path) -> None:
-        """Writes the trained weights of `models[0]`: the adapter's file, or a `unet` folder."""
+        """Writes the trained weights of `models[0]`: the adapter's file, or a folder `unet`."""
         if self.use_lora:
             lora.save_adapter(self.sd_pipeline, _only(models), output_dir)
         else:
             _only(models).save_pretrained(Path(output_dir) / "unet")
-        _let_read(Path(output_dir))
+        _give_default_mode(Path(output_dir))
 
     def load_checkpoint(self, models: list, input_dir: str | Path) -> None:
-        """Reads what `save_checkpoint` wrote into the parameters that are being trained."""
+        """Reads what `save_checkpoint` wrote into the trained parameters of `models[0]`."""
         if self.use_lora:
             lora.read_adapter(_only(models), Path(input_dir) / LORA_WEIGHTS)
         else:
@@ -248,19 +253,17 @@ def _only(models: list) -> Any:
     return models[0]
 
 
-def _let_read(folder: Path) -> None:
-    """Gives the weights in a folder the mode of any new file; safetensors keeps them to their owner."""
-    probe = folder / ".mode"
-    probe.touch()
-    mode = probe.stat().st_mode
-    probe.unlink()
-    for path in (*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")):
-        path.chmod(mode)
+def _give_default_mode(folder: Path) -> None:
+    # only what is written here: the user's folder may hold other files
+    follow_umask(folder, "*.safetensors", "*/*.safetensors")
 
 
 def check_pipeline(pipeline: DDPOStableDiffusionPipeline, config: DDPOConfig) -> None:
-    """Raises `ValueError` where a pipeline has no stochastic steps of the kind that the settings ask for, or where a
-    setting needs this module's `__call__` and the pipeline has its own."""
+    """Raises `ValueError` if a pipeline cannot take the steps, or do what another setting asks of it.
+
+    A pipeline whose class overrides both `__call__` and `scheduler_step` may sample by other steps than DDIM's, so its
+    scheduler is not checked.
+    """
     kind, ours = type(pipeline), DefaultDDPOStableDiffusionPipeline
     steps_are_ours = ours.__call__ is kind.__call__ or ours.scheduler_step is getattr(kind, "scheduler_step", None)
     if isinstance(pipeline, ours) and steps_are_ours:
@@ -275,7 +278,7 @@ def check_pipeline(pipeline: DDPOStableDiffusionPipeline, config: DDPOConfig) ->
 
 
 def load_stable_diffusion(name: str, revision: str = "main") -> Any:
-    """A `StableDiffusionPipeline` in fp32 (whatever precision is stored) with DDIM, from a folder or the Hub.
+    """Loads a `StableDiffusionPipeline` with a DDIM scheduler from a folder or the Hub, in fp32 whatever is stored.
 
     Raises `ValueError` for a model that cannot be trained, `OSError` for one that cannot be read.
     """
@@ -298,6 +301,8 @@ def load_stable_diffusion(name: str, revision: str = "main") -> Any:
         if "`safetensors` weights" in reason:
             raise ValueError(f"pretrained_model {name!r} cannot be trained: {pickle_problem('.bin files')}") from None
         raise OSError(f"pretrained_model {name!r} could not be loaded: {reason}") from error
+    # A token without an embedding would be an index out of range: on a GPU, an assertion after which the process cannot
+    # use the device any more.
     known = pipe.text_encoder.get_input_embeddings().num_embeddings
     if len(pipe.tokenizer) > known:
         raise ValueError(

@@ -21,44 +21,50 @@ from ddpo_fast.unet import FusedLoraLinear, faster_layers, fuse_unet, set_attent
 def place_networks(
     pipeline: Any, config: DDPOConfig, accelerator: Accelerator, measured: Measured | None = None
 ) -> Any:
-    """Puts the networks where they belong: frozen ones in the compute precision, trained weights in fp32.
+    """Moves the networks to the device: frozen weights in the compute precision, trained ones in fp32.
 
     Args:
-        measured: the run's; which attention is the fastest is asked of it, and kept there.
+        measured: keeps which attention was the fastest.
 
-    Returns what the pipeline wants to have trained.
+    Returns the module, or the list of parameters, that the pipeline has trained.
     """
     device, dtype = accelerator.device, compute_dtype(config.mixed_precision)
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
-    if config.gpu_memory is not None and device.type == "cuda":
-        limit_memory(config.gpu_memory, device)
+        if config.gpu_memory is not None:
+            limit_memory(config.gpu_memory, device)
+
+    # The VAE and the text encoder are frozen: they need no fp32, and no device memory while they are idle.
     for frozen in (pipeline.vae, pipeline.text_encoder):
         if config.offload_frozen:
             offload(frozen, dtype)
         else:
             frozen.to(device, dtype=dtype)
-    own_precision = pipeline.autocast is not None
+
+    # Of the UNet, trained weights stay fp32: updates are often smaller than half precision can resolve. They stay on
+    # the host where the engine keeps them there, or where DeepSpeed casts them before it moves them to the device.
     layers = pipeline.get_trainable_layers()
     trained = {id(parameter) for parameter in trainable_parameters(layers)}
-    # exact weights must not take the device's memory where they stay on the host, or DeepSpeed casts them first
     home = "cpu" if exact_weights(config) == "host" or config.uses_deepspeed else device
     for parameter in [*pipeline.unet.parameters(), *trainable_parameters(layers)]:
-        # half-precision weights would round small updates away
-        exact = id(parameter) in trained or own_precision
-        there = home if id(parameter) in trained else device
-        parameter.data = parameter.data.to(there, torch.float32 if exact else dtype)
+        is_trained = id(parameter) in trained
+        # a pipeline with an autocast of its own casts weights itself
+        in_fp32 = is_trained or pipeline.autocast is not None
+        parameter.data = parameter.data.to(home if is_trained else device, torch.float32 if in_fp32 else dtype)
     for buffer in pipeline.unet.buffers():
         buffer.data = buffer.data.to(device)
+
+    # How the UNet computes: the attention kernel, fused layers, what is computed again in the backward pass.
     agree = partial(broadcast_from_main, accelerator)
     set_attention(pipeline.unet, config.attention, device, dtype, measured, agree)
     if config.fuse_unet:
         layers_that_pay = faster_layers(device)
         if config.uses_deepspeed:
-            # reads its adapter's weights without calling it, and then stage 3 does not bring them together
+            # This layer reads its adapter's weights without calling the adapter's modules, whose calls are what ZeRO's
+            # stage 3 gathers weights for.
             layers_that_pay -= {FusedLoraLinear}
         else:
-            # DeepSpeed sends and flattens contiguous weights only
+            # not under DeepSpeed, which flattens and sends contiguous weights only
             pipeline.unet.to(memory_format=torch.channels_last)
         fuse_unet(pipeline.unet, layers_that_pay)
     set_gradient_checkpointing(pipeline.unet, config.gradient_checkpointing)
@@ -71,7 +77,7 @@ def place_networks(
     return layers
 
 
-def compute_precision(pipeline: Any, config: DDPOConfig) -> str | None:
+def compute_precision(pipeline: Any, config: DDPOConfig) -> str:
     """What the trained network computes in: 'no', 'fp16' or 'bf16'.
 
     A pipeline with an autocast of its own computes in that, from weights in fp32.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +33,20 @@ SCORING_FIRST_PAYS = 0.5
 
 # the arguments of `Pairs`, in order -> (loss, approximate KL, clip fraction)
 Objective = Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+class CallMetrics(NamedTuple):
+    """What one UNet call says of its pairs: scalars, and `log_probs` [N]."""
+
+    loss: Tensor
+    approx_kl: Tensor
+    clip_fraction: Tensor
+    ratio_drift: Tensor
+    log_probs: Tensor
+
+    @classmethod
+    def of(cls, scored: ops.PPOLoss) -> CallMetrics:
+        return cls(scored.loss, scored.approx_kl, scored.clip_fraction, scored.ratio_drift, scored.log_probs)
 
 
 class PPO:
@@ -102,11 +117,8 @@ class PPO:
     @torch.no_grad()
     def score_again(self, trajectory: Trajectory) -> Trajectory:
         """The trajectory with the log-probs that training's forward pass gives it under the current weights."""
-        log_probs, index, size = (
-            [],
-            pair_index([trajectory], trajectory.timesteps.shape[1]),
-            self.sizes.micro_batch_size,
-        )
+        index, size = pair_index([trajectory], trajectory.timesteps.shape[1]), self.sizes.micro_batch_size
+        log_probs = []
         with self.engine.computing():
             for start in range(0, len(index), size):
                 pairs = pairs_of([trajectory], index[start : start + size], self.config.guides_training)
@@ -133,43 +145,53 @@ class PPO:
             "out of memory: micro-batches of %d instead of %d from here on", self.sizes.micro_batch_size, size
         )
 
-    # gradients of an update
+    # the gradient of an update
 
     def _add_gradients(self, batches: Sequence[TrainingBatch], number: int, objective: Objective | None) -> None:
         self.metrics = UpdateMetrics()
         index = pair_index(batches, self.config.num_train_timesteps)
+        if objective is None:
+            self._add_clipped(batches, index, number)
+        else:
+            self._add_objective(batches, index, objective)
+
+    def _add_clipped(self, batches: Sequence[TrainingBatch], index: np.ndarray, number: int) -> None:
+        """Adds the gradient of the clipped loss, by UNet calls for the pairs that have one as far as that is known."""
         total, size = len(index), self.sizes.micro_batch_size
-        if objective is not None:
-            # the user's own loss: what it does with pairs without an advantage is not known, so none is left out
-            for pairs, _ in self._calls(batches, index, total):
-                share = pairs.number / total
-                loss, kl, clipfrac = objective(*pairs)
-                self.engine.backward(loss * share)
-                self.metrics.add(share, loss=loss, approx_kl=kl, clipfrac=clipfrac)
-            return
-        # pairs without an advantage have neither loss nor gradient: they are left out, and the host knows them
+        # Pairs of images without an advantage have neither loss nor gradient, and the host knows them.
         if self.config.train_skip_dead_pairs:
             index = _with_advantage(batches, index)
         scored = len(index)
+        # Every process logs the same metrics, also one without any pair.
         nothing = torch.zeros((), device=self.policy.device)
         self.metrics.add(1.0, loss=nothing, approx_kl=nothing, clipfrac=nothing, zero_gradient=nothing)
         self.metrics.at_least("ratio_drift", nothing)
-        # pairs that the clip leaves without a gradient are known only after a forward pass without a graph
+        # Pairs that the clip leaves without a gradient are known only after a forward pass, here one without a graph.
         scores_first = self._scores_first(number)
         if scores_first:
             index = index[self._has_gradient(batches, index, total)]
         for pairs, count in self._calls(batches, index, total):
+            # the loss is a mean over the update's pairs, and fp16's loss scale keeps its gradient from underflow
             scale = self.engine.loss_scale().to(pairs.latents.dtype) * (pairs.number / total)
-            uses_graph = self._recorded is not None and pairs.number == size
-            add = self._recorded if uses_graph and self._recorded is not None else self._add_gradient
-            found = add(*pairs, scale)
+            add: Callable[..., Any] = self._add_gradient
+            if self._recorded is not None and pairs.number == size:
+                add = self._recorded
+            call = CallMetrics(*add(*pairs, scale))
             if not scores_first:
-                self._measure(pairs, count, total, scored, *found)
-        # processes whose weights are split must make as many passes as the one with the most pairs
+                self._measure(pairs, count, total, scored, call)
+        # Where weights are split over processes, every process makes as many passes as the one with the most pairs.
         for output in self._passes_for_others(batches, index):
             self.engine.loss_scale()
             self.engine.backward_from(output, torch.zeros_like(output))
         self.metrics.add(1.0, skipped=nothing + (1 - len(index) / total))
+
+    def _add_objective(self, batches: Sequence[TrainingBatch], index: np.ndarray, objective: Objective) -> None:
+        """Adds the gradient of the user's own loss, which may give pairs without an advantage one: all are used."""
+        for pairs, _ in self._calls(batches, index, len(index)):
+            share = pairs.number / len(index)
+            loss, kl, clipfrac = objective(*pairs)
+            self.engine.backward(loss * share)
+            self.metrics.add(share, loss=loss, approx_kl=kl, clipfrac=clipfrac)
 
     def _scores_first(self, number: int) -> bool:
         """Whether so many pairs had no gradient in this update of the last epoch that finding them first pays."""
@@ -182,7 +204,7 @@ class PPO:
         without = []
         for pairs, count in self._calls(batches, index, total):
             _, scored = self._score(*pairs)
-            without.append(self._measure(pairs, count, total, len(index), *_measured(scored)))
+            without.append(self._measure(pairs, count, total, len(index), CallMetrics.of(scored)))
         for _ in self._passes_for_others(batches, index):
             pass
         return ~torch.cat(without).cpu().numpy() if without else np.zeros(0, dtype=bool)
@@ -214,11 +236,11 @@ class PPO:
 
     # one UNet call
 
-    def _add_gradient(self, *pairs_and_scale: Tensor) -> Sequence[Tensor]:
-        """Adds the gradient of `Pairs` times a scale []; returns what `_measure` takes. A CUDA graph may replay it."""
+    def _add_gradient(self, *pairs_and_scale: Tensor) -> CallMetrics:
+        """Adds the gradient of `Pairs`, times a scale []. A CUDA graph may replay it, so all are tensors."""
         output, scored = self._score(*pairs_and_scale)
         self.engine.backward_from(output, scored.gradient)
-        return _measured(scored)
+        return CallMetrics.of(scored)
 
     def _score(
         self,
@@ -247,37 +269,23 @@ class PPO:
         )
         return output, scored
 
-    def _measure(
-        self,
-        pairs: Pairs,
-        count: int,
-        total: int,
-        scored: int,
-        loss: Tensor,
-        kl: Tensor,
-        clipfrac: Tensor,
-        ratio_drift: Tensor,
-        log_probs: Tensor,
-    ) -> Tensor:
-        """Adds the first `count` pairs of a call, the rest is padding, to the metrics; which have no gradient, [count].
+    def _measure(self, pairs: Pairs, count: int, total: int, scored: int, call: CallMetrics) -> Tensor:
+        """Adds a UNet call to the metrics; returns which of its pairs have no gradient, [count].
 
-        The loss is a mean over the update's `total` pairs, as those left out have a loss of zero; the other metrics are
-        over the pairs that are `scored`.
+        The loss is a mean over the update's `total` pairs, as those that were left out have a loss of zero. The other
+        metrics are over the pairs that are `scored`. Only the first `count` pairs of the call are not padding.
         """
         clip_range = self.config.train_clip_range
-        new, old, advantages = log_probs[:count], pairs.log_probs[:count], pairs.advantages[:count]
+        new, old, advantages = call.log_probs[:count], pairs.log_probs[:count], pairs.advantages[:count]
         ratio = torch.exp(new - old)
         without = ops.is_clipped(advantages, clip_range, ratio) | (advantages == 0)
+        kl, clipfrac = call.approx_kl, call.clip_fraction
         if count < pairs.number:
             kl, clipfrac = approx_kl(new, old), clip_fraction(ratio, clip_range)
-        self.metrics.add(pairs.number / total, loss=loss)
+        self.metrics.add(pairs.number / total, loss=call.loss)
         self.metrics.add(count / scored, approx_kl=kl, clipfrac=clipfrac, zero_gradient=without.float().mean())
-        self.metrics.at_least("ratio_drift", ratio_drift)
+        self.metrics.at_least("ratio_drift", call.ratio_drift)
         return without
-
-
-def _measured(scored: ops.PPOLoss) -> tuple[Tensor, ...]:
-    return scored.loss, scored.approx_kl, scored.clip_fraction, scored.ratio_drift, scored.log_probs
 
 
 def _with_advantage(batches: Sequence[TrainingBatch], index: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""One run on many processes: how they find each other, and what they must agree on."""
+"""One run on many processes: the accelerator, the settings that it was launched with, and collective calls."""
 
 from __future__ import annotations
 
@@ -20,31 +20,35 @@ T = TypeVar("T")
 
 
 def make_accelerator(config: DDPOConfig, output_dir: Path) -> Accelerator:
-    """The processes that torchrun, `deepspeed` or `accelerate launch` started, over gloo where there is no GPU.
+    """The accelerator of a run, over the processes that torchrun, `deepspeed` or `accelerate launch` started.
 
-    Raises `ValueError` for a way of splitting the run that is not supported.
+    `accelerator_kwargs` take precedence over what is chosen here. Raises `ValueError` for a way of splitting the run
+    that is not supported.
     """
     if problem := launch_problem():
         raise ValueError(problem)
     project: dict[str, Any] = {"project_dir": str(output_dir), "logging_dir": str(output_dir), **config.project_kwargs}
+    # checkpoints are written by `run_folder.checkpoint`, not by accelerate
     project["automatic_checkpoint_naming"] = False
+    # Without a GPU accelerate starts no process group by itself, and each process would train alone; with `cpu` it
+    # starts one over gloo.
     many_on_cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
     return Accelerator(
         log_with=config.log_with,
         mixed_precision=config.mixed_precision,
         project_config=ProjectConfiguration(**project),
-        # TRL's count: an update sums over images and timesteps
+        # TRL's number: each timestep of a batch is a backward pass of its own
         gradient_accumulation_steps=config.train_gradient_accumulation_steps * config.num_train_timesteps,
-        # accelerate would leave each of them alone
         **{**({"cpu": True} if many_on_cpu else {}), **config.accelerator_kwargs},
     )
 
 
 def with_launch_settings(config: DDPOConfig, accelerator: Accelerator) -> DDPOConfig:
-    """The settings as `accelerate launch` completes them: with its precision, and with DeepSpeed if it has settings
-    for that and `config` has none. `config` itself where there is nothing to complete.
+    """`config` completed by what `accelerate launch` was told: a copy, or `config` itself if nothing is missing.
 
-    Raises `ValueError` where they fit neither together nor the processes and the device that were started.
+    `mixed_precision` is the accelerator's, also where it is None in `config`. DeepSpeed trains if accelerate has
+    settings for it and `config` has none. Raises `ValueError` if the two do not fit together, or not with the processes
+    and the device that were started.
     """
     with_deepspeed = not config.uses_deepspeed and getattr(accelerator.state, "deepspeed_plugin", None) is not None
     if config.mixed_precision != accelerator.mixed_precision or with_deepspeed:
@@ -62,7 +66,7 @@ def with_launch_settings(config: DDPOConfig, accelerator: Accelerator) -> DDPOCo
 
 
 def launch_problem() -> str:
-    """Why a run cannot be split as `accelerate launch` was told, or ''."""
+    """The kind of distributed training that accelerate's config asks for and that is not supported, or ''."""
     for kind, variable in (("FSDP", "ACCELERATE_USE_FSDP"), ("Megatron-LM", "ACCELERATE_USE_MEGATRON_LM")):
         if os.environ.get(variable, "").lower() in ("true", "1"):
             return (
@@ -73,23 +77,24 @@ def launch_problem() -> str:
 
 
 def broadcast_from_main(accelerator: Accelerator, value: T) -> T:
-    """The main process's value."""
+    """The main process's value, in every process; the value has to be picklable."""
     return value if accelerator.num_processes == 1 else broadcast_object_list([value])[0]
 
 
 def all_reduce_min(accelerator: Accelerator, value: int) -> int:
-    """The smallest of all processes' values: they must not differ in how they split their work."""
+    """The smallest of the processes' values, in every process."""
     if accelerator.num_processes == 1:
         return value
-    least = torch.tensor(value, device=accelerator.device)
-    dist.all_reduce(least, dist.ReduceOp.MIN)
-    return int(least)
+    smallest = torch.tensor(value, device=accelerator.device)
+    dist.all_reduce(smallest, dist.ReduceOp.MIN)
+    return int(smallest)
 
 
 def run_or_raise_on_all(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """`work()` in every process; if it raises in one, all raise, as the others would wait for that one for ever.
+    """Returns `work()`. Every process calls it, and if `work` raises in one of them, it raises in all.
 
-    Raises the process's own error, or a `RuntimeError` that says which process stopped, and why.
+    Without this the others would wait for ever in their next collective call. A process raises its own error, or else a
+    `RuntimeError` that says which process stopped, and why.
     """
     if accelerator.num_processes == 1:
         return work()

@@ -1,4 +1,4 @@
-"""Text embeddings of prompts, computed once for each: the text encoder is frozen."""
+"""Text embeddings of prompts, each computed once, as the text encoder is frozen."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from diffusers.loaders import TextualInversionLoaderMixin
 
 from ddpo_fast.offload_frozen import on_device
 
-# The encoder always sees this many prompts, so that an embedding's bits do not depend on which prompts came with it: a
-# resumed run, which has seen others, gets the same.
+# The text encoder is always called with this many prompts. The bits of an embedding may depend on the number of rows,
+# and a resumed run, which meets its prompts in other groups, must get the same bits.
 ENCODED_AT_ONCE = 8
 MOST_KEPT = 4096
 
@@ -21,7 +21,7 @@ class PromptEmbeddings:
 
     Args:
         tokenizer, text_encoder: a pipeline's.
-        remembers: keep what was computed; a text encoder that is trained forgets it all.
+        remembers: keep what was computed, unless the text encoder itself is trained.
     """
 
     def __init__(self, tokenizer: Any, text_encoder: Any, device: torch.device, remembers: bool) -> None:
@@ -43,7 +43,7 @@ class PromptEmbeddings:
             few = new[start : start + ENCODED_AT_ONCE]
             encoded = self._encode(few + few[-1:] * (ENCODED_AT_ONCE - len(few)))
             for prompt, prompt_ids, embedding in zip(few, *encoded, strict=False):
-                # a view would keep all of them
+                # cloned: a view would keep the whole batch alive
                 self._known[prompt] = prompt_ids.clone(), embedding.clone()
         known = [self._known[prompt] for prompt in prompts]
         return torch.stack([ids for ids, _ in known]), torch.stack([embedding for _, embedding in known])
@@ -51,18 +51,18 @@ class PromptEmbeddings:
     def _encode(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = self._tokens(prompts)
         ids = tokens.input_ids.to(self.device)
-        # as diffusers asks the text encoder
+        # the mask is passed where StableDiffusionPipeline.encode_prompt passes it
         masked = getattr(self.text_encoder.config, "use_attention_mask", False)
         mask = tokens.attention_mask.to(self.device) if masked else None
         with on_device(self.text_encoder, self.device):
             return ids, self.text_encoder(ids, attention_mask=mask)[0]
 
     def tokenize(self, prompts: Sequence[str]) -> torch.Tensor:
-        """Ids [B, L], cut or filled up to the tokenizer's length."""
+        """Ids [B, L], truncated or padded to the tokenizer's length."""
         return self._tokens(prompts).input_ids.to(self.device)
 
     def _tokens(self, prompts: Sequence[str]) -> Any:
-        # a textual inversion of several vectors is several tokens, which one word stands for
+        # a textual inversion of several vectors is one word in the prompt and several tokens
         whole = TextualInversionLoaderMixin().maybe_convert_prompt(list(prompts), self.tokenizer)
         return self.tokenizer(
             whole,

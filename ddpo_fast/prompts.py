@@ -34,7 +34,8 @@ PROMPT_LISTS: dict[str, list[str]] = {
 def load_prompts(spec: str) -> PromptFunction:
     """A prompt function from a named list, a text file (one prompt per line) or 'module:function'.
 
-    Lists are drawn from with Python's `random`, so that a resumed run draws what an uninterrupted one would.
+    Prompts of a list are drawn by Python's global generator, whose state a checkpoint keeps: a resumed run draws the
+    same as one that was not interrupted. Raises `ValueError` if there is no such list, file or function.
     """
     if spec in PROMPT_LISTS:
         return ListPrompts(PROMPT_LISTS[spec])
@@ -49,11 +50,11 @@ def load_prompts(spec: str) -> PromptFunction:
 
 
 def existing(spec: str) -> Path | None:
-    """The path that `spec` means, if there is something."""
+    """The path of the file or folder that `spec` names, or None if there is none."""
     try:
         path = Path(spec).expanduser()
         return path if spec and path.exists() else None
-    # a name too long for a file, a home of nobody
+    # a name that is too long for a file, or '~name' without such a user
     except (OSError, RuntimeError, ValueError):
         return None
 
@@ -61,8 +62,8 @@ def existing(spec: str) -> Path | None:
 def read_prompts(path: Path, spec: str) -> list[str]:
     """The prompts of a text file, one on each line that is not empty.
 
-    In UTF-8, or in UTF-16 or UTF-32 with the mark that they begin with. Raises `ValueError` naming the file, and the
-    line where one is at fault.
+    The file is in UTF-8, or in UTF-16 or UTF-32 with a byte order mark. Raises `ValueError` naming the file, and the
+    line that is wrong if there is one.
     """
     if path.is_dir():
         raise ValueError(f"prompts is {spec!r}, which is a folder: name a text file in it")
@@ -73,7 +74,7 @@ def read_prompts(path: Path, spec: str) -> list[str]:
     text = _decoded(data, spec)
     if problem := _table_problem(path, text):
         raise ValueError(f"prompts is {spec!r}, which is {problem}: write the prompts to a text file, one on each line")
-    # `splitlines` would end lines at rare characters too, which may be part of a prompt
+    # `splitlines` would split at other characters too, such as U+2028, which may be part of a prompt
     lines = [line.strip("\ufeff \t\v\f") for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n")]
     prompts = [line for line in lines if line]
     if not prompts:
@@ -81,7 +82,7 @@ def read_prompts(path: Path, spec: str) -> list[str]:
     return prompts
 
 
-# UTF-32's mark begins with UTF-16's
+# byte order marks; UTF-32's begins with the bytes of UTF-16's, and is therefore tried first
 _MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
@@ -111,7 +112,7 @@ def _decoded(data: bytes, spec: str) -> str:
 
 
 def _table_problem(path: Path, text: str) -> str:
-    """What a file is if it is no list of prompts, or ''."""
+    """What kind of data the file holds in place of lines of prompts, for a message, or ''."""
     if path.suffix.lower() in (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".yaml", ".yml", ".toml", ".xml", ".html"):
         return f"a {path.suffix} file"
     first = text.strip().partition("\n")[0].strip()
@@ -132,7 +133,7 @@ def _is_json(text: str) -> bool:
         json.loads(text)
     except ValueError:
         return False
-    # brackets without end are no prompt either
+    # brackets nested too deep for Python's parser
     except RecursionError:
         return True
     return True
@@ -149,9 +150,9 @@ class ListPrompts:
 
 
 def draw_prompts(prompt_function: PromptFunction, count: int) -> tuple[tuple[str, ...], tuple[Any, ...]]:
-    """`count` draws as (prompts, metadata), the prompts as plain strings.
+    """`count` draws of the function, as (prompts, metadata).
 
-    Raises `ValueError` if the function raised, or returned anything but a prompt and its metadata.
+    Raises `ValueError` if the function raises, or returns anything but a prompt and its metadata.
     """
     prompts, metadata = zip(*(_draw(prompt_function) for _ in range(count)), strict=True)
     return prompts, metadata
@@ -162,7 +163,7 @@ def _draw(prompt_function: PromptFunction) -> tuple[str, Any]:
         pair = prompt_function()
     except Signalled:
         raise
-    # one that exits would end the run without a word
+    # a function that calls `sys.exit` would end the run without a message
     except (Exception, SystemExit) as error:
         raise ValueError(
             f"the prompt function raised {error_line(error)} ({where_raised(error, prompt_function)})"
@@ -173,7 +174,7 @@ def _draw(prompt_function: PromptFunction) -> tuple[str, Any]:
             "the prompt function must return (prompt, metadata) with a string first, "
             f"got {describe_value(pair)} ({name})"
         )
-    # plain, also of NumPy's strings and enumerations: checkpoints and pictures keep prompts
+    # a plain string, also of NumPy's strings and enumerations, as checkpoints and pictures keep it
     prompt = str.__str__(pair[0])
     if not prompt.isprintable() and any(character == "\0" or "\ud800" <= character <= "\udfff" for character in prompt):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Scores of images: JPEG size, the user's own function, and the checks between it and training.
+"""Rewards of images: the built-in ones, calls of the user's function with checks of what it returns, worker threads.
 
 A reward function takes (images [B, 3, H, W] in fp32 in [0, 1], prompts, metadata), the last two as tuples of length B,
 and returns (rewards of length B, metadata).
@@ -25,7 +25,7 @@ from ddpo_fast.user_functions import describe_value, error_line, function_name, 
 
 logger = logging.getLogger(__name__)
 
-# the names of worker threads begin so
+# the names of the worker threads of rewards begin with this
 WORKER_NAME = "reward"
 
 RewardFunction = Callable[[torch.Tensor, tuple[str, ...], tuple[Any, ...]], tuple[Any, Any]]
@@ -56,7 +56,7 @@ REWARDS: dict[str, RewardFunction] = {
 
 
 def load_reward(spec: str) -> RewardFunction:
-    """A built-in reward by name, or the user's 'module:function'."""
+    """A built-in reward by name, or the user's 'module:function'. Raises `ValueError` if there is none."""
     if spec in REWARDS:
         return REWARDS[spec]
     if ":" not in spec:
@@ -67,11 +67,11 @@ def load_reward(spec: str) -> RewardFunction:
 def score(
     reward_function: RewardFunction, images: torch.Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ...]
 ) -> tuple[torch.Tensor, Any]:
-    """Calls the reward function on one batch: (fp32 rewards [B], its metadata).
+    """Calls the reward function with one batch and returns its rewards, in fp32 [B], and its metadata.
 
-    Raises `RuntimeError` if it raised, `ValueError` if what it returned cannot be trained on.
+    Raises `RuntimeError` if the function raises, `ValueError` if what it returns cannot be trained on.
     """
-    # its own copy: what it changes in place is not what hooks and pictures are to show
+    # A function may change its images in place; hooks and pictures show the originals.
     own = images.clone() if isinstance(images, torch.Tensor) else images
     try:
         result = reward_function(own, prompts, metadata)
@@ -100,10 +100,10 @@ def score(
 
 
 def _as_fp32(given: Any, count: int, name: str) -> torch.Tensor:
-    """What a reward function returned as rewards, as a plain tensor [B].
+    """The rewards that a function returned, as a tensor [B] in fp32.
 
-    In fp32 also for whole numbers: advantages computed in the rewards' own type would be cut to whole numbers. [B, 1]
-    is what a reward model's last layer gives, and TRL takes it.
+    Whole numbers are converted too, as advantages in an integer type would be rounded to whole numbers. [B, 1], the
+    output of a reward model's last layer, is accepted, as by TRL.
     """
     needs = f"return {count} real numbers, one for each image, as a tensor, an array or a list"
     try:
@@ -119,38 +119,47 @@ def _as_fp32(given: Any, count: int, name: str) -> torch.Tensor:
 
 
 def _real_numbers(given: Any) -> torch.Tensor:
-    """Numbers in a tensor, an array or a list, in fp32. Raises one of several errors for anything else."""
+    """The numbers of a tensor, an array or a list as a tensor in fp32.
+
+    Raises `TypeError`, or what NumPy and torch raise, for anything else.
+    """
     if isinstance(given, torch.Tensor):
         if given.is_complex():
             raise TypeError("complex numbers")
         return given.detach().as_subclass(torch.Tensor).to(torch.float32)
     if isinstance(given, (list, tuple)):
         given = [_real_numbers(item).cpu().numpy() if isinstance(item, torch.Tensor) else item for item in given]
+    # a masked number is a missing one: NaN, which is refused
     elif isinstance(given, np.ma.MaskedArray):
         given = np.ma.filled(given.astype(np.float64), np.nan)
     elif not hasattr(given, "__array__"):
         raise TypeError("neither a tensor nor an array nor a list")
     array = np.asarray(given)
+    # fractions, decimals and whole numbers beyond 64 bits make an array of objects
     if array.dtype == object and all(isinstance(item, (numbers.Real, Decimal)) for item in array.flat):
         array = array.astype(np.float64)
     if array.dtype.kind not in "biuf":
         raise TypeError("not real numbers")
+    # a number beyond fp32 becomes infinite, which is refused with the prompt's name
     with np.errstate(over="ignore"):
         return torch.from_numpy(array.astype(np.float32))
 
 
-_OF_THREAD = threading.local()
+_THREAD_LOCAL = threading.local()
 
 
 def _stream_of_thread(device: torch.device) -> torch.cuda.Stream:
-    """One for each worker: the allocator and the libraries keep memory for every stream that was ever used."""
-    if not hasattr(_OF_THREAD, "stream"):
-        _OF_THREAD.stream = torch.cuda.Stream(device)
-    return _OF_THREAD.stream
+    """The CUDA stream of this worker thread.
+
+    It is made once, as torch's allocator and cuBLAS keep memory for every stream that was ever used.
+    """
+    if not hasattr(_THREAD_LOCAL, "stream"):
+        _THREAD_LOCAL.stream = torch.cuda.Stream(device)
+    return _THREAD_LOCAL.stream
 
 
-class _ThisThread(Executor):
-    """Runs what is submitted where it is submitted; its future keeps what it raised."""
+class _SameThread(Executor):
+    """Calls a function in the thread that submits it; the future keeps what it returned or raised."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         future: Future[Any] = Future()
@@ -162,27 +171,29 @@ class _ThisThread(Executor):
 
 
 class Scoring:
-    """Scores batches in worker threads while the caller goes on, each call as `score`.
+    """Scores batches by `score` in worker threads, while the caller samples the next ones.
 
-    On a GPU the calls queue their work in a stream of their own, behind what made their images: they do not wait for
+    On a GPU each worker thread has a stream of its own, which waits only for the work that made its images, not for
     what the caller has queued since.
 
     Args:
-        executor: the worker threads; None to score in the caller's own, at once.
+        executor: the worker threads; None to score in the caller's thread, at once.
+        raises_early: whether `begin` raises what an earlier batch raised. Processes that sample together must not: one
+            of them would leave the others waiting in a collective call.
     """
 
     def __init__(self, reward_function: RewardFunction, executor: Executor | None, raises_early: bool = True) -> None:
         self.reward_function = reward_function
-        self.executor = executor or _ThisThread()
-        # processes that sample together must not be left in the middle of it
+        self.executor = executor or _SameThread()
         self.raises_early = raises_early
-        # the batches are kept too, as their `id` is theirs only while they live
+        # By the batch's `id`, which Python gives to another object once the batch is freed: the batch is kept with it.
         self._begun: dict[int, tuple[Sequence[Any], Future[tuple[torch.Tensor, Any]]]] = {}
 
     def begin(self, batch: Sequence[Any], ready: torch.cuda.Event | None = None) -> None:
-        """Starts scoring (images, prompts, metadata). Raises what a batch raised, if it is known by now.
+        """Starts scoring a batch of (images, prompts, metadata). Raises what an earlier batch has raised so far.
 
-        On a GPU `ready` is the event that the images are behind (default: what this thread has queued so far).
+        Args:
+            ready: on a GPU, the event after which the images are complete (default: all that this thread has queued).
         """
         images = batch[0]
         if ready is None and isinstance(images, torch.Tensor) and images.is_cuda:
@@ -194,7 +205,7 @@ class Scoring:
                 begun.result()
 
     def results(self, batches: Sequence[Sequence[Any]]) -> list[tuple[torch.Tensor, Any]]:
-        """The scores of batches in order; waits for them, and starts those that were not begun."""
+        """Waits for the scores of the batches, in their order; a batch that was not begun is started first."""
         for batch in batches:
             if id(batch) not in self._begun:
                 self.begin(batch)
@@ -202,7 +213,7 @@ class Scoring:
         try:
             return [future.result() for future in futures]
         finally:
-            # after an error nobody waits for the rest
+            # after an error the batches that are still queued need no scores
             for future in futures:
                 future.cancel()
 
@@ -211,17 +222,21 @@ class Scoring:
             return score(self.reward_function, images, *others)
         stream = _stream_of_thread(images.device)
         stream.wait_event(ready)
+        # the allocator must not reuse the images' memory before this stream has read them
         images.record_stream(stream)
         with torch.cuda.stream(stream):
             rewards, metadata = score(self.reward_function, images, *others)
-        # this thread has nothing else to do, and whoever reads the rewards is in another stream
+        # the rewards are read in another stream, and this thread has nothing else to do
         stream.synchronize()
         return rewards, metadata
 
 
 class RewardRandom:
-    """Gives torch's generators back as they were before an epoch's rewards: one that calls `torch.manual_seed` would
-    have every epoch sample from the same noise. Python's and NumPy's are left to prompts and rewards."""
+    """Restores torch's random generators after an epoch's rewards to what they were before.
+
+    A reward function that calls `torch.manual_seed` would otherwise make every epoch sample from the same noise.
+    Python's and NumPy's generators are left as the prompt and reward functions leave them.
+    """
 
     def __init__(self) -> None:
         self._torch: tuple[torch.Tensor, list[torch.Tensor]] | None = None
@@ -230,14 +245,14 @@ class RewardRandom:
         self._warned = False
 
     def begin(self) -> None:
-        """Before the first reward of an epoch, when all that samples has been drawn; later calls do nothing."""
+        """To be called before an epoch's first reward, when all its noise has been drawn; later calls do nothing."""
         if self._torch is None:
             on_device = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
             self._torch = torch.get_rng_state(), on_device
             self._others_before = _others()
 
     def end(self) -> None:
-        """After an epoch's rewards, or what was made of them."""
+        """To be called after an epoch's rewards, also after an error."""
         if self._torch is None:
             return
         on_host, on_device = self._torch

@@ -1,7 +1,7 @@
-"""Work that runs ahead in a thread of its own, while whoever uses its results keeps the thread that called.
+"""Sampling in a thread of its own, while the caller's thread scores what has been sampled.
 
-Sampling does, and not the user's reward: a reward may be bound to the main thread by signals, event loops, connections
-to data bases, or whatever else belongs to a thread.
+It is sampling that moves to the other thread, and not the user's reward function: that may need the main thread, for
+signals, an event loop or a connection to a database.
 """
 
 from __future__ import annotations
@@ -18,16 +18,18 @@ T = TypeVar("T")
 
 
 class Stopped(Exception):
-    """Nobody waits for the result any more."""
+    """Raised in the sampling thread when nobody waits for the rest."""
 
 
 class Ahead(Generic[T]):
-    """The items of `items`, made by a thread in order; what it raises is raised where they are used.
+    """An iterator whose items a thread makes in order, before they are asked for.
 
-    Iterating gives (item, event): on a GPU the event is behind all that the item was made by, and before what follows.
+    Iterating gives (item, event), and raises what the thread raised. On a GPU the event is recorded after the kernels
+    that made the item and before those of the next: who waits for it does not wait for the next item.
 
     Args:
-        stop: set for the thread to give up between two items; what makes them may look at it too, and raise `Stopped`.
+        stop: set for the thread to end after the item under way; what makes the items may look at it too, and raise
+            `Stopped`.
     """
 
     def __init__(self, items: Iterator[T], device: torch.device, stop: threading.Event) -> None:
@@ -35,7 +37,7 @@ class Ahead(Generic[T]):
         self._device = device
         self._stop = stop
         self._made: SimpleQueue[tuple[T, torch.cuda.Event | None] | BaseException | None] = SimpleQueue()
-        # a thread starts with the machine's number of threads for an op, and on the first GPU
+        # a new thread computes with PyTorch's default number of threads, and on the first GPU
         self._threads_of_ops = torch.get_num_threads()
         self._thread = threading.Thread(target=self._work, name="sampling")
 
@@ -71,7 +73,7 @@ class Ahead(Generic[T]):
         self._thread.start()
 
     def give_up(self) -> None:
-        """Returns once the thread is at rest: nothing is computed behind the caller's back."""
+        """Ends the thread, and returns when it has ended."""
         self._stop.set()
         self._thread.join()
         self._stop.clear()
@@ -81,7 +83,7 @@ class Ahead(Generic[T]):
 def ahead(
     items: Iterator[T], device: torch.device, stop: threading.Event
 ) -> Iterator[Iterator[tuple[T, torch.cuda.Event | None]]]:
-    """`items` made by a thread while the block runs; see `Ahead`."""
+    """`items`, made by a thread of their own while the block runs; see `Ahead`."""
     worker = Ahead(items, device, stop)
     worker.start()
     try:

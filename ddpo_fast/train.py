@@ -3,7 +3,8 @@
 import sys
 from pathlib import Path
 
-# run as a script, this folder is the first place that imports look in, and its module names are ours alone
+# Run as a script, this folder is the first entry of `sys.path`, where a module such as `prompts` would hide one of the
+# same name elsewhere.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
 from ddpo_fast.cli import main  # noqa: E402

@@ -1,4 +1,4 @@
-"""The user's own reward and prompt functions: `module:function` on the command line, and how messages name them."""
+"""A user's reward and prompt functions: loaded from 'module:function', and described in messages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 
 
 def load_function(option: str, spec: str) -> Callable[..., Any]:
-    """The callable that `spec` ('module:function') names; the working directory is searched too.
+    """The callable that `spec` ('module:function') names; modules of the working directory are found too.
 
     Raises `ValueError` naming `option` and what is missing.
     """
@@ -24,7 +24,7 @@ def load_function(option: str, spec: str) -> Callable[..., Any]:
     if not module_name or not name:
         raise ValueError(f"{option} is {spec!r} but must be a name from the list or 'module:function'")
     if module_name.endswith(".py"):
-        raise ValueError(f"{option} is {spec!r}, a file: {_spelling(module_name, name)}")
+        raise ValueError(f"{option} is {spec!r}, a file: {_how_to_write(module_name, name)}")
     module = _imported(option, spec, module_name)
     function = getattr(module, name, None)
     if function is None or not callable(function):
@@ -36,7 +36,7 @@ def load_function(option: str, spec: str) -> Callable[..., Any]:
 
 
 def require_function(what: str, function: Any) -> None:
-    """Raises `ValueError` unless `function` can be called, and is no class that a call would only make one of."""
+    """Raises `ValueError` for what cannot be called, and for a class, whose call would only make an object."""
     if not callable(function):
         raise ValueError(f"{what} is {describe_value(function)} but must be a function")
     if inspect.isclass(function):
@@ -49,21 +49,22 @@ def _imported(option: str, spec: str, module_name: str) -> ModuleType:
     try:
         return importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        # the module itself, a package that it is in, or something that it imports
+        # `error.name` is the module itself or a package it is in, else something that the module imports
         if error.name and not f"{module_name}.".startswith(f"{error.name}."):
             reason = f"it needs {error.name!r}, which is not installed ({where_raised(error)})"
         else:
             reason = (
                 f"there is no module {error.name or module_name!r} in {os.getcwd()} nor among the installed packages"
             )
-    # a module that exits would end the command without a word
+    # a module that calls `sys.exit` would end the command without a message
     except (Exception, SystemExit) as error:
-        # a mistake of syntax says where it is
+        # the message of a SyntaxError has the file and the line already
         reason = error_line(error) if isinstance(error, SyntaxError) else f"{error_line(error)} ({where_raised(error)})"
     raise ValueError(f"{option} is {spec!r}, and importing {module_name} failed: {reason}")
 
 
-def _spelling(file: str, name: str) -> str:
+def _how_to_write(file: str, name: str) -> str:
+    """The 'module:function' of a file, as advice."""
     path = Path(file)
     parts = path.with_suffix("").parts
     if path.is_absolute() or ".." in parts:
@@ -72,6 +73,7 @@ def _spelling(file: str, name: str) -> str:
 
 
 def _hint(module: ModuleType, name: str) -> str:
+    """Why a function may be missing in the module: another module was imported, or a spelling mistake."""
     here, found = Path(f"{module.__name__.split('.')[0]}.py").absolute(), getattr(module, "__file__", None)
     if here.exists() and (found is None or Path(found).absolute() != here):
         return f" (another module has the name of your file {here.name}: rename that)"
@@ -79,17 +81,17 @@ def _hint(module: ModuleType, name: str) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-# words for messages, each on one line
+# parts of messages, each on one line
 
 
 def function_name(function: Any) -> str:
-    """Where a function comes from: 'module.name'."""
+    """'module.name' of a function; of an object that has `__call__`, its class's."""
     named = _named(function)
     return f"{named.__module__}.{named.__qualname__}"
 
 
 def where_raised(error: BaseException, function: Any = None) -> str:
-    """The line that raised: of the function's own file if it is there, else the last."""
+    """The line that raised: the last one in the file of `function` if there is one, else the last of all."""
     frames = traceback.extract_tb(error.__traceback__)
     if function is None:
         return f"line {frames[-1].lineno} of {Path(frames[-1].filename).name}"
@@ -99,19 +101,21 @@ def where_raised(error: BaseException, function: Any = None) -> str:
 
 
 def _named(function: Any) -> Any:
+    """What has the name: the function inside of `functools.partial`, or an object's class."""
     while isinstance(function, functools.partial):
         function = function.func
     return function if hasattr(function, "__qualname__") else type(function)
 
 
 def error_line(error: BaseException) -> str:
-    """An error on one line."""
+    """An error's class and message on one line of at most 500 characters."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text:.500}" if text else type(error).__name__
 
 
 def describe_value(value: Any) -> str:
-    """A value in a few words."""
+    """A value's `repr`, cut to 80 characters, and its type; a coroutine or a generator with what to do about it."""
+    # closed, or Python would warn that it was never awaited
     if inspect.iscoroutine(value):
         value.close()
         return "a coroutine (make it a plain function that calls asyncio.run)"

@@ -1,4 +1,4 @@
-"""Threads that nobody waits for when the program ends: a reward that is still at work does not hold up a Ctrl-C."""
+"""Worker threads that do not delay the end of the program, so that a Ctrl-C does not wait for a slow reward."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from typing import Any
 
 
 class WorkerThreads(Executor):
-    """Up to `count` threads, started when there is work. `ThreadPoolExecutor`'s are waited for at the program's end."""
+    """An executor of up to `count` daemon threads, which are started when there is work.
+
+    `concurrent.futures.ThreadPoolExecutor` joins its threads when the interpreter exits, even after
+    `shutdown(wait=False)`.
+    """
 
     def __init__(self, count: int, name: str) -> None:
         self.count = count
@@ -39,7 +43,7 @@ class WorkerThreads(Executor):
         self._start_over()
 
     def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """Calls `function` in one of the threads."""
+        """Queues a call of `function` and returns its future."""
         future: Future[Any] = Future()
         self._work.put((future, function, args, kwargs))
         if len(self._threads) < self.count:
@@ -50,13 +54,14 @@ class WorkerThreads(Executor):
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """The threads end after what is queued already."""
+        """Lets each thread end when the work that is queued is done; waits for that if `wait`."""
         _end(self._work, self._threads)
         for thread in self._threads if wait else []:
             thread.join()
 
 
 def _run(work: SimpleQueue[Any]) -> None:
+    """What a thread does: calls from the queue, until it gets None."""
     while (item := work.get()) is not None:
         future, function, args, kwargs = item
         if not future.set_running_or_notify_cancel():
@@ -65,7 +70,7 @@ def _run(work: SimpleQueue[Any]) -> None:
             future.set_result(function(*args, **kwargs))
         except BaseException as error:
             future.set_exception(error)
-        # an idle thread keeps no images
+        # an idle thread must not keep the last batch's images in memory
         del item, future, function, args, kwargs
 
 

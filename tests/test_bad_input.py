@@ -527,6 +527,11 @@ def test_a_wrong_deepspeed_file_is_refused(settings, words, tmp_path):
         zero_settings(DDPOConfig(deepspeed=str(path), mixed_precision="no"), "no")
 
 
+def test_accelerates_settings_for_deepspeed_are_named_as_such():
+    with refused(ValueError, "accelerate's configuration of DeepSpeed has no ZeRO stage"):
+        zero_settings(DDPOConfig(mixed_precision="no"), "no", {"zero_optimization": {"stage": 0}})
+
+
 def test_a_deepspeed_file_may_begin_with_a_byte_order_mark(tmp_path):
     (tmp_path / "ds.json").write_bytes(codecs.BOM_UTF8 + json.dumps(ds()).encode())
     assert zero_settings(DDPOConfig(deepspeed=str(tmp_path / "ds.json")), "no")["zero_optimization"]["stage"] == 2

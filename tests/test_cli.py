@@ -167,6 +167,10 @@ def test_the_precision_of_accelerates_config_is_the_default(told, given, precisi
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", told)
     here = "fp16" if torch.cuda.is_available() else "no"
     assert train_command.read_options(given)[1].mixed_precision == (here if precision == "here" else precision)
+    # a plan is for a GPU, wherever it is made
+    planned = command_options.plan_parser().parse(given).mixed_precision
+    on_gpu = command_options.precision_or_default(planned, on_gpu=True)
+    assert on_gpu == ("fp16" if precision == "here" else precision)
     # in a script the default is TRL's
     assert DDPOConfig().mixed_precision == "fp16"
 
@@ -334,7 +338,7 @@ HARMFUL = {
 
 def write_state(path: Path, state: dict) -> None:
     """Writes a state with a valid digest, as an attacker can."""
-    path.write_text(json.dumps({**state, checkpoint.SEAL: checkpoint._seal(state)}) + "\n")
+    path.write_text(json.dumps({**state, checkpoint.DIGEST: checkpoint._state_digest(state)}) + "\n")
 
 
 @pytest.mark.parametrize("name", HARMFUL)

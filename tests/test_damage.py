@@ -127,7 +127,7 @@ def test_metrics_lose_only_the_lines_that_are_damaged(tmp_path, content, epochs)
     assert [record["epoch"] for record in metrics.read()] == epochs
     # a resumed run does so if its checkpoint was saved when the file was longer
     metrics.truncate(1000)
-    metrics.write({"kind": "epoch", "epoch": 7})
+    metrics.append({"kind": "epoch", "epoch": 7})
     assert [record["epoch"] for record in metrics.read()] == [*epochs, 7]
     assert metrics.size() <= len(content) + 40
 
@@ -135,9 +135,9 @@ def test_metrics_lose_only_the_lines_that_are_damaged(tmp_path, content, epochs)
 def test_metrics_after_the_checkpoint_are_written_again(tmp_path):
     metrics = MetricsFile(tmp_path / "metrics.jsonl")
     metrics.truncate(10)
-    metrics.write({"kind": "epoch", "epoch": 0})
+    metrics.append({"kind": "epoch", "epoch": 0})
     size = metrics.size()
-    metrics.write({"kind": "epoch", "epoch": 1})
+    metrics.append({"kind": "epoch", "epoch": 1})
     metrics.truncate(size)
     assert [record["epoch"] for record in metrics.read()] == [0]
 

@@ -1,7 +1,7 @@
-"""Each row of README's table of differences: what is broken in TRL 0.23.1 works as its documentation says.
+"""Each row of docs/differences_from_trl.md: what is broken in TRL 0.23.1 works as its documentation says.
 
 The numbers are the table's. Rows that are tested elsewhere: 3, 10, 16, 19, 25 (test_trainer.py), 7, 8
-(test_two_processes.py), 18 (test_advantages.py).
+(test_two_processes.py), 18 (test_advantages.py), 26 (test_waits.py), 29 (test_health.py).
 """
 
 from __future__ import annotations

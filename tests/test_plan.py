@@ -27,7 +27,7 @@ from ddpo_fast.plan.update_bytes import state_bytes
 from ddpo_fast.tiny_sd import MODEL
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
-from model import make_sd15
+from lib.sd15_random import make_sd15
 
 SD15_WEIGHTS = 859_520_964
 FULL = DDPOConfig(mixed_precision="bf16")

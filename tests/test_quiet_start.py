@@ -12,7 +12,7 @@ import pytest
 from run_process import finish
 
 import ddpo_fast
-from ddpo_fast.commands import library_messages
+from ddpo_fast.commands import library_warnings
 
 HEAVY = ("torch", "numpy", "transformers", "diffusers", "accelerate", "matplotlib")
 
@@ -114,7 +114,7 @@ def test_public_names_of_the_package():
 
 # messages of libraries while a command runs
 
-PIPELINE, TOKENIZER, IMPORTS = library_messages.FILTERED[2], library_messages.FILTERED[1], library_messages.FILTERED[0]
+PIPELINE, TOKENIZER, IMPORTS = library_warnings.FILTERED[2], library_warnings.FILTERED[1], library_warnings.FILTERED[0]
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ PIPELINE, TOKENIZER, IMPORTS = library_messages.FILTERED[2], library_messages.FI
         (
             PIPELINE,
             logging.WARNING,
-            f"The following part of your input was truncated because of 77: ['on a hill {library_messages.END * 50}']",
+            f"The following part of your input was truncated because of 77: ['on a hill {library_warnings.END * 50}']",
             "a prompt is longer than the text encoder reads; this end of it has no effect: on a hill",
         ),
         (PIPELINE, logging.WARNING, "another", "another"),
@@ -143,7 +143,7 @@ def test_only_known_messages_are_hidden(name, level, text, said):
     handler.emit = lambda record: heard.append(record.getMessage())
     logger.addHandler(handler)
     try:
-        with library_messages.other_packages():
+        with library_warnings.quiet_libraries():
             logger.log(level, text)
             logger.log(level, text)
         news = heard[:]

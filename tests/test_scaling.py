@@ -7,17 +7,18 @@ import math
 import sys
 
 import pytest
-from run_process import ROOT, finish
+from run_process import ROOT, finish, read_records
 
-# imported first, as bench/paths.py puts an empty package in its place if it is missing
+# imported first, as bench/lib puts an empty package in its place if it is missing
 import ddpo_fast  # noqa: F401
 
 BENCH = ROOT / "bench"
 sys.path.append(str(BENCH))
 import scaling  # noqa: E402
+from lib import scaling_check, scaling_model  # noqa: E402
 
-FULL, LORA = scaling.MODELS["full"], scaling.MODELS["lora"]
-SMALL = scaling.Model(weights=5000, trained=1000, row_flops=0, row_bytes=100)
+FULL, LORA = scaling_model.MODELS["full"], scaling_model.MODELS["lora"]
+SMALL = scaling_model.Model(weights=5000, trained=1000, row_flops=0, row_bytes=100)
 ASSUMED = scaling.predictions(scaling.parse([]))
 RECORD = {
     "bench": "throughput",
@@ -35,9 +36,9 @@ RECORD = {
 @pytest.mark.parametrize("stage", range(4))
 @pytest.mark.parametrize("model", [FULL, LORA])
 def test_one_device_does_not_communicate(model, stage):
-    links = scaling.CARDS["h100"][2]
-    assert scaling.communication_s(stage, model, 50, 1, links) == 0
-    assert scaling.sent_bytes(stage, model, 50, 1) == 0
+    links = scaling_model.CARDS["h100"][2]
+    assert scaling_model.communication_s(stage, model, 50, 1, links) == 0
+    assert scaling_model.sent_bytes(stage, model, 50, 1) == 0
 
 
 def test_efficiency_is_at_most_one():
@@ -59,7 +60,7 @@ def test_images_per_s_grow_with_the_devices():
 
 @pytest.mark.parametrize("devices", [2, 8, 1024])
 def test_each_zero_stage_takes_less_memory(devices):
-    sizes = [sum(scaling.memory(stage, FULL, 24, devices).values()) for stage in range(4)]
+    sizes = [sum(scaling_model.memory(stage, FULL, 24, devices).values()) for stage in range(4)]
     assert sizes == sorted(sizes, reverse=True)
     assert len(set(sizes)) == 4
 
@@ -67,11 +68,11 @@ def test_each_zero_stage_takes_less_memory(devices):
 def test_memory_equals_that_computed_by_hand():
     other = 2 * (83_653_863 + 123_060_480)
     whole = {"weights": 2 * 5000 + other, "master": 4000, "gradients": 4000, "states": 8000, "activations": 300}
-    assert scaling.memory(0, SMALL, 3, 4) == whole
-    assert scaling.memory(1, SMALL, 3, 4) == {**whole, "master": 1000, "states": 2000}
-    assert scaling.memory(2, SMALL, 3, 4) == {**whole, "master": 1000, "states": 2000, "gradients": 1000}
+    assert scaling_model.memory(0, SMALL, 3, 4) == whole
+    assert scaling_model.memory(1, SMALL, 3, 4) == {**whole, "master": 1000, "states": 2000}
+    assert scaling_model.memory(2, SMALL, 3, 4) == {**whole, "master": 1000, "states": 2000, "gradients": 1000}
     # fp32 weight, gradient and two moments, and a half-precision copy
-    parts = scaling.memory(0, FULL, 0, 1)
+    parts = scaling_model.memory(0, FULL, 0, 1)
     assert sum(parts.values()) - other == 18 * 859_520_964
 
 
@@ -87,23 +88,23 @@ def test_memory_equals_that_computed_by_hand():
     ],
 )
 def test_communicated_bytes_equal_those_computed_by_hand(stage, model, micro_batches, devices, sent):
-    assert scaling.sent_bytes(stage, model, micro_batches, devices) == pytest.approx(sent)
+    assert scaling_model.sent_bytes(stage, model, micro_batches, devices) == pytest.approx(sent)
 
 
 def test_communication_time_equals_that_computed_by_hand():
-    links = scaling.Links(inside=8.0, across=2.0, inside_hop=0.25, across_hop=0.5, node=4)
+    links = scaling_model.Links(inside=8.0, across=2.0, inside_hop=0.25, across_hop=0.5, node=4)
     # in a ring of 4 devices each one sends 3/4 of the bytes
-    assert scaling.collective_s(64, 1, 4, links) == 48 / 8 + 3 * 0.25
+    assert scaling_model.collective_s(64, 1, 4, links) == 48 / 8 + 3 * 0.25
     # with 3 nodes each device then sends 2/3 of its quarter to the other nodes
-    assert scaling.collective_s(96, 2, 12, links) == pytest.approx(72 / 8 + 16 / 2 + 2 * (3 * 0.25 + 2 * 0.5))
+    assert scaling_model.collective_s(96, 2, 12, links) == pytest.approx(72 / 8 + 16 / 2 + 2 * (3 * 0.25 + 2 * 0.5))
     # an all-reduce sends that twice, as one message
-    assert scaling.communication_s(0, SMALL, 1, 4, links) == 2 * (3000 / 8 + 3 * 0.25)
-    work = scaling.Work(images=4, steps=5, updates=2, pairs=3)
+    assert scaling_model.communication_s(0, SMALL, 1, 4, links) == 2 * (3000 / 8 + 3 * 0.25)
+    work = scaling_model.Work(images=4, steps=5, updates=2, pairs=3)
     assert (work.rows, work.micro_batches) == (40, 4)
-    rates = scaling.Rates(sample=10, train=5, reward_s=0.5, optimizer_s=8, origin="")
-    assert scaling.epoch_s(0, SMALL, work, rates, 1, links) == 4 + 8 + 2 + 2 * 8
-    exchange = scaling.communication_s(1, SMALL, 4, 4, links)
-    assert scaling.epoch_s(1, SMALL, work, rates, 4, links) == pytest.approx(4 + 8 + 2 + 2 * (8 / 4 + exchange))
+    rates = scaling_model.Rates(sample=10, train=5, reward_s=0.5, optimizer_s=8, origin="")
+    assert scaling_model.epoch_s(0, SMALL, work, rates, 1, links) == 4 + 8 + 2 + 2 * 8
+    exchange = scaling_model.communication_s(1, SMALL, 4, 4, links)
+    assert scaling_model.epoch_s(1, SMALL, work, rates, 4, links) == pytest.approx(4 + 8 + 2 + 2 * (8 / 4 + exchange))
 
 
 def test_strong_scaling_ends_where_an_update_has_no_image():
@@ -146,8 +147,8 @@ def test_the_check_against_processes_equals_that_computed_by_hand(monkeypatch):
         [{"parts": [2.0, 0.0, 4.0]}, {"parts": [1.0, 0.0, 3.0]}],
         [{**together, "bytes_per_s": 16_000.0}, {}],
     ]
-    monkeypatch.setattr(scaling, "epochs_of", lambda workers: runs.pop(0))
-    row = scaling.checked([])
+    monkeypatch.setattr(scaling_check, "epochs_of", lambda workers: runs.pop(0))
+    row = scaling_check.checked([])
     # an update sends 4000 bytes at 16000 bytes/s and has two hops
     communication_s = 2 * (0.25 + 2 * 0.01)
     assert row["communication_s"] == pytest.approx(communication_s)
@@ -164,3 +165,13 @@ def test_command_line(tmp_path):
     assert len(lines) == 2 * 2 * (1 + 4 + 4)
     assert all(line.endswith("[assumed]") for line in lines)
     assert plot.stat().st_size > 10_000
+
+
+@pytest.mark.benchmark
+def test_the_check_trains_on_two_processes(tmp_path):
+    output = tmp_path / "scaling.jsonl"
+    finish([sys.executable, BENCH / "scaling.py", "--check", "--rounds", "1", "--output", output])
+    (row,) = read_records(output)
+    assert row["measured_s"] > 0
+    # gradients, and a few metrics
+    assert 0 <= row["bytes"] - row["foretold_bytes"] < 1000

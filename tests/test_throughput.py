@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 from run_process import ROOT, environment, finish, read_records
 
+from ddpo_fast.tiny_sd import MODEL
+
 
 @pytest.fixture
 def bench(monkeypatch):
-    """`bench("stem")` imports a module of the folder bench."""
+    """`bench("stem")` imports a module of the folder bench/lib."""
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    return importlib.import_module
+    return lambda stem: importlib.import_module(f"lib.{stem}")
 
 
 def throughput(output: Path, *options: str) -> tuple[list[dict], str]:
@@ -99,7 +101,7 @@ def speeds(*images_per_s: float, **others) -> dict:
 
 
 def test_what_got_slower_is_flagged(bench):
-    against = bench("against")
+    against = bench("compare_with_record")
     now = speeds(10.0, 10.1, 9.9)
     assert against.compare([now], [speeds(20.0, 20.5, 19.0)])[1]
     # equal, faster, within the noise of either measurement, and by less than is flagged
@@ -112,7 +114,7 @@ def test_what_got_slower_is_flagged(bench):
 
 
 def test_only_the_newest_row_of_the_same_work_is_compared_with(bench):
-    against = bench("against")
+    against = bench("compare_with_record")
     now = speeds(10.0, 10.1, settings={"steps": 50})
     fast = speeds(20.0, 20.1, settings={"steps": 50})
     other = {**fast, "settings": {"steps": 10}}
@@ -127,23 +129,23 @@ def test_contenders_take_turns(bench):
     contenders = [workloads.Contender(name, "ours", True, settings) for name in ("a", "b")]
     order = []
 
-    def run_one(contender, patience_s):
+    def run_one(contender, timeout_s):
         order.append(contender.name)
         if len(order) == 4:
             raise rounds.RunFailed("out of memory")
         return {"images_per_s": float(len(order))}
 
-    results, failed = rounds.in_turn(contenders, run_one, 3)
+    results, failed = rounds.take_turns(contenders, run_one, 3)
     assert "".join(order) == "abbab"
     assert failed == {"a": "out of memory"}
     assert [figures["images_per_s"] for figures in results["b"]] == [2.0, 3.0, 5.0]
     # a second round would end after the time limit
-    results, _ = rounds.in_turn(contenders, lambda *_: {"images_per_s": 1.0}, 3, budget_s=1e-9)
+    results, _ = rounds.take_turns(contenders, lambda *_: {"images_per_s": 1.0}, 3, budget_s=1e-9)
     assert [len(found) for found in results.values()] == [1, 1]
 
 
 def test_seconds_to_the_same_reward(bench):
-    learning = bench("learning")
+    learning = bench("learning_curves")
     trl = {"contender": "trl", "seed": 0, "seconds": [10.0, 20.0, 30.0], "reward": [-3.0, -2.0, -1.0]}
     ours = {"contender": "ours", "seed": 0, "seconds": [5.0, 10.0, 15.0, 20.0], "reward": [-3.0, -2.0, -1.1, -0.5]}
     (found,) = learning.comparisons([ours, trl])
@@ -153,13 +155,13 @@ def test_seconds_to_the_same_reward(bench):
 
 
 def test_work_is_counted(bench):
-    workloads, model = bench("workloads"), bench("model")
+    workloads = bench("workloads")
     known = workloads.cases("cpu", "full", None, {"fuse_unet": False})
     ours, trl = known["no-guidance"].contenders
     assert (ours.sample_rows, ours.train_rows) == (24 * 50, 24 * 50)
     assert (trl.sample_rows, trl.train_rows) == (2 * 24 * 50, 24 * 50)
     assert ours.settings["fuse_unet"] is False
     assert "fuse_unet" not in trl.settings
-    flops = model.flops_of(model.BUNDLED, use_lora=False)
+    flops = bench("flops").flops_of(MODEL, use_lora=False)
     # a backward pass has the work of two forward passes: gradients of inputs and of weights
     assert 2.9 < flops["trained"] / flops["forward"] < 3.0

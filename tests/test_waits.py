@@ -21,7 +21,7 @@ from ddpo_fast.offload_frozen import offload, on_device
 def device(monkeypatch):
     made = Device()
     put_behind_torch(made, monkeypatch)
-    monkeypatch.setattr(rewards, "_OF_THREAD", threading.local())
+    monkeypatch.setattr(rewards, "_THREAD_LOCAL", threading.local())
     cuda_graphs._stream.cache_clear()
     with made:
         yield made

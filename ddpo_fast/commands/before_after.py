@@ -1,4 +1,7 @@
-"""Images of the same prompts and noise before and after training, and the file that keeps the first of them."""
+"""Images of the same prompts and noise before and after training, and the file that keeps the first ones.
+
+Shapes: B prompts, C channels, H x W pixels.
+"""
 
 from __future__ import annotations
 
@@ -9,24 +12,24 @@ from typing import Any
 
 import torch
 
+from ddpo_fast.config import SAMPLING_FIELDS
 from ddpo_fast.processes import broadcast_from_main
 from ddpo_fast.run_folder import checkpoint, pictures
 from ddpo_fast.trainer import DDPOTrainer
 
 logger = logging.getLogger(__name__)
 
+# the name of images of the base model; those of a model after N epochs are named epoch_N
 BEFORE = "before"
-# what images and rewards depend on, beside the weights
-SETTINGS = ("sample_num_steps", "sample_guidance_scale", "sample_eta", "negative_prompts")
 
 
 @dataclass
 class Comparison:
-    """What was drawn when the comparison began: by the base model as `before`, or by a later one as `epoch_N`.
+    """The images that those after training are drawn beside.
 
     Args:
-        name: 'before' or 'epoch_N', which names its files.
-        images, rewards: [B, 3, H, W] and [B].
+        name: 'before' for the base model or 'epoch_N' for a later one; the files are `<name>.pt`, `<name>_after.png`.
+        images, rewards: [B, C, H, W] and [B].
     """
 
     name: str
@@ -38,26 +41,28 @@ class Comparison:
         return self.name.replace("_", " ")
 
     def draw(self, folder: Path, prompts: tuple[str, ...], images: torch.Tensor, rewards: torch.Tensor) -> Path:
-        """Draws the two rows; returns the picture's path."""
+        """Draws these images above the ones given [B, C, H, W], with the rewards [B]; returns the picture's path."""
         path = folder / f"{self.name}_after.png"
         rows = [(self.label, self.images, self.rewards), ("after", images, rewards)]
         pictures.draw_grid(prompts, [(name, images, scores.tolist()) for name, images, scores in rows], path)
         return path
 
 
-def begin(trainer: DDPOTrainer, prompts: tuple[str, ...], metadata: tuple[Any, ...]) -> Comparison:
-    """The comparison that the run has begun with these prompts, reward and settings, or a new one.
+def find_or_draw(trainer: DDPOTrainer, prompts: tuple[str, ...], metadata: tuple[Any, ...]) -> Comparison:
+    """The images that this run already keeps for these prompts, reward and settings, else new ones, kept in a file.
 
-    A trained model's images are never called 'before', and no earlier comparison is overwritten.
+    Every process calls it. A resumed run draws new ones only with other prompts, another reward or other settings; they
+    are named by the epoch, as they are not of the base model, and files that are there stay.
     """
-    settings = {name: getattr(trainer.config, name) for name in SETTINGS}
+    settings = {name: getattr(trainer.config, name) for name in SAMPLING_FIELDS}
     settings |= {name: trainer.run_settings.get(name) for name in ("pretrained_model", "reward")}
     wanted = {"prompts": list(prompts), "settings": settings}
     is_main = trainer.accelerator.is_main_process
-    # all draw, or none: what they read may differ
+    # The main process decides: all must take part in drawing, and on several machines they may see different files.
     found = broadcast_from_main(trainer.accelerator, _kept(trainer, wanted) if is_main else None)
     if found is not None:
         return found
+
     name = BEFORE if trainer.first_epoch == 0 else f"epoch_{trainer.first_epoch}"
     if name != BEFORE and is_main:
         logger.warning(
@@ -69,19 +74,21 @@ def begin(trainer: DDPOTrainer, prompts: tuple[str, ...], metadata: tuple[Any, .
     images, rewards = trainer.evaluate(prompts, metadata)
     if is_main:
         path = trainer.output_dir / f"{name}.pt"
-        aside = path.with_suffix(".partial")
-        torch.save({**wanted, "images": images, "rewards": rewards}, aside)
-        aside.replace(path)
+        # renamed when whole, so that a kill leaves no half of a file
+        partial = path.with_suffix(".partial")
+        torch.save({**wanted, "images": images, "rewards": rewards}, partial)
+        partial.replace(path)
     return Comparison(name, images, rewards)
 
 
 def _kept(trainer: DDPOTrainer, wanted: dict[str, Any]) -> Comparison | None:
-    """The earliest comparison that fits, in the run's folder or in that of the run that it goes on from."""
+    """The earliest kept images of the `wanted` prompts and settings, in this run's folder or the resumed run's."""
     folders = [trainer.output_dir]
     if trainer.config.resume_from:
         folders.append(checkpoint.run_folder_of(trainer.config.resume_from))
     for folder in folders:
         for path in sorted((folder / f"{BEFORE}.pt", *folder.glob("epoch_*.pt")), key=_epoch):
+            # a run resumed from an earlier checkpoint has not reached the later files' epochs
             kept = _read(path) if path.exists() and _epoch(path) <= trainer.first_epoch else None
             if kept is not None and all(kept.get(key) == value for key, value in wanted.items()):
                 return Comparison(path.stem, kept["images"], kept["rewards"])
@@ -89,18 +96,19 @@ def _kept(trainer: DDPOTrainer, wanted: dict[str, Any]) -> Comparison | None:
 
 
 def _epoch(path: Path) -> float:
+    """The epoch in the name of a kept file; infinity for a name that has none."""
     number = path.stem.removeprefix("epoch_")
     return 0 if path.stem == BEFORE else int(number) if number.isdecimal() else float("inf")
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """A picture is no reason to stop a run, so that what cannot be read is a warning."""
+    """What a kept file holds, or None with a warning if it is damaged: pictures are no reason to stop a run."""
     try:
         kept = torch.load(path, map_location="cpu", weights_only=True)
         if isinstance(kept, dict) and {"images", "rewards"} <= kept.keys():
             return kept
         problem = "it holds no images"
-    # a damaged file raises whatever its bytes lead to
+    # torch, zipfile and pickle raise errors of many types for damaged bytes
     except Exception as error:
         problem = str(error).strip().partition("\n")[0] or type(error).__name__
     logger.warning("%s cannot be read (%s): it is not compared with", path, problem)

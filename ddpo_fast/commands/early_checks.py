@@ -1,4 +1,4 @@
-"""What can be found wrong with a run before its model is loaded and its folder is made."""
+"""Checks of a run that need neither the model's weights nor a folder of the run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ from ddpo_fast.unet import attention_problem
 
 
 def check_before_loading(run: RunArguments, config: DDPOConfig) -> ModelConfigs:
-    """What the model's config files say. Raises `ValueError` or `OSError` in one sentence."""
+    """Checks launch, device, folder, Hub and model, and returns what the model's config files say.
+
+    Raises `ValueError` or `OSError` in one sentence.
+    """
+    # what this process was started as, and what its device can run
     if problem := launch_problem():
         raise ValueError(problem)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -33,21 +37,28 @@ def check_before_loading(run: RunArguments, config: DDPOConfig) -> ModelConfigs:
         raise ValueError(f"cuda_graphs is True, but {problem}: leave it out")
     if config.uses_deepspeed:
         zero_settings(config, config.mixed_precision)
+
+    # the folder that the run will write to
     folder = output_folder(config)
     try:
         if not checkpoint.continues_in(folder, config.resume_from) and (problem := folder_problem(folder)):
             raise ValueError(problem)
-    # a name that no file system takes
+    # a name that is too long for the file system, or of characters that it does not take
     except OSError as error:
         raise ValueError(f"output_dir is {str(folder)!r}, which cannot be ({error.strerror}): choose another") from None
     check_can_write(folder, "output_dir")
+
+    # the Hub and the model, which may be on another machine
     if config.push_to_hub and (problem := push_problem(folder.absolute().name)):
         raise ValueError(f"push_to_hub is True, but {problem}")
     return check_model(run.pretrained_model, run.pretrained_revision, config.sample_num_steps, config.sample_eta)
 
 
 def check_can_write(folder: Path, option: str) -> None:
-    """Tries to write where `folder` is or will be. Raises `ValueError` naming `option`."""
+    """Writes a temporary file into `folder`, or into its nearest parent that exists.
+
+    Raises `ValueError` naming `option` if that fails.
+    """
     there = folder.absolute()
     while not os.path.lexists(there):
         there = there.parent
@@ -63,10 +74,14 @@ def check_can_write(folder: Path, option: str) -> None:
 
 
 def try_reward(
-    reward_function: rewards.RewardFunction, shown: tuple[tuple[str, ...], tuple[Any, ...]], size: tuple[int, int]
+    reward_function: rewards.RewardFunction, examples: tuple[tuple[str, ...], tuple[Any, ...]], size: tuple[int, int]
 ) -> None:
-    """Scores two gray images of the model's size. Raises `ValueError` for what cannot be trained on."""
-    prompts, metadata = (part[:2] * (3 - len(part[:2])) for part in shown)
+    """Calls the reward function with two gray images of the model's size and the first two of (prompts, metadata).
+
+    Raises `ValueError` for a function that fails or returns what cannot be trained on.
+    """
+    # twice the same if there is only one
+    prompts, metadata = (part[:2] * (3 - len(part[:2])) for part in examples)
     try:
         rewards.score(reward_function, torch.full((2, 3, *size), 0.5), prompts[:2], metadata[:2])
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""`ddpo-fast info`."""
+"""`ddpo-fast info`: versions, and which implementation of each op and of attention runs on this machine."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from ddpo_fast import ops
 from ddpo_fast.unet import choose_kernels, describe_kernels
 from ddpo_fast.version import __version__
 
-# of Stable Diffusion 1.x; 2.x and XL have 64
+PACKAGES = ("torch", "triton", "diffusers", "xformers")
+# channels of an attention head: 40, 80 and 160 in Stable Diffusion 1.x, 64 in 2.x and XL
 SD_HEAD_DIMS = (40, 80, 160, 64)
 
 
 def run() -> None:
-    """Prints what runs on this machine, and why the rest does not."""
-    versions = [f"{name} {version}" for name, version in installed(("torch", "triton", "diffusers", "xformers"))]
+    """Prints the versions, then for each device what runs there and why the rest does not."""
+    versions = [f"{name} {version}" for name, version in installed_versions(PACKAGES)]
     print(f"ddpo_fast {__version__}, {', '.join(versions)}")
     for device in ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",):
         print(f"\n{torch.cuda.get_device_name() if device == 'cuda' else 'CPU'}")
@@ -31,8 +32,8 @@ def run() -> None:
             print(f"  {'':<26}not {name}: {problem}")
 
 
-def installed(names: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Names and versions; 'not installed' where it is."""
+def installed_versions(names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Pairs of package and version, or of package and 'not installed'."""
     for name in names:
         try:
             yield name, metadata.version(name)

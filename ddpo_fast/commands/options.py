@@ -1,9 +1,17 @@
-"""The options of every command, read without torch: `--help` and a misspelt option cost no seconds of imports."""
+"""The options of every command.
+
+Where a new option goes: a setting of a run, which `DDPOTrainer` reads, is a field of `DDPOConfig`, and needs nothing
+here; what `train` and `plan` do before there is a trainer is a field of `RunArguments`, or of the dataclass of one
+command below; an option of `sample` or `info` is an `add_argument` in that command's parser.
+
+This module does not import torch, which takes seconds: `--help` and a misspelt option are answered at once.
+"""
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -13,35 +21,36 @@ from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 from transformers import HfArgumentParser
 
 from ddpo_fast.config import DDPOConfig
-from ddpo_fast.config_rules import MOST_RANK
+from ddpo_fast.config_rules import MAX_LORA_RANK, one_of
 from ddpo_fast.prompts import PROMPT_LISTS
 
+# the layers that TRL adapts
 TRL_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
-# `rewards.REWARDS`, whose module needs torch
+# the names in `rewards.REWARDS`, whose module imports torch
 BUILT_IN_REWARDS = ("jpeg_compressibility", "jpeg_incompressibility")
 LORA_OPTIONS = ("lora_rank", "lora_alpha", "lora_target_modules")
 
 
 @dataclass
 class PlanArguments:
-    """Where it is to run."""
+    """The machine that `ddpo-fast plan` plans for."""
 
     num_processes: int = field(default=1, metadata={"help": "Processes, each with a GPU of its own."})
 
 
 @dataclass
 class ResumeArguments:
-    """What a resumed run may do."""
+    """What `ddpo-fast train --resume_from` may do."""
 
     trust_run: bool = field(
         default=False,
-        metadata={"help": "Import the functions and use the settings of others' programs that resume_from names."},
+        metadata={"help": "Import the functions that the resumed run names, and use its settings for other programs."},
     )
 
 
 @dataclass
 class RunArguments:
-    """What to train, on what, towards what."""
+    """The model, the part of it to train, the reward and the prompts."""
 
     pretrained_model: str = field(
         default="", metadata={"help": "Folder or Hub id of a Stable Diffusion (default: the bundled tiny model)."}
@@ -63,8 +72,8 @@ class RunArguments:
     )
 
     def __post_init__(self) -> None:
-        if not 1 <= self.lora_rank <= MOST_RANK:
-            raise ValueError(f"lora_rank is {self.lora_rank} but must be a whole number from 1 to {MOST_RANK}")
+        if not 1 <= self.lora_rank <= MAX_LORA_RANK:
+            raise ValueError(f"lora_rank is {self.lora_rank} but must be a whole number from 1 to {MAX_LORA_RANK}")
         if not 0 < self.lora_alpha < float("inf"):
             raise ValueError(f"lora_alpha is {self.lora_alpha} but must be a number above 0")
         if not self.target_modules:
@@ -76,28 +85,25 @@ class RunArguments:
 
 
 class Parser(HfArgumentParser):
-    """Options from dataclasses; a mistake is a `ValueError` of one sentence, in place of pages of usage."""
+    """Options from the fields of dataclasses.
+
+    A mistake raises `ValueError` with one sentence, where argparse would print pages of usage and exit.
+    """
 
     def __init__(self, kinds: Sequence[type] = (), **kwargs: Any) -> None:
         super().__init__(list(kinds), allow_abbrev=False, **kwargs)  # type: ignore[arg-type]
-        # what may be None can be given as 'None', as by somebody who resumes a run that has something else
+        # A field that may be None takes the word None, by which a resumed run goes back to the default.
         for kind in kinds:
-            for name, hint in get_type_hints(kind).items():
-                if name == "mixed_precision" or (get_origin(hint) is Union and type(None) in get_args(hint)):
-                    self._allow_none(name)
-
-    def _allow_none(self, name: str) -> None:
-        for action in self._actions:
-            if action.dest == name:
-                action.type = _OrNone(action.type)
-                if action.choices is not None:
-                    action.choices = [*action.choices, None]
+            hints = get_type_hints(kind)
+            for action in self._actions:
+                if get_origin(hints.get(action.dest)) is Union and type(None) in get_args(hints[action.dest]):
+                    action.type = _OrNone(action.type)
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{_plainly(message)} (`{self.prog} --help` lists the options)")
+        raise ValueError(f"{_reworded(message)} (`{self.prog} --help` lists the options)")
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """Raises `ValueError` for what is no option, with the nearest one."""
+        """The options with their defaults. Raises `ValueError` for a word that is no option, naming the nearest one."""
         namespace, unknown = self.parse_known_args(list(arguments))
         if unknown:
             name = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
@@ -107,6 +113,8 @@ class Parser(HfArgumentParser):
 
 
 class _OrNone:
+    """An argparse type: `kind`, or None for the word None."""
+
     def __init__(self, kind: Any) -> None:
         self.kind = kind
         self.__name__ = getattr(kind, "__name__", str(kind))
@@ -115,8 +123,8 @@ class _OrNone:
         return None if text == "None" else self.kind(text)
 
 
-def _plainly(message: str) -> str:
-    """argparse's complaint in the words of the settings' own."""
+def _reworded(message: str) -> str:
+    """argparse's message about a value, in the form that messages about settings have."""
     message = re.sub(r"^argument (\S+?)(/\S+)?: ", r"\1: ", message)
     for kind, demand in (("int", "a whole number"), ("float", "a number")):
         message = re.sub(rf"^(\S+): invalid {kind} value: (.*)$", rf"\1 is \2 but must be {demand}", message)
@@ -125,9 +133,11 @@ def _plainly(message: str) -> str:
 
 def _did_you_mean(name: str, known: Any) -> str:
     """' (did you mean ...?)', or nothing where no option is near."""
+    # by its words alone, as people mix dashes and underscores
     written = {option.lstrip("-").replace("-", "_"): option for option in reversed(list(known))}
     word = name.lstrip("-").replace("-", "_").lower()
     parts = set(word.split("_"))
+    # a spelling mistake, else the options that have all of the words (learning-rate), else the least unlike one
     near = difflib.get_close_matches(word, written, n=1, cutoff=0.8)
     near = near or [option for option in written if parts <= set(option.split("_"))][:3]
     near = near or difflib.get_close_matches(word, written, n=1)
@@ -135,16 +145,41 @@ def _did_you_mean(name: str, known: Any) -> str:
 
 
 def given_options(arguments: Sequence[str]) -> set[str]:
-    """Names of the options on a command line, with underscores."""
+    """Names of the options on a command line, with underscores: of `--no_x` both `no_x` and `x`."""
     names = {word.partition("=")[0][2:].replace("-", "_") for word in arguments if word.startswith("--")}
     return names | {name.removeprefix("no_") for name in names}
 
 
-def check_given(given: set[str], full_finetune: bool) -> None:
-    """Options that contradict each other, as only the command line can tell what was asked for and what is default."""
+def check_no_lora_options(given: set[str], full_finetune: bool) -> None:
+    """Raises `ValueError` if an option of a LoRA was given to a run that trains all weights.
+
+    Only the command line can tell: in `RunArguments` a given value and a default look alike.
+    """
     lora = [name for name in LORA_OPTIONS if name in given]
     if full_finetune and lora:
         raise ValueError(f"--full-finetune trains all weights, and --{lora[0]} is of a LoRA: leave out one of them")
+
+
+def precision_or_default(given: str | None, on_gpu: bool) -> str:
+    """The precision that a command computes in: the `given` one, else the one that `accelerate launch` was told, else
+    'fp16', TRL's default, on a GPU, and 'no' on a CPU.
+
+    Raises `ValueError` for a precision of accelerate's that is not supported.
+    """
+    if given is not None:
+        return given
+    # `accelerate launch` passes its setting on in the environment
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION")
+    precisions = [name for name in _FIELDS["mixed_precision"].metadata["choices"] if name is not None]
+    if launched is not None and launched not in precisions:
+        raise ValueError(
+            f"accelerate's mixed_precision is {launched!r} but must be {one_of(precisions)}: change its config, or "
+            "give --mixed_precision"
+        )
+    return launched or ("fp16" if on_gpu else "no")
+
+
+_FIELDS = {option.name: option for option in fields(DDPOConfig)}
 
 
 def train_parser() -> Parser:
@@ -153,9 +188,10 @@ def train_parser() -> Parser:
         prog="ddpo-fast train",
         description="Fine-tune Stable Diffusion on a reward with DDPO (arXiv 2305.13301).",
     )
-    # the `deepspeed` launcher tells a process its number in the environment, and here too
+    # The `deepspeed` launcher adds this option to the command line of every process. It is not read, as the launcher
+    # says the same in the environment.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
-    # a run has a folder of its own below this one
+    # None: `precision_or_default`
     parser.set_defaults(logdir="runs", mixed_precision=None)
     return parser
 
@@ -166,8 +202,8 @@ def plan_parser() -> Parser:
         prog="ddpo-fast plan",
         description="Predict the memory of `ddpo-fast train` with the same options, and choose what fits --gpu-memory.",
     )
-    # for a GPU, wherever this is asked
-    parser.set_defaults(mixed_precision="fp16")
+    # None: `precision_or_default`
+    parser.set_defaults(mixed_precision=None)
     return parser
 
 
@@ -197,6 +233,6 @@ def info_parser() -> Parser:
     )
 
 
-def filled(kind: type, namespace: argparse.Namespace) -> Any:
-    """A dataclass from the options of its names."""
+def from_options(kind: type, namespace: argparse.Namespace) -> Any:
+    """An object of the dataclass `kind` with the options' values. Raises what its `__post_init__` raises."""
     return kind(**{f.name: getattr(namespace, f.name) for f in fields(kind)})

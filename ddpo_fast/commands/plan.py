@@ -1,4 +1,9 @@
-"""`ddpo-fast plan`, and what `--auto_memory` chooses."""
+"""`ddpo-fast plan`, and the settings that `ddpo-fast train --auto_memory` chooses.
+
+`plan` reads the model's config files, predicts for one GPU how many bytes each phase of training takes, tries settings
+from the fastest to the smallest until they fit, and prints the table, the reasons and the `train` command. No weights
+are loaded.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +16,13 @@ from typing import Any
 
 import torch
 
-from ddpo_fast.commands.options import RunArguments, check_given, filled, given_options
+from ddpo_fast.commands.options import (
+    RunArguments,
+    check_no_lora_options,
+    from_options,
+    given_options,
+    precision_or_default,
+)
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.device_memory import CUDA_CONTEXT, GB
 from ddpo_fast.engine import compute_dtype
@@ -20,16 +31,18 @@ from ddpo_fast.plan import CUDA_WORKSPACES, MARGIN, Adapter, Choice, Footprint, 
 
 
 def run(options: argparse.Namespace, arguments: Sequence[str]) -> None:
-    """Prints the memory that training takes and the fastest settings for a GPU, without loading the model."""
-    what, config = filled(RunArguments, options), filled(DDPOConfig, options)
-    check_given(given_options(arguments), what.full_finetune)
+    """Checks the options, then prints the memory that training takes and the fastest settings that fit."""
+    # The plan is for a GPU, also where it is made on a machine without one.
+    options.mixed_precision = precision_or_default(options.mixed_precision, on_gpu=True)
+    run_arguments, config = from_options(RunArguments, options), from_options(DDPOConfig, options)
+    check_no_lora_options(given_options(arguments), run_arguments.full_finetune)
     if options.num_processes < 1:
         raise ValueError(f"num_processes is {options.num_processes} but must be a whole number of at least 1")
-    show(what, config, arguments, options.num_processes)
+    print_plans(run_arguments, config, arguments, options.num_processes)
 
 
 def configs_of(run: RunArguments, config: DDPOConfig) -> ModelConfigs:
-    """Raises `ValueError` or `OSError` for a model that cannot be trained."""
+    """The model's config files. Raises `ValueError` or `OSError` for a model that cannot be trained."""
     return check_model(
         run.pretrained_model, run.pretrained_revision, config.sample_num_steps, config.sample_eta, has_weights=False
     )
@@ -38,6 +51,7 @@ def configs_of(run: RunArguments, config: DDPOConfig) -> ModelConfigs:
 def footprint_of(
     run: RunArguments, config: DDPOConfig, configs: ModelConfigs, full: bool, device_type: str = "cuda"
 ) -> Footprint:
+    """The sizes of the model's weights and activations; of all weights trained if `full`, else of a LoRA."""
     return Footprint(
         configs,
         None if full else Adapter(run.lora_rank, tuple(run.target_modules)),
@@ -49,7 +63,7 @@ def footprint_of(
     )
 
 
-def show(run: RunArguments, config: DDPOConfig, given: Sequence[str], num_processes: int = 1) -> None:
+def print_plans(run: RunArguments, config: DDPOConfig, given: Sequence[str], num_processes: int = 1) -> None:
     """Prints the plan of a LoRA, of all weights, or of both where the options `given` name neither.
 
     Raises `ValueError` where there is no GPU and no `gpu_memory`, and where nothing that was asked for fits.
@@ -57,6 +71,7 @@ def show(run: RunArguments, config: DDPOConfig, given: Sequence[str], num_proces
     capacity = _capacity(config)
     configs = configs_of(run, config)
     wants_lora = any(option.startswith(("--lora_", "--lora-")) for option in given)
+    # of each plan, whether it trains all weights
     kinds = [True] if run.full_finetune else [False] if wants_lora else [False, True]
     problems = []
     for full in kinds:
@@ -69,7 +84,7 @@ def show(run: RunArguments, config: DDPOConfig, given: Sequence[str], num_proces
             continue
         print(choice.plan.table())
         print("\n" + "\n".join(choice.reasons))
-        print(f"\n{command(run, config, choice, full)}\n")
+        print(f"\n{train_command(run, config, choice, full)}\n")
     print(
         f"{MARGIN:.0%} are left for fragments. Not measured but assumed: {CUDA_CONTEXT / GB:.1f} GB for the CUDA "
         f"context and {CUDA_WORKSPACES / GB:.1f} GB for workspaces. A reward's own networks are not in it."
@@ -79,7 +94,7 @@ def show(run: RunArguments, config: DDPOConfig, given: Sequence[str], num_proces
 
 
 def _capacity(config: DDPOConfig) -> float:
-    """Bytes of the GPU to use."""
+    """Bytes of the GPU's memory to use: `gpu_memory`, else all that this machine's GPU has."""
     if config.gpu_memory is not None:
         return config.gpu_memory * GB
     if not torch.cuda.is_available():
@@ -87,8 +102,11 @@ def _capacity(config: DDPOConfig) -> float:
     return torch.cuda.get_device_properties(0).total_memory
 
 
-def command(run: Any, config: DDPOConfig, choice: Choice, full: bool) -> str:
-    """The `ddpo-fast train` that the choice means."""
+def train_command(run: Any, config: DDPOConfig, choice: Choice, full: bool) -> str:
+    """The `ddpo-fast train` command line with the chosen settings, as a shell takes it.
+
+    Options at their defaults are left out, except the precision, whose default depends on the machine.
+    """
     words = ["ddpo-fast", "train"]
     for arguments, changes in ((run, {"full_finetune": full}), (config, {**choice.settings, "gpu_memory": None})):
         for option in fields(arguments):
@@ -100,24 +118,25 @@ def command(run: Any, config: DDPOConfig, choice: Choice, full: bool) -> str:
 
 
 def _as_option(name: str, value: Any) -> list[str]:
-    # HfArgumentParser's names for what is switched on or off
+    # HfArgumentParser's form of a switch
     if isinstance(value, bool):
         return [f"--{name}" if value else f"--no_{name}"]
     return [f"--{name}", str(value)]
 
 
-def _print_once(line: str) -> None:
+def _print_on_main(line: str) -> None:
+    # there is no accelerator yet, which would know which process this is
     if os.environ.get("RANK", "0") == "0":
         print(line)
 
 
 def apply_auto_memory(
-    run: RunArguments, config: DDPOConfig, device: torch.device | str, say: Callable[[str], Any] = _print_once
+    run: RunArguments, config: DDPOConfig, device: torch.device | str, say: Callable[[str], Any] = _print_on_main
 ) -> dict[str, Any]:
-    """What `auto_memory` changes in the config for a device; sets it there and says it, a line each.
+    """Sets in `config` what `auto_memory` chooses for the device, says so in a line each, and returns these settings.
 
     Settings that are not at their defaults stay as they are. On a CPU nothing is chosen, unless `gpu_memory` says for
-    how much. Raises `ValueError` where nothing fits.
+    how many GB. Raises `ValueError` where nothing fits.
     """
     device = torch.device(device)
     if device.type != "cuda" and config.gpu_memory is None:
@@ -128,11 +147,11 @@ def apply_auto_memory(
     for name, value in choice.settings.items():
         setattr(config, name, value)
     config.check()
-    for line in _said(choice):
+    for line in _explanation(choice):
         say(f"auto_memory: {line}")
     return choice.settings
 
 
-def _said(choice: Choice) -> Iterator[str]:
+def _explanation(choice: Choice) -> Iterator[str]:
     yield f"a peak of {choice.plan.peak / GB:.2f} GB is predicted, while {choice.plan.peak_phase}"
     yield from choice.reasons

@@ -1,4 +1,7 @@
-"""`ddpo-fast sample`."""
+"""`ddpo-fast sample`: a grid of images by the base model and by the trained one, from the same noise.
+
+Shapes: B prompts, H x W pixels.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +16,21 @@ from typing import Any
 import torch
 
 from ddpo_fast import rewards
-from ddpo_fast.commands import earlier_run
+from ddpo_fast.commands import recorded_run
 from ddpo_fast.commands.early_checks import check_can_write
 from ddpo_fast.commands.options import RunArguments
 from ddpo_fast.commands.train import make_pipeline
-from ddpo_fast.config import DDPOConfig
+from ddpo_fast.config import SAMPLING_FIELDS, DDPOConfig
 from ddpo_fast.prompts import draw_prompts, load_prompts
 from ddpo_fast.run_folder import checkpoint, pictures
 
-AT_ONCE = 8
-SAMPLING = ("sample_num_steps", "sample_guidance_scale", "sample_eta", "negative_prompts")
+# images of one call of the pipeline
+BATCH_SIZE = 8
 
 
 def run(options: argparse.Namespace) -> None:
     """Draws a trained run's images below the base model's, from the same noise."""
+    # the options' ranges, the checkpoint, and where the picture goes
     for name, least in (("num_images", 1), ("seed", 0)):
         if getattr(options, name) < least:
             option = name.replace("_", "-")
@@ -36,26 +40,32 @@ def run(options: argparse.Namespace) -> None:
     try:
         found = checkpoint.find(options.run)
     except ValueError as error:
-        # the other command's name for the same thing
+        # the message names the option of `train`
         raise ValueError(str(error).replace("resume_from is", "run is", 1)) from None
     if found is None:
         raise ValueError(f"{options.run!r} has no checkpoint yet: train it for at least save_freq epochs")
     checkpoint.verify(found)
     path = picture_path(options, checkpoint.run_folder_of(found))
-    earlier = earlier_run.read(str(found))
-    given = {name for name in earlier_run.FUNCTIONS if getattr(options, name)}
-    earlier.check_trust(given, options.trust_run, used=["prompts"])
-    saved = earlier.options
-    DDPOConfig(**{name: saved[name] for name in SAMPLING if name in saved}).check()
+
+    # what the run recorded, of which only the prompts, the reward and what sampling depends on are used
+    recorded = recorded_run.read(str(found))
+    given = {name for name in recorded_run.FUNCTIONS if getattr(options, name)}
+    recorded.check_trust(given, options.trust_run, used=["prompts"])
+    saved = recorded.options
+    DDPOConfig(**{name: saved[name] for name in SAMPLING_FIELDS if name in saved}).check()
     model = RunArguments(**{f.name: saved[f.name] for f in fields(RunArguments) if f.name in saved})
-    reward = reward_of(earlier, options, given)
+    reward = reward_of(recorded, options, given)
     random.seed(options.seed)
     prompts, metadata = draw_prompts(load_prompts(options.prompts or model.prompts), options.num_images)
+
+    # The base model draws first: the trained weights are then loaded into the same networks.
     pipeline = make_pipeline(model)
     pipeline.sd_pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     base = draw(pipeline, prompts, saved, options.seed)
     pipeline.load_checkpoint([pipeline.get_trainable_layers()], str(found))
     trained = draw(pipeline, prompts, saved, options.seed)
+
+    # the rewards are the captions
     rows = [
         (name, images, rewards.score(reward, images, prompts, metadata)[0].tolist() if reward else None)
         for name, images in (("base", base), ("trained", trained))
@@ -70,7 +80,7 @@ def picture_path(options: argparse.Namespace, folder: Path) -> Path:
     if path is None:
         numbers = itertools.count(2)
         path = folder / "samples.png"
-        # a link to nothing would be written through
+        # `exists` is false for a broken link, through which the picture would be written elsewhere
         while os.path.lexists(path):
             path = folder / f"samples_{next(numbers)}.png"
     path = path.expanduser()
@@ -85,24 +95,26 @@ def picture_path(options: argparse.Namespace, folder: Path) -> Path:
     return path
 
 
-def reward_of(earlier: earlier_run.EarlierRun, options: argparse.Namespace, given: set[str]) -> Any:
-    """The function for the captions; None, said, for one that the run names and nobody trusts."""
+def reward_of(recorded: recorded_run.RecordedRun, options: argparse.Namespace, given: set[str]) -> Any:
+    """The reward function for the captions, or None and a printed line for the run's own if it is not trusted."""
     try:
-        earlier.check_trust(given, options.trust_run, used=["reward"])
+        recorded.check_trust(given, options.trust_run, used=["reward"])
     except ValueError:
-        print(f"no rewards are shown: the run's is {earlier.options['reward']!r}, add --reward or --trust_run for them")
+        print(
+            f"no rewards are shown: the run's is {recorded.options['reward']!r}, add --reward or --trust_run for them"
+        )
         return None
-    spec = options.reward or earlier.options.get("reward")
+    spec = options.reward or recorded.options.get("reward")
     return rewards.load_reward(spec) if spec else None
 
 
 def draw(pipeline: Any, prompts: tuple[str, ...], saved: dict[str, Any], seed: int) -> torch.Tensor:
-    """An image for each prompt [B, 3, H, W] as the run samples them, a few at a time, on the CPU."""
+    """An image for each prompt, sampled with the run's settings: [B, 3, H, W] in fp32 in [0, 1] on the CPU."""
     settings = {f.name: saved.get(f.name, f.default) for f in fields(DDPOConfig)}
     generator = torch.Generator().manual_seed(seed)
     images = []
-    for start in range(0, len(prompts), AT_ONCE):
-        batch = list(prompts[start : start + AT_ONCE])
+    for start in range(0, len(prompts), BATCH_SIZE):
+        batch = list(prompts[start : start + BATCH_SIZE])
         drawn = pipeline(
             prompt=batch,
             negative_prompt=[settings["negative_prompts"] or ""] * len(batch),

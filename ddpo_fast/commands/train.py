@@ -1,8 +1,7 @@
-"""`ddpo-fast train`."""
+"""`ddpo-fast train`: options, checks that need no weights, training, and what the run leaves in its folder."""
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,9 +10,16 @@ from typing import Any
 import torch
 
 from ddpo_fast import rewards
-from ddpo_fast.commands import before_after, earlier_run, plan
+from ddpo_fast.commands import before_after, plan, recorded_run
 from ddpo_fast.commands.early_checks import check_before_loading, try_reward
-from ddpo_fast.commands.options import RunArguments, check_given, filled, given_options, train_parser
+from ddpo_fast.commands.options import (
+    RunArguments,
+    check_no_lora_options,
+    from_options,
+    given_options,
+    precision_or_default,
+    train_parser,
+)
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.pipeline import DefaultDDPOStableDiffusionPipeline
 from ddpo_fast.prompts import PromptFunction, draw_prompts, existing, load_prompts
@@ -22,23 +28,31 @@ from ddpo_fast.run_folder.resume_checks import refuse_changes
 from ddpo_fast.run_folder.run_log import default_folder, output_folder
 from ddpo_fast.trainer import DDPOTrainer
 
-SHOWN_PROMPTS = 8
+# prompts whose images are compared before and after training
+EXAMPLE_PROMPTS = 8
 
 
 def run(arguments: Sequence[str]) -> None:
     """Trains as the options say, and leaves reports and the final model in the output folder."""
     options, config = read_options(arguments)
-    # the module of a reward may change the working directory
+    # Importing the user's module may change the working directory, so that folders are made absolute first.
     for name in ("output_dir", "logdir"):
         if folder := getattr(config, name):
             setattr(config, name, str(Path(folder).expanduser().absolute()))
+
+    # Everything that can be found wrong without the model's weights: folders, backends, the model's config files, the
+    # user's functions. The examples are drawn from the run's seed, so that a resumed run compares the same prompts.
     configs = check_before_loading(options, config)
     reward_function, prompt_function = rewards.load_reward(options.reward), load_prompts(options.prompts)
     random.seed(config.seed)
-    shown = distinct_prompts(prompt_function, SHOWN_PROMPTS)
-    try_reward(reward_function, shown, configs.image_size)
+    examples = distinct_prompts(prompt_function, EXAMPLE_PROMPTS)
+    try_reward(reward_function, examples, configs.image_size)
+
+    # Settings chosen by the predicted memory have to be in the config before the trainer reads it.
     if config.auto_memory:
         plan.apply_auto_memory(options, config, "cuda" if torch.cuda.is_available() else "cpu")
+
+    # The weights are loaded here. config.json also records where the functions came from, for `--resume_from`.
     trainer = DDPOTrainer(config, reward_function, prompt_function, make_pipeline(options))
     trainer.run_settings.update(function_settings(options))
     trainer.run_log.write_config(trainer.run_settings)
@@ -49,15 +63,18 @@ def run(arguments: Sequence[str]) -> None:
 
     say(config.batch_arithmetic(trainer.accelerator.num_processes))
     say(f"writing to {trainer.output_dir}")
-    before = before_after.begin(trainer, *shown)
+
+    before = before_after.find_or_draw(trainer, *examples)
     trainer.train()
+
     with trainer.finishing():
-        # what was trained is safe before anything else is tried
+        # The model is saved first: evaluating may fail in the user's reward, or be interrupted.
         trainer.save_model()
-        images, scores = trainer.evaluate(*shown)
+        images, scores = trainer.evaluate(*examples)
         drawn = trainer.accelerator.is_main_process and pictures.attempt(
-            before.draw, trainer.output_dir, shown[0], images, scores
+            before.draw, trainer.output_dir, examples[0], images, scores
         )
+
     say(f"reward of the shown images: {before.rewards.mean():.3f} {before.label}, {scores.mean():.3f} after")
     where = f"see {drawn.name} and rewards.png in {trainer.output_dir}; " if drawn else ""
     say(f"{where}the model is in {trainer.output_dir / 'final'}")
@@ -69,49 +86,41 @@ def run(arguments: Sequence[str]) -> None:
 def read_options(arguments: Sequence[str]) -> tuple[RunArguments, DDPOConfig]:
     """The options, with the settings of the run that `--resume_from` names as defaults.
 
-    Raises `ValueError` for options that are wrong or contradict each other or that run.
+    Raises `ValueError` for options that are wrong, that contradict each other, or that the resumed run cannot go on
+    with.
     """
+    # A first reading tells which run is resumed; its settings then are the defaults of the second.
     parser, given = train_parser(), given_options(arguments)
     first = parser.parse(arguments)
-    earlier = earlier_run.read(first.resume_from) if first.resume_from else None
-    if earlier is not None:
-        earlier.check_trust(given, first.trust_run)
-        parser.set_defaults(**earlier.options)
+    resumed = recorded_run.read(first.resume_from) if first.resume_from else None
+    if resumed is not None:
+        resumed.check_trust(given, first.trust_run)
+        parser.set_defaults(**resumed.options)
     namespace = parser.parse(arguments)
-    if namespace.mixed_precision is None:
-        namespace.mixed_precision = default_precision()
-    options = filled(RunArguments, namespace)
-    if earlier is not None:
-        earlier_run.check_same_kind(earlier, given, options)
-    check_given(given, options.full_finetune)
+    namespace.mixed_precision = precision_or_default(namespace.mixed_precision, torch.cuda.is_available())
+
+    options = from_options(RunArguments, namespace)
+    if resumed is not None:
+        recorded_run.check_trains_same_part(resumed, given, options)
+    check_no_lora_options(given, options.full_finetune)
     make_absolute(options, namespace)
-    config = filled(DDPOConfig, namespace)
+
+    config = from_options(DDPOConfig, namespace)
     if "exp_name" not in given:
         # the default folder's name says what is trained
         config.exp_name = options.reward.replace(":", ".")
-    if earlier is not None:
+    if resumed is not None:
+        # Who names a place gets a new run there that starts from the resumed one; else that run is continued in place.
         if given & {"logdir", "run_name", "exp_name"} and not config.output_dir:
-            # a run of its own from there on
             config.output_dir = str(default_folder(config))
         in_place = checkpoint.continues_in(output_folder(config), config.resume_from)
         present = {"reward": options.reward, "prompts": options.prompts, **vars(config)}
-        refuse_changes(config.resume_from, earlier.options, present, in_place)
+        refuse_changes(config.resume_from, resumed.options, present, in_place)
     return options, config
 
 
-def default_precision() -> str:
-    """What accelerate was told, else fp16, which is TRL's default and right for a GPU; a CPU computes in fp32."""
-    told = os.environ.get("ACCELERATE_MIXED_PRECISION")
-    if told is not None and told not in ("no", "fp16", "bf16"):
-        raise ValueError(
-            f"accelerate's mixed_precision is {told!r} but must be 'no', 'fp16' or 'bf16': change its config, or give "
-            "--mixed_precision"
-        )
-    return told or ("fp16" if torch.cuda.is_available() else "no")
-
-
 def make_absolute(options: RunArguments, namespace: Any) -> None:
-    """Files and folders by their whole paths, so that the run can be resumed from any working directory."""
+    """Makes the paths of files and folders absolute, so that the run can be resumed from any working directory."""
     for holder, name in ((options, "pretrained_model"), (options, "prompts"), (namespace, "deepspeed")):
         path = existing(getattr(holder, name) or "")
         if path is not None:
@@ -119,9 +128,9 @@ def make_absolute(options: RunArguments, namespace: Any) -> None:
 
 
 def function_settings(options: RunArguments) -> dict[str, Any]:
-    """What a later run needs to find the reward and the prompts again."""
+    """The names of the reward and the prompts, and the folders that their modules were imported from."""
     specs = {"reward": options.reward, "prompts": options.prompts}
-    folders = {name: earlier_run.import_folder(spec) for name, spec in specs.items()}
+    folders = {name: recorded_run.import_folder(spec) for name, spec in specs.items()}
     return {**specs, "import_folders": {name: folder for name, folder in folders.items() if folder}}
 
 
@@ -137,7 +146,8 @@ def make_pipeline(options: RunArguments) -> DefaultDDPOStableDiffusionPipeline:
 
 
 def distinct_prompts(prompt_function: PromptFunction, count: int) -> tuple[tuple[str, ...], tuple[Any, ...]]:
-    """Up to `count` different prompts with their metadata, from a few times as many draws."""
+    """Up to `count` different prompts with their metadata: the first of 8 times as many draws, in the order drawn."""
+    # a dict keeps a key's first place but its last value: reversed, each prompt has the metadata of its first draw
     drawn = dict(reversed(list(zip(*draw_prompts(prompt_function, 8 * count), strict=True))))
     chosen = list(reversed(drawn.items()))[:count]
     prompts, metadata = zip(*chosen, strict=True)

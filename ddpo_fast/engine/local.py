@@ -41,7 +41,7 @@ class LocalEngine:
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.updates = 0
         self._warmup = Warmup(optimizer, config.train_warmup_steps)
-        self._scale = LossScale(accelerator.device, accelerator.mixed_precision == "fp16")
+        self._scale = LossScale(accelerator.device, config.mixed_precision == "fp16")
         self._generator = torch.Generator(accelerator.device)
         self._offload = Offload(optimizer, weights) if weights.exact_weights == "host" else None
         if self.keeps_gradients:

@@ -18,9 +18,9 @@ from ddpo_fast.engine.zero_settings import accelerate_settings, prepare_communic
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def compute_dtype(mixed_precision: str | None) -> torch.dtype:
-    """The dtype that networks compute in under a setting of `mixed_precision`; None means 'no'."""
-    return DTYPES[mixed_precision or "no"]
+def compute_dtype(mixed_precision: str) -> torch.dtype:
+    """The dtype that networks compute in with `mixed_precision` 'no', 'fp16' or 'bf16'."""
+    return DTYPES[mixed_precision]
 
 
 def exact_weights(config: DDPOConfig) -> ExactWeights:
@@ -35,7 +35,7 @@ def make_engine(
     network: nn.Module,
     trained: list[nn.Parameter],
     make_optimizer: Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer],
-    precision: str | None,
+    precision: str,
     config: DDPOConfig,
     accelerator: Accelerator,
 ) -> Engine:
@@ -50,7 +50,7 @@ def make_engine(
     """
     if config.uses_deepspeed:
         given = accelerate_settings(accelerator) if config.launched_with_deepspeed else None
-        settings = zero_settings(config, precision or "no", given)
+        settings = zero_settings(config, precision, given)
         prepare_communication(accelerator)
         return ZeroEngine(accelerator, network, trained, make_optimizer, settings, config)
     weights = MasterWeights(

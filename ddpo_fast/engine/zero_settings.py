@@ -31,7 +31,9 @@ def zero_settings(config: DDPOConfig, precision: str, given: dict[str, Any] | No
         raise ValueError("mixed_precision is 'fp16', which DeepSpeed does not have on a CPU: use 'bf16' or 'no'")
     read = _read(config.deepspeed) if config.deepspeed else {"zero_optimization": _stage(config)}
     settings = dict(given or read)
-    _check_shape(settings, config)
+    # which settings a message is about: the file's, or those in its place
+    source = f"deepspeed is {config.deepspeed!r}, which" if given is None else "accelerate's configuration of DeepSpeed"
+    _check_shape(settings, source)
     ours: dict[str, Any] = {
         # The engine accumulates gradients by itself and weights each loss by its share of the update: DeepSpeed is to
         # count one micro-batch per update, and to divide by nothing.
@@ -48,8 +50,8 @@ def zero_settings(config: DDPOConfig, precision: str, given: dict[str, Any] | No
         asked = settings.get(name, {}).get("enabled", "auto")
         if asked not in ("auto", enabled):
             raise ValueError(
-                f"deepspeed is {config.deepspeed!r}, which has {name} enabled={asked}, but mixed_precision is "
-                f"{precision!r}: make them agree, or leave {name} out of the file"
+                f"{source} has {name} enabled={asked}, but mixed_precision is {precision!r}: make them agree, or leave "
+                f"{name} out there"
             )
         # The loss scale of the local engine. A hysteresis of 1 lowers the scale at the first overflow; DeepSpeed's
         # default of 2 would wait for the second.
@@ -68,13 +70,10 @@ def zero_settings(config: DDPOConfig, precision: str, given: dict[str, Any] | No
     devices = {stage.get(name, {}).get("device") for name in ("offload_optimizer", "offload_param")}
     if "nvme" in devices or settings.get("data_types", {}).get("grad_accum_dtype"):
         raise ValueError(
-            f"deepspeed is {config.deepspeed!r}, which asks for nvme or grad_accum_dtype: offload to cpu, and say "
-            "train_gradient_dtype instead"
+            f"{source} asks for nvme or grad_accum_dtype: offload to cpu, and say train_gradient_dtype instead"
         )
     if stage.get("stage", 0) not in (1, 2, 3):
-        raise ValueError(
-            f"deepspeed is {config.deepspeed!r}, which has no ZeRO stage of 1, 2 or 3: without one, leave it out"
-        )
+        raise ValueError(f"{source} has no ZeRO stage of 1, 2 or 3: without one, leave DeepSpeed out")
     return settings
 
 
@@ -123,12 +122,12 @@ def _read(path: str) -> dict[str, Any]:
     return {"zero_optimization": {}, **settings}
 
 
-def _check_shape(settings: dict[str, Any], config: DDPOConfig) -> None:
+def _check_shape(settings: dict[str, Any], source: str) -> None:
     """Raises `ValueError` for values of a wrong type, which would fail here or, much later, in DeepSpeed."""
 
     def check(name: str, value: Any, fits: bool, demand: str) -> None:
         if not fits:
-            raise ValueError(f"deepspeed is {config.deepspeed!r}, where {name} is {shown(value)} but must be {demand}")
+            raise ValueError(f"{source} says that {name} is {shown(value)} but must be {demand}")
 
     sections = ("zero_optimization", "fp16", "bf16", "optimizer", "data_types", "activation_checkpointing")
     for name in sections:

@@ -1,1 +1,12 @@
-"""What a run writes, and reads when it goes on."""
+"""The files of a run in its output folder.
+
+run_log              all records of a run: its folder, settings, metrics, trackers and the reward curve
+checkpoint           checkpoints/: weights, optimizer and random states, from which a run is resumed
+metrics_file         metrics.jsonl: a line for each update and each epoch
+pictures             rewards.png, and grids of images
+trackers             TensorBoard, Weights & Biases, ... through accelerate
+folder_lock          .lock: one process writes to a folder
+files                digests, modes and syncing to the disk
+plain_data           the state of a user's functions as data that is loaded without running code
+recorded_settings    the types of what state.json and config.json say
+"""

@@ -1,10 +1,14 @@
-"""Checkpoints that are whole or absent, hold only data, and bring a killed run back to the same bits.
+"""Checkpoints of a run: written whole or not at all, read as plain data, and verified by digests.
 
-checkpoints/checkpoint_7/     7 finished epochs
-    state.json                epochs, updates, what was trained, settings, the digests of all files and its own
-    training.pt               optimizer, per-prompt statistics, the functions' own state (`weights_only` loads it)
-    random_0.pt               random states of process 0, and what else is its own
+checkpoints/checkpoint_7/     after 7 finished epochs
+    state.json                epochs, updates, what was trained, settings, the SHA-256 of each file and its own
+    training.pt               optimizer, per-prompt statistics, the state of the user's functions
+    random_0.pt               random states of process 0, and what else belongs to that process
     unet/ or pytorch_lora_weights.safetensors
+checkpoints/.last_epoch/      the same, after the last epoch that `save_freq` leaves out; replaced by the next one
+checkpoints/.NAME.partial/    being written; .NAME.old/ is being removed
+
+A resumed run ends with the same bits as one that was not interrupted (on a CPU).
 """
 
 from __future__ import annotations
@@ -27,12 +31,13 @@ from ddpo_fast.run_folder.plain_data import pack, unpack
 from ddpo_fast.user_functions import error_line, where_raised
 
 STATE, TRAINING = "state.json", "training.pt"
-PREFIX = "checkpoint_"
+PREFIX, LAST_EPOCH = "checkpoint_", ".last_epoch"
+# the version of this layout
 FORMAT = 2
-# what state.json must say, and the digest of all that it says
-NEEDED, SEAL = ("epochs", "global_step", "trained", "config"), "sha256"
-# the state after an epoch that save_freq leaves out, until the next one
-LAST_EPOCH = ".last_epoch"
+# what state.json must have
+NEEDED = ("epochs", "global_step", "trained", "config")
+# the name in state.json of the digest of everything else in it
+DIGEST = "sha256"
 
 
 def save(
@@ -40,57 +45,74 @@ def save(
     accelerator: Accelerator,
     state: dict[str, Any],
     training: dict[str, Any],
-    own: dict[str, Any],
+    process_state: dict[str, Any],
     write_weights: Callable[[Path], None],
     keep: int,
     name: str = "",
 ) -> Path:
-    """Writes `folder/checkpoint_<epochs>` aside, reads it back, renames it into place, then removes all but the newest
-    `keep` and the newest whose state is `healthy`.
+    """Writes `folder/checkpoint_<epochs>` and returns its path. Every process calls it.
 
-    Every process calls it: each stores its random state and what else is its `own`, the main one the rest. Under
-    another `name` nothing else is removed. Raises `OSError` naming the folder if it cannot be written.
+    The files are written into a folder of another name, read back, and synced to the disk; then the folder is renamed.
+    A kill at any moment leaves either the whole checkpoint or none.
+
+    Args:
+        folder: the run's `checkpoints`.
+        state: state.json. What is not `healthy` was saved after a warning about the rewards or the updates.
+        training: training.pt, which is the same in all processes.
+        process_state: what belongs to this process, beside its random states.
+        write_weights: writes the trained weights into the folder that it is given.
+        keep: how many checkpoints stay: the newest, and beside them the newest healthy one.
+        name: another name for the folder, for which no checkpoint is removed.
+
+    Raises `OSError` naming the folder if it cannot be written, `ValueError` for what cannot be saved.
     """
     final = folder / (name or f"{PREFIX}{state['epochs']}")
-    aside = folder / f".{final.name.removeprefix('.')}.partial"
+    partial = folder / f".{final.name.removeprefix('.')}.partial"
     main = accelerator.is_main_process
 
-    def begin() -> None:
+    def make_folder() -> None:
         if main:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
+            # what a killed run may have left
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
 
-    def write() -> None:
-        _write(aside / f"random_{accelerator.process_index}.pt", {**random_state(), "own": own})
+    def write_files() -> None:
+        states = {**random_state(), "own": process_state}
+        files.write_tensors(partial / f"random_{accelerator.process_index}.pt", states)
         if main:
-            _write_training(aside, training, write_weights)
+            _write_training(partial, training, write_weights)
 
-    def finish() -> None:
+    def rename_into_place() -> None:
         if not main:
             return
-        files.follow_umask(aside)
-        _write_state(aside, state)
-        files.sync_to_disk(aside)
+        files.follow_umask(partial)
+        # the digests need all of the other files
+        _write_state(partial, state)
+        files.sync_to_disk(partial)
         if final.exists():
             _remove(final)
-        aside.rename(final)
+        partial.rename(final)
         if not name:
             discard_last_epoch(folder)
-            for old in _superfluous(folder, keep):
-                _remove(old)
+            # beside the newest, the newest healthy one stays: it is the one to go back to
+            healthy = newest_healthy(folder)
+            for old in list_in(folder)[:-keep]:
+                if old != healthy:
+                    _remove(old)
 
     try:
-        for part in (begin, write, finish):
-            run_or_raise_on_all(accelerator, part)
+        # A stage begins when all processes have finished the one before; an error in one process ends it in all.
+        for stage in (make_folder, write_files, rename_into_place):
+            run_or_raise_on_all(accelerator, stage)
     except Exception as error:
         if main:
-            shutil.rmtree(aside, ignore_errors=True)
-        raise _unwritten(folder, error) from error
+            shutil.rmtree(partial, ignore_errors=True)
+        raise _explained(folder, error) from error
     return final
 
 
 def trial_save(folder: Path, training: dict[str, Any], write_weights: Callable[[Path], None]) -> None:
-    """Writes into `folder` what a checkpoint holds beside the optimizer's state, reads it back, and removes it.
+    """Before training: writes and reads what a checkpoint holds beside the optimizer's state, then removes it.
 
     Raises `ValueError` for what cannot be saved, `OSError` for a folder that cannot be written.
     """
@@ -100,60 +122,48 @@ def trial_save(folder: Path, training: dict[str, Any], write_weights: Callable[[
         trial.mkdir(parents=True)
         _write_training(trial, training, write_weights)
     except Exception as error:
-        raise _unwritten(folder, error) from error
+        raise _explained(folder, error) from error
     finally:
         shutil.rmtree(trial, ignore_errors=True)
 
 
-def _write_training(aside: Path, training: dict[str, Any], write_weights: Callable[[Path], None]) -> None:
-    write_weights(aside)
-    _write(aside / TRAINING, training)
+def _write_training(folder: Path, training: dict[str, Any], write_weights: Callable[[Path], None]) -> None:
+    write_weights(folder)
+    files.write_tensors(folder / TRAINING, training)
 
 
-def _write(path: Path, data: dict[str, Any]) -> None:
-    """Writes plain data, and proves that it can be read."""
-    # given a file and not a path, torch passes on what the system said about a full disk
-    with path.open("wb") as file:
-        torch.save(data, file)
-    _read(path)
+def _write_state(folder: Path, state: dict[str, Any]) -> None:
+    whole = {"format": FORMAT, **state, "files": files.digests(folder)}
+    whole[DIGEST] = _state_digest(whole)
+    (folder / STATE).write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_state(aside: Path, state: dict[str, Any]) -> None:
-    whole = {"format": FORMAT, **state, "files": files.digests(aside)}
-    whole[SEAL] = _seal(whole)
-    (aside / STATE).write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+def _state_digest(state: dict[str, Any]) -> str:
+    """The SHA-256 of everything in `state` but this digest itself."""
+    # JSON makes lists of tuples and strings of keys: the digest is of what a reader gets
+    as_read = json.loads(json.dumps({name: value for name, value in state.items() if name != DIGEST}))
+    return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
 
 
-def _seal(state: dict[str, Any]) -> str:
-    # as JSON gives it back
-    said = json.loads(json.dumps({name: value for name, value in state.items() if name != SEAL}))
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-
-
-def _unwritten(folder: Path, error: Exception) -> Exception:
-    """What a user is told of a checkpoint that could not be written."""
+def _explained(folder: Path, error: Exception) -> Exception:
+    """The error to raise for `error`: one with a remedy for a full disk or for what cannot be saved, else itself."""
     if reason := files.why_unwritten(error):
         return OSError(
             f"no checkpoint could be written to {folder}: {reason}; make room there, or go on from the last checkpoint "
             "with another output_dir (earlier checkpoints are as they were)"
         )
+    # safetensors refuses tensors that are not contiguous, torch.save what cannot be pickled
     if "non contiguous" in str(error) or isinstance(error, (TypeError, AttributeError, RecursionError)):
         return ValueError(f"this run could not be saved in {folder}: {error}")
     return error
 
 
 def _remove(checkpoint: Path) -> None:
-    """Renamed first: a kill half-way through must not leave a folder that looks whole."""
-    doomed = checkpoint.with_name(f".{checkpoint.name.removeprefix('.')}.old")
-    shutil.rmtree(doomed, ignore_errors=True)
-    checkpoint.rename(doomed)
-    shutil.rmtree(doomed)
-
-
-def _superfluous(folder: Path, keep: int) -> list[Path]:
-    found = list_in(folder)
-    good = next((path for path in reversed(found) if _is_healthy(path)), None)
-    return [path for path in found[:-keep] if path != good]
+    """Removes a checkpoint. It is renamed first: a kill half-way through must not leave a folder that looks whole."""
+    old = checkpoint.with_name(f".{checkpoint.name.removeprefix('.')}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    checkpoint.rename(old)
+    shutil.rmtree(old)
 
 
 def _is_healthy(checkpoint: Path) -> bool:
@@ -164,12 +174,12 @@ def _is_healthy(checkpoint: Path) -> bool:
 
 
 def newest_healthy(folder: Path) -> Path | None:
-    """The newest checkpoint in `folder` from before anything looked wrong."""
+    """The newest checkpoint in `folder` that was saved without a warning about the rewards or the updates."""
     return next((path for path in reversed(list_in(folder)) if _is_healthy(path)), None)
 
 
 def promote_last_epoch(folder: Path) -> None:
-    """Makes a checkpoint of the state after the last whole epoch, if there is none of it yet."""
+    """Turns `.last_epoch` into a numbered checkpoint, unless there is one of that epoch already."""
     last = folder / LAST_EPOCH
     if not (last / STATE).exists():
         return
@@ -181,7 +191,7 @@ def promote_last_epoch(folder: Path) -> None:
 
 
 def discard_last_epoch(folder: Path) -> None:
-    """Removes what `promote_last_epoch` would keep."""
+    """Removes `.last_epoch`, if it is there."""
     if (folder / LAST_EPOCH).exists():
         _remove(folder / LAST_EPOCH)
 
@@ -193,14 +203,17 @@ def list_in(folder: Path) -> list[Path]:
 
 
 def mark_later_superseded(checkpoint: Path) -> None:
-    """Renames the checkpoints after this one: a run that goes on from here must not be resumed from those."""
+    """Renames the checkpoints of later epochs than this one to `<name>.superseded`.
+
+    A run that is resumed from this one trains those epochs again; a second resumption must not take the old ones.
+    """
     for path in list_in(checkpoint.parent):
         if int(path.name.removeprefix(PREFIX)) > int(checkpoint.name.removeprefix(PREFIX)):
-            number, aside = 1, path.with_name(f"{path.name}.superseded")
-            while aside.exists():
+            number, renamed = 1, path.with_name(f"{path.name}.superseded")
+            while renamed.exists():
                 number += 1
-                aside = path.with_name(f"{path.name}.superseded-{number}")
-            path.rename(aside)
+                renamed = path.with_name(f"{path.name}.superseded-{number}")
+            path.rename(renamed)
 
 
 def find(resume_from: str | Path) -> Path | None:
@@ -216,7 +229,7 @@ def find(resume_from: str | Path) -> Path | None:
             if not (found[-1] / STATE).exists():
                 raise ValueError(
                     f"resume_from is {str(resume_from)!r}, but {found[-1].name} there is not a checkpoint of ddpo_fast"
-                    f"{_instead_of(found[-1])}"
+                    f"{_advise_older(found[-1])}"
                 )
             return found[-1]
     if (path / "config.json").exists():
@@ -234,7 +247,7 @@ def run_folder_of(resume_from: str | Path) -> Path:
 
 
 def continues_in(folder: Path, resume_from: str) -> bool:
-    """Whether `resume_from` names the run in `folder`, so that it is continued there; False for no resumption."""
+    """Whether `resume_from` names the run in `folder`, which then is continued in place; False if it is ''."""
     here = folder.expanduser().resolve()
     if not resume_from or (here / STATE).exists():
         return False
@@ -242,11 +255,11 @@ def continues_in(folder: Path, resume_from: str) -> bool:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """`state.json`; raises `ValueError` if it is broken or of a later format, naming the checkpoint to use instead."""
+    """state.json. Raises `ValueError` if it is damaged or of another format, naming the checkpoint to use instead."""
     try:
         return _parsed_state(checkpoint)
     except ValueError as error:
-        raise ValueError(f"{error}{_instead_of(checkpoint)}") from None
+        raise ValueError(f"{error}{_advise_older(checkpoint)}") from None
 
 
 def _parsed_state(checkpoint: Path) -> dict[str, Any]:
@@ -263,7 +276,7 @@ def _parsed_state(checkpoint: Path) -> dict[str, Any]:
         raise ValueError(f"{checkpoint} cannot be read: its {STATE} does not say {missing[0]!r}")
     if problem := recorded_settings.problem_with(state):
         raise ValueError(f"{checkpoint} cannot be read: its {STATE} is damaged ({problem})")
-    if SEAL in state and (state[SEAL] != _seal(state) or not text.endswith("\n")):
+    if DIGEST in state and (state[DIGEST] != _state_digest(state) or not text.endswith("\n")):
         raise ValueError(f"{checkpoint} cannot be read: its {STATE} is damaged, or was changed by hand")
     return state
 
@@ -271,10 +284,11 @@ def _parsed_state(checkpoint: Path) -> dict[str, Any]:
 def verify(checkpoint: Path) -> None:
     """Raises `ValueError` if a file is not as it was written, naming it and the checkpoint to use instead."""
     if problem := _damage(checkpoint):
-        raise ValueError(f"{problem}{_instead_of(checkpoint)}")
+        raise ValueError(f"{problem}{_advise_older(checkpoint)}")
 
 
 def _damage(checkpoint: Path) -> str:
+    """The first file that is missing or differs from its digest, in a sentence, or ''."""
     try:
         state = _parsed_state(checkpoint)
         # checkpoints of earlier versions have no digests
@@ -287,13 +301,14 @@ def _damage(checkpoint: Path) -> str:
         if "files" not in state:
             read_training(checkpoint)
             for name in known:
-                _read(checkpoint / name)
+                files.read_tensors(checkpoint / name)
     except ValueError as error:
         return str(error)
     return ""
 
 
-def _instead_of(checkpoint: Path) -> str:
+def _advise_older(checkpoint: Path) -> str:
+    """The end of a message: the newest earlier checkpoint that is not damaged, or nothing if there is none."""
     for older in reversed(list_in(checkpoint.parent)):
         digits = checkpoint.name.removeprefix(PREFIX)
         if digits.isdigit() and int(older.name.removeprefix(PREFIX)) < int(digits) and not _damage(older):
@@ -301,35 +316,30 @@ def _instead_of(checkpoint: Path) -> str:
     return ""
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path.parent} is damaged: {path.name} cannot be read ({reason:.200})") from error
-
-
 def read_training(checkpoint: Path) -> dict[str, Any]:
-    """`training.pt`; raises `ValueError` if it cannot be read as plain data."""
-    return _read(checkpoint / TRAINING)
+    """training.pt. Raises `ValueError` if it cannot be read as plain data."""
+    return files.read_tensors(checkpoint / TRAINING)
 
 
 def function_states(functions: dict[str, Any]) -> dict[str, Any]:
-    """The `state_dict()` of each, as plain data. Raises `ValueError` for one that raised, or gave something else."""
+    """The `state_dict()` of each function that has state, as plain data.
+
+    Raises `ValueError` naming the function whose `state_dict` raised or returned anything else.
+    """
     return {
-        name: pack(_called(f"{name}.state_dict()", function.state_dict), f"{name}.state_dict()")
+        name: pack(_call_users(f"{name}.state_dict()", function.state_dict), f"{name}.state_dict()")
         for name, function in functions.items()
     }
 
 
 def load_function_states(functions: dict[str, Any], training: dict[str, Any]) -> None:
-    """Gives each what `function_states` kept of it."""
+    """Gives each function its state in `training`. Raises `ValueError` naming one whose `load_state_dict` raised."""
     for name, function in functions.items():
         if name in training:
-            _called(f"{name}.load_state_dict()", function.load_state_dict, unpack(training[name]))
+            _call_users(f"{name}.load_state_dict()", function.load_state_dict, unpack(training[name]))
 
 
-def _called(name: str, method: Callable[..., Any], *arguments: Any) -> Any:
+def _call_users(name: str, method: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return method(*arguments)
     except Exception as error:
@@ -337,8 +347,8 @@ def _called(name: str, method: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def describe_trained_weights(named_parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> dict[str, Any]:
-    """What tells one run's trained weights from another's: their number and a hash of names and shapes."""
-    # DeepSpeed's stage 3 leaves parameters without elements
+    """What tells one run's trained weights from another's: their number and a hash of their names and shapes."""
+    # ZeRO stage 3 splits a parameter and leaves it empty, with its shape in `ds_shape`
     shapes = sorted((name, tuple(getattr(p, "ds_shape", p.shape))) for name, p in named_parameters if p.requires_grad)
     digest = hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]
     return {
@@ -363,7 +373,7 @@ def check_trained_weights_match(checkpoint: Path, saved: dict[str, Any], mine: d
 
 
 def random_state() -> dict[str, Any]:
-    """The states of Python's, NumPy's and torch's global generators, as plain data."""
+    """The states of Python's, NumPy's and torch's global generators, as tensors and plain data."""
     name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
@@ -374,6 +384,7 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
+    """Sets the global generators to what `random_state` returned."""
     random.setstate(state["python"])
     name, keys, position, has_gauss, gauss = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
@@ -383,6 +394,6 @@ def restore_random_state(state: dict[str, Any]) -> None:
 
 
 def read_random_state(checkpoint: Path, process: int) -> dict[str, Any] | None:
-    """The random states of a process, or None for one that the saving run did not have."""
+    """The random states of process number `process`; None if fewer processes have saved the checkpoint."""
     path = checkpoint / f"random_{process}.pt"
-    return _read(path) if path.exists() else None
+    return files.read_tensors(path) if path.exists() else None

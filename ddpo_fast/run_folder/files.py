@@ -1,4 +1,4 @@
-"""A run's files: what tells that they are whole, who may read them, and that they have reached the disk."""
+"""What a checkpoint and a saved model need of files: digests, tensors on disk, modes, syncing, and errors in words."""
 
 from __future__ import annotations
 
@@ -6,8 +6,13 @@ import errno
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
+import torch
+
+# bytes that are read at a time
 BLOCK = 2**22
+# errors of a disk, a quota or a file size limit that is reached
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -26,19 +31,42 @@ def digests(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): digest(path) for path in files}
 
 
-def follow_umask(folder: Path) -> None:
-    """Gives the files below `folder` the mode that this user's new files have: safetensors makes its own 0600."""
+def write_tensors(path: Path, data: dict[str, Any]) -> None:
+    """Writes tensors and plain data by `torch.save`, and reads them back as a resumed run would."""
+    # given a file and not a path, torch raises the system's own error for a full disk
+    with path.open("wb") as file:
+        torch.save(data, file)
+    read_tensors(path)
+
+
+def read_tensors(path: Path) -> dict[str, Any]:
+    """A file of `write_tensors`, loaded as tensors and plain data only. Raises `ValueError` if it is damaged."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    # torch, zipfile and pickle raise errors of many types for damaged bytes
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path.parent} is damaged: {path.name} cannot be read ({reason:.200})") from error
+
+
+def follow_umask(folder: Path, *patterns: str) -> None:
+    """Gives files below `folder` the mode of this user's new files, because safetensors creates its own with 0600.
+
+    Args:
+        patterns: for `Path.glob`; all files without any.
+    """
+    # asking for the umask means setting it, for all threads of the process: a new file shows what it leaves
     plain = folder / ".mode"
     plain.touch()
     mode = plain.stat().st_mode
     plain.unlink()
-    for path in folder.rglob("*"):
+    for path in (path for pattern in patterns or ("**/*",) for path in folder.glob(pattern)):
         if path.is_file() and path.stat().st_mode != mode:
             path.chmod(mode)
 
 
 def sync_to_disk(folder: Path) -> None:
-    """Returns when everything below `folder` would outlive a power cut."""
+    """Waits until everything below `folder` is on the disk, so that a power cut loses none of it."""
     for path in [*folder.rglob("*"), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
@@ -46,13 +74,14 @@ def sync_to_disk(folder: Path) -> None:
 
 
 def why_unwritten(error: Exception) -> str:
-    """What kept a library from writing a file, or '' for an error of another kind."""
+    """Why a file could not be written, in a few words, or '' for an error of another kind."""
+    # libraries raise errors of their own, with the system's as the cause or the context
     causes: list[BaseException] = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
         causes.append(cause)
     if any(getattr(c, "errno", None) in FULL or "No space left" in str(c) for c in causes):
         return "No space left on device"
-    # safetensors and torch wrap what the system said
+    # safetensors and torch's writer put the system's error into the text of their own
     if isinstance(error, OSError) or "os error" in str(error) or "PytorchStreamWriter" in str(error):
         return str(error).splitlines()[0]
     return ""

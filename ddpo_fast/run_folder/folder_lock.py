@@ -1,4 +1,4 @@
-"""One writer for a folder: a lock that the kernel keeps, and lets go of however the process ends."""
+"""A lock on a run's folder, so that one process writes to it. The kernel releases it however the process ends."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
-# descriptors, and how often they were locked: a second trainer in a notebook may go on with the first one's run
+# By lock file: its descriptor, and how often this process has locked it. A second trainer in the same process, as in a
+# notebook, may continue the first one's run.
 _HELD: dict[Path, tuple[int, int]] = {}
 
 
 def lock(folder: Path) -> str:
-    """Makes this process the only one that writes to `folder`; why it cannot be, or ''.
+    """Locks `folder` for this process; returns why another process keeps that from happening, or ''.
 
-    The lock is POSIX's: forked children do not have it, and it goes when the process does.
+    A POSIX lock: a forked child does not inherit it, and it ends with the process.
     """
     path = folder.resolve() / LOCK
     if path in _HELD:
-        held, times = _HELD[path]
-        _HELD[path] = held, times + 1
+        descriptor, count = _HELD[path]
+        _HELD[path] = descriptor, count + 1
         return ""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -46,17 +47,17 @@ def lock(folder: Path) -> str:
 
 
 def unlock(folder: Path) -> None:
-    """Takes one `lock` back; after the last one other processes may write to `folder`."""
+    """Undoes one `lock`; after the last one other processes may lock `folder`."""
     path = folder.resolve() / LOCK
-    held, times = _HELD.pop(path, (None, 0))
-    if held is not None and times > 1:
-        _HELD[path] = held, times - 1
-    elif held is not None:
-        os.close(held)
+    descriptor, count = _HELD.pop(path, (None, 0))
+    if descriptor is not None and count > 1:
+        _HELD[path] = descriptor, count - 1
+    elif descriptor is not None:
+        os.close(descriptor)
 
 
 def make_new(folder: Path) -> Path:
-    """Makes `folder`, or the first of `folder-2`, `folder-3`, ... that nobody else has made."""
+    """Makes `folder`, or if it exists the first of `folder-2`, `folder-3`, ... that does not, and returns its path."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     number, made = 1, folder
     while True:

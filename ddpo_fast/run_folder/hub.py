@@ -1,4 +1,4 @@
-"""The trained model as others get it: a folder for plain diffusers with its card, on disk or on the Hub."""
+"""The trained model with its card, as a folder that diffusers loads, on disk or on the Hub."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ image = pipeline("a photo").images[0]
 """
 
 
-# what of a run's settings a reader of its card wants to know
+# the settings of a run that its model card lists
 CARD_SETTINGS = (
     "num_epochs",
     "sample_num_steps",
@@ -78,8 +78,8 @@ def make_model_card(
     """A card that says where the model comes from, what it was trained for and how to open it.
 
     Args:
-        path: what `from_pretrained` is given (default: the name).
-        settings: of the training.
+        path: the argument of `from_pretrained` in the card's example (default: the name).
+        settings: names and values for the card's table.
     """
     data = ModelCardData(
         library_name="diffusers",
@@ -101,11 +101,12 @@ def make_model_card(
 
 
 def _in_table(value: Any) -> str:
+    """A value in one cell of a Markdown table."""
     return " ".join(str(value).replace("|", "\\|").split())
 
 
 def push_problem(name: str) -> str:
-    """Why a model could not be pushed to the Hub as `name`, as far as can be known before it is trained, or ''."""
+    """Why a model cannot be pushed to the Hub as `name`, in one sentence, or ''; found out before it is trained."""
     try:
         validate_repo_id(name)
     except errors.HFValidationError as error:
@@ -122,9 +123,10 @@ def push_problem(name: str) -> str:
 
 
 class HubModel(PyTorchModelHubMixin):
-    """The part of TRL's trainer that saves and shares: `save_model`, `save_pretrained`, `push_to_hub`, the card.
+    """The part of the trainer that saves and uploads: `save_model`, `save_pretrained`, `push_to_hub`, the model card.
 
-    Every process calls them, and the main one writes. A moving average goes into a folder of its own, `..._ema`.
+    Every process calls these methods; the main one writes. `save_model` writes a moving average of the weights, if the
+    run keeps one, into a folder of its own, `..._ema`.
     """
 
     _tag_names = ["ddpo_fast", "ddpo"]
@@ -196,9 +198,10 @@ class HubModel(PyTorchModelHubMixin):
         card.save(folder / "README.md")
 
     def _card_name(self, folder: Path) -> tuple[str, str]:
-        """The name of the model in `folder`, and where it is opened from: the Hub, or here."""
+        """The model's name, and the argument of `from_pretrained`: a repository of the Hub, or the path of `folder`."""
         if self._pushed_to:
-            # the folder lies in one of the repository's owner's name, who need not be named
+            # Without an owner in the name the Hub takes the user's. The mixin writes the model into a temporary folder
+            # <owner>/<name>, from which the owner is known.
             repo = self._pushed_to if "/" in self._pushed_to else f"{folder.parent.name}/{self._pushed_to}"
             return repo, repo
         here, run = folder.absolute(), self.output_dir.absolute()
@@ -218,9 +221,9 @@ class HubModel(PyTorchModelHubMixin):
         return known | {name: value for name, value in values.items() if value not in (None, "")}
 
     def push_to_hub(self, repo_id: str | None = None, *, dataset_name: str | None = None, **kwargs: Any) -> str:
-        """Uploads the model with its card; the repository's name defaults to the run folder's."""
+        """Uploads the model with its card and returns the address; the repository defaults to the folder's name."""
         if not self.accelerator.is_main_process:
-            # what the main process does for the upload, and what it waits for
+            # the main process saves the model within the upload, which is a collective call
             self._save_pretrained(self.output_dir)
             return broadcast_from_main(self.accelerator, "")
         self._pushed_to = repo_id or self.output_dir.absolute().name

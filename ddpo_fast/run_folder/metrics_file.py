@@ -11,15 +11,15 @@ logger = logging.getLogger(__name__)
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one JSON object a line, written whole, never rewritten except for what a kill left over.
+    """metrics.jsonl: one JSON object in each line, only ever appended to; a resumed run first cuts off later lines.
 
-    It is a record, which nothing is computed from: damage costs the lines that it hit, and a warning.
+    Nothing is computed from it: a damaged line is left out of pictures, with a warning.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def write(self, record: dict[str, Any]) -> None:
+    def append(self, record: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
@@ -33,13 +33,14 @@ class MetricsFile:
         return records
 
     def size(self) -> int:
-        """Bytes so far: a checkpoint remembers them."""
+        """Bytes so far, which a checkpoint keeps for `truncate`."""
         return self.path.stat().st_size if self.path.exists() else 0
 
     def truncate(self, size: int) -> None:
-        """Drops what was written after `size` bytes, as a resumed run writes those lines again, and a broken last line.
+        """Removes what was written after the first `size` bytes, and a last line without an end.
 
-        A file that is shorter, or gone, stays so: made longer it would be filled with zeros.
+        A resumed run writes the lines after its checkpoint again. A file that is shorter than `size`, or missing, is
+        left so with a warning: extending it would fill it with zeros.
         """
         if (present := self.size()) < size:
             logger.warning("%s has lost records: %d bytes of %d are left", self.path, present, size)
@@ -47,8 +48,8 @@ class MetricsFile:
             return
         with self.path.open("r+b") as file:
             file.truncate(min(size, present))
-            whole = file.read()
-            file.truncate(whole.rfind(b"\n") + 1)
+            content = file.read()
+            file.truncate(content.rfind(b"\n") + 1)
 
 
 def _parsed(line: str) -> dict[str, Any] | None:

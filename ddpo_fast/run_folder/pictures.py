@@ -1,7 +1,9 @@
-"""What a person looks at after a run: the reward curve, and images before and after.
+"""The pictures of a run: the reward curve, and grids of images.
 
-Figures are made without pyplot, whose backend and open figures are the user's, and text is drawn as it is written:
-prompts and rewards may contain `$`, line ends, or letters that no font here has.
+Figures are made without pyplot, so that the user's backend and open figures stay as they are. Prompts are drawn as
+plain text: they may contain `$`, which matplotlib would read as TeX, line ends, or letters that no installed font has.
+
+Shapes: B images, H x W pixels.
 """
 
 from __future__ import annotations
@@ -24,22 +26,25 @@ from matplotlib.figure import Figure
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+# a row of a grid: name, images [B, 3, H, W] in [0, 1], rewards [B] or None
 Row = tuple[str, torch.Tensor, Sequence[float] | None]
 
 BLUE, GRAY = "#1f5fa8", "#9aa5b1"
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
-# fonts with the letters that matplotlib's own lacks, as far as they are installed
+# fonts, where installed, for letters that matplotlib's own DejaVu Sans lacks
 MORE_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Micro Hei", "Arial Unicode MS", "Noto Emoji")
-DPI, MOST_PIXELS = 120, 30_000
-# inches
+# A picture of many blocks is drawn at fewer dots per inch, to be at most so many pixels high: JPEG ends at 2^16.
+DPI, MAX_PIXELS = 120, 30_000
+# inches: an image, the gap beside it, a line of text, and the margin for the rows' names
 CELL, GAP, LINE, MARGIN = 1.5, 0.08, 0.14, 0.75
 # of a title: letters in a line, and lines
 LETTERS, LINES = 22, 3
+# images side by side
 COLUMNS = 8
 
 
 def attempt(draw: Callable[..., T], *args: Any) -> T | None:
-    """`draw(*args)`; a picture that cannot be drawn is a warning and None: no run fails for it."""
+    """Returns `draw(*args)`, or None after a warning if it raises: a run must not fail because of a picture."""
     try:
         return draw(*args)
     except Exception as error:
@@ -48,14 +53,14 @@ def attempt(draw: Callable[..., T], *args: Any) -> T | None:
 
 
 @contextmanager
-def _as_written() -> Iterator[None]:
-    """Text without TeX, whatever the user's style says; letters that no font has are boxes, without a warning each."""
+def _plain_text() -> Iterator[None]:
+    """Text is drawn without TeX, whatever the user's style says, and without a warning for each missing letter."""
     with warnings.catch_warnings(), matplotlib.rc_context({"text.usetex": False}):
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         yield
 
 
-@_as_written()
+@_plain_text()
 def draw_rewards(records: Sequence[dict[str, Any]], path: Path, label: str = "reward") -> None:
     """Mean reward with a band of two standard errors against images and against time, from metrics.jsonl's lines."""
     epochs = [record for record in records if record["kind"] == "epoch"]
@@ -78,12 +83,13 @@ def draw_rewards(records: Sequence[dict[str, Any]], path: Path, label: str = "re
     _save(figure, path)
 
 
-@_as_written()
+@_plain_text()
 def draw_grid(prompts: Sequence[str], rows: Sequence[Row], path: Path) -> None:
-    """Rows of images, each (name, images [B, 3, H, W] in [0, 1], rewards [B] or None), with a column for each prompt.
+    """Draws rows of images with a column for each prompt, the prompt above it and the rewards as captions.
 
-    More prompts than fit side by side go into blocks below each other.
+    After `COLUMNS` prompts the rows go on in a block below.
     """
+    # The layout, in inches: a block is its titles' lines, then for each row an image, a gap and a caption.
     columns = min(len(prompts), COLUMNS)
     titles = [wrapped(prompt) for prompt in prompts]
     blocks = [range(start, min(start + columns, len(prompts))) for start in range(0, len(prompts), columns)]
@@ -92,6 +98,7 @@ def draw_grid(prompts: Sequence[str], rows: Sequence[Row], path: Path) -> None:
     block_height = sum(below) + len(rows) * (CELL + GAP) + GAP
     width = MARGIN + columns * (CELL + GAP)
     height = sum(heads) + len(blocks) * block_height
+    # one axis over the whole figure, in inches from its upper left corner
     figure = Figure(figsize=(width, height))
     axis = figure.add_axes((0, 0, 1, 1))
     axis.set_axis_off()
@@ -105,17 +112,18 @@ def draw_grid(prompts: Sequence[str], rows: Sequence[Row], path: Path) -> None:
             _write(axis, MARGIN / 2, y + CELL / 2, wrapped(name, 10) + mean, 8, va="center")
             for column, at in enumerate(block):
                 x = MARGIN + column * (CELL + GAP)
-                # the y axis points down
+                # `extent` is left, right, bottom, top, and the y axis points down
                 axis.imshow(_pixels(images[at]), extent=(x, x + CELL, y + CELL, y))
                 if scores is not None:
                     _write(axis, x + CELL / 2, y + CELL + 0.02, f"{scores[at]:.3g}", 8, va="top")
             y += CELL + GAP + room
         y += GAP
     axis.set(xlim=(0, width), ylim=(height, 0), aspect="auto")
-    _save(figure, path, dpi=min(DPI, MOST_PIXELS / height))
+    _save(figure, path, dpi=min(DPI, MAX_PIXELS / height))
 
 
 def _pixels(image: torch.Tensor) -> np.ndarray:
+    """An image [3, H, W] as matplotlib takes it, [H, W, 3] in [0, 1]."""
     return image.float().nan_to_num().clamp(0, 1).permute(1, 2, 0).cpu().numpy()
 
 
@@ -130,13 +138,13 @@ def _fonts() -> list[str]:
 
 
 def plain(text: str) -> str:
-    """The text in one line, without characters that steer instead of being seen."""
+    """The text in one line, with a space for each control or format character, which could not be seen."""
     kept = (" " if unicodedata.category(c).startswith(("C", "Z")) else c for c in str(text))
     return " ".join("".join(kept).split())
 
 
 def wrapped(text: str, letters: int = LETTERS, lines: int = LINES) -> str:
-    """At most so many lines of at most so many letters; what is left out is marked by '…'."""
+    """The text in at most `lines` lines as wide as `letters` average letters; '…' stands for what is left out."""
     rest, done = plain(text), list[str]()
     while rest and len(done) < lines:
         end = _fitting(rest, letters)
@@ -151,7 +159,8 @@ def wrapped(text: str, letters: int = LETTERS, lines: int = LINES) -> str:
 
 
 def _fitting(text: str, letters: int) -> int:
-    """How many characters of the text take the room of so many letters; at least one."""
+    """How many characters of the text are as wide as `letters` average letters; at least one."""
+    # widths in DejaVu Sans, roughly: an East Asian wide character takes two letters
     room = 0.0
     for at, character in enumerate(text):
         if unicodedata.east_asian_width(character) in "WF":
@@ -164,12 +173,13 @@ def _fitting(text: str, letters: int) -> int:
 
 
 def check_ending(path: Path, option: str) -> None:
-    """Raises `ValueError` for a kind of file that is not drawn."""
+    """Raises `ValueError`, naming the option, for a path whose ending is no format of pictures."""
     if path.suffix.lower() not in ENDINGS:
         raise ValueError(f"{option} is {str(path)!r} but must end in {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}")
 
 
 def _save(figure: Figure, path: Path, dpi: float = DPI) -> None:
-    aside = path.with_name(f".{path.name}.partial")
-    figure.savefig(aside, dpi=dpi, format=path.suffix.lower()[1:])
-    aside.replace(path)
+    # renamed when whole
+    partial = path.with_name(f".{path.name}.partial")
+    figure.savefig(partial, dpi=dpi, format=path.suffix.lower()[1:])
+    partial.replace(path)

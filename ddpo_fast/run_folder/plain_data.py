@@ -1,4 +1,4 @@
-"""What a user's function gives a checkpoint, as data that is read back without running anything (`weights_only`)."""
+"""The state of a user's functions as plain data, which `torch.load(weights_only=True)` reads without running code."""
 
 from __future__ import annotations
 
@@ -7,27 +7,28 @@ from typing import Any
 import numpy as np
 import torch
 
-# an array is kept as its bytes under these names, and comes back as it was
+# A NumPy array is kept as a dict with these keys, its bytes in a tensor, as `weights_only` loads no arrays.
 ARRAY = {"__numpy__", "dtype", "shape"}
 
 
 def pack(value: Any, name: str) -> Any:
-    """`value` of numbers, strings, bytes, tensors, arrays, lists, tuples and dicts as plain data.
+    """`value`, made of numbers, strings, bytes, tensors, arrays, lists, tuples and dicts, as plain data.
 
-    NumPy's scalars and subclasses become Python's own types. Raises `ValueError` for anything else, naming its place
-    in `name`.
+    NumPy's scalars and objects of subclasses become objects of Python's and torch's own classes. Raises `ValueError`
+    for anything else, saying where in `name` it is.
     """
     if value is None or isinstance(value, (bool, bytes, torch.dtype, torch.device)):
         return value
     if isinstance(value, torch.Tensor):
-        # of torch's own class: no other is read back
+        # `weights_only` loads no subclasses of Tensor
         return value.detach().as_subclass(torch.Tensor)
-    # a masked array is not its numbers alone
+    # the mask of a masked array would be lost
     if isinstance(value, np.ndarray) and value.dtype.kind in "biufcmMSU" and not isinstance(value, np.ma.MaskedArray):
         content = torch.frombuffer(bytearray(value.tobytes()), dtype=torch.uint8) if value.size else torch.empty(0)
         return {"__numpy__": content, "dtype": value.dtype.str, "shape": list(value.shape)}
     if isinstance(value, np.generic) and not isinstance(value.item(), np.generic):
         return pack(value.item(), name)
+    # the methods of the base classes: a subclass, as an enumeration is, may have its own `__str__`
     if isinstance(value, str):
         return str.__str__(value)
     kinds: tuple[Any, ...] = (int, float, complex)
@@ -46,7 +47,7 @@ def pack(value: Any, name: str) -> Any:
 
 
 def unpack(value: Any) -> Any:
-    """What `pack` was given, except that scalars and containers are of Python's own types."""
+    """The value that `pack` was given, except that scalars and containers are of Python's own types."""
     if isinstance(value, dict):
         if value.keys() == ARRAY:
             content = value["__numpy__"].numpy().tobytes()

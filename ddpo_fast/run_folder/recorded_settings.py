@@ -1,10 +1,11 @@
-"""What a run's files say of it, checked for its kind: they may come from elsewhere, or from an editor."""
+"""Types of what state.json and config.json say: the files may be from another machine, or changed in an editor."""
 
 from __future__ import annotations
 
 from typing import Any
 
-KINDS: dict[str, tuple[type, ...]] = {
+# the types that a run writes, by name
+TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("epochs", "global_step", "metrics_bytes", "num_processes", "lora_rank"), (int,)),
     **dict.fromkeys(("elapsed_s", "lora_alpha"), (int, float)),
     **dict.fromkeys(("trained", "config", "measured", "files", "import_folders"), (dict,)),
@@ -15,9 +16,9 @@ KINDS: dict[str, tuple[type, ...]] = {
 
 
 def problem_with(settings: dict[str, Any]) -> str:
-    """The first of a run's settings that is of no kind that a run writes, or ''."""
-    for name, kinds in KINDS.items():
-        if name in settings and not _is_of(settings[name], kinds):
+    """The first of the settings that has another type than a run writes, or ''."""
+    for name, types in TYPES.items():
+        if name in settings and not _has_type(settings[name], types):
             return f"{name} is {settings[name]!r:.80}"
     names = [
         *settings.get("lora_target_modules", []),
@@ -27,7 +28,8 @@ def problem_with(settings: dict[str, Any]) -> str:
     return next((f"{name!r:.80} is where a name belongs" for name in names if not isinstance(name, str)), "")
 
 
-def _is_of(value: Any, kinds: tuple[type, ...]) -> bool:
-    if isinstance(value, bool) or bool in kinds:
-        return isinstance(value, bool) and bool in kinds
-    return isinstance(value, kinds) and (not isinstance(value, (int, float)) or value >= 0)
+def _has_type(value: Any, types: tuple[type, ...]) -> bool:
+    """Whether `value` is of one of the types, where a bool is no int, and not negative if it is a number."""
+    if isinstance(value, bool) or bool in types:
+        return isinstance(value, bool) and bool in types
+    return isinstance(value, types) and (not isinstance(value, (int, float)) or value >= 0)

@@ -1,4 +1,4 @@
-"""What a run writes down: its settings, metrics.jsonl, the trackers, the reward curve, and warnings about them."""
+"""The records of a run: its folder, config.json, metrics.jsonl, the trackers and the reward curve."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class RunLog:
-    """The records of one run in `folder`; only the main process writes."""
+    """The records of one run in `folder`. Every process calls it; only the main process writes."""
 
     def __init__(self, config: DDPOConfig, accelerator: Accelerator, folder: Path) -> None:
         self.config = config
@@ -32,27 +32,29 @@ class RunLog:
         self.metrics = MetricsFile(folder / "metrics.jsonl")
         self.health = Health(config, accelerator.is_main_process)
         self.summary = ""
+        # seconds of the run before it was resumed, and when this process started it
         self._earlier_s, self._started = 0.0, time.monotonic()
         self._last_update: dict[str, float] = {}
         self._warned_of_drift = False
 
     def lock_folder(self, is_new: bool) -> None:
-        """Makes the folder this run's alone until its process ends.
+        """Makes the run's folder and locks it until this process ends.
 
-        Raises `ValueError` if another process writes there, or if it `is_new` and a run is in it: two would mix their
-        metrics and checkpoints.
+        Raises `ValueError` if another process writes there, or if the run `is_new` and the folder holds another one:
+        metrics and checkpoints of two runs would be mixed.
         """
         problem = ""
         if self.accelerator.is_main_process:
             problem = folder_problem(self.folder) if is_new else ""
             if not problem:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                # what another run began to write since is seen once the folder is locked
+                # again under the lock: another run may have started there after the first look
                 problem = folder_lock.lock(self.folder) or (folder_problem(self.folder) if is_new else "")
         if problem := broadcast_from_main(self.accelerator, problem):
             raise ValueError(problem)
 
     def start_trackers(self, resumed_step: int | None) -> None:
+        """Starts the trackers of `log_with`; TensorBoard drops what a resumed run logged after `resumed_step`."""
         init_kwargs: dict[str, Any] = dict(self.config.tracker_kwargs)
         flat = self.config.to_dict()
         if self.config.log_with == "tensorboard":
@@ -65,26 +67,27 @@ class RunLog:
             self.accelerator.init_trackers(self.config.tracker_project_name, config=flat, init_kwargs=init_kwargs)
 
     def write_config(self, settings: dict[str, Any]) -> None:
-        """`config.json`, which a resumed run takes its settings from."""
+        """Writes config.json, from which a run without a checkpoint is resumed."""
         if self.accelerator.is_main_process:
             text = json.dumps(settings, indent=2, default=str) + "\n"
-            # a kill must not leave half of it
+            # renamed when whole: a kill must not leave half of it
             (self.folder / ".config.json").write_text(text, encoding="utf-8")
             (self.folder / ".config.json").replace(self.folder / "config.json")
 
     def resume(self, state: dict[str, Any], in_place: bool) -> None:
-        """Goes on after the records that the checkpoint `state` knows of; later ones are written again."""
+        """Continues after the records that the checkpoint's `state` counts; later ones are removed if `in_place`."""
         self._earlier_s = state.get("elapsed_s", 0.0)
         if in_place and self.accelerator.is_main_process:
             self.metrics.truncate(state.get("metrics_bytes", 0))
 
     def elapsed_s(self) -> float:
-        """Seconds that the run took so far, without the time between a kill and its resumption."""
+        """Seconds of training so far, without the time between an interruption and its resumption."""
         return self._earlier_s + time.monotonic() - self._started
 
     def log_rewards(self, epoch: int, global_step: int, all_rewards: torch.Tensor) -> None:
+        """Logs an epoch's rewards [images] of all processes, and checks that they differ."""
         values = all_rewards.cpu().numpy()
-        # plain floats: TensorBoard drops NumPy's
+        # TensorBoard drops NumPy's scalars
         means = {"reward_mean": float(values.mean()), "reward_std": float(values.std())}
         self.health.begin_epoch()
         self.health.rewards(epoch, values)
@@ -93,9 +96,10 @@ class RunLog:
     def log_updates(
         self, updates: list[dict[str, torch.Tensor]], epoch: int, inner_epoch: int, global_step: int
     ) -> list[dict[str, float]]:
-        """Writes an inner epoch's updates, from the device after its last one was queued, and returns them.
+        """Logs the metrics of an inner epoch's updates, averaged over processes, and returns them.
 
-        Raises `RunStopped` for an update that broke the run: the last checkpoint must stay the last.
+        They are read from the device here, after the last update was queued, so that no update waits for the host.
+        Raises `RunStopped` for an update whose numbers are broken, before a checkpoint of it can be saved.
         """
         infos = []
         for at, update in enumerate(updates, start=global_step):
@@ -110,6 +114,7 @@ class RunLog:
         return infos
 
     def log_epoch(self, epoch: int, global_step: int, all_rewards: torch.Tensor, timings: dict[str, float]) -> None:
+        """Logs an epoch's mean reward and timings, and makes the one-line `summary` of it."""
         means = {"reward_mean": all_rewards.mean().item(), "reward_std": all_rewards.std(correction=0).item()}
         self.accelerator.log(timings, step=global_step - 1)
         counts = {"kind": "epoch", "epoch": epoch, "updates": global_step, "images": len(all_rewards)}
@@ -120,16 +125,16 @@ class RunLog:
         )
 
     def draw_reward_curve(self) -> None:
-        """`rewards.png`."""
+        """Draws rewards.png from metrics.jsonl."""
         if self.accelerator.is_main_process:
             pictures.attempt(pictures.draw_rewards, self.metrics.read(), self.folder / "rewards.png")
 
     def _write(self, record: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
-            self.metrics.write(record)
+            self.metrics.append(record)
 
     def _watch_drift(self, drift: float) -> None:
-        """A ratio that is not 1 before the first update uses up the clip range before anything was learned."""
+        """Warns once if the ratio before the first update, which should be 1, has used up half of the clip range."""
         if drift > 0.5 * self.config.train_clip_range and not self._warned_of_drift:
             self._warned_of_drift = True
             logger.warning(
@@ -141,7 +146,7 @@ class RunLog:
 
 
 def folder_problem(folder: Path) -> str:
-    """Why a new run cannot write to `folder`, or ''."""
+    """Why a new run cannot use `folder`, in one sentence, or ''."""
     if folder.exists() and not folder.is_dir():
         return f"output_dir is {str(folder)!r}, which is a file: choose another folder"
     if (folder / checkpoint.STATE).exists():
@@ -155,19 +160,23 @@ def folder_problem(folder: Path) -> str:
 
 
 def agree_on_folder(config: DDPOConfig, accelerator: Accelerator, folder: Path) -> Path:
-    """`folder`, or where nobody chose it, one like it that no other run of the same second has."""
+    """The run's folder, the same path in all processes.
+
+    A folder that the user named is used as it is. Else its name has the time in seconds: the main process makes it, and
+    adds a number if another run has the same.
+    """
     if not (config.output_dir or config.project_kwargs.get("project_dir") or config.resume_from or config.run_name):
         made = str(folder_lock.make_new(folder)) if accelerator.is_main_process else ""
         folder = Path(broadcast_from_main(accelerator, made))
         accelerator.project_configuration.project_dir = str(folder)
         if "logging_dir" not in config.project_kwargs:
             accelerator.project_configuration.logging_dir = str(folder)
-    # the default folder carries a time, which must be the main process's
+    # processes start at different seconds
     return Path(broadcast_from_main(accelerator, str(folder)))
 
 
 def output_folder(config: DDPOConfig) -> Path:
-    """Where a run writes: as configured, else the resumed run's folder, else a new one under `logdir`."""
+    """Where a run writes: `output_dir`, `project_dir`, the resumed run's folder, or a new one in `logdir`."""
     if config.output_dir:
         return Path(config.output_dir).expanduser()
     if config.project_kwargs.get("project_dir"):
@@ -178,6 +187,6 @@ def output_folder(config: DDPOConfig) -> Path:
 
 
 def default_folder(config: DDPOConfig) -> Path:
-    """The folder below `logdir` that `run_name` or the time names."""
+    """The folder in `logdir` named by `run_name`, else by `exp_name` and the time."""
     name = config.run_name or f"{config.exp_name or 'ddpo'}-{datetime.now():%Y%m%d-%H%M%S}"
     return Path(config.logdir).expanduser() / name

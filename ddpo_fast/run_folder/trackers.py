@@ -9,7 +9,7 @@ from accelerate.tracking import GeneralTracker
 
 
 class NoTracker(GeneralTracker):
-    """Stands in for a tracker where there is none, so that a hook may call `log_images` on any process."""
+    """A tracker that drops everything: a user's hook may log to it where the run, or the process, has no tracker."""
 
     name = "none"
     requires_logging_directory = False
@@ -22,16 +22,17 @@ class NoTracker(GeneralTracker):
         return None
 
     def log(self, *args: Any, **kwargs: Any) -> None:
-        """Drops the values."""
+        """Does nothing."""
 
     def log_images(self, *args: Any, **kwargs: Any) -> None:
-        """Drops the images."""
+        """Does nothing."""
 
 
 def first_tracker(accelerator: Accelerator) -> Any:
+    """The first of the run's trackers, or a `NoTracker`."""
     return accelerator.trackers[0] if accelerator.trackers else NoTracker()
 
 
 def tracker_config(flat_config: dict[str, Any]) -> dict[str, Any]:
-    """The settings that every tracker takes: numbers, strings and booleans."""
+    """The settings that are numbers, strings or booleans: TensorBoard raises for others."""
     return {name: value for name, value in flat_config.items() if isinstance(value, (bool, int, float, str))}

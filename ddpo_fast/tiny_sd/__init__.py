@@ -1,4 +1,4 @@
-"""The bundled model: a Stable Diffusion of 6 million weights that draws animals, made by `build.py`."""
+"""The bundled model: a Stable Diffusion of 6 million weights that draws animals, trained by `build.py`."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Makes the bundled model: `torchrun --nproc_per_node 2 -m ddpo_fast.tiny_sd.build --work-dir build/tiny_sd`.
+"""Trains the bundled model: `torchrun --nproc_per_node 2 -m ddpo_fast.tiny_sd.build --work-dir build/tiny_sd`.
 
 Four stages, each of which writes a file that the next one reads (delete a file to redo its stage): the tokenizer
 and captioned images, the autoencoder, its latents, then the denoiser and the text encoder together. The result is
@@ -26,8 +26,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ddpo_fast.tiny_sd import MODEL, drawings
 
+# the longest prompt, and the text encoder's width
 TOKENS = 32
 TEXT_WIDTH = 64
+# variations of each drawing in the training set
 REPEATS = 64
 VAE_ROUNDS = ((1600, 64), (2600, 24))  # (steps, images per step over all processes)
 # Stable Diffusion 1.x: the DDIM settings that its pipelines are sampled with
@@ -67,7 +69,7 @@ def main() -> None:
 
 
 def once(path: Path, make, on_all_ranks: bool = False):
-    """What `make` returns, kept in `path`: made by rank 0 (or by all ranks together), read by everybody."""
+    """What `make` returns, kept in the file `path`: made by rank 0, or by all ranks together, and read by all."""
     if not path.exists():
         made = make() if on_all_ranks or rank() == 0 else None
         if rank() == 0:
@@ -158,7 +160,7 @@ def vae_round(vae: AutoencoderKL, images: torch.Tensor, number: int, steps: int,
         pixels = pixels.to(device(), memory_format=torch.channels_last)
         posterior = vae.encode(pixels).latent_dist
         decoded = vae.decode(posterior.sample()).sample
-        # the edges' own term keeps outlines sharp: a plain pixel loss blurs them
+        # a loss of pixels alone blurs outlines: the differences of neighbouring pixels have a term of their own
         loss = F.l1_loss(decoded, pixels) + 0.5 * edge_loss(decoded, pixels) + 1e-6 * posterior.kl().mean()
         optimizer_step(optimizer, loss, parameters, cosine(step, steps, peak))
         ema.step(parameters)
@@ -178,12 +180,14 @@ def pick_pixels(images: torch.Tensor, rng: np.random.Generator, count: int, size
 
 
 def edge_loss(decoded: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+    """The mean absolute error of the differences between neighbouring pixels, along both axes."""
     difference = decoded - pixels
     return difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
 
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Means and standard deviations of the images' latents, from which each training step draws anew."""
     means, stds = [], []
     for chunk in images.split(64):
         posterior = vae.encode(chunk.to(device()).float() / 127.5 - 1).latent_dist
@@ -196,7 +200,7 @@ def encode(vae: AutoencoderKL, images: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def make_unet() -> UNet2DConditionModel:
-    # two heads of 40 and 64 channels: 40 is Stable Diffusion 1.x's awkward head size
+    # two heads of 40 and of 64 channels: 40 is a head size of Stable Diffusion 1.x, and no power of two
     return UNet2DConditionModel(
         sample_size=drawings.IMAGE_SIZE // 4,
         block_out_channels=(48, 80, 128),
@@ -223,7 +227,7 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
         pad_token_id=tokenizer.pad_token_id,
     )
     text_encoder = CLIPTextModel(config)
-    # CLIP's 0.02 leaves all words alike for the first thousand steps of so small a model
+    # with CLIP's own 0.02 a model of this size does not tell words apart for the first thousand steps
     torch.nn.init.normal_(text_encoder.get_input_embeddings().weight, std=0.5)
     return text_encoder
 
@@ -275,6 +279,7 @@ def train_unet(
 
 
 def batch_indices(length: int, count: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
+    """Endless batches of `count` indices, each pass over the data in a new order, without an incomplete last batch."""
     while True:
         yield from torch.randperm(length, generator=generator)[: length // count * count].split(count)
 
@@ -297,6 +302,7 @@ def optimizer_step(
 
 
 def cosine(step: int, steps: int, peak: float) -> float:
+    """The learning rate at a step: 100 steps of linear warm-up, then a cosine from `peak` down to a fiftieth of it."""
     warm_up = min(1.0, (step + 1) / 100)
     return peak * warm_up * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 

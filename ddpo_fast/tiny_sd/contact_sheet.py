@@ -1,4 +1,4 @@
-"""Draws everything that the bundled model knows: `python -m ddpo_fast.tiny_sd.contact_sheet [FILE]`."""
+"""Draws each animal that the bundled model knows: `python -m ddpo_fast.tiny_sd.contact_sheet [FILE]`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COLUMNS = 11
 
 
 def draw(path: Path, seed: int = 0) -> None:
-    """One image per prompt with guidance 3 and 20 DDIM steps: the first that the seed gives, none chosen."""
+    """One image per prompt, with guidance 3 and 20 DDIM steps; all are from one seed, none is selected."""
     pipeline = StableDiffusionPipeline.from_pretrained(MODEL, torch_dtype=torch.float32)
     prompts = [with_article(name) for name in [*ANIMALS, *(f"{name} face" for name in FACES)]]
     images = pipeline(

@@ -114,7 +114,7 @@ def _npm_file(package: str, member: str, _archives: dict[str, bytes] = {}) -> by
 
 
 def _fitted(image: Image.Image) -> Image.Image:
-    """The drawing without its margins, centred in a square cell: all sets then share one scale."""
+    """The drawing without its margins, centred in a square cell, so that the drawings of all sets have one scale."""
     image = image.crop(image.getchannel("A").point(lambda a: 255 if a > 8 else 0).getbbox())
     image.thumbnail((CELL, CELL), Image.Resampling.LANCZOS)
     cell = Image.new("RGBA", (CELL, CELL))
@@ -142,6 +142,7 @@ def training_set(repeats: int, rng: np.random.Generator) -> Iterator[tuple[str, 
 
 
 def _variation(name: str, drawing: Image.Image, rng: np.random.Generator) -> tuple[str, np.ndarray]:
+    """The drawing on a random plain background, with random size, place, mirroring and rotation, and its caption."""
     colour = rng.choice(list(BACKGROUNDS))
     canvas = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), BACKGROUNDS[colour])
     size = round(IMAGE_SIZE * rng.uniform(0.78, 0.97))

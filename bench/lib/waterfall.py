@@ -1,4 +1,4 @@
-"""TRL, our trainer without any of its techniques, then with one more of them for each bar."""
+"""A waterfall chart: TRL, our trainer without any of its techniques, then with one more of them in each bar."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from rounds import ratio, say
-from workloads import OUR_FIELDS, Case, Technique
+
+from lib.command_line import print_progress
+from lib.rounds import speed_range, speed_ratio
+from lib.workloads import OUR_FIELDS, Case, Technique
 
 Row = dict[str, Any]
 
@@ -16,17 +18,17 @@ Row = dict[str, Any]
 def bars(case: Case, listed: list[Technique], chosen: list[str] | None) -> tuple[list, list[Technique]]:
     """(contenders, their techniques): TRL, then ours with all techniques up to each of the chosen ones.
 
-    Techniques whose settings this version does not have are skipped with a reason.
+    Prints which techniques are left out because this version of the trainer lacks their settings.
     """
     ours, theirs = case.contenders[0], case.contenders[1]
     settings = {**ours.settings, "mixed_precision": theirs.settings["mixed_precision"]}
     contenders, shown = [replace(theirs, name="trl")], [Technique("trl", "TRL 0.23.1")]
     for technique in listed:
         if technique.missing:
-            say(f"{technique.title}: this version has no {', '.join(technique.missing)}")
+            print_progress(f"{technique.title}: this version has no {', '.join(technique.missing)}")
         known = {name: value for name, value in technique.settings.items() if name in OUR_FIELDS}
         if not known:
-            say(f"{technique.title}: skipped")
+            print_progress(f"{technique.title}: skipped")
             continue
         settings = {**settings, **known}
         contenders.append(replace(ours, name=technique.name, settings=settings))
@@ -36,28 +38,27 @@ def bars(case: Case, listed: list[Technique], chosen: list[str] | None) -> tuple
 
 
 def with_gains(rows: list[Row]) -> list[Row]:
-    """Rows in the order of their bars, each with its gain over the one before, which `over` names."""
+    """The rows, each with its gain over the one before, whose contender `over` names."""
     ran = [row for row in rows if "failed" not in row]
     for i, row in enumerate(ran):
         row["over"] = ran[i - 1]["contender"] if i else None
-        row["gain"] = ratio(row["rounds"], ran[i - 1]["rounds"]) if i else None
+        row["gain"] = speed_ratio(row["rounds"], ran[i - 1]["rounds"]) if i else None
     return rows
 
 
 def print_bars(rows: list[Row]) -> None:
-    print(f"{'waterfall: ' + rows[0]['case']:<30}{'images/s':>10}{'least..most':>20}{'gain over the bar before':>32}")
+    print(f"{'waterfall: ' + rows[0]['case']:<30}{'images/s':>10}{'least..most':>20}{'gain over the bar before':>34}")
     for row in rows:
         if "failed" in row:
             print(f"{row['title']:<30} FAILED: {row['failed']}")
             continue
-        span = f"{row['images_per_s_min']:.3f}..{row['images_per_s_max']:.3f}"
         gain = row["gain"]
-        said = "" if gain is None else f"{gain['median']:.3f}x ({gain['min']:.3f}..{gain['max']:.3f}) {row['over']}"
-        print(f"{row['title']:<30}{row['images_per_s']:>10.3f}{span:>20}{said:>32}")
+        over = "" if gain is None else f"{gain['median']:.3f}x ({gain['min']:.3f}..{gain['max']:.3f}) {row['over']}"
+        print(f"{row['title']:<30}{row['images_per_s']:>10.3f}{speed_range(row['rounds']):>20}{over:>34}")
 
 
 def totals(rows: list[Row]) -> dict[str, float]:
-    """Products of the gains from the first bar on: of those that were measured in several parts too."""
+    """The products of the gains from the first bar to each one, also where parts of a chart were measured apart."""
     found: dict[str, float] = {}
     for row in rows:
         if not found:
@@ -68,7 +69,7 @@ def totals(rows: list[Row]) -> dict[str, float]:
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """A bar for each row that ran, with the least and most of its rounds, top to bottom."""
+    """A bar for each row that ran, from top to bottom, with the least and most of its rounds."""
     shown = [row for row in rows if "failed" not in row][::-1]
     total = totals(shown[::-1])
     figure = Figure(figsize=(9, 0.42 * len(shown) + 1.4), layout="constrained")

@@ -1,4 +1,4 @@
-"""What the trainers are given to do: TRL's example and its variants, our techniques one by one, the learning task."""
+"""What the trainers run: TRL's example and its variants, our techniques one by one, and the learning task."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-import paths  # noqa: F401
-
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.prompts import PROMPT_LISTS
 
 Settings = dict[str, Any]
 OURS, TRL = "ours", "trl"
 OUR_FIELDS = {option.name for option in fields(DDPOConfig)}
-# no checkpoint falls into a measurement
+# a `save_freq` at which no checkpoint is written while something is measured
 NEVER = 10**9
+# what an epoch did to the policy: equal work shows in equal figures. `skipped`, a share of the pairs, is ours alone
+LEARNING_FIGURES = ("reward_mean", "approx_kl", "clipfrac", "skipped")
 
-# the command that TRL's documentation and example script give
+# the settings of the command in TRL's documentation and example script
 EXAMPLE: Settings = {
     "sample_num_steps": 50,
     "sample_batch_size": 6,
@@ -34,9 +34,9 @@ TINY: Settings = {
     "sample_num_batches_per_epoch": 2,
     "train_batch_size": 2,
 }
-# TRL's rate makes the loss of all weights of a random model infinite
+# at TRL's own rate, training all weights of a random model makes the loss infinite
 FULL_RATE = 1e-5
-# the Makefile's demo, without what only one of the trainers has (warm-up, a micro-batch size)
+# the Makefile's demo, without the settings that TRL lacks (warm-up, a micro-batch size)
 LEARNING: Settings = {
     "mixed_precision": "no",
     "sample_num_steps": 20,
@@ -70,18 +70,18 @@ class Contender:
 
     @property
     def images(self) -> int:
-        """Of an epoch."""
+        """Images of an epoch."""
         return self.settings["sample_batch_size"] * self.settings["sample_num_batches_per_epoch"]
 
     @property
     def sample_rows(self) -> int:
-        """UNet rows of an epoch's sampling, two for each image and step with guidance."""
+        """UNet rows that an epoch samples: with guidance two for each image and step."""
         guided = self.settings["sample_guidance_scale"] > 1
         return self.images * self.settings["sample_num_steps"] * (2 if guided else 1)
 
     @property
     def train_rows(self) -> int:
-        """UNet rows of an epoch's training, those of pairs that are skipped for their zero gradient among them."""
+        """UNet rows that an epoch trains on, those of pairs that are skipped for their zero gradient included."""
         trained = int(self.settings["sample_num_steps"] * self.settings.get("train_timestep_fraction", 1.0))
         guided = self.settings["sample_guidance_scale"] > 1 and self.settings.get("train_cfg", True)
         return self.images * trained * (2 if guided else 1)
@@ -89,7 +89,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Case:
-    """Contenders that do the same work, ours first, and in one sentence what is compared with what."""
+    """Contenders that do the same work, ours first, and a sentence that says what is compared with what."""
 
     name: str
     compared: str
@@ -98,7 +98,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Technique:
-    """One bar of the waterfall: what our trainer's settings gain over the bar before."""
+    """A bar of the waterfall chart: our settings that differ from those of the bar before."""
 
     name: str
     title: str
@@ -106,6 +106,7 @@ class Technique:
 
     @property
     def missing(self) -> list[str]:
+        """Settings that this version of the trainer does not have, for an older checkout."""
         return sorted(set(self.settings) - OUR_FIELDS)
 
 
@@ -114,7 +115,7 @@ def prompts(learning: bool) -> list[str]:
 
 
 def cases(device: str, size: str, steps: int | None, ours: Settings) -> dict[str, Case]:
-    """Every case; `steps` replaces the number of denoising steps, `ours` adds to our settings alone."""
+    """Every case by name. `steps` replaces the number of denoising steps; `ours` are more settings for our trainer."""
     example = {**EXAMPLE, "save_freq": NEVER, **(TINY if size == "tiny" else {})}
     if steps:
         example["sample_num_steps"] = steps
@@ -126,14 +127,14 @@ def cases(device: str, size: str, steps: int | None, ours: Settings) -> dict[str
 
 
 def _cases(device: str, example: Settings) -> Iterator[Case]:
-    # half precision is what TRL's example runs in, and slow on a CPU
+    # TRL's example runs in half precision, which is slow on a CPU
     half, name = ("fp16", "lora-fp16") if device == "cuda" else ("no", "lora")
     lora, full = {**example, "mixed_precision": half}, {**example, "train_learning_rate": FULL_RATE}
     yield Case(name, "TRL's example: the same settings for both", _pair(True, lora, lora))
     single = {**full, "mixed_precision": "no"}
     yield Case("full-fp32", "all weights: the same settings for both", _pair(False, single, single))
     bf16 = {**full, "mixed_precision": "bf16"}
-    note = "all weights: ours are fp32 with bf16 copies to compute, trl's are bf16 and lose small updates to rounding"
+    note = "all weights: ours has fp32 weights and bf16 copies to compute, trl has bf16 weights and loses small updates"
     if device == "cuda":
         yield Case("full-bf16", note, _pair(False, bf16, bf16))
     else:
@@ -143,11 +144,9 @@ def _cases(device: str, example: Settings) -> Iterator[Case]:
             Contender("trl-bf16", TRL, False, bf16, optional=True),
         ]
         yield Case("full-bf16", f"{note}; ours in bf16 is compared with trl in fp32 and in bf16", contenders)
-    # at 1 TRL's sampler gives the UNet twice as many text rows as latents
+    # at guidance 1 TRL's sampler gives the UNet twice as many text rows as latents, which is an error of shapes
     ours, theirs = {**lora, "sample_guidance_scale": 1.0}, {**lora, "sample_guidance_scale": 1.0001, "train_cfg": False}
-    note = (
-        "ours at guidance 1; trl cannot (shape error): at 1.0001 and train_cfg=False, two rows to sample, one to train"
-    )
+    note = "ours at guidance 1; trl fails there, so at 1.0001 with train_cfg=False: two rows to sample, one to train"
     yield Case("no-guidance", note, _pair(True, ours, theirs))
 
 
@@ -156,7 +155,7 @@ def _pair(use_lora: bool, ours: Settings, theirs: Settings) -> list[Contender]:
 
 
 def techniques(device: str, case: Case) -> list[Technique]:
-    """In the order in which they are switched on; each keeps those before it."""
+    """The bars of a waterfall chart from left to right; each keeps the settings of those before it."""
     plain = {
         "train_micro_batch_size": case.contenders[0].settings["train_batch_size"],
         "sample_merge_batches": 1,
@@ -173,7 +172,7 @@ def techniques(device: str, case: Case) -> list[Technique]:
         Technique("cached", "+ cached embeddings", {"sample_cache": True}),
         Technique("packed", "+ packed micro-batches", {"train_micro_batch_size": None}),
         Technique("fused", "+ fused UNet", {"fuse_unet": True}),
-        Technique("skipped", "+ skipped dead pairs", {"train_skip_dead_pairs": True}),
+        Technique("skipped", "+ skipped zero-gradient pairs", {"train_skip_dead_pairs": True}),
         Technique("overlapped", "+ reward overlap", {"reward_overlap": True}),
     ]
     if case.contenders[1].precision == "fp32":
@@ -186,5 +185,6 @@ def techniques(device: str, case: Case) -> list[Technique]:
 
 
 def learners(size: str, seed: int) -> list[Contender]:
+    """Both trainers with the settings of the learning task."""
     settings = {**LEARNING, "save_freq": NEVER, "seed": seed, **(TINY if size == "tiny" else {})}
     return _pair(False, settings, settings)

@@ -1,4 +1,4 @@
-"""What is timed: every op at Stable Diffusion 1.5's sizes, beside the plain PyTorch that it replaces."""
+"""Every op at Stable Diffusion 1.5's sizes, with the plain PyTorch that it replaces and the bytes that it must move."""
 
 from __future__ import annotations
 
@@ -26,7 +26,11 @@ GUIDANCE, GROUPS, EPS, SCALING = 5.0, 32, 1e-5, 1.0
 
 @dataclass
 class Case:
-    """An op at a size. `moved` has the bytes that each direction moves at least: 'fwd', 'bwd', 'fwd+bwd'."""
+    """An op at a size, with two functions of the same arguments: `eager` in plain PyTorch, and `fused`.
+
+    `leaves` are the arguments that get a gradient. `moved` has the least bytes that an implementation must read and
+    write in each direction that is timed: 'fwd', 'bwd', 'fwd+bwd'. `others` are other packages' implementations.
+    """
 
     op: Op
     shape: str
@@ -53,7 +57,7 @@ def size_of(device: str, size: str) -> str:
     return "tiny" if size == "tiny" else device
 
 
-# images, edge of a latent, dtype and layout of the UNet's output
+# images, edge of a latent, dtype of the UNet's output, whether it is channels_last
 STEP_SIZES = {
     "tiny": [(2, 8, FULL, False)],
     "cpu": [(12, 64, FULL, False), (12, 64, BF16, False), (12, 64, BF16, True)],
@@ -115,12 +119,12 @@ def ppo_loss_cases(device: str, size: str) -> Iterator[Case]:
             following = take_step(combined, latents, noise, *rows)
             old = score_step(combined, latents, following, *rows)
         arguments = (output, latents, following, old, torch.ones_like(old), table, timesteps)
-        # the gradient can be had in the pass that computes the loss, which is why there is one direction
+        # the op computes the gradient in the pass that computes the loss, so the directions are not timed apart
         moved = {"fwd+bwd": 2 * nbytes(output) + nbytes(latents, following, old, old, old, timesteps)}
         yield Case(OPS["ppo_loss"], name, dtype, eager, fused, arguments, (output,), moved)
 
 
-# images, channels, edge, dtype: the five largest shapes of the UNet
+# images, channels, edge, dtype: on a GPU the five largest shapes of the UNet
 GROUPNORM_SIZES = {
     "tiny": [(2, 64, 8, FULL)],
     "cpu": [(2, 320, 64, FULL), (2, 640, 32, FULL), (2, 320, 64, BF16), (2, 640, 32, BF16)],
@@ -140,7 +144,7 @@ def groupnorm_silu_cases(device: str, size: str) -> Iterator[Case]:
         weight = torch.ones(channels, dtype=dtype, device=device, requires_grad=True)
         bias = torch.zeros_like(weight, requires_grad=True)
         name = f"{images} x {channels} x {edge} x {edge} channels_last"
-        moved = with_both(2 * nbytes(x) + nbytes(weight, bias), 3 * nbytes(x) + nbytes(weight, weight, bias))
+        moved = each_direction(2 * nbytes(x) + nbytes(weight, bias), 3 * nbytes(x) + nbytes(weight, weight, bias))
         leaves = (x, weight, bias)
         others = _liger_groupnorm(device)
         yield Case(OPS["groupnorm_silu"], name, dtype, eager, fused, leaves, leaves, moved, others)
@@ -186,7 +190,7 @@ def lora_linear_cases(device: str, size: str) -> Iterator[Case]:
         x = normal(rows, channels, dtype=dtype, device=device).requires_grad_()
         weight = normal(channels, channels, dtype=dtype, device=device)
         bias = torch.zeros(channels, dtype=dtype, device=device)
-        # adapters are trained in fp32
+        # adapters are fp32 whatever the network computes in
         lora_a = normal(rank, channels, dtype=FULL, device=device).requires_grad_()
         lora_b = normal(channels, rank, dtype=FULL, device=device).requires_grad_()
         operands = nbytes(x, weight, lora_a, lora_b)
@@ -230,7 +234,7 @@ CASES: dict[str, Callable[[str, str], Iterator[Case]]] = {
 }
 
 
-def with_both(forward: int, backward: int) -> dict[str, int]:
+def each_direction(forward: int, backward: int) -> dict[str, int]:
     return {"fwd": forward, "bwd": backward, "fwd+bwd": forward + backward}
 
 
@@ -250,5 +254,5 @@ def _liger_geglu(device: str) -> dict[str, Function]:
         return {}
     from liger_kernel.ops.geglu import LigerGELUMulFunction
 
-    # the tanh approximation, which is not what Stable Diffusion was trained with
+    # Liger's is GELU's tanh approximation; Stable Diffusion was trained with the exact function
     return {"liger": lambda x: LigerGELUMulFunction.apply(*x.chunk(2, -1)[::-1])}

@@ -1,4 +1,4 @@
-"""Reward against wall-clock of both trainers on the bundled model: the same prompts, seeds and samples an epoch."""
+"""Reward against wall-clock time on the bundled model: both trainers with the same prompts, seeds and images."""
 
 from __future__ import annotations
 
@@ -9,36 +9,37 @@ from statistics import mean, median
 from typing import Any
 
 from matplotlib.figure import Figure
-from rounds import Figures, run, say, spec_of
-from workloads import OURS, TRL, learners, prompts
 
 from ddpo_fast.tiny_sd import MODEL
+from lib.command_line import print_progress
+from lib.trainer_process import Figures, run_in_process, run_spec
+from lib.workloads import OURS, TRL, learners, prompts
 
 Row = dict[str, Any]
 COLOURS = {OURS: "C0", TRL: "C7"}
 
 
 def measure(device: str, size: str, seeds: int, epochs: int) -> list[Row]:
-    """A row for each seed and trainer, with the seconds at the end of each epoch and the reward of its samples.
+    """A row for each seed and trainer, with the seconds at the end of each epoch and the mean reward of its images.
 
-    Ours runs a quarter longer: rounding alone can hold it back from TRL's last reward by an epoch.
+    Ours trains for a quarter more epochs, as it may reach TRL's last reward an epoch late by rounding alone.
     """
     if size == "full":
-        # what ours compiles at its first use is cached, and part of its start-up
-        run(spec_of(learners(size, 0)[0], MODEL, prompts(learning=True), 0, 1), device)
+        # an uncounted epoch: it compiles ops that are then cached, and that would count as the first epoch's time
+        run_in_process(run_spec(learners(size, 0)[0], MODEL, prompts(learning=True), 0, 1), device)
     rows = []
     for seed in range(seeds):
         for contender in learners(size, seed)[:: -1 if seed % 2 else 1]:
             count = epochs + (ceil(epochs / 4) if contender.trainer == OURS else 0)
-            result = run(spec_of(contender, MODEL, prompts(learning=True), 0, count), device)
+            result = run_in_process(run_spec(contender, MODEL, prompts(learning=True), 0, count), device)
             row = {"bench": "learning", "contender": contender.trainer, "seed": seed, "settings": contender.settings}
             rows.append({**row, **curve(result["epochs"], contender.images), "peak_bytes": result["peak_bytes"]})
-            say(f"seed {seed} {contender.trainer}: {rows[-1]['seconds'][-1]:.1f} s for {count} epochs")
+            print_progress(f"seed {seed} {contender.trainer}: {rows[-1]['seconds'][-1]:.1f} s for {count} epochs")
     return rows
 
 
 def curve(epochs: list[Figures], images: int) -> Row:
-    """Seconds without start-up and checkpoints, of which there are none."""
+    """Rewards, and seconds since the first epoch began: the start of the process is not in them."""
     return {
         "seconds": list(accumulate(epoch["epoch_s"] for epoch in epochs)),
         "reward": [epoch["reward_mean"] for epoch in epochs],
@@ -47,12 +48,12 @@ def curve(epochs: list[Figures], images: int) -> Row:
 
 
 def smoothed(rewards: list[float]) -> list[float]:
-    """Means of each epoch and the one before it."""
+    """The mean of each epoch's reward and the one before."""
     return [mean(rewards[max(0, i - 1) : i + 1]) for i in range(len(rewards))]
 
 
 def reached_s(row: Row, target: float) -> float | None:
-    """Seconds at the end of the first epoch whose smoothed reward is at least the target."""
+    """Seconds at the end of the first epoch whose smoothed reward reaches the target, None if none does."""
     pairs = zip(row["seconds"][1:], smoothed(row["reward"])[1:], strict=True)
     return next((seconds for seconds, reward in pairs if reward >= target), None)
 
@@ -83,12 +84,12 @@ def print_comparisons(found: list[Row]) -> None:
 
 
 def mean_of(curves: list[list[float]]) -> list[float]:
-    """The mean of each epoch."""
+    """The mean over several curves at each epoch."""
     return [mean(values) for values in zip(*curves, strict=True)]
 
 
 def draw(rows: list[Row], found: list[Row], path: Path) -> None:
-    """A thin line for each seed, a thick one for their mean, against seconds."""
+    """Plots reward against seconds: a thin line for each seed, a thick one for their mean."""
     figure = Figure(figsize=(8, 4.8), layout="constrained")
     axis = figure.subplots()
     for contender in (TRL, OURS):

@@ -1,7 +1,8 @@
-"""The options of an earlier run, read from its folder: data that somebody else may have written.
+"""The options that a run recorded in its folder, which `train` resumes from and `sample` draws with.
 
-A run's files may name functions to import and settings of other programs. Those are used only where the user asks for
-them: by `--trust_run`, or by giving the option again.
+The folder may come from somebody else, and its files may name modules to import and settings of other programs (a
+tracker's address, a DeepSpeed file). Those are used only if the user asks for them: by `--trust_run`, or by giving the
+option again.
 """
 
 from __future__ import annotations
@@ -19,50 +20,58 @@ from ddpo_fast.config import DDPOConfig
 from ddpo_fast.prompts import existing
 from ddpo_fast.run_folder import checkpoint, recorded_settings
 
+# options that may name a function to import
 FUNCTIONS = ("reward", "prompts")
-# settings of other programs, which can name files and addresses, and what leaves this machine
-OF_OTHERS = ("accelerator_kwargs", "project_kwargs", "tracker_kwargs", "deepspeed", "push_to_hub")
-# where a run writes is said on the command line, or is the run's own folder
-PLACES = ("resume_from", "output_dir", "logdir", "run_name", "exp_name")
+# settings of other programs, which can name files and addresses, and the one that sends the model to the Hub
+OTHER_PROGRAMS = ("accelerator_kwargs", "project_kwargs", "tracker_kwargs", "deepspeed", "push_to_hub")
+# A run's folder may have been moved or copied: where the resumed run writes is not taken from its files.
+NOT_TAKEN = ("resume_from", "output_dir", "logdir", "run_name", "exp_name")
 
 
 @dataclass
-class EarlierRun:
-    """What `state.json` or `config.json` says."""
+class RecordedRun:
+    """What a run's `state.json` or `config.json` says.
+
+    Args:
+        named: the path that the user gave, for messages.
+        folder: the run's folder.
+        options: recorded values by option name.
+        import_folders: of 'reward' and 'prompts', the folder that the function's module was imported from.
+    """
 
     named: str
     folder: Path
     options: dict[str, Any]
-    # of 'reward' and 'prompts': the folder that the function's module was imported from
     import_folders: dict[str, str]
 
     def check_trust(self, given: Collection[str], trusts: bool, used: Collection[str] | None = None) -> None:
-        """Raises `ValueError` for what only a trusted run may do, unless it is trusted or the option is given again.
+        """Raises `ValueError` naming what can run code or write elsewhere, unless the user trusts the run.
 
         Args:
-            given: the options on the command line.
-            used: the options that matter; all if None.
+            given: the options on the command line, which replace the recorded ones and need no trust.
+            trusts: whether `--trust_run` is given; the functions' modules then can be imported from where they were.
+            used: the options that will be used; None for all, and for writing into the run's folder.
         """
         if trusts:
-            self._find_modules(given)
+            self._add_import_folders(given)
             return
-        asked = [
-            f"{name}={value!r}{self._whence(name)}"
-            for name, value in self._of_trust()
+        problems = [
+            f"{name}={value!r}{self._import_note(name)}"
+            for name, value in self._needing_trust()
             if name not in given and (used is None or name in used)
         ]
         if used is None:
-            asked += [
+            problems += [
                 f"a link {str(path.relative_to(self.folder))!r} to {os.readlink(path)!r}" for path in self._links()
             ]
-        if asked:
+        if problems:
             raise ValueError(
-                f"{self.named!r} names what can run code or write elsewhere: {', '.join(asked)}. If you trust it add "
-                "--trust_run; an option that you give again needs no trust"
+                f"{self.named!r} names what can run code or write elsewhere: {', '.join(problems)}. If you trust it "
+                "add --trust_run; an option that you give again needs no trust"
             )
 
-    def _of_trust(self) -> Iterator[tuple[str, Any]]:
-        for name in (*FUNCTIONS, *OF_OTHERS, "log_with", "tracker_project_name"):
+    def _needing_trust(self) -> Iterator[tuple[str, Any]]:
+        for name in (*FUNCTIONS, *OTHER_PROGRAMS, "log_with", "tracker_project_name"):
             value = self.options.get(name)
             if value and not self._is_harmless(name, value):
                 yield name, value
@@ -76,10 +85,10 @@ class EarlierRun:
             return isinstance(value, dict) and set(value) <= {"total_limit"}
         if name == "log_with":
             return value == "tensorboard"
-        # a tracker makes a folder of this name
+        # A tracker makes a folder of this name: an identifier cannot be a path to somewhere else.
         return name == "tracker_project_name" and str(value).replace("-", "_").isidentifier()
 
-    def _whence(self, name: str) -> str:
+    def _import_note(self, name: str) -> str:
         return f" (from {self.import_folders[name]})" if name in self.import_folders else ""
 
     def _links(self) -> Iterator[Path]:
@@ -88,8 +97,11 @@ class EarlierRun:
             if folder.is_dir():
                 yield from (path for path in sorted(folder.iterdir()) if path.is_symlink())
 
-    def _find_modules(self, given: Collection[str]) -> None:
-        """Lets the run's functions be imported from where they were, whatever the working directory is."""
+    def _add_import_folders(self, given: Collection[str]) -> None:
+        """Adds to `sys.path` the folders that the recorded functions were imported from, before the working directory.
+
+        The run can then be resumed from another working directory than the one it was started in.
+        """
         if os.getcwd() not in sys.path:
             sys.path.insert(0, os.getcwd())
         for name, folder in self.import_folders.items():
@@ -97,15 +109,17 @@ class EarlierRun:
                 sys.path.insert(0, folder)
 
 
-def read(named: str) -> EarlierRun:
-    """Raises `ValueError` for what is no run."""
+def read(named: str) -> RecordedRun:
+    """The run or checkpoint at the path `named`. Raises `ValueError` for a path that is no run, or a damaged one."""
     found = checkpoint.find(named)
-    # as it is named: a link in there to another run's checkpoints is to be seen
+    # From the path as the user gave it: the checkpoint that was found may be behind a link to another run's folder,
+    # which `_links` has to see.
     folder = checkpoint.run_folder_of(named)
     settings = checkpoint.read_state(found) if found is not None else _read_config(folder / "config.json")
     problem = recorded_settings.problem_with(settings)
     if problem or "config" not in settings:
         raise ValueError(f"{named!r} does not say its settings: {problem or 'they are damaged'}, start another run")
+    # Unknown names are left out: other versions may have other options.
     known = {f.name for f in fields(RunArguments)} | {f.name for f in fields(DDPOConfig)}
     options = {**settings["config"], **settings}
     options["full_finetune"] = not settings.get("use_lora", True)
@@ -113,10 +127,10 @@ def read(named: str) -> EarlierRun:
     if isinstance(options.get("project_kwargs"), dict):
         options["project_kwargs"] = {k: v for k, v in options["project_kwargs"].items() if k != "project_dir"}
     folders = settings.get("import_folders") or {}
-    return EarlierRun(
+    return RecordedRun(
         named,
         folder,
-        {name: options[name] for name in known.difference(PLACES) if name in options},
+        {name: options[name] for name in known.difference(NOT_TAKEN) if name in options},
         {name: str(folders[name]) for name in FUNCTIONS if name in folders},
     )
 
@@ -128,8 +142,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read: {error}") from None
 
 
-def check_same_kind(run: EarlierRun, given: Collection[str], options: RunArguments) -> None:
-    """Raises `ValueError` for options that would train another part of the model than the run has trained."""
+def check_trains_same_part(run: RecordedRun, given: Collection[str], options: RunArguments) -> None:
+    """Raises `ValueError` for given options that would train other weights of the model than the run trained."""
     for name in ("full_finetune", *LORA_OPTIONS):
         was, now = run.options.get(name), getattr(options, name)
         if name not in given or name not in run.options or was == now:
@@ -141,10 +155,11 @@ def check_same_kind(run: EarlierRun, given: Collection[str], options: RunArgumen
 
 
 def import_folder(spec: str) -> str | None:
-    """The folder that the module of 'module:function', which is loaded, was imported from; None for what has none."""
+    """The entry of `sys.path` that the loaded module of 'module:function' was found in; None for a spec without one."""
     name = spec.partition(":")[0]
     file = getattr(sys.modules.get(name), "__file__", None)
     if ":" not in spec or file is None:
         return None
+    # a.b.c:f is in <folder>/a/b/c.py, or in <folder>/a/b/c/__init__.py
     levels = name.count(".") + (Path(file).name == "__init__.py")
     return str(Path(file).resolve().parents[levels])

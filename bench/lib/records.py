@@ -1,4 +1,4 @@
-"""What every benchmark record carries, and where records go."""
+"""Records of benchmarks: files of JSON lines in `bench/records`, and the facts that every line carries."""
 
 from __future__ import annotations
 
@@ -7,24 +7,25 @@ import json
 import platform
 import re
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from datetime import datetime, timezone
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-import paths
 import torch
-from timing import Clock
+
+from lib import RECORDS, ROOT
+
+Row = dict[str, Any]
 
 
-def facts(device_type: str) -> dict[str, Any]:
+def facts(device_type: str) -> Row:
     """The commit, the date, the machine and the versions."""
-    # records themselves do not make a tree dirty: the first one would make all that follow it so
-    changes = _said("git", "-C", str(paths.ROOT), "status", "--porcelain", "--", ".", ":!bench/records")
+    # records do not count as changes: the first one that is written would mark all that follow as of a changed tree
+    changes = _output_of("git", "-C", str(ROOT), "status", "--porcelain", "--", ".", ":!bench/records")
     power, driver = _power_and_driver() if device_type == "cuda" else (None, None)
     return {
-        "commit": _said("git", "-C", str(paths.ROOT), "rev-parse", "HEAD"),
+        "commit": _output_of("git", "-C", str(ROOT), "rev-parse", "HEAD"),
         "dirty": None if changes is None else bool(changes),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": device_name(device_type),
@@ -38,47 +39,42 @@ def facts(device_type: str) -> dict[str, Any]:
 
 
 def versions(*packages: str) -> dict[str, str | None]:
-    """Those of installed packages, None for one that is not."""
+    """The versions of packages, None for one that is not installed."""
     return {package: _version(package) for package in packages}
 
 
 def device_name(device_type: str) -> str:
+    """The GPU's name, or the processor's as Linux knows it."""
     if device_type == "cuda":
         return torch.cuda.get_device_name()
     try:
-        said = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return platform.machine()
-    names = re.findall(r"model name\s*: (.+)", said)
+    names = re.findall(r"model name\s*: (.+)", cpuinfo)
     return names[0] if names else platform.machine()
 
 
-def slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+def default_file(benchmark: str, device: str) -> Path:
+    """Where a benchmark's records go unless --output names a file: `bench/records/BENCHMARK-DEVICE.jsonl`."""
+    slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    return RECORDS / f"{benchmark}-{slug}.jsonl"
 
 
-def append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Adds rows to a file of JSON lines."""
+def read(files: Iterable[Path]) -> list[Row]:
+    """The rows of all the files."""
+    return [json.loads(line) for file in files for line in file.read_text("utf-8").splitlines()]
+
+
+def append(path: Path, rows: Iterable[Row]) -> None:
+    """Adds rows to a file, which is made with its folder if it does not exist."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
 
 
-def copy_of(moved_bytes: int, device_type: str) -> Callable[[], torch.Tensor]:
-    """A copy that reads and writes `moved_bytes` in all."""
-    source, target = torch.ones(2, max(moved_bytes // 2, 1), dtype=torch.uint8, device=device_type)
-    return lambda: target.copy_(source)
-
-
-def copy_bandwidth(moved_bytes: int, device_type: str) -> float:
-    """GB/s (bytes read and written) of a copy on the device."""
-    clock, copy = Clock(device_type), copy_of(moved_bytes, device_type)
-    copy()
-    return moved_bytes / 1e3 / median(clock.sample(copy, 5) for _ in range(5))
-
-
-def _said(*command: str) -> str | None:
-    """What a command prints, or None where it does not run."""
+def _output_of(*command: str) -> str | None:
+    """What a command prints, or None if it is missing or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.SubprocessError):
@@ -87,10 +83,11 @@ def _said(*command: str) -> str | None:
 
 
 def _power_and_driver() -> tuple[float | None, str | None]:
-    said = _said("nvidia-smi", "--query-gpu=power.limit,driver_version", "--format=csv,noheader,nounits")
-    if not said:
+    """The first GPU's power limit in watts and the driver's version. A card without a limit prints `[N/A]`."""
+    printed = _output_of("nvidia-smi", "--query-gpu=power.limit,driver_version", "--format=csv,noheader,nounits")
+    if not printed:
         return None, None
-    power, driver = said.splitlines()[0].split(", ")
+    power, driver = printed.splitlines()[0].split(", ")
     return (float(power) if power.replace(".", "", 1).isdigit() else None), driver
 
 
