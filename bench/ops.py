@@ -145,7 +145,8 @@ def measured(case: Case, direction: str, options: argparse.Namespace) -> Iterato
             forward = with_backend(partial(function, *case.arguments), backend)
             costs[name] = cost(name, runs[name], forward, direction, options.device)
         except Exception as error:
-            # the failure of another package is reported, a failure of this project's op is an error
+            # If another package fails, its contender is left out with a message. A failure of this project's op or of
+            # plain PyTorch stops the benchmark.
             if name not in ("torch.compile", "liger"):
                 raise
             print_progress(f"{case.op.name} {direction} {case.shape}: {name} is left out, {str(error).splitlines()[0]}")

@@ -2,9 +2,9 @@
 
 The checkout's root and its `kernels/` are put first on `sys.path`, so that a script runs without an installed package.
 Unless `ddpo_fast` has been imported already, an empty package with the same search path takes its place, so that
-`ddpo_fast/__init__.py` does not run: that file imports diffusers and transformers, which take seconds, and which a
-machine that only times ops may not have. Import `ddpo_fast.config` or `ddpo_fast.ops` here, never a name from
-`ddpo_fast` itself.
+`ddpo_fast/__init__.py` does not run. Import modules such as `ddpo_fast.config` or `ddpo_fast.ops` here, never a name of
+`ddpo_fast` itself: those names import diffusers and transformers, which take seconds, and which a machine that only
+times ops may not have.
 """
 
 from __future__ import annotations

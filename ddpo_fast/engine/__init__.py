@@ -1,14 +1,14 @@
-"""From gradients to new weights: on one device, in host memory, or split over processes by DeepSpeed's ZeRO.
+"""Turns gradients into new weights: on one device, in host memory, or split over processes by DeepSpeed's ZeRO.
 
-    protocol.py         what the trainer asks of an engine
-    make_engine.py      which engine a run has
+    protocol.py         the interface that the trainer uses
+    make_engine.py      chooses a run's engine
     local.py            the engine in which each process has all weights
-    zero.py             the engine that DeepSpeed splits over processes; zero_fragments.py: which part of a
-                        weight a process has; zero_settings.py: DeepSpeed's settings
-    master_weights.py   fp32 weights to train, half-precision copies to compute with, and their gradients
-    optimizers.py       AdamW, and a step on all weights in place or on a bucket at a time
+    zero.py             the engine in which DeepSpeed splits weights and states over processes; zero_fragments.py: which
+                        part of a weight a process has; zero_settings.py: DeepSpeed's settings
+    master_weights.py   fp32 weights for the optimizer, half-precision copies for the network, and their gradients
+    optimizers.py       AdamW, and its step on all weights in place or on a bucket of weights at a time
     offload.py          a step in host memory; host_adamw.py is AdamW with 8-bit moments for it
-    moments.py          Adam's moments in checkpoints, whichever optimizer wrote them
+    moments.py          Adam's moments in checkpoints, in a form that every AdamW implementation here can load
     loss_scale.py       fp16's loss scale
     ema.py              a moving average of the weights
 

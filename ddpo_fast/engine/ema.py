@@ -1,4 +1,4 @@
-"""An exponential moving average of the trained weights, which often draws better images than the last update does."""
+"""An exponential moving average of the trained weights, which often gives better images than the last weights do."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class EMA:
 
     @torch.no_grad()
     def update(self, weights: Sequence[Tensor], skipped: Tensor | None = None) -> None:
-        """Adds the weights after an update to the averages.
+        """Updates the averages with the weights after an update.
 
         Args:
-            skipped: [] bool on the device: whether the update was left out, and the averages stay as they are. A tensor
-                and not a Python bool, so that nothing waits for the device to know it.
+            skipped: [] bool on the device: True if the optimizer skipped the update; the averages then do not change. A
+                tensor and not a Python bool, so that the host need not wait for the device.
         """
         share: Any = 1 - self.decay if skipped is None else torch.where(skipped, 0.0, 1 - self.decay)
         for weight, average in zip(weights, self.averages, strict=True):
@@ -40,6 +40,6 @@ class EMA:
 
     @torch.no_grad()
     def set(self, values: Sequence[Tensor]) -> None:
-        """Replaces the averages, by values of as many elements each."""
+        """Replaces the averages by `values`, each of the same number of elements."""
         for average, value in zip(self.averages, values, strict=True):
             average.copy_(value.view(average.shape))

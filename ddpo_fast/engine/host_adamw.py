@@ -80,8 +80,8 @@ class HostAdamW8bit(torch.optim.Optimizer):
         Args:
             grads: one for each parameter, in the order of `param_groups`: fp32, fp16 or bf16 on the CPU, of its size.
                 A parameter whose gradient is None stays as it is.
-            out: one for each parameter, which the new weights are written to: fp16, bf16 or fp32, contiguous. None
-                for no copy.
+            out: one for each parameter, which the new weights are written to: fp16, bf16 or fp32, contiguous. None for
+                no copy.
             grad_scale: what gradients are multiplied by, to unscale and to clip them.
         """
         outs = [None] * len(grads) if out is None else out
@@ -94,7 +94,7 @@ class HostAdamW8bit(torch.optim.Optimizer):
 
         Raises `ValueError` for states that do not fit the parameters.
         """
-        # PyTorch's own method casts states to the parameter's dtype, fp32, and codes must stay uint8
+        # PyTorch's method would cast the states to the parameter's dtype, fp32, but the codes must stay uint8
         super().load_state_dict({**state_dict, "state": {}})
         names = [name for group in state_dict["param_groups"] for name in group["params"]]
         for name, (_, p) in zip(names, self._parameters(), strict=True):
@@ -140,7 +140,7 @@ class HostAdamW8bit(torch.optim.Optimizer):
 
 
 def _zero_state(p: Tensor, eight_bits: bool) -> dict[str, Any]:
-    # scales of zero make every code stand for zero
+    # the codes need no particular value: with a scale of zero, every code stands for zero
     dtype = torch.uint8 if eight_bits else torch.float32
     state: dict[str, Any] = {"step": 0}
     state |= {name: torch.zeros_like(p, dtype=dtype, requires_grad=False) for name in ("state1", "state2")}
@@ -191,8 +191,8 @@ def _adamw_(
     p <- (1 - lr wd) p - lr (m / c1) / (sqrt(v / c2) + eps)
 
     The corrections c1 and c2 make up for moments that start at zero: after one step m is only (1 - beta1) times the
-    gradient. Both numerator and denominator of the fraction are multiplied by sqrt(c2) here, so that v need not be
-    divided: lr (sqrt(c2) / c1) m / (sqrt(v) + sqrt(c2) eps).
+    gradient. Here numerator and denominator of the fraction are multiplied by sqrt(c2), so that no division of v is
+    needed: lr (sqrt(c2) / c1) m / (sqrt(v) + sqrt(c2) eps).
     """
     grad_fp32 = grad.float() * grad_scale
     m.lerp_(grad_fp32, 1 - beta1)

@@ -36,7 +36,8 @@ class LocalEngine:
         self.optimizer = optimizer
         self.weights = weights
         self.config = config
-        # a recorded CUDA graph writes gradients to the addresses that they had while it was recorded
+        # a CUDA graph writes gradients to the addresses that they had while the graph was captured, so they must not be
+        # freed between updates
         self.keeps_gradients = config.cuda_graphs
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.updates = 0
@@ -58,7 +59,7 @@ class LocalEngine:
         return self.weights.computing()
 
     def exact(self, write: bool = False) -> AbstractContextManager[None]:
-        # outside of `computing` the network's parameters are the exact weights, on every process
+        # outside of `computing` the network's parameters are the fp32 weights, on every process
         return nullcontext()
 
     @contextmanager
@@ -69,7 +70,7 @@ class LocalEngine:
 
     @property
     def can_begin_again(self) -> bool:
-        # with an optimizer in the backward pass, that has changed weights before it failed
+        # if the optimizer runs in the backward pass, weights have changed already before the backward pass fails
         return not self.config.optimizer_in_backward
 
     # gradients
@@ -84,7 +85,7 @@ class LocalEngine:
         output.backward(gradient)
 
     def zero_gradients(self) -> None:
-        """Discards the gradients since the last update, or sets them to zero where recorded graphs need them."""
+        """Discards the gradients since the last update, or sets them to zero in place if CUDA graphs write to them."""
         self.weights.clear_gradients(keep=self.keeps_gradients)
 
     def forward_passes(self, mine: int) -> int:
@@ -104,8 +105,8 @@ class LocalEngine:
             return {}
         self._average_over_processes()
         norm, multiplier = self._clip()
-        # an infinite or undefined norm means that some gradient is: with a loss scale that is too large, without one a
-        # fault of the run, which its own checks report
+        # If the norm is not finite, then some gradient is not. With a loss scale that means an overflow. Without one
+        # the run itself has a fault, which health.py reports from the logged norm.
         overflowed = ~norm.isfinite() & self._scale.enabled
         self._apply(multiplier, overflowed)
         logged = {"grad_norm": norm}
@@ -118,9 +119,9 @@ class LocalEngine:
     def _clip(self) -> tuple[Tensor, Tensor]:
         """(the norm of all gradients without the loss scale, what they are to be multiplied by), both [].
 
-        The multiplier removes the loss scale and, if the norm exceeds `train_max_grad_norm`, reduces it to that, as
-        `torch.nn.utils.clip_grad_norm_` does (1e-6 included). Every kind of step applies it where it reads the
-        gradients anyway: in place, with a bucket's fp32 copies, or on the host.
+        The multiplier removes the loss scale. If the norm exceeds `train_max_grad_norm`, the multiplier also reduces
+        the norm to that value, with the 1e-6 of `torch.nn.utils.clip_grad_norm_`. Each kind of step applies the
+        multiplier where it reads the gradients: in place, to a bucket's fp32 copies, or on the host.
         """
         gradients = [gradient for gradient in self.weights.gradients if gradient is not None]
         norm = _norm(gradients) / self._scale.value
@@ -128,14 +129,14 @@ class LocalEngine:
         return norm, multiplier
 
     def _apply(self, multiplier: Tensor, overflowed: Tensor) -> None:
-        """Runs the optimizer where its weights are, discards the gradients and updates copies and averages.
+        """Runs the optimizer, discards the gradients, and updates the half-precision copies and the moving averages.
 
-        Changes nothing but the gradients if one overflowed.
+        If a gradient overflowed, it discards the gradients and changes no weights.
         """
         if self._scale.enabled:
             if self._steps_in_place:
-                # PyTorch's fused AdamW reads this flag on the device and skips the update, without the host waiting
-                # for its value; the flag has to be its attribute
+                # PyTorch's fused AdamW takes this flag from its attribute and reads the value on the device, so that
+                # the host need not wait to know whether the update is skipped
                 self.optimizer.found_inf = overflowed.float()  # type: ignore[attr-defined]
             elif overflowed.item():
                 self.zero_gradients()
@@ -156,9 +157,9 @@ class LocalEngine:
 
     @property
     def _steps_in_place(self) -> bool:
-        """Whether one call of the optimizer can update all weights where they are, see `step_in_place`."""
+        """Whether one call of the optimizer can update all weights in place, see `step_in_place`."""
         fp32_on_device = self.weights.exact_weights == "device" and self._gradient_dtype == torch.float32
-        # bitsandbytes' optimizers, which have this method, change the layout of weights, see `step_in_buckets`
+        # bitsandbytes' optimizers, recognised by this method, make weights contiguous, see `step_in_buckets`
         keeps_layout = not hasattr(self.optimizer, "init_state")
         can_skip = getattr(self.optimizer, "_step_supports_amp_scaling", False) or not self._scale.enabled
         return fp32_on_device and keeps_layout and can_skip
@@ -170,15 +171,17 @@ class LocalEngine:
     def _rounding_generator(self, i: int = 0) -> torch.Generator:
         """The random numbers of this update's stochastic rounding, or of that of one parameter with index `i`.
 
-        Their seed depends on the update alone: all processes round alike, so that their weights stay the same, and a
-        resumed run rounds as one that was never stopped. The primes keep seeds of different updates apart.
+        The seed depends on the run's seed, the update and `i` only. So all processes round in the same way and keep the
+        same weights, and a resumed run rounds as an uninterrupted one does. The factors 1,000,003 and 10,007 give
+        different updates and parameters different seeds.
         """
         return self._generator.manual_seed(((self.config.seed * 1_000_003 + self.updates) * 10_007 + i) % 2**63)
 
     def _update_in_backward(self) -> None:
         """Has each parameter updated as soon as a backward pass has its gradient, which is then freed."""
         for i, parameter in enumerate(self.weights.parameters):
-            # after the hook of MasterWeights, which was registered first and widens the gradient
+            # Hooks run in the order of registration: the hook of MasterWeights comes first and converts the gradient to
+            # the accumulation dtype.
             parameter.register_post_accumulate_grad_hook(lambda _, i=i: self._update_one(i))
 
     @torch.no_grad()
@@ -190,20 +193,20 @@ class LocalEngine:
     # processes
 
     def _broadcast_weights(self) -> None:
-        """Gives every process the weights of process 0: a new LoRA is initialised at random in each."""
+        """Gives every process the weights of process 0, because each process initialises a new LoRA at random."""
         for master in self.weights.masters:
-            # the backend (NCCL on GPUs) may not know host memory
+            # NCCL, the backend on GPUs, cannot send from host memory
             on_device = master.data.to(self.accelerator.device)
             dist.broadcast(on_device, src=0)
             master.data.copy_(on_device)
         self.weights.refresh()
 
     def _average_over_processes(self) -> None:
-        """Replaces the gradients by their mean over processes, and missing ones by zeros where an update needs them."""
+        """Replaces the gradients by their mean over processes, and missing gradients by zeros."""
         several = self.accelerator.num_processes > 1
         # Every process must take part in the all-reduce with the same tensors, whichever of its own gradients are
-        # missing. On one process an update without any gradient is a step with zeros, by which Adam still moves the
-        # weights, as far as its mean of earlier gradients is not zero.
+        # missing. On one process, an update that has no gradient at all becomes a step with gradients of zero: Adam's
+        # mean of earlier gradients still moves the weights then, as it would on several processes.
         if several or all(gradient is None for gradient in self.weights.gradients):
             self.weights.fill_gradients(self._gradient_dtype)
         if not several:
@@ -226,13 +229,14 @@ class LocalEngine:
         # of a weight: two moments in 8 bits (without their scales, 1/32 byte), or in fp32
         states = 2 if self.config.train_use_8bit_adam else 8
         if self.optimizer.state or (self._offload is not None and self.accelerator.device.type == "cuda"):
-            # they exist already, or are in host memory
+            # the states exist already, or are in host memory
             states = 0
         return weights * (gradients + states)
 
     def state_dict(self) -> dict[str, Any]:
         if not self.accelerator.is_main_process:
-            # every process has the same; only the main one writes it, and to copy it takes host memory
+            # All processes have the same state and only the main one writes it. Copying it elsewhere would waste
+            # memory.
             return {}
         state: dict[str, Any] = {"loss_scale": self._scale.state_dict(), "updates": self.updates}
         if moments.is_adam(self.optimizer):
@@ -242,7 +246,7 @@ class LocalEngine:
                     moments.to_checkpoint(self.optimizer, master, moment) for master in self.weights.masters
                 ]
         else:
-            # an optimizer of the user's: its state means something to itself only
+            # an optimizer of the user's, whose state only the same kind of optimizer can load
             state["optimizer"] = self.optimizer.state_dict()
         if self.ema is not None:
             state["ema"] = [average.cpu() for average in self.ema.averages]
@@ -259,7 +263,7 @@ class LocalEngine:
                 data_in_step = master.data if self._steps_in_place else flat(master)
                 moments.write(self.optimizer, master, saved, state["step"], data_in_step)
         if self.ema is not None:
-            # a run that had no average until now starts it from the weights
+            # the checkpoint of a run without a moving average has none: start from the weights
             self.ema.set(state.get("ema", self.weights.masters))
         self._warmup.set_rate(self.updates)
 

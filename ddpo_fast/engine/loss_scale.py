@@ -1,9 +1,9 @@
 """The loss scale of fp16 training.
 
 fp16's smallest positive number is 6e-8, and gradients below half of that would become zero. So the loss is multiplied
-by a large scale before the backward pass, which makes all gradients as many times larger, and they are divided by it,
-in fp32, before they are used. The scale is to be as large as it can be without a gradient exceeding fp16's largest
-number, 65504 (Micikevicius et al., arXiv 1710.03740).
+by a large scale before the backward pass, which multiplies all gradients by that scale. The optimizer's step divides
+them by the scale, in fp32. The scale should be as large as possible without a gradient exceeding fp16's largest number,
+65504 (Micikevicius et al., arXiv 1710.03740).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ GROWTH_INTERVAL = 2000
 class LossScale:
     """A loss scale that is halved when a gradient overflows and doubled after `GROWTH_INTERVAL` updates without one.
 
-    Its state stays on the device, so that the host need not wait to learn whether a gradient overflowed. The rule is
-    that of torch.amp.GradScaler, which reads all gradients once more to find an overflow: here the gradients' norm,
-    which is computed anyway, shows it.
+    The state stays on the device, so that the host need not wait to learn whether a gradient overflowed. The rule is
+    that of torch.amp.GradScaler. GradScaler reads all gradients once more to find an overflow; here the caller finds it
+    in the gradients' norm, which clipping needs anyway.
 
     Args:
-        enabled: False makes it 1 for good.
+        enabled: if False, the scale is always 1.
     """
 
     def __init__(self, device: torch.device, enabled: bool) -> None:
@@ -49,7 +49,7 @@ class LossScale:
         return {"scale": self.value.item(), "good_updates": self._good_updates.item()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on with a scale that was saved; the state of a run without a scale changes nothing here."""
+        """Continues with a saved scale; does nothing if this run has no loss scale."""
         if self.enabled:
             self.value.fill_(state["scale"])
             self._good_updates.fill_(state["good_updates"])

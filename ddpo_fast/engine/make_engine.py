@@ -27,7 +27,7 @@ def exact_weights(config: DDPOConfig) -> ExactWeights:
     """Where a local engine keeps the fp32 weights that the optimizer trains (see `MasterWeights`)."""
     if config.stochastic_rounding:
         return "none"
-    # DeepSpeed offloads weights by itself
+    # DeepSpeed moves its own weights to host memory, so the local engine's setting stays "device"
     return "host" if config.offload != "none" and not config.uses_deepspeed else "device"
 
 

@@ -22,18 +22,20 @@ class MasterWeights:
     """The trained parameters of a network, as the optimizer sees them and as the network computes with them.
 
     `masters` are what the optimizer trains, `copies` are what the network computes with. Outside of `computing` the
-    network's parameters are the masters, so that whatever saves or loads the network sees all their bits; inside, they
-    are the copies. For fp32 on one device masters and parameters are the same, and there are no copies.
+    network's parameters are the masters, so that code that saves or loads the network sees the fp32 values. Inside, the
+    network's parameters are the copies. If the network computes in fp32 and the masters are on its device, the masters
+    are the parameters themselves, and there are no copies.
 
-    Gradients with respect to copies are added up in `gradient_dtype` as soon as a backward pass has computed each, and
-    the half-precision ones are freed: there are never half-precision gradients of more than a few parameters at once.
-    Without copies autograd adds up gradients by itself.
+    As soon as a backward pass has computed the gradient of a copy, the gradient is added to a total in `gradient_dtype`
+    and freed, so that only a few half-precision gradients exist at a time. Without copies autograd adds up gradients by
+    itself.
 
     Args:
         parameters: fp32.
         dtype: what the network computes in.
         device: where the network computes.
-        exact_weights: where the masters are: on the device, in host memory, or "none": the masters are the copies.
+        exact_weights: "device" or "host": where the fp32 masters are. "none": there are no fp32 weights, and the
+            masters are the copies.
         gradient_dtype: what gradients are added up in; None means `dtype`.
     """
 
@@ -72,7 +74,7 @@ class MasterWeights:
 
     @property
     def has_copies(self) -> bool:
-        """Whether the network computes with other tensors than its parameters outside of `computing`."""
+        """Whether the network computes with copies, and not with the masters themselves."""
         return bool(self.copies)
 
     @property
@@ -86,8 +88,9 @@ class MasterWeights:
         if self._is_computing or not self.has_copies:
             yield
             return
-        # Somebody may have loaded weights into the network since the last update. Masters on the device are simply
-        # copied again. To read all of them from host memory takes longer, so there it is done only after a write.
+        # Weights may have been loaded into the network since the last update. Masters on the device are copied again
+        # each time, which is cheap. Copying from host memory is slow, so it is done only if a version counter shows a
+        # write.
         if self.exact_weights != "host" or [p._version for p in self.parameters] != self._versions:
             self.refresh()
         self._point_parameters_at(self.copies)
@@ -120,7 +123,7 @@ class MasterWeights:
     def clear_gradients(self, keep: bool = False) -> None:
         """Discards the gradients, or with `keep` sets them to zero in place."""
         if self.has_copies:
-            # only a backward pass that failed half-way leaves gradients here: the hook removes them
+            # The hook moves gradients away from here, so only a backward pass that failed half-way leaves any.
             for parameter in self.parameters:
                 parameter.grad = None
         gradients = self.gradients
@@ -133,7 +136,7 @@ class MasterWeights:
             self.set_gradient(i, None)
 
     def fill_gradients(self, gradient_dtype: torch.dtype) -> None:
-        """Makes gradients of zeros for parameters that have none."""
+        """Gives every parameter without a gradient a gradient of zeros."""
         for i, (gradient, weight) in enumerate(zip(self.gradients, self.weights, strict=True)):
             if gradient is None:
                 self.set_gradient(i, torch.zeros_like(weight, dtype=gradient_dtype))
@@ -154,8 +157,8 @@ def accumulate_into(totals: list[Tensor | None], i: int, dtype: torch.dtype) -> 
     def add(parameter: Tensor) -> None:
         gradient, total = parameter.grad, totals[i]
         assert gradient is not None
-        # Cleared first: should memory run out below, the micro-batch is repeated in smaller parts, and autograd would
-        # add their gradients to one that was left here.
+        # Cleared first, because the next line may run out of memory. The micro-batch is then repeated in smaller parts,
+        # and autograd would add their gradients to a gradient that is still here.
         parameter.grad = None
         if total is None:
             totals[i] = gradient.to(dtype)

@@ -1,4 +1,4 @@
-"""Adam's two moments in checkpoints: whichever optimizer wrote them, any other can continue from them.
+"""Adam's two moments in checkpoints, in a form from which PyTorch's, bitsandbytes' and our AdamW can all continue.
 
 PyTorch calls a parameter's moments `exp_avg` and `exp_avg_sq` and keeps them in fp32. bitsandbytes (and HostAdamW8bit)
 calls them `state1` and `state2`: fp32 for small parameters, and for large ones 8-bit codes, with the scales `absmax1`
@@ -6,10 +6,10 @@ and `absmax2` of each 256 of them (see ops/adamw8bit.py).
 
 A checkpoint has each moment in one of two forms:
     a tensor in fp32 and in the parameter's shape, or
-    `{"codes": uint8 [N], "absmax": fp32 [ceil(N / 256)], "order": [dimensions]}`, 8-bit as the optimizer had it.
+    `{"codes": uint8 [N], "absmax": fp32 [ceil(N / 256)], "order": [dimensions]}`: the optimizer's 8-bit codes.
 Blocks of 256 are counted in the order in which the parameter lies in memory. `order` is its dimensions from the
-outermost in memory to the innermost, e.g. [0, 2, 3, 1] for a channels_last convolution. Between the two forms a moment
-is fp32, flat, and in the order of the parameter's memory.
+outermost in memory to the innermost, e.g. [0, 2, 3, 1] for a channels_last convolution. The functions here pass moments
+to each other as fp32 tensors [N] in the order of the parameter's memory.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SavedMoment: TypeAlias = Tensor | dict[str, Any]
 def is_adam(optimizer: torch.optim.Optimizer) -> bool:
     """Whether the optimizer's states are, or will be, a count of steps and these two moments and nothing else."""
     group = optimizer.param_groups[0]
-    # AMSGrad has a third one, the largest mean of squares so far
+    # AMSGrad has a third state, the largest mean of squares so far
     return "betas" in group and not group.get("amsgrad", False)
 
 
@@ -63,12 +63,12 @@ def write(
 ) -> None:
     """Sets a parameter's moments to those of a checkpoint, and its count of steps.
 
-    8-bit codes are copied as they are, if the optimizer keeps 8-bit codes in the same order of elements. To dequantise
-    and quantise them again could give other codes, and a resumed run would not have the same bits.
+    8-bit codes are copied unchanged if the optimizer keeps 8-bit codes in the same order of elements. Dequantising and
+    quantising them again could give other codes, and a resumed run would then not have the same bits.
 
     Args:
-        data_in_step: what the parameter's `data` will be during the optimizer's steps, if it is not what it is outside
-            (see `step_in_buckets`): states that must be made first take its shape.
+        data_in_step: the tensor that the parameter's `data` is replaced by during the optimizer's steps (see
+            `step_in_buckets`), or None if it is not replaced. New states get the shape of this tensor.
     """
     with temporary_values([parameter], [parameter.data if data_in_step is None else data_in_step]):
         state = _state_at(optimizer, parameter, step)
@@ -100,7 +100,8 @@ def from_checkpoint(saved: SavedMoment, parameter: Tensor, moment: str) -> Tenso
     if isinstance(saved, Tensor):
         return flat(saved.float(), like=parameter)
     values = dequantise(saved["codes"], saved["absmax"], signed=moment == "exp_avg")
-    # the codes' order of elements, as a tensor whose dimensions are in that order, then brought into the shape's order
+    # View the values with the dimensions in the codes' order, permute these into the parameter's order of dimensions,
+    # and let `flat` bring the elements into the order of the parameter's memory.
     outer_to_inner = values.view([parameter.shape[d] for d in saved["order"]])
     return flat(outer_to_inner.permute([saved["order"].index(d) for d in range(parameter.ndim)]), like=parameter)
 
@@ -120,11 +121,12 @@ def _state_at(optimizer: Any, parameter: Tensor, step: int) -> dict[str, Any]:
     """The optimizer's state for a parameter, with its count set to `step`; made as the first step would, if missing."""
     state: dict[str, Any] = optimizer.state[parameter]
     if not state and hasattr(optimizer, "init_state"):
-        # bitsandbytes' method, and that of HostAdamW8bit; the zeros are the indices of the group and the parameter
+        # bitsandbytes' optimizers and HostAdamW8bit have this method. The zeros stand for the indices of the group and
+        # of the parameter.
         optimizer.init_state(optimizer.param_groups[0], parameter, 0, 0)
         state = optimizer.state[parameter]
     elif not state:
-        # torch.optim.AdamW's: fused and capturable steps read the count on the device
+        # torch.optim.AdamW has no such method. Its fused and capturable steps read the count of steps on the device.
         on_device = optimizer.param_groups[0].get("fused") or optimizer.param_groups[0].get("capturable")
         state["step"] = torch.zeros((), device=parameter.device if on_device else "cpu")
         state.update({moment: torch.zeros_like(parameter, dtype=torch.float32) for moment in MOMENTS})

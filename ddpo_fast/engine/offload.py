@@ -1,8 +1,8 @@
 """An optimizer's step in host memory.
 
 Gradients are copied to the host, the CPU updates the fp32 weights, and half-precision copies of them are copied back to
-the device: each crosses the bus once an update, a bucket at a time. While the CPU updates one bucket, the next one's
-gradients and the previous one's weights are copied, in streams of their own.
+the device. Each gradient and each weight crosses the bus once per update, a bucket at a time. While the CPU updates one
+bucket, the next bucket's gradients and the previous bucket's weights are copied in separate CUDA streams.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Offload:
         self.optimizer = optimizer
         self.weights = weights
         if "TORCHELASTIC_RUN_ID" in os.environ and weights.copies[0].is_cuda:
-            # torchrun sets OMP_NUM_THREADS=1, which suits processes that only launch kernels; here the CPU computes,
-            # and the processes of this machine share its processors
+            # torchrun sets OMP_NUM_THREADS=1, which is enough for processes that only launch kernels. Here the CPU
+            # computes the step, so each process of this machine gets an equal share of the processors.
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
         self.buckets = list(buckets(master.numel() for master in weights.masters))
         # double buffering: a copy fills or empties one buffer while the CPU works on the other
@@ -39,13 +39,13 @@ class Offload:
         bucket_members = [[i for i in bucket if gradients[i] is not None] for bucket in self.buckets]
         bucket_members = [members for members in bucket_members if members]
         for turn, members in enumerate(bucket_members):
-            # start the download of the next bucket before this one is updated (of the first one too, at the beginning)
+            # the next bucket's gradients are downloaded while this bucket is updated; the first bucket's right away
             if turn == 0:
                 self._download(members, 0)
             if turn + 1 < len(bucket_members):
                 self._download(bucket_members[turn + 1], turn + 1)
             downloaded, uploaded = self._gradients[turn % 2], self._copies[turn % 2]
-            # the gradients must be here, and the upload that used this buffer two turns ago must be done with it
+            # wait for this bucket's gradients, and for the upload that used the same buffer two turns ago
             downloaded.synchronize()
             uploaded.synchronize()
             uploaded.views = uploaded.reserve([copies[i] for i in members])
@@ -66,11 +66,11 @@ class Offload:
         masters = [self.weights.masters[i] for i in members]
         stored = [master.data for master in masters]
         for master, data in zip(masters, stored, strict=True):
-            # a view: gradients and `out` are flat and in the order of the masters' memory
+            # a view, because gradients and `out` are flat too, in the order of the masters' memory
             master.data = flat(data)
         with only_parameters(self.optimizer, masters):
             if isinstance(self.optimizer, HostAdamW8bit):
-                # one pass over memory: it reads half-precision gradients, scales them and writes the copies by itself
+                # a single pass over memory reads the half-precision gradients, scales them and writes the copies
                 self.optimizer.step_with(gradients, out, multiplier)
             else:
                 for master, gradient in zip(masters, gradients, strict=True):
@@ -82,9 +82,9 @@ class Offload:
 
 
 class _Staging:
-    """A pinned buffer in host memory that holds a bucket, and the copy between it and the device under way.
+    """A pinned host buffer for one bucket, and the copy between this buffer and the device that is in progress.
 
-    Only copies from and to pinned (page-locked) memory run while the host and other streams work.
+    Only copies from and to pinned (page-locked) memory run asynchronously to the host and to other streams.
     """
 
     def __init__(self) -> None:
@@ -95,14 +95,14 @@ class _Staging:
         self._copied: torch.cuda.Event | None = None
 
     def reserve(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Parts of the buffer with as many elements as the tensors; overwrites what was in it."""
+        """Returns parts of the buffer with as many elements as the tensors. The buffer's content becomes invalid."""
         sizes = [tensor.numel() for tensor in tensors]
         if self._buffer.dtype != tensors[0].dtype or self._buffer.numel() < sum(sizes):
             self._buffer = torch.empty(sum(sizes), dtype=tensors[0].dtype, pin_memory=tensors[0].is_cuda)
         return list(self._buffer[: sum(sizes)].split(sizes))
 
     def start_copy(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-        """Starts copying in a stream of its own, behind what the device's current stream has queued so far."""
+        """Starts copying in a separate stream, after all work that the device's current stream has queued so far."""
         device = next((t.device for t in (*targets, *sources) if t.is_cuda), None)
         if device is None:
             torch._foreach_copy_(list(targets), list(sources))
@@ -116,8 +116,8 @@ class _Staging:
                 target.copy_(source, non_blocking=True)
                 for tensor in (target, source):
                     if tensor.is_cuda:
-                        # PyTorch's allocator may otherwise give the memory to somebody else as soon as the tensor is
-                        # gone in Python, while this stream is still copying
+                        # Otherwise PyTorch's allocator may reuse the memory as soon as no Python object refers to the
+                        # tensor, while this stream is still copying.
                         tensor.record_stream(self._stream)
         self._copied.record(self._stream)
 

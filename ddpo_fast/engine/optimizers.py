@@ -1,6 +1,6 @@
-"""The optimizer that trains, its learning rate, and its step: on all weights in place, or on a bucket at a time.
+"""AdamW, its learning rate, and its step: on all weights in place, or on a bucket of weights at a time.
 
-The third kind of step, in host memory, is in offload.py.
+The step in host memory is in offload.py.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from ddpo_fast.config import DDPOConfig
 from ddpo_fast.engine.host_adamw import HostAdamW8bit
 from ddpo_fast.engine.master_weights import MasterWeights
 
-# Elements of a message between processes, or of the temporary fp32 copies of a step. Each message and each call of the
-# optimizer has a fixed cost, beside which 100 MB of fp32 take long; and the memory for them is bounded.
+# The most elements of a message between processes, and of the temporary fp32 copies of a step (100 MB in fp32). Small
+# buckets would waste time, as each message and each call of the optimizer has a fixed cost; large ones take memory.
 BUCKET = 25_000_000
 
 
@@ -58,7 +58,7 @@ class Warmup:
         self.peaks = [group["lr"] for group in optimizer.param_groups]
 
     def set_rate(self, updates: int) -> None:
-        """Sets the rates of the update that follows after `updates` of them."""
+        """Sets the learning rates for the next update, after `updates` updates."""
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * min(1.0, (updates + 1) / max(1, self.steps))
 
@@ -91,7 +91,7 @@ def step_in_place(optimizer: torch.optim.Optimizer, weights: MasterWeights, mult
     for master, gradient in zip(weights.masters, weights.gradients, strict=True):
         master.grad = gradient
     optimizer.step()
-    # without copies the masters are the network's parameters, whose gradients `clear_gradients` takes care of
+    # without copies the masters are the network's parameters, whose gradients `clear_gradients` discards or zeroes
     if weights.has_copies:
         for master in weights.masters:
             master.grad = None
@@ -104,12 +104,11 @@ def step_in_buckets(
     generator: torch.Generator,
     only_these: Sequence[int] | None = None,
 ) -> None:
-    """One update in several calls of the optimizer, so that fp32 copies exist of one bucket at a time only.
+    """One update in several calls of the optimizer, so that fp32 copies exist of only one bucket at a time.
 
-    Copies are needed of half-precision gradients, of half-precision masters, and of gradients that are multiplied
-    while the originals must keep their place. The masters' data are replaced by flat tensors during the call: a
-    bitsandbytes optimizer calls `p.data.contiguous()`, which would turn channels_last weights into contiguous ones for
-    good.
+    fp32 copies are needed of half-precision masters, and of gradients: these are multiplied by `multiplier`, while the
+    originals must not change. During the call the masters' data are replaced by flat tensors, because bitsandbytes'
+    optimizers call `p.data.contiguous()`, which would turn channels_last weights into contiguous ones for good.
 
     Args:
         multiplier: [], clips and unscales the gradients, which are not changed.
@@ -122,7 +121,7 @@ def step_in_buckets(
         members = [chosen[i] for i in bucket if gradients[chosen[i]] is not None]
         masters = [weights.masters[i] for i in members]
         stored_weights = [master.data for master in masters]
-        # recorded CUDA graphs write to these very gradients, so they are put back afterwards
+        # CUDA graphs write to the memory of these tensors, so the same tensors are put back afterwards
         stored_gradients = [master.grad for master in masters]
         for i, master, stored in zip(members, masters, stored_weights, strict=True):
             gradient = gradients[i]
@@ -144,9 +143,10 @@ def step_in_buckets(
 
 @contextmanager
 def only_parameters(optimizer: torch.optim.Optimizer, parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
-    """Inside, the optimizer's groups have no other parameters than these.
+    """A context in which the optimizer's groups contain only these parameters.
 
-    Its step would skip the others, which have no gradient, but only after looking at each of them for each bucket.
+    The other parameters have no gradient, so a step would skip them anyway, but it would have to look at each of them
+    for each bucket.
     """
     chosen = {id(p) for p in parameters}
     all_of_group = [group["params"] for group in optimizer.param_groups]
@@ -162,27 +162,28 @@ def only_parameters(optimizer: torch.optim.Optimizer, parameters: Sequence[torch
 def flat(tensor: Tensor, like: Tensor | None = None) -> Tensor:
     """A dense tensor's elements in the order in which they lie in memory, [N].
 
-    For a channels_last weight [out, in, height, width] that is the order out, height, width, in. All that an optimizer
-    does is elementwise, so any order does, as long as weight, gradient and moments have the same.
+    For a channels_last weight [out, in, height, width] that is the order out, height, width, in. The optimizers here
+    compute elementwise, so any order will do, as long as weight, gradient and moments have the same one.
 
     Args:
-        like: the tensor whose order counts. The result is a copy if `tensor` has another one, else a view.
+        like: the tensor whose memory order is used (default: `tensor`). The result is a view if `tensor` has the same
+            order, else a copy.
     """
     tensor = tensor.detach()
     if like is not None and tensor.stride() != like.stride():
         tensor = torch.empty_like(like, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
-    # dense: N elements without gaps, so one stride of 1 reaches all of them
+    # a dense tensor has no gaps, so a single dimension of stride 1 covers its memory
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
 def rounded_stochastically(exact: Tensor, generator: torch.Generator) -> Tensor:
     """fp32 rounded to one of the two nearest bf16 numbers at random, such that the expected value is `exact`.
 
-    The chance to round up is the fraction of the way to the upper number. bf16 is the upper 16 bits of fp32, so the
-    lower 16 bits are that fraction, in units of 1/65536: adding a uniform random number of 16 bits carries into the
-    upper half with just that probability, and the lower half is then cut off. An fp32 number's bits, read as an
-    integer, count its magnitude, so this is right across powers of two and for both signs. Infinity and NaN stay what
-    they are.
+    The probability of rounding up must be how far `exact` lies on the way from the lower to the upper bf16 number. bf16
+    has the upper 16 bits of fp32, so the lower 16 bits are that fraction, in units of 1/65536. Adding a uniform random
+    number of 16 bits carries into the upper half with exactly this probability; the lower half is then set to zero. The
+    bits of an fp32 number, read as an integer, grow with its magnitude, so the method is also right across powers of
+    two and for both signs. Infinity and NaN are kept.
     """
     noise = torch.randint(0, 1 << 16, exact.shape, dtype=torch.int32, device=exact.device, generator=generator)
     bits = noise.add_(exact.view(torch.int32)).bitwise_and_(-(1 << 16))

@@ -1,4 +1,4 @@
-"""What the trainer asks of an engine, which turns gradients into new weights."""
+"""The interface between the trainer and an engine, which turns gradients into new weights."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ddpo_fast.engine.ema import EMA
 class Engine(Protocol):
     """Owns the trained weights from the backward pass to the optimizer's step.
 
-    An update goes: `backward` or `backward_from` for each micro-batch, and one `step`. Gradients are summed over the
-    micro-batches on each process, and combined across processes once, in `step`. The network is called directly: there
-    is no wrapper such as DistributedDataParallel, which a call of the bare network would bypass.
+    An update consists of `backward` or `backward_from` for each micro-batch, and then one `step`. Gradients are summed
+    over the micro-batches on each process, and combined across processes once, in `step`. The network is called
+    directly: there is no wrapper such as DistributedDataParallel, which a call of the bare network would bypass.
     """
 
     optimizer: torch.optim.Optimizer
@@ -24,16 +24,16 @@ class Engine(Protocol):
     ema: EMA | None
 
     def computing(self) -> AbstractContextManager[None]:
-        """Inside, the network's trained weights are in the compute precision; may be nested."""
+        """A context in which the network's trained weights are in the compute precision; may be nested."""
 
     def exact(self, write: bool = False) -> AbstractContextManager[None]:
-        """Inside, the network's trained weights are whole and in fp32 (or all that there is of them with stochastic
-        rounding), to be read on the main process.
+        """A context in which the main process can read the network's trained weights, whole and in fp32.
 
-        Every process must enter it, outside of `computing`, as it may gather weights from all of them.
+        With stochastic rounding there are no fp32 weights, and the half-precision ones are read. Every process must
+        enter the context, outside of `computing`, because entering may gather weights from all processes.
 
         Args:
-            write: the weights may be changed too, in the same way on every process.
+            write: allows changing the weights, in the same way on every process.
         """
 
     def averaged(self) -> AbstractContextManager[None]:
@@ -41,7 +41,7 @@ class Engine(Protocol):
 
     @property
     def can_begin_again(self) -> bool:
-        """Whether an update can be repeated after its backward pass failed: that has changed only gradients."""
+        """Whether an update can be repeated after a failed backward pass, as only gradients have changed by then."""
 
     def loss_scale(self) -> Tensor:
         """What the loss is multiplied by before a backward pass, [] on the device: 1 except for fp16.
@@ -50,19 +50,23 @@ class Engine(Protocol):
         """
 
     def backward(self, loss: Tensor) -> None:
-        """Adds the gradient of a scalar loss, which is weighted already by its micro-batch's share of the update."""
+        """Adds the gradient of a scalar loss, which is already weighted by its micro-batch's share of the update."""
 
     def backward_from(self, output: Tensor, gradient: Tensor) -> None:
-        """Adds the gradient of a loss whose gradient with respect to `output`, times `loss_scale`, is `gradient`."""
+        """Backpropagates from the network's `output` and adds the weights' gradients.
+
+        Args:
+            gradient: the loss's gradient with respect to `output`, times `loss_scale`.
+        """
 
     def zero_gradients(self) -> None:
         """Discards the gradients since the last update."""
 
     def forward_passes(self, mine: int) -> int:
-        """The forward passes that this process must run if its own pairs need `mine`.
+        """The number of forward passes that this process must run, given that its own pairs need `mine`.
 
-        More than `mine` where weights are split over processes: each process must then take part in the forward passes
-        of all others, by contributing its part of the weights.
+        The number is larger than `mine` if weights are split over processes and another process needs more passes: each
+        process has to contribute its part of the weights to every pass of the others.
         """
 
     def step(self) -> dict[str, Tensor]:
@@ -76,16 +80,16 @@ class Engine(Protocol):
         """Bytes that the first update will allocate on the device: gradients, and the optimizer's states."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside the weights, in a form that any kind of engine can load.
+        """What a checkpoint keeps besides the weights, in a form that any kind of engine can load.
 
-        Every process must call it; what the main process gets is complete.
+        Every process must call it. Only the main process's result is complete.
         """
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from the `state_dict` of any kind of engine; the network must have its weights already."""
 
     def process_state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of this process alone, for a run with as many processes and the same settings."""
+        """What a checkpoint keeps for this process only, to resume with the same number of processes and settings."""
 
     def load_process_state(self, saved: dict[str, Any]) -> None:
         """Continues from the `process_state` of any engine; ignores one that does not fit this engine."""

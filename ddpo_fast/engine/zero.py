@@ -1,12 +1,12 @@
 """The engine that splits optimizer states, gradients and weights over processes, by DeepSpeed's ZeRO.
 
-ZeRO (Rajbhandari et al., arXiv 1910.02054) has three stages. From stage 1 on each process has its part of the fp32
-weights and of Adam's moments, and updates that part alone. From stage 2 on it keeps its part of the averaged gradients
-only. At stage 3 the half-precision weights are split too, and each layer's are gathered from all processes when it
-computes.
+ZeRO (Rajbhandari et al., arXiv 1910.02054) has three stages. From stage 1 on, each process stores only its part of the
+fp32 weights and of Adam's moments, and updates only that part. From stage 2 on, it also keeps only its part of the
+averaged gradients. At stage 3 the half-precision weights are split too; each layer's weights are gathered from all
+processes when the layer computes.
 
-An update's gradients are added up on each device as without ZeRO, and are split, averaged and (with offload) copied to
-the host once an update, not once a micro-batch.
+As without ZeRO, each device adds up the gradients of all micro-batches of an update. The sums are split, averaged and
+(with offload) copied to the host once per update, not once per micro-batch.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ from ddpo_fast.temporary_values import temporary_values
 
 
 class SplitLinear(nn.Linear):
-    """A linear layer that does not keep its gathered weight alive until the backward pass, as PyTorch's would.
+    """A linear layer that does not keep its gathered weight in memory until the backward pass, unlike PyTorch's.
 
-    It is DeepSpeed's function. DeepSpeed itself would replace `torch.nn.functional.linear` by it, for all that the
-    process computes from there on: it sums the gradients of biases in another order, so that other networks, and later
-    runs in the same process, would get other bits. Hence `memory_efficient_linear` is off in the settings.
+    It calls DeepSpeed's own function. With the setting `memory_efficient_linear` DeepSpeed would replace
+    `torch.nn.functional.linear` by that function for the rest of the process. The function sums the gradients of biases
+    in another order, so the results of other networks and of later runs in the process would change in their last bits.
+    Therefore the setting is off (zero_settings.py), and only the trained network's layers get this class.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -57,7 +58,7 @@ class ZeroEngine:
         settings: DeepSpeed's, as `zero_settings` makes them.
     """
 
-    # DeepSpeed counts backward passes when they begin, and a failed one would leave its count wrong
+    # DeepSpeed counts backward passes when they begin, so its count would be wrong after a failed one
     can_begin_again = False
 
     def __init__(
@@ -76,7 +77,8 @@ class ZeroEngine:
         self.network = network
         self.parameters = list(trained)
         self.updates = 0
-        # DeepSpeed casts the parameters first and makes its fp32 weights from what is left of them
+        # DeepSpeed casts the parameters to the compute precision before it makes its fp32 weights from them, so the
+        # exact values are kept here and written back below
         exact = [p.detach().to("cpu", torch.float32, copy=True) for p in self.parameters]
         client_optimizer = None if "optimizer" in settings else make_optimizer(self.parameters)
         self.deepspeed, *_ = deepspeed.initialize(
@@ -90,17 +92,19 @@ class ZeroEngine:
             for module in network.modules():
                 if type(module) is nn.Linear:
                     module.__class__ = SplitLinear
-        # `deepspeed.optimizer` is ZeRO's wrapper, which reduces gradients, around the one that updates weights
+        # `deepspeed.optimizer` is ZeRO's wrapper, which reduces gradients; its `optimizer` is the one that updates
+        # weights
         self._zero: Any = self.deepspeed.optimizer
         self.optimizer = self._zero.optimizer
         self._fragments = ZeroFragments(self._zero, self.parameters, accelerator)
         # the fp32 tensors that the optimizer trains
         self._flats = self._fragments.flats
         self._fragments.set_weights([_from_main(values, accelerator) for values in exact])
-        # holds DeepSpeed's context in which gradients stay on this device, from the first backward pass to the step
+        # From the first backward pass of an update to its step, this holds the DeepSpeed context that keeps gradients
+        # on this device.
         self._accumulation = ExitStack()
         self._is_accumulating = False
-        # gradients added up in fp32, where autograd would add them up in half precision
+        # the sums of gradients in fp32, because autograd would add up half-precision gradients in half precision
         self._fp32_gradients: list[Tensor | None] = [None] * len(self.parameters)
         self._gradient_dtype = torch.float32 if config.train_gradient_dtype == "fp32" else self.parameters[0].dtype
         if self._gradient_dtype != self.parameters[0].dtype:
@@ -148,15 +152,15 @@ class ZeroEngine:
 
     def loss_scale(self) -> Tensor:
         self._begin_accumulating()
-        # `scale` also prepares DeepSpeed for a backward pass that it does not start itself. It wants a scalar with a
-        # grad_fn, hence a 1 that is multiplied by 1.
+        # DeepSpeed's `scale` must be called before a backward pass that DeepSpeed does not start itself. It accepts
+        # only a scalar with a grad_fn, and multiplying a leaf by 1 makes one.
         with torch.enable_grad():
             one = torch.ones((), device=self.accelerator.device, requires_grad=True)
             return self.deepspeed.scale(one * 1.0).detach()
 
     def backward(self, loss: Tensor) -> None:
         self._begin_accumulating()
-        # DeepSpeed must not divide by its count of accumulated micro-batches: the loss is weighted already
+        # the loss is weighted already, so DeepSpeed must not divide it by the number of accumulated micro-batches
         self.deepspeed.backward(loss, scale_wrt_gas=False)
 
     def backward_from(self, output: Tensor, gradient: Tensor) -> None:
@@ -168,7 +172,7 @@ class ZeroEngine:
             self._fp32_gradients[i] = parameter.grad = None
 
     def forward_passes(self, mine: int) -> int:
-        """As many as the process that needs most: each pass of stage 3 gathers weights from all processes."""
+        """At stage 3 the largest `mine` of all processes, because each pass gathers weights from all of them."""
         if self.stage != 3 or self.accelerator.num_processes == 1:
             return mine
         most = torch.tensor(mine, device=self.accelerator.device)
@@ -176,20 +180,20 @@ class ZeroEngine:
         return int(most)
 
     def _begin_accumulating(self) -> None:
-        """Makes gradients stay on this device until the step, where DeepSpeed would reduce each micro-batch's."""
+        """Keeps gradients on this device until the step; by default DeepSpeed reduces them in each micro-batch."""
         if not self._is_accumulating:
             self._accumulation.enter_context(self.deepspeed.coalesce_grad_reduction())
             self._is_accumulating = True
 
     def _complete_gradients(self) -> None:
-        """Gives every parameter a gradient in its own precision, as DeepSpeed reduces them.
+        """Gives every parameter a gradient in the parameter's own dtype, in which DeepSpeed reduces gradients.
 
-        Gradients that are missing become zeros. Processes reduce the gradients that they have, one message after the
-        other: one that lacked a gradient which others have would leave those waiting for its message.
+        Missing gradients become zeros. DeepSpeed reduces only the gradients that a process has, so if one process
+        lacked a gradient that the others have, the others would wait forever for its message.
         """
         for parameter in self.parameters:
-            # DeepSpeed refuses to release a gathered parameter while a layer is marked as using it. The mark goes in
-            # the layer's backward hook, which is not called for a layer whose input needs no gradient.
+            # DeepSpeed does not release a gathered parameter while a layer is marked as using it. The layer's backward
+            # hook removes the mark, but that hook is not called for a layer whose input needs no gradient.
             getattr(parameter, "ds_active_sub_modules", set()).clear()
         missing = [i for i, parameter in enumerate(self.parameters) if parameter.grad is None]
         for bucket in buckets(self._fragments.shapes[i].numel() for i in missing):
@@ -209,10 +213,10 @@ class ZeroEngine:
     def step(self) -> dict[str, Tensor]:
         self._begin_accumulating()
         self._complete_gradients()
-        # when its context ends DeepSpeed reduces the gradients
+        # closing the context makes DeepSpeed reduce the gradients
         self._accumulation.close()
         self._is_accumulating = False
-        # read before the step, which adapts it
+        # read before the step, which changes the scale
         scale = self._zero.loss_scale
         # clips, updates and gathers the half-precision weights again
         self.deepspeed.step()
@@ -230,7 +234,7 @@ class ZeroEngine:
         return torch.tensor(float(value), device=self.accelerator.device)
 
     def bytes_before_first_step(self) -> int:
-        # gradients are whole on each process until the step; of Adam's fp32 moments there is a part
+        # each process has whole gradients until the step, and its part of Adam's two fp32 moments (8 bytes a weight)
         weights = sum(shape.numel() for shape in self._fragments.shapes)
         states = 0 if self.optimizer.state or self._flats[0].device.type == "cpu" else 8
         return weights * self._gradient_dtype.itemsize + states * sum(flat.numel() for flat in self._flats)
@@ -239,24 +243,24 @@ class ZeroEngine:
 
     @contextmanager
     def _gathered_network(self, values: dict[int, Tensor], keep: bool) -> Iterator[None]:
-        """Inside, the network's parameters are whole and in host memory, the trained ones with these `values`.
+        """A context in which the network's parameters are whole, in host memory, the trained ones with these `values`.
 
         Args:
             values: of the flat tensors, see `ZeroFragments.gather`.
-            keep: False if this process takes part in gathering only: its parameters are then empty.
+            keep: False if this process only takes part in gathering; its parameters are then empty.
         """
         trained = {id(parameter) for parameter in self.parameters}
         frozen = [p for p in self.network.parameters() if id(p) not in trained and hasattr(p, "ds_id")]
         wholes = self._fragments.gather_all(values, keep)
         for parameter in frozen:
-            # only stage 3 splits them, and they have no fp32 values
+            # only stage 3 splits frozen parameters, and there are no fp32 values of them
             with self._gathered_parameters([parameter]):
                 wholes.append(parameter.detach().cpu() if keep else torch.empty(0))
         with temporary_values([*self.parameters, *frozen], wholes):
             yield
 
     def _gathered_parameters(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
-        """Inside, the parameters are whole on the device and in the compute precision, whatever the stage."""
+        """A context in which the parameters are whole, on the device and in the compute precision, at every stage."""
         import deepspeed
 
         return deepspeed.zero.GatheredParameters(list(parameters)) if self.stage == 3 else nullcontext()
@@ -266,7 +270,8 @@ class ZeroEngine:
     def state_dict(self) -> dict[str, Any]:
         """As the protocol says; 8-bit moments are kept in fp32 here, and as they are in `process_state`."""
         scaler = self._zero.loss_scaler
-        # DeepSpeed counts updates, and remembers in which the last overflow was; a static scale counts nothing
+        # Updates since the last overflow, from DeepSpeed's count of updates and the number of the last one that
+        # overflowed. A static loss scale has neither.
         since = getattr(scaler, "cur_iter", 0) - getattr(scaler, "last_overflow_iter", -1) - 1
         state: dict[str, Any] = {"updates": self.updates, "step": moments.step_of(self.optimizer)}
         state["loss_scale"] = {"scale": float(scaler.cur_scale), "good_updates": since}
@@ -292,7 +297,8 @@ class ZeroEngine:
                 saved: dict[str, moments.SavedMoment] = {m: parts[m][id(flat)] for m in moments.MOMENTS}
                 moments.write(self.optimizer, flat, saved, state["step"])
         if self.ema is not None:
-            # fp32 tensors in the parameters' shapes, as moments that are not quantised: any name of a moment will do
+            # Averages are fp32 tensors in the parameters' shapes, as unquantised moments are, so `from_checkpoint` can
+            # split them. It uses the name of the moment only for quantised ones.
             averages = self._fragments.from_checkpoint(state["ema"], "exp_avg") if "ema" in state else {}
             self.ema.set([averages.get(id(flat), flat) for flat in self._flats])
         self._warmup.set_rate(self.updates)
@@ -300,8 +306,8 @@ class ZeroEngine:
     def process_state(self) -> dict[str, Any]:
         """The codes and scales of 8-bit moments, which a resumed run needs to have the same bits.
 
-        The blocks of 256 that share a scale are counted in this process's flat tensors: with another number of
-        processes, whose cuts are elsewhere, they mean nothing.
+        The blocks of 256 values that share a scale are counted in this process's flat tensors. Another number of
+        processes cuts the parameters elsewhere, so the codes cannot be used there.
         """
         states = [
             {name: value for name, value in self.optimizer.state.get(flat, {}).items() if name in EIGHT_BIT_TENSORS}
@@ -323,7 +329,7 @@ class ZeroEngine:
         scaler = self._zero.loss_scaler
         if self.deepspeed.fp16_enabled():
             scaler.cur_scale = saved["scale"]
-            # as if the last overflow had been just before the updates that were counted
+            # sets the counts as if the last overflow had come just before the `good_updates`
             scaler.cur_iter = saved["good_updates"]
             scaler.last_overflow_iter = -1
 
@@ -332,7 +338,7 @@ def _from_main(values: Tensor, accelerator: Accelerator) -> Tensor:
     """The main process's values, in host memory on every process."""
     if accelerator.num_processes == 1:
         return values
-    # the backend (NCCL on GPUs) may not know host memory
+    # NCCL, the backend on GPUs, cannot send from host memory
     on_device = values.to(accelerator.device)
     dist.broadcast(on_device, src=0)
     return on_device.cpu()

@@ -1,7 +1,7 @@
-"""Where DeepSpeed's ZeRO keeps each parameter in fp32: from whole parameters to parts of them, and back.
+"""Finds a process's parts of the fp32 parameters under DeepSpeed's ZeRO; converts whole parameters to parts and back.
 
 DeepSpeed copies the trained parameters, flattened and in fp32, into a few flat tensors, which its optimizer trains.
-Each process has a part of every flat tensor. This module reads attributes of DeepSpeed's that it does not document:
+Each process has a part of every flat tensor. This module reads attributes that DeepSpeed does not document:
     ds_id, ds_shape, ds_numel   on a parameter that stage 3 has split: its id, whole shape and number of elements
     ds_tensor                   this process's part of such a parameter, in the compute precision
     _hp_mapping                 on a parameter of stages 1 and 2: which part of it this process has ("hp" and "lp" are
@@ -49,13 +49,13 @@ class ZeroFragments:
         self.flats = list({id(f.flat): f.flat for f in self._fragments if f is not None}.values())
 
     def gather(self, i: int, values: dict[int, Tensor]) -> Tensor:
-        """One value for each element of the parameter with index `i`, whole, in fp32 and in host memory.
+        """Assembles a whole tensor for the parameter with index `i` from all processes: fp32, in host memory.
 
         Every process must call it.
 
         Args:
-            values: by the `id` of each flat tensor of this process: a tensor of its size, such as its weights, a moment
-                or the moving average.
+            values: for each flat tensor of this process, by its `id`, the tensor of the same size to gather: the
+                weights, a moment or the moving average.
         """
         fragment, shape = self._fragments[i], self.shapes[i]
         # each process fills in its part, and the sum over processes is the whole
@@ -73,7 +73,7 @@ class ZeroFragments:
         gathered = []
         for i in range(len(self.parameters)):
             whole = self.gather(i, values)
-            # dropped at once, so that no more than one parameter is in this process's memory
+            # a process that does not keep the values has no more than one whole parameter in memory at a time
             gathered.append(whole if keep else nothing)
         return gathered
 
@@ -87,7 +87,7 @@ class ZeroFragments:
                 flat[start : start + size].copy_(part)
                 if hasattr(parameter, "ds_tensor"):
                     parameter.ds_tensor.data.view(-1)[:size].copy_(part)
-            # stage 3 leaves a parameter empty while no layer needs it
+            # at stage 3 a parameter is empty unless a layer has gathered it, and the copy is then not needed
             if parameter.numel() == value.numel():
                 parameter.data.copy_(value)
 
@@ -97,7 +97,7 @@ class ZeroFragments:
         for value, fragment, shape in zip(saved, self._fragments, self.shapes, strict=True):
             if fragment is not None:
                 flat, start, offset, size = fragment
-                # A stand-in says in which order the values are to be: DeepSpeed's parameters are contiguous.
+                # DeepSpeed's parameters are contiguous, so a contiguous tensor on `meta` gives the order of the values.
                 whole = moments.from_checkpoint(value, torch.empty(shape, device="meta"), moment)
                 parts[id(flat)][start : start + size] = whole[offset : offset + size]
         return parts
@@ -106,15 +106,15 @@ class ZeroFragments:
 def _fragment(zero_optimizer: Any, parameter: Any, rank: int) -> Fragment | None:
     """The part of a parameter that the process `rank` has, or None if others have all of it."""
     if hasattr(parameter, "ds_id"):
-        # Stage 3 cuts each parameter by itself, into parts of equal size. What the last parts have beyond the
-        # parameter's end is padding, and some may be nothing but that.
+        # Stage 3 cuts each parameter separately, into parts of equal size. The last parts may reach beyond the
+        # parameter's end, and the rest of them is padding; a part may consist of padding only.
         group, start, _ = zero_optimizer.grad_position[zero_optimizer.get_param_id(parameter)]
         part = parameter.ds_tensor.ds_numel
         size = min(part, parameter.ds_numel - rank * part)
         if size <= 0:
             return None
         return Fragment(zero_optimizer.fp32_partitioned_groups_flat[group], start, rank * part, size)
-    # Stages 1 and 2 lay all parameters one after the other and cut the whole, in the middle of a parameter if need be.
+    # Stages 1 and 2 put all parameters one after the other and cut the whole into parts, even within a parameter.
     mapping = parameter._hp_mapping
     if mapping is None:
         return None

@@ -1,4 +1,4 @@
-"""DeepSpeed's settings, made of DDPOConfig's and of a file in DeepSpeed's own format, and its process group."""
+"""Makes DeepSpeed's settings from DDPOConfig and from a file in DeepSpeed's format, and starts its process group."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ddpo_fast.engine.optimizers import BUCKET
 
 
 def zero_settings(config: DDPOConfig, precision: str, given: dict[str, Any] | None = None) -> dict[str, Any]:
-    """DeepSpeed's settings: those of the file that `config.deepspeed` names, or for the stage `config.zero`, completed.
+    """DeepSpeed's settings: from the file `config.deepspeed`, or for stage `config.zero`, completed with the run's own.
 
     Args:
         precision: 'no', 'fp16' or 'bf16'.
@@ -31,17 +31,17 @@ def zero_settings(config: DDPOConfig, precision: str, given: dict[str, Any] | No
         raise ValueError("mixed_precision is 'fp16', which DeepSpeed does not have on a CPU: use 'bf16' or 'no'")
     read = _read(config.deepspeed) if config.deepspeed else {"zero_optimization": _stage(config)}
     settings = dict(given or read)
-    # which settings a message is about: the file's, or those in its place
+    # where the settings come from, for messages
     source = f"deepspeed is {config.deepspeed!r}, which" if given is None else "accelerate's configuration of DeepSpeed"
     _check_shape(settings, source)
     ours: dict[str, Any] = {
-        # The engine accumulates gradients by itself and weights each loss by its share of the update: DeepSpeed is to
-        # count one micro-batch per update, and to divide by nothing.
+        # The engine accumulates gradients itself and weights each loss by its share of the update. With these two
+        # values DeepSpeed counts one micro-batch per update and does not divide the loss.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.train_max_grad_norm,
         "steps_per_print": 10**9,
-        # it accepts only optimizers that it knows, and for offloading only its own, unless it is told otherwise
+        # without these two settings DeepSpeed accepts only optimizers that it knows, and for offload only its own
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
@@ -53,19 +53,20 @@ def zero_settings(config: DDPOConfig, precision: str, given: dict[str, Any] | No
                 f"{source} has {name} enabled={asked}, but mixed_precision is {precision!r}: make them agree, or leave "
                 f"{name} out there"
             )
-        # The loss scale of the local engine. A hysteresis of 1 lowers the scale at the first overflow; DeepSpeed's
-        # default of 2 would wait for the second.
+        # The same loss scale as in the local engine. With a hysteresis of 1 DeepSpeed lowers the scale at the first
+        # overflow; with its default of 2 it would wait for the second.
         power = int(math.log2(INITIAL_SCALE))
         scale = {"initial_scale_power": power, "loss_scale_window": GROWTH_INTERVAL, "hysteresis": 1}
         ours[name] = {**(scale if name == "fp16" else {}), **_without_auto(settings.get(name, {})), "enabled": enabled}
     if "optimizer" in settings:
         settings["optimizer"] = _filled(settings["optimizer"], config)
     settings = {**_without_auto(settings), **ours}
-    # DeepSpeed computes it from the sizes above, and refuses another value
+    # DeepSpeed computes this size from the sizes above, and refuses any other value
     settings.pop("train_batch_size", None)
     # the engine sets learning rates, which follow train_warmup_steps
     settings.pop("scheduler", None)
-    # stage 3 would replace torch.nn.functional.linear for all that the process computes, see SplitLinear in zero.py
+    # if this were True, stage 3 would replace torch.nn.functional.linear in the whole process, see SplitLinear in
+    # zero.py
     stage = settings["zero_optimization"] = {**settings["zero_optimization"], "memory_efficient_linear": False}
     devices = {stage.get(name, {}).get("device") for name in ("offload_optimizer", "offload_param")}
     if "nvme" in devices or settings.get("data_types", {}).get("grad_accum_dtype"):
@@ -168,11 +169,11 @@ def accelerate_settings(accelerator: Accelerator) -> dict[str, Any] | None:
 def prepare_communication(accelerator: Accelerator) -> None:
     """Gives DeepSpeed the process group that accelerate has, or one for a single process.
 
-    On a CPU DeepSpeed's shared-memory communication is disabled: it would be compiled first, which takes minutes.
+    On a CPU DeepSpeed's shared-memory communication is disabled, because DeepSpeed would first compile it for minutes.
     """
     import deepspeed
 
-    # DeepSpeed reads from there which of this machine's processes it is in; a launcher sets it
+    # DeepSpeed reads this process's number on this machine from the environment, where launchers set it
     os.environ.setdefault("LOCAL_RANK", str(accelerator.local_process_index))
     on_cpu = accelerator.device.type == "cpu"
     if not dist.is_initialized():

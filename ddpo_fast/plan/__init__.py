@@ -1,9 +1,9 @@
 """Predicts the memory that training takes, and chooses settings that fit a GPU. Nothing that trains imports it.
 
-    live_bytes.py     the bytes of a computation's tensors, op by op, without running it
+    live_bytes.py     the bytes of a computation's tensors after each op, traced on PyTorch's `meta` device
     footprint.py      a model's weights and the live bytes of each of its computations, from its config files
-    update_bytes.py   what an update takes: gradients, optimizer states, temporary copies
-    phases.py         all of it together, for each phase of a run
+    update_bytes.py   the memory of an update: gradients, optimizer states, temporary copies
+    phases.py         the total memory of each phase of a run
     candidates.py     the fastest settings that fit
 
 Other packages import from here only.

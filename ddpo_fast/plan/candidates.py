@@ -1,14 +1,14 @@
 """Chooses the fastest settings whose predicted peak fits a GPU.
 
-What is tried, in this order:
-1. The settings as they are, with UNet calls of `SMALL_CALL_ROWS` rows, which may be enlarged at the end. Calls of fewer
-   rows leave a GPU idle for much of the time, so all savings are tried before those.
-2. The savings of `SAVINGS`, one more at a time and the fastest first, until the peak fits. One that does not make a
-   phase smaller that is too large is skipped.
-3. If all of them together are not enough: the same again with UNet calls of one pair.
+The search tries, in this order:
+1. The given settings, with UNet calls of `SMALL_CALL_ROWS` rows. Calls of fewer rows leave a GPU idle for much of the
+   time, so all savings are tried before smaller calls are.
+2. The settings in `SAVINGS`, added one by one, the fastest first, until the peak fits. A setting is skipped if it does
+   not reduce a phase that is too large.
+3. If all savings together are not enough: steps 1 and 2 again with UNet calls of one pair.
 
-Of what has been added, each setting that turns out not to be needed is taken back, the slowest first: a later one may
-have made an earlier one superfluous. What memory is left then goes to larger UNet calls.
+A later saving may have made an earlier one superfluous, so each added setting that is not needed to fit is then taken
+back, the slowest first. Memory that is left goes to larger UNet calls.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from ddpo_fast.device_memory import GB
 from ddpo_fast.plan.footprint import Footprint
 from ddpo_fast.plan.phases import EVALUATED_IMAGES, Plan, merged_batches, pairs_per_call, predict
 
-# share of the GPU's memory that is left over: for the allocator's fragments, and for what the prediction does not see
+# share of the GPU's memory that stays free, for fragmentation in the allocator and for what the prediction does not
+# count
 MARGIN = 0.05
 # rows of a UNet call below which every saving is preferred to a smaller call
 SMALL_CALL_ROWS = 8
@@ -33,21 +34,21 @@ SMALL_CALL_ROWS = 8
 SAVINGS: tuple[tuple[str, Any], ...] = (
     # computes norms and activation functions again, which is little work
     ("gradient_checkpointing", "selective"),
-    # states of a quarter of the size, at no cost in time
+    # states of a quarter of the size; the step takes no longer
     ("train_use_8bit_adam", True),
     # computes the whole forward pass again, which is about a third more work
     ("gradient_checkpointing", "blocks"),
-    # costs precision of the gradients' sums: tried only after what costs nothing but time
+    # makes the sums of gradients less precise, so it comes after the settings that cost only time
     ("train_gradient_dtype", "half"),
     # these two slow down decoding only, but tiles also change the images a little where they overlap
     ("vae_slicing", True),
     ("vae_tiling", True),
-    # the frozen networks cross the bus each time that they compute
+    # copies the weights of the frozen networks to the GPU each time that they compute
     ("offload_frozen", True),
-    # every gradient and every weight crosses the bus at each update, and the CPU computes it
+    # copies every gradient to the host and every weight back at each update, and the CPU computes the update
     ("offload", "optimizer"),
 )
-# settings of how large UNet calls are, in training and in sampling
+# the settings for the size of UNet calls, in training and in sampling
 CALL_SIZES = ("train_micro_batch_size", "sample_merge_batches")
 DEFAULTS = {option.name: option.default for option in fields(DDPOConfig)}
 
@@ -56,7 +57,7 @@ Settings = dict[str, Any]
 
 @dataclass(frozen=True)
 class Choice:
-    """Settings to change, the plan that they lead to, and why each is needed, a line each."""
+    """Settings to change, the plan with these settings, and for each setting a line that says why it is needed."""
 
     settings: Settings
     plan: Plan
@@ -72,8 +73,8 @@ def choose(
 ) -> Choice:
     """The fastest settings for a GPU of `capacity` bytes, of which the share `MARGIN` stays free.
 
-    Settings of `config` that are not at their defaults are the user's and stay as they are. Raises `ValueError` where
-    even all savings together do not fit.
+    Settings of `config` that differ from their defaults were set by the user and are not changed. Raises `ValueError`
+    if the run does not fit even with all savings.
     """
     return _Search(footprint, config, capacity, num_processes, evaluated_images).run()
 
@@ -109,7 +110,7 @@ class _Search:
                 if self._fits({**settings, **smallest}):
                     needed = self._without_superfluous(settings, smallest)
                     return self._explained(self._with_largest_calls(needed, pairs))
-        # all savings that help, with the smallest calls, and it does not fit
+        # the run does not fit even with all helpful savings and the smallest UNet calls
         least = self._plan({**settings, **smallest})
         needs = least.peak / (1 - MARGIN) / GB
         raise ValueError(
@@ -125,11 +126,11 @@ class _Search:
         return getattr(self.config, name) == DEFAULTS[name]
 
     def _call_sizes(self, pairs: int, merged: int) -> Settings:
-        """Settings for UNet calls of so many pairs in training, and of so many sampling batches."""
+        """Settings for UNet calls of `pairs` pairs in training and `merged` batches in sampling, unless the user's."""
         return {name: n for name, n in zip(CALL_SIZES, (pairs, merged), strict=True) if self._is_free(name)}
 
     def _faster_values(self, name: str, value: Any) -> Iterator[Any]:
-        """The other values that a setting may have in place of a saving's, the fastest first."""
+        """The values of the setting `name` that are faster than `value`, the fastest first."""
         yield DEFAULTS[name]
         yield from (other for saved, other in SAVINGS[: SAVINGS.index((name, value))] if saved == name)
 
@@ -150,7 +151,7 @@ class _Search:
     # from settings that fit to the choice
 
     def _without_superfluous(self, settings: Settings, smallest: Settings) -> Settings:
-        """The settings of these that are needed to fit, looking at the slowest first."""
+        """Replaces each setting by its fastest value that still fits, the slowest setting first; drops defaults."""
         for name in list(reversed(settings)):
             for value in self._faster_values(name, settings[name]):
                 faster = {**settings, name: value}
@@ -160,9 +161,10 @@ class _Search:
         return {name: value for name, value in settings.items() if value != DEFAULTS[name]}
 
     def _with_largest_calls(self, settings: Settings, pairs: int) -> Settings:
-        """Adds the largest UNet calls that fit: sizes are doubled as often as they fit, up to all that there is.
+        """Adds the largest UNet calls that fit: sizes are doubled as long as they fit and there is enough work.
 
-        Training's come first: a pair there takes a forward and a backward pass, a step of sampling a forward pass only.
+        Training comes first, because it takes a forward and a backward pass for each pair, and sampling only a forward
+        pass.
         """
         merged = 1
         for doubled in _doubled(pairs, pairs_per_call(self.config)):
@@ -171,14 +173,14 @@ class _Search:
         for doubled in _doubled(1, merged_batches(self.config)):
             if self._fits({**settings, **self._call_sizes(pairs, doubled)}):
                 merged = doubled
-        # as many calls of equal size instead of a small one at the end
+        # the same number of calls, but of equal size, instead of a small call at the end
         return {**self._call_sizes(equal_parts(self.config.pairs_per_update, pairs), merged), **settings}
 
     def _explained(self, settings: Settings) -> Choice:
         return Choice(settings, self._plan(settings), [self._reason(name, settings) for name in settings])
 
     def _reason(self, name: str, settings: Settings) -> str:
-        """What would happen without a setting, or with twice its size."""
+        """The predicted peak without a saving, or with twice the size of UNet calls."""
         value = settings[name]
         if name in CALL_SIZES:
             most_of = {"train_micro_batch_size": pairs_per_call, "sample_merge_batches": merged_batches}
@@ -201,7 +203,7 @@ def _doubled(start: int, most: int) -> Iterator[int]:
 
 
 def with_settings(config: DDPOConfig, settings: Settings) -> DDPOConfig:
-    """A copy with other settings, unchecked: a plan may be for a machine with packages that are missing here."""
+    """A copy with other settings, which are not checked: the plan may be for a machine that has other packages."""
     changed = copy.copy(config)
     for name, value in settings.items():
         setattr(changed, name, value)

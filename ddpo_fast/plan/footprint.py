@@ -1,8 +1,8 @@
 """The sizes of a model's weights and the memory of each of its computations, from its config files alone.
 
 Networks are built on PyTorch's `meta` device, where a tensor has a shape and a dtype but no values. They can be run
-there: each op computes the shape of its output and allocates nothing. So no weights are read, no GPU is needed, and a
-model that is larger than this machine's memory can be planned for. live_bytes.py counts the tensors meanwhile.
+there: each op computes the shape of its output and allocates nothing. So no weights are read, no GPU is needed, and the
+model may be larger than this machine's memory. live_bytes.py counts the bytes that the tensors would take.
 
 Shapes: R rows of a UNet's batch, or images, C H W latent, L tokens, D width of the text embedding.
 """
@@ -43,13 +43,13 @@ class Adapter:
 
 
 class Footprint:
-    """The sizes of a model in one kind of run. A computation is traced when it is first asked for: a second or two.
+    """The sizes of a model in one kind of run. Each computation is traced at its first use, in a second or two.
 
     Args:
         configs: the model's.
         adapter: the LoRA that is trained, or None if all weights of the UNet are.
         dtype: what the networks compute in.
-        device_type: 'cuda' or 'cpu': decides which layers are fused and which kernels run.
+        device_type: 'cuda' or 'cpu', which decides which layers are fused and which kernels run.
         fused: the setting `fuse_unet`.
         steps: denoising steps.
         cached: the setting `sample_cache`.
@@ -120,7 +120,7 @@ class Footprint:
         return max(1, sampler.DECODED_AT_ONCE // (height * width))
 
     def _unet(self) -> Any:
-        """The UNet on `meta`, with the layers that the trainer's `place_networks` would give it."""
+        """The UNet on `meta`, with the fused layers and the attention that `placement.py` gives it."""
         with torch.device("meta"):
             unet: Any = UNet2DConditionModel.from_config(self.configs.unet)
             if self.adapter is not None:
@@ -128,7 +128,7 @@ class Footprint:
                 unet.add_adapter(LoraConfig(r=self.adapter.rank, target_modules=list(self.adapter.target_modules)))
         _in_precision(unet, self.dtype)
         for module in unet.modules():
-            # what `set_attention` does without xformers
+            # the processor that `set_attention` chooses without xformers
             if hasattr(module, "set_processor") and is_plain(module):
                 module.set_processor(SDPAProcessor())
         if self.fused:
@@ -137,7 +137,7 @@ class Footprint:
 
     def _inputs(self, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The UNet's inputs: latents [R, C, H, W], timesteps [R] and embeddings [R, L, D]."""
-        # the latents that are stored are fp32, and the cast is one of the ops that count
+        # stored latents are fp32, and the copy that the cast makes counts too
         latents = torch.empty(rows, *self.latent_shape, device="meta")
         timesteps = torch.empty(rows, dtype=torch.int64, device="meta")
         embeds = torch.empty(rows, *self.embedding_shape, dtype=self.dtype, device="meta")
@@ -149,12 +149,12 @@ class Footprint:
 
         Args:
             mode: of `set_gradient_checkpointing`.
-            gradients: None if gradients exist before the pass: each new one is then freed as soon as it has been added
-                to its total, which is not counted. Otherwise the pass makes the gradients, in this dtype: they are
-                counted, and stay until the end.
+            gradients: None if the totals of gradients exist before the pass: each new gradient is then freed as soon as
+                it has been added to its total, and the totals are not counted. Otherwise the dtype of the totals, which
+                the pass creates: they are counted, and stay until the end.
         """
         unet = set_gradient_checkpointing(self._unet(), mode).train()
-        # what a pass without earlier gradients keeps
+        # the totals of gradients, if the pass creates them
         kept: list[torch.Tensor] = []
 
         # as the hook of `MasterWeights` does
@@ -170,7 +170,7 @@ class Footprint:
 
         def compute(rows: int) -> None:
             output = unet(*self._inputs(rows)).sample
-            # the loss's gradient for the output is computed by an op of ours, without autograd
+            # `ppo_loss` computes the gradient with respect to the output without autograd, so backward starts there
             torch.autograd.backward(output, torch.empty_like(output))
             kept.clear()
 
@@ -183,15 +183,15 @@ class Footprint:
 
         def compute(rows: int) -> None:
             output = unet(*self._inputs(rows)).sample
-            # The count is taken after each op, and within the last one its temporary tensors are still alive. One more
-            # op, of an empty tensor, takes it while nothing is alive but the output and its graph.
+            # The count is taken after each op, when the temporary tensors of the UNet's last layer still exist. This op
+            # on an empty tensor makes one more count, when only the output and its autograd graph exist.
             torch.empty(0, device=output.device)
 
         return int(trace(compute, self.device_type).per_row[-1])
 
     @functools.cached_property
     def sampling(self) -> Trace:
-        """A denoising step of R rows, without what `cached_bytes` counts."""
+        """A denoising step of R rows, without the tensors that `cached_bytes` counts."""
         unet = self._unet().eval()
         return trace(torch.no_grad()(lambda rows: unet(*self._inputs(rows))), self.device_type)
 
@@ -200,7 +200,7 @@ class Footprint:
         """Bytes that a rollout of R rows keeps for all of its steps, and that the next rollout reuses.
 
         These are the prompts' embeddings and, with `sample_cache`, their keys and values in each cross-attention, and
-        for each timestep what each residual block adds to its activations (see unet/sampling_cache.py).
+        the projected time embedding of each residual block at each timestep (see unet/sampling_cache.py).
         """
         unet = self._unet()
         tokens, width = self.embedding_shape
@@ -224,7 +224,7 @@ class Footprint:
 
     @functools.cached_property
     def encoding(self) -> int:
-        """The peak of encoding as many prompts as are encoded at once, in bytes."""
+        """The peak of encoding `ENCODED_AT_ONCE` prompts, the most that are encoded in one call, in bytes."""
 
         @torch.no_grad()
         def compute(prompts: int) -> None:
@@ -234,6 +234,6 @@ class Footprint:
 
 
 def _in_precision(network: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Casts a network's parameters, as `network.to(dtype)`, for which diffusers prints a warning."""
+    """Casts a network's parameters without `network.to(dtype)`, for which diffusers prints a warning."""
     for parameter in network.parameters():
         parameter.data = parameter.data.to(dtype)

@@ -1,12 +1,12 @@
-"""Counts the bytes of all tensors that are alive after each op of a computation, on PyTorch's `meta` device.
+"""Counts the bytes of all tensors that exist after each op of a computation, on PyTorch's `meta` device.
 
 A tensor on `meta` has a shape, strides and a dtype but no memory. Networks run there as usual, and autograd saves and
 frees the same tensors at the same moments as on a GPU. So the peak of this count is the peak of the memory that the
 computation would take, apart from workspaces that kernels allocate within an op.
 
-Three things differ on `meta` from a real device, and are corrected here: which attention PyTorch chooses
-(`fused_attention`), the memory layout of outputs (`_in_device_layout`), and ops of ours, which have no kernel there
-(`_reference_without_kernel`).
+Three things differ between `meta` and a real device, and are corrected here: which attention PyTorch chooses
+(`fused_attention`), the memory layout of outputs (`_in_device_layout`), and this project's ops, which have no kernel on
+`meta` (`_reference_without_kernel`).
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 class LiveBytes(TorchDispatchMode):
-    """Inside, `after_op` gets for each op the bytes of all storages that ops have made and that are still alive.
+    """A context that appends to `after_op`, after each op, the bytes of all storages that ops have made and not freed.
 
-    An op of ours with a kernel for the device counts as one op, as its outputs are all that it allocates. One without a
-    kernel counts as the PyTorch ops that its reference implementation consists of.
+    One of this project's ops counts as a single op if it has a kernel for the device, because the kernel allocates only
+    the outputs. An op without a kernel counts as the PyTorch ops of its reference implementation.
     """
 
     def __init__(self, device_type: str) -> None:
@@ -46,16 +46,16 @@ class LiveBytes(TorchDispatchMode):
         self.device_type = device_type
         self.after_op: list[int] = []
         self.now = 0
-        # Storages that are alive, each by the address of its C++ object: their data pointers are all zero on `meta`.
+        # The storages that exist, by the address of the C++ object, because on `meta` all data pointers are zero.
         # Several tensors may be views of one storage.
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in _tensors((args, kwargs)):
-            # a storage from before the count began, such as a weight's: not counted, nor are later views of it
+            # a storage from before the count began, such as a weight's, counts as 0 bytes, and so do later views of it
             self._count(tensor, 0)
         if (op := _reference_without_kernel(func, self.device_type)) is not None:
-            # a mode is switched off while it handles an op
+            # PyTorch switches a dispatch mode off while the mode handles an op, so it is entered again here
             with self:
                 return op(*args)
         out = _in_device_layout(func, args, func(*args, **(kwargs or {})), self.device_type)
@@ -65,7 +65,7 @@ class LiveBytes(TorchDispatchMode):
         return out
 
     def _count(self, tensor: torch.Tensor, size: int) -> None:
-        """Counts the tensor's storage as `size` bytes until it is freed, unless it is known already."""
+        """Counts the tensor's storage as `size` bytes until the storage is freed, unless it is counted already."""
         storage = tensor.untyped_storage()
         if storage._cdata in self._known:
             return
@@ -89,8 +89,8 @@ def _in_device_layout(func: Any, args: Any, out: Any, device_type: str) -> Any:
     """The output of an op on `meta`, in the memory layout that it would have on the device.
 
     On a device, convolutions (and on a CPU group norms) of channels_last tensors return channels_last tensors. On
-    `meta` they return contiguous ones, and the copies that later ops make to change a layout would be missed, or be
-    counted where there are none.
+    `meta` they return contiguous ones. Later ops would then copy tensors to change their layout where they do not on
+    the device, or the other way round.
     """
     aten = torch.ops.aten
     keep_layout = [aten.convolution.default, aten.convolution_backward.default]
@@ -107,13 +107,13 @@ def _in_device_layout(func: Any, args: Any, out: Any, device_type: str) -> Any:
 def _is_channels_last(tensor: Any) -> bool:
     if not isinstance(tensor, torch.Tensor) or tensor.ndim != 4:
         return False
-    # By its strides, as PyTorch's own test says yes to both layouts for a 1x1 kernel: it is contiguous in either. Here
-    # the stride of its last dimension tells which one it was made in.
+    # PyTorch's own test is true for both layouts of a weight with a 1x1 kernel. Only the stride of the last dimension,
+    # which has a single element, tells in which layout such a weight was made.
     return tensor.stride(1) == 1 and tensor.stride(3) >= tensor.shape[1] > 1
 
 
 def _reference_without_kernel(func: Any, device_type: str) -> Callable[..., Any] | None:
-    """The reference implementation of an op, if it is one of ours that has no kernel on the device; else None."""
+    """The reference implementation of an op, if it is this project's and has no kernel on the device; else None."""
     namespace, _, name = func._schema.name.partition("::")
     op: Op | None = OPS.get(name) if namespace == "ddpo_fast" else None
     if op is None or (device_type == "cuda" and op.implementations["triton"] is not None):
@@ -123,25 +123,26 @@ def _reference_without_kernel(func: Any, device_type: str) -> Callable[..., Any]
 
 @dataclass(frozen=True)
 class Trace:
-    """Live bytes after each op of one computation, as a function of its number of rows R: `fixed + R * per_row`."""
+    """Bytes of the tensors that exist after each op of a computation with R rows: `fixed + R * per_row`, [ops] each."""
 
     fixed: np.ndarray
     per_row: np.ndarray
 
     def peak(self, rows: float) -> int:
-        """The most bytes that are alive after any op, for so many rows."""
+        """The peak for `rows` rows: the largest number of bytes after any op."""
         return int(np.ceil((self.fixed + rows * self.per_row).max()))
 
 
 def trace(compute: Callable[[int], Any], device_type: str) -> Trace:
     """The trace of `compute(R)`, from a run with 2 rows and one with 4.
 
-    Each tensor's size is a constant (a weight's gradient, say) or proportional to R, so the bytes after each op are a
-    line, which two points determine. The peak is not: for few rows it may be where most gradients are alive, and for
-    many rows where most activations are. Hence the lines of all ops are kept, and `Trace.peak` takes their maximum.
+    Each tensor's size is a constant (a weight's gradient, for example) or proportional to R, so the bytes after each op
+    are a linear function of R, which two points determine. The peak is not linear: for few rows the peak may come when
+    most gradients exist, and for many rows when most activations do. So the functions of all ops are kept, and
+    `Trace.peak` takes their maximum.
 
-    Not 1 row: a dimension of size 1 makes a tensor count as contiguous in layouts in which it is not otherwise, and
-    copies that change a layout would be missing.
+    A run with 1 row would not do: PyTorch ignores the stride of a dimension of size 1, so a tensor of one row counts as
+    contiguous in more layouts, and copies that change a layout would be missing.
     """
     two, four = (_after_ops(compute, rows, device_type) for rows in (2, 4))
     assert len(two) == len(four), "the number of ops must not depend on the number of rows"
@@ -157,17 +158,17 @@ def _after_ops(compute: Callable[[int], Any], rows: int, device_type: str) -> np
 
 @contextmanager
 def fused_attention(device_type: str) -> Iterator[None]:
-    """Inside, `scaled_dot_product_attention` runs the ops that the device would choose.
+    """A context in which `scaled_dot_product_attention` runs the ops that PyTorch chooses on the device.
 
-    Those are fused: they never hold the whole matrix of scores. For tensors on `meta` PyTorch would choose its plain
+    These ops are fused and never store the whole matrix of scores. For tensors on `meta` PyTorch would choose its plain
     implementation, whose scores, [heads, H W, H W] for each row, would dominate the count.
 
-    The function itself is replaced, and not by a torch function mode: that would not be active where gradient
-    checkpointing computes a block again in the backward pass.
+    The function itself is replaced. A torch function mode would not be active when gradient checkpointing computes a
+    block again in the backward pass.
     """
 
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        # masks, causality and dropout may choose other kernels; these networks use none of them
+        # With a mask, causality or dropout PyTorch may choose other kernels. These networks use none of the three.
         if args or any(kwargs.get(name) for name in ("is_causal", "dropout_p")) or kwargs.get("attn_mask") is not None:
             return plain(query, key, value, *args, **kwargs)
         return _attend(query, key, value, device_type)
@@ -180,7 +181,7 @@ def fused_attention(device_type: str) -> Iterator[None]:
 def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, device_type: str) -> torch.Tensor:
     aten = torch.ops.aten
     if device_type == "cpu":
-        # our own attention for few scores in half precision, see unet/attention.py
+        # unet/attention.py computes few scores in half precision without SDPA
         if query.dtype in HALF and query.shape[-2] * key.shape[-2] <= FEW_SCORES:
             return attend_to_few(query, key, value)
         return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[0]

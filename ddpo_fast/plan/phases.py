@@ -1,8 +1,8 @@
 """Predicts a run's memory, by part and by phase. GB are 10^9 bytes.
 
 The phases of an epoch are encoding (of prompts), sampling, decoding, training (forward and backward passes) and
-updating (the optimizer's step). Each has parts that are resident, such as weights, and a part that exists only while
-the phase computes: "activations, buffers". The peak of a run is that of its largest phase.
+updating (the optimizer's step). The memory of a phase has resident parts, such as weights, and a part that exists only
+while the phase computes: "activations, buffers". The peak of a run is the memory of its largest phase.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from ddpo_fast.plan.update_bytes import (
     update_bytes,
 )
 
-# Bytes of the workspaces of cuBLAS and cuDNN, inside PyTorch's allocator: assumed, not measured. cuDNN uses less where
-# there is no more.
+# Bytes of the workspaces of cuBLAS and cuDNN, inside PyTorch's allocator: assumed, not measured. cuDNN chooses
+# algorithms with smaller workspaces if memory is short.
 CUDA_WORKSPACES = 300_000_000
-# images that `ddpo-fast train` draws before and after training, all at once
+# images that `ddpo-fast train` samples before and after training, in one batch
 EVALUATED_IMAGES = 8
 
 Bytes = dict[str, int]
@@ -64,7 +64,7 @@ class Plan:
 
     def table(self) -> str:
         """GB by part (a row each) and phase (a column each)."""
-        # from the last phase on, as the last ones have the most parts
+        # the rows are in the order of the last phases' parts, because these phases have the most parts
         names = list(dict.fromkeys(part for parts in reversed(self.phases.values()) for part in parts))
         rows = [["GB", *self.phases]]
         rows += [[name, *(_gb(parts.get(name, 0)) for parts in self.phases.values())] for name in names]
@@ -90,25 +90,27 @@ def predict(
 ) -> Plan:
     """The plan of a run with these settings, in any epoch but the first, which needs less.
 
-    A reward's own networks are not in it.
+    The plan does not include a reward's own networks.
 
     Args:
         footprint: of the model, in the settings' precision.
         num_processes: each with a GPU of its own.
-        evaluated_images: drawn at once beside training, as `ddpo-fast train` does; 0 for a trainer on its own.
+        evaluated_images: the images that `ddpo-fast train` samples in one batch before and after training; 0 for a
+            `DDPOTrainer` without that command.
     """
     temporary = _temporary_bytes(footprint, config, num_processes, evaluated_images)
 
-    # Resident in every phase: the UNet, the fp32 weights, the optimizer's states and the average of weights, as far as
-    # they are not in host memory.
+    # Resident in every phase, unless in host memory: the UNet, the fp32 weights, the optimizer's states and the moving
+    # average of the weights.
     always, host = _weight_bytes(footprint, config, num_processes)
-    # The embeddings of the prompts being sampled, with what is derived from them, keep their place from one rollout to
-    # the next.
+    # The buffers for the sampled prompts' embeddings, and for the keys and values computed from them, are kept from one
+    # rollout to the next.
     sampled_rows = config.rows_per_image * merged_batches(config) * config.sample_batch_size
     always["cached embeddings"] = footprint.cached_bytes(sampled_rows)
     if config.cuda_graphs:
-        # A recorded graph owns the memory that it writes to, for good. What runs without a graph, such as a last
-        # micro-batch of fewer pairs, needs memory of its own: the same bytes count again in these two phases.
+        # A CUDA graph keeps the memory that it writes to as long as the graph exists. Work that runs without a graph,
+        # such as a last micro-batch of fewer pairs, needs other memory, so the same bytes count again in these two
+        # phases.
         always["recorded graphs"] = temporary["sampling"] + temporary["training"]
 
     # The frozen networks are resident too, unless `offload_frozen` brings each to the GPU only while it computes.
@@ -118,13 +120,13 @@ def predict(
         frozen = {}
         host = {**host, "VAE and text encoder": vae + text_encoder}
 
-    # Gradients exist from the first backward pass of an update to its step. Recorded graphs keep them in between too,
-    # and with the optimizer in the backward pass none is left when that ends.
+    # Gradients exist from the first backward pass of an update to its step. CUDA graphs keep them between updates too.
+    # With `optimizer_in_backward`, none is left at the end of the backward pass.
     gradients = {"gradients": gradient_bytes(footprint, config)}
     gradients_between_updates = gradients if config.cuda_graphs else {}
     gradients_at_step = {} if config.optimizer_in_backward else gradients
 
-    # The trajectories that an epoch trains on, and its images, stay until it has been trained on.
+    # An epoch's trajectories and images are kept until the epoch's training has ended.
     images = config.sample_batch_size * config.sample_num_batches_per_epoch
     image_bytes = footprint.itemsize * footprint.pixels
     epoch = {"trajectories, images": _rollout_bytes(footprint, config) + images * image_bytes}
@@ -137,13 +139,13 @@ def predict(
         "training": {**frozen, **gradients, **epoch},
         "updating": {**frozen, **gradients_at_step, **epoch},
     }
-    # what CUDA and its libraries take for themselves
+    # the memory of CUDA and its libraries themselves
     cuda = {"workspaces": CUDA_WORKSPACES, "CUDA context": CUDA_CONTEXT} if footprint.device_type == "cuda" else {}
     phases = {
         name: {**always, **parts, "activations, buffers": temporary[name], **cuda} for name, parts in resident.items()
     }
     if footprint.device_type == "cuda":
-        # Before the first epoch the UNet arrives in fp32 and is cast on the GPU, one tensor after the other.
+        # Before the first epoch the UNet is copied to the GPU in fp32 and cast there, one tensor after the other.
         phases = {"loading": {"UNet": FP32_BYTES * footprint.unet_weights, **frozen, **cuda}, **phases}
     return Plan(phases, host)
 
@@ -166,7 +168,7 @@ def merged_batches(config: DDPOConfig) -> int:
 
 
 def _weight_bytes(footprint: Footprint, config: DDPOConfig, num_processes: int) -> tuple[Bytes, Bytes]:
-    """(on the GPU, in host memory): what is there all the time, apart from the VAE and the text encoder."""
+    """Parts that are resident all the time, on the GPU and in host memory, without the VAE and the text encoder."""
     trained, size = footprint.trained_weights, footprint.itemsize
     # ZeRO splits optimizer states and fp32 weights over processes from stage 1 on, half-precision weights at stage 3
     parts = num_processes if config.zero else 1
@@ -175,12 +177,13 @@ def _weight_bytes(footprint: Footprint, config: DDPOConfig, num_processes: int) 
     # the weights that the UNet computes with
     unet = size * footprint.unet_weights
     if config.zero == 3:
-        # this process's part, and the layers that are gathered at a time: assumed to be two of the largest blocks
+        # this process's part, and the weights that are gathered at the same time, assumed to be two of the largest
+        # blocks
         gathered = 2 * size * footprint.largest_block
         unet = gathered + (0 if config.offload == "all" else unet // num_processes)
 
-    # The weights that the optimizer trains, unless they are the same tensors: in half precision they are always others
-    # (apart from stochastic rounding), and the host has its own in any precision.
+    # The fp32 weights that the optimizer trains, unless they are the UNet's own tensors. They are separate tensors if
+    # the UNet computes in half precision (except with stochastic rounding), and if they are in host memory.
     has_masters = (size < FP32_BYTES and not config.stochastic_rounding) or (offloads and not config.zero)
     masters = FP32_BYTES * trained // parts if has_masters else 0
     states = state_bytes(footprint.trained_sizes, config) // parts
@@ -196,15 +199,15 @@ def _weight_bytes(footprint: Footprint, config: DDPOConfig, num_processes: int) 
         if size_of_part:
             (host if is_on_host else gpu)[name] = size_of_part
 
-    # what an offloaded step needs in host memory beside them
+    # an offloaded step needs more host memory than the weights and states
     if offloads and config.zero:
         # DeepSpeed keeps this process's part of the gradients there, in fp32
         host["gradients"] = FP32_BYTES * trained // parts
     elif offloads:
-        # gradients come down through pinned buffers, and half-precision weights go up
+        # gradients are copied to the host through pinned buffers, and half-precision weights to the GPU
         host["pinned buffers"] = staged_weights(footprint) * (gradient_itemsize(footprint, config) + size)
         if not config.train_use_8bit_adam:
-            # the 8-bit optimizer reads gradients as they are
+            # the 8-bit optimizer reads half-precision gradients without an fp32 copy
             host["fp32 gradients"] = fp32_gradient_bytes(footprint, config)
     if config.zero == 3 and config.offload == "all":
         host["UNet"] = size * footprint.unet_weights // num_processes
@@ -212,7 +215,7 @@ def _weight_bytes(footprint: Footprint, config: DDPOConfig, num_processes: int) 
 
 
 def _rollout_bytes(footprint: Footprint, config: DDPOConfig, batches: int | None = None) -> int:
-    """The trajectories of so many sampling batches (None: of an epoch's)."""
+    """The trajectories of `batches` sampling batches (None: of all batches of an epoch)."""
     channels, height, width = footprint.latent_shape
     tokens, embedding = footprint.embedding_shape
     steps = config.sample_num_steps
@@ -230,12 +233,12 @@ def _rollout_bytes(footprint: Footprint, config: DDPOConfig, batches: int | None
 
 
 def _temporary_bytes(footprint: Footprint, config: DDPOConfig, num_processes: int, evaluated_images: int) -> Bytes:
-    """By phase: the most that the phase holds at a time beside what is resident."""
+    """By phase: the peak of the memory that exists only while the phase computes."""
     batches = merged_batches(config)
     sampled_rows = config.rows_per_image * max(batches * config.sample_batch_size, evaluated_images)
     return {
         "encoding": footprint.encoding,
-        # a denoising step; when the chain has ended, the latents of all its steps are stacked, which copies them
+        # the larger of a denoising step, and the copy that is made when the latents of all steps are stacked at the end
         "sampling": max(footprint.sampling.peak(sampled_rows), _rollout_bytes(footprint, config, batches)),
         "decoding": decode_bytes(footprint, config, max(config.sample_batch_size, evaluated_images)),
         "training": _training_bytes(footprint, config, pairs_per_call(config)),
@@ -244,47 +247,46 @@ def _temporary_bytes(footprint: Footprint, config: DDPOConfig, num_processes: in
 
 
 def decode_bytes(footprint: Footprint, config: DDPOConfig, images: int) -> int:
-    """The decoding of a batch, a few images at a time, into one tensor that is then brought into [0, 1]."""
+    """The memory of decoding a batch, a few images at a time, into one tensor that is then scaled to [0, 1]."""
     at_once = 1 if config.vae_slicing else min(images, footprint.decoded_at_once)
     pixels = footprint.itemsize * footprint.pixels
-    # the last images are being decoded, and the others are there
+    # while the last images are decoded, the others exist already
     decoding = footprint.decoding(config.vae_tiling).peak(at_once) + (images - at_once) * pixels
-    # or all are there three times: as parts that have been joined, clamped, and stacked
+    # at the end all images exist three times: the parts joined, clamped, and stacked
     return max(decoding, 3 * images * pixels)
 
 
 def _training_bytes(footprint: Footprint, config: DDPOConfig, pairs: int) -> int:
-    """A micro-batch of so many pairs, and the data that it is picked from."""
+    """The memory of a micro-batch of `pairs` pairs, and of the copies of its data."""
     channels, height, width = footprint.latent_shape
     tokens, embedding = footprint.embedding_shape
     latents = FP32_BYTES * channels * height * width
     text = tokens * embedding * footprint.itemsize
-    # Two of each everywhere: the latents before and after a step, and the embeddings of the prompt and of the negative
-    # prompt. The update's images are copied out of the epoch's trajectories, and the micro-batch's pairs out of those.
+    # The factor 2: latents before and after a step, and embeddings of the prompt and of the negative prompt. The data
+    # of an update's images is copied from the epoch's trajectories, and the data of a micro-batch's pairs from that
+    # copy.
     images = config.train_batch_size * config.train_gradient_accumulation_steps
     batches = images * 2 * (config.sample_num_steps * latents + text)
     picked = pairs * 2 * (latents + text)
-    # with the optimizer in the backward pass, at worst the largest weight is updated while activations peak
+    # with `optimizer_in_backward` the largest weight may be updated at the peak of the activations, the worst case
     step = step_bytes(footprint, config) if config.optimizer_in_backward else 0
     rows = pairs * config.rows_per_pair
     return _micro_batch_bytes(footprint, config, rows, pairs >= config.pairs_per_update) + step + batches + picked
 
 
 def _micro_batch_bytes(footprint: Footprint, config: DDPOConfig, rows: int, is_whole_update: bool) -> int:
-    """The activations of a micro-batch of R rows, and all else of its forward and backward pass.
-
-    The update's gradients, which `predict` counts as resident, are not in it.
-    """
-    # Gradients exist before a micro-batch if an earlier one of the update has made them, or if recorded graphs keep
-    # them: then each new one is a temporary tensor that is added to its total. With the optimizer in the backward pass,
-    # with ZeRO and with offloading that is taken as an upper bound.
+    """The peak of a micro-batch's two passes, without the gradients that `predict` counts as resident."""
+    # Gradients exist before a micro-batch if an earlier micro-batch of the update has made them, or if CUDA graphs keep
+    # them. Each new gradient is then a temporary tensor that is added to its total. With `optimizer_in_backward`, ZeRO
+    # and offload the same count is used as an upper bound.
     exist_before = not is_whole_update or (
         config.cuda_graphs or config.optimizer_in_backward or config.zero or config.offload != "none"
     )
     if exist_before:
         return footprint.training(config.gradient_checkpointing).peak(rows)
-    # A micro-batch that is all of its update makes the gradients itself, one by one while activations are freed: at the
-    # peak there are only some of them. `predict` counts all as resident, so that many bytes are subtracted here.
+    # If a micro-batch is the whole update, its backward pass creates the gradients one by one while it frees
+    # activations, so that at the peak only some gradients exist. `predict` counts all gradients as resident; they are
+    # subtracted here.
     dtype = torch.float32 if config.train_gradient_dtype == "fp32" else footprint.dtype
     peak = footprint.training(config.gradient_checkpointing, dtype).peak(rows)
     return max(0, peak - gradient_bytes(footprint, config))
