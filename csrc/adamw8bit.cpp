@@ -48,8 +48,8 @@ Quantizer quantizer_of(const Tensor& decades, int64_t moment) {
   return Quantizer(d);
 }
 
-// Converts a tensor's elements from and to fp32. It is chosen once for each tensor, because asking a tensor for its
-// dtype takes as long as updating a block.
+// Converts a tensor's elements from and to fp32. The functions are chosen once for each tensor, because asking a tensor
+// for its dtype takes about as long as updating a block.
 struct Converter {
   char* data = nullptr;
   int64_t size = 0;

@@ -1,9 +1,9 @@
 // An AdamW step with 8-bit moments for one block: 256 weights and, for each moment, 256 codes and one scale.
 //
-// `ddpo_fast/ops/adamw8bit.py` says what is computed and makes the tables. A code stands for a value of a map times the
-// block's scale. The maps consist of decades that are divided into equal parts, so the nearest value's code is found by
-// arithmetic. With AVX-512 VBMI the tables are kept in vector registers; elsewhere the same computation is written as
-// loops that compilers vectorise.
+// `ddpo_fast/ops/adamw8bit.py` defines the computation and makes the tables. A code stands for a value of a map times
+// the block's scale. A map consists of decades that are divided into equal parts, so the code of the nearest value is
+// found by arithmetic. With AVX-512 VBMI the tables are kept in vector registers. Without it, the same computation
+// consists of loops that compilers vectorise.
 #pragma once
 
 #include "convert.h"
@@ -21,22 +21,23 @@
 namespace ddpo_fast {
 
 constexpr int64_t BLOCK = 256;
-// Weights that are updated before their moments are quantized. The processor overlaps the divisions and square roots of
-// one part with the shuffles of another, which use other execution units.
+// The number of weights that are updated before their moments are quantized. With small parts the processor overlaps
+// the divisions and square roots of one part with the shuffles of another, which use other execution units.
 constexpr int64_t PART = 64;
 constexpr int64_t DECADES = 8;
 
-// For each decade, the size |value| / scale at which it begins, and the line min(slope * size + offset, last), whose
-// integer part counts codes from that of zero.
+// For each decade, the size |value| / scale at which the decade begins, and the line min(slope * size + offset, last),
+// whose integer part is the distance of the code from the code of zero.
 struct Decades {
   float threshold[DECADES], slope[DECADES], offset[DECADES], last[DECADES];
 };
 
-// The bits of the largest and of the lowest value of a block, found by integer comparisons, which unlike comparisons of
-// floats do not lose a NaN. As signed integers, the bits of floats from zero up are ordered as the floats are, and all
-// bits of negative floats are smaller: the maximum is that of the largest value. As unsigned integers, negative floats
-// come after the positive ones, the lowest one last, and NaN with its sign set after that: the maximum is that of the
-// lowest value, or of the largest one if none is negative.
+// The bits of the largest and of the lowest value of a block. They are found by integer comparisons, which do not lose
+// a NaN as comparisons of floats do. `most` is the maximum as signed integers: the bits of floats from zero up are
+// ordered as the floats are, and the bits of negative floats are smaller, so the maximum belongs to the largest value.
+// `least` is the maximum as unsigned integers: there negative floats come after the positive ones, the lowest one last,
+// and a NaN with its sign set after that. So the maximum belongs to the lowest value, or to the largest value if none
+// is negative.
 struct Extremes {
   int32_t most = 0;
   uint32_t least = 0;
@@ -47,12 +48,12 @@ struct Extremes {
 inline __m512 as_floats(__m512i bits) { return _mm512_castsi512_ps(bits); }
 inline __m512i as_bits(__m512 floats) { return _mm512_castps_si512(floats); }
 
-// AVX-512's unpack and pack instructions work within each quarter of a register. This permutation of dwords, before an
-// unpack or after a pack, brings the elements into order.
+// AVX-512's unpack and pack instructions work separately in each quarter (128 bits) of a register. This permutation of
+// dwords, before two unpacks or after two packs, brings the elements into order.
 inline __m512i dealt() { return _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15); }
 
-// The map as four tables of bytes, one for each byte of a float. A shuffle looks 64 codes up in a table of 128 bytes at
-// once; gathering floats takes several times as long.
+// The map as four tables of bytes, one for each byte of a float. One shuffle looks up 64 codes in a table of 128 bytes,
+// and two shuffles cover the 256 codes; gathering floats would take several times as long.
 struct Map {
   __m512i bytes[4][4];
 
@@ -83,7 +84,8 @@ inline void look_up(const Map& map, const uint8_t* codes, __m512 values[4]) {
   values[3] = as_floats(_mm512_unpackhi_epi16(high1, high2));
 }
 
-// The moment after this gradient, map[code] * scale + (SIGNED ? rest * grad : (rest * grad)^2); beta is in the scale.
+// The updated moment, map[code] * scale + (SIGNED ? rest * grad : (rest * grad)^2). The caller has multiplied the scale
+// by beta. Returns the extremes of the block's values.
 template <bool SIGNED>
 inline Extremes next_moment(
     const Map& map, const uint8_t* codes, float scale, const float* grad, float rest, float* values) {
@@ -104,9 +106,9 @@ inline Extremes next_moment(
   return {_mm512_reduce_max_epi32(most), _mm512_reduce_max_epu32(least)};
 }
 
-// The decades' lines in tables of 32 entries, looked up by the lowest five bits of a size's exponent. Each binade
-// (range of one exponent) holds at most one decade's threshold. Adding `ahead` to a size's bits carries the sizes from
-// that threshold on into the next exponent, so that all sizes of a decade find the same line.
+// The decades' lines in tables of 32 entries, looked up by the lowest five bits of a size's exponent. The sizes with
+// one exponent contain at most one decade's threshold. Adding `ahead` to a size's bits moves the sizes from that
+// threshold on to the next exponent, so that all sizes of a decade find the same line.
 struct Quantizer {
   __m512i ahead[2];
   __m512 slope[2], offset[2], last[2];
@@ -135,11 +137,11 @@ struct Quantizer {
   }
 };
 
-// For 16 values between -1 and 1, the distance of their codes from that of zero, with the value's sign.
+// For 16 values between -1 and 1, the distance of their codes from the code of zero, with the value's sign.
 template <bool SIGNED>
 inline __m512i steps_from_zero(const Quantizer& q, __m512 x) {
   const __m512 size = SIGNED ? _mm512_abs_ps(x) : x;
-  // five bits of the exponent tell the sizes from 2^-31 up apart, and smaller sizes round to zero
+  // five bits of the exponent distinguish the sizes from 2^-31 up; smaller sizes use the line for 2^-31
   const __m512i bits = as_bits(_mm512_max_ps(size, _mm512_set1_ps(0x1p-31f)));
   const __m512i ahead = _mm512_permutex2var_epi32(q.ahead[0], _mm512_srli_epi32(bits, 23), q.ahead[1]);
   const __m512i at = _mm512_srli_epi32(_mm512_add_epi32(bits, ahead), 23);
@@ -183,7 +185,7 @@ template <bool SIGNED>
 inline Extremes next_moment(
     const Map& map, const uint8_t* codes, float scale, const float* grad, float rest, float* values) {
   Extremes found;
-  // a loop of its own: compilers do not vectorise a table look-up well, and it would slow down the loop below
+  // a separate loop, because compilers do not vectorise a table look-up well, and it would slow down the loop below
   for (int64_t i = 0; i < BLOCK; ++i) values[i] = map.values[codes[i]];
   for (int64_t i = 0; i < BLOCK; ++i) {
     const float scaled = grad[i] * rest;
@@ -197,8 +199,8 @@ inline Extremes next_moment(
 
 template <bool SIGNED>
 inline void quantize_part(const Quantizer& quantizer, const float* values, float inverse, uint8_t* codes) {
-  // A local copy. uint8_t may alias anything, so the compiler would have to assume that writing a code changes the
-  // quantizer, and load it again for each value.
+  // A local copy, because a pointer to uint8_t may alias anything: the compiler would have to assume that writing a
+  // code changes the quantizer, and load it again for each value.
   const Decades d = quantizer.decades;
   for (int64_t i = 0; i < PART; ++i) {
     const float x = values[i] * inverse;
@@ -226,7 +228,8 @@ struct AdamStep {
   Quantizer quantizer1, quantizer2;
 };
 
-// Returns one over a scale. A subnormal scale, whose inverse could be infinite, is set to zero, and so are its values.
+// Returns one over a scale. A subnormal scale, whose inverse could be infinite, is set to zero, and the result is zero
+// too, so that all values of the block get a code near zero.
 inline float inverse_of(float& scale) {
   if (scale < FLT_MIN) scale = 0;
   return scale == 0 ? 0 : 1 / scale;

@@ -1,6 +1,7 @@
 // Checks and descriptions of tensors that all ops share. B images, D elements of an image, K rows of the table.
 //
-// Only torch's stable ABI is used (torch/csrc/stable and torch/headeronly): one library serves torch 2.11 and later.
+// The code uses only torch's stable ABI (torch/csrc/stable and torch/headeronly), so one library works with torch 2.11
+// and later versions.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -46,9 +47,9 @@ inline void check_shape(const char* name, const Tensor& tensor, std::initializer
     STD_TORCH_CHECK((tensor).numel() == (like).numel(), #tensor " must be as large as latents"); \
   } while (false)
 
-// How the rows of the UNet's output lie in memory: contiguous or channels_last. Latents are always contiguous; ops
-// count the elements of both in NCHW order. With guidance there are two rows for each image: first the unconditional
-// outputs of all images, then those for their texts.
+// The memory layout of the UNet's output: contiguous or channels_last. Latents are always contiguous; ops number the
+// elements of both in NCHW order. With guidance there are two rows for each image: first the unconditional outputs of
+// all images, then the outputs for their prompts.
 struct Rows {
   int64_t images;
   int64_t elements;
@@ -99,7 +100,7 @@ inline void check_step(const Tensor& latents, const Tensor& table, const Tensor&
   if (timesteps.dim() > 0) CHECK_SHAPE(timesteps, latents.size(0));
 }
 
-// Calls f with a value of the C++ type of the tensor's elements, which f takes the type from.
+// Calls f with a zero of the C++ type of the tensor's elements. f uses only the type of its argument.
 template <typename F>
 void for_dtype(const Tensor& tensor, const F& f) {
   switch (tensor.scalar_type()) {

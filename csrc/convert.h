@@ -36,8 +36,8 @@ inline void from_float(const float* values, int64_t n, BFloat16* out) {
   for (int64_t i = 0; i < n; ++i) {
     uint32_t bits;
     std::memcpy(&bits, values + i, sizeof bits);
-    // adds just under half of the last kept bit, and exactly half where that bit is 1: ties go to even. NaN is set
-    // apart, because the addition could carry into its sign or make it infinite.
+    // Adding just under half of the last kept bit, or exactly half where that bit is 1, rounds to nearest with ties to
+    // even. NaN is handled separately, because the addition could carry into its sign or turn it into infinity.
     const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     out[i].x = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
   }

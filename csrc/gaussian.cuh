@@ -1,8 +1,9 @@
 // The Gaussian denoising step on the GPU, defined in `ddpo_fast/ops/gaussian.py`. A block computes a whole image.
 //
-// Sampling and training must compute the same log-prob in every bit, so that ratios are exactly 1 while the policy has
-// not changed. Both call these functions, with the same number of threads and the same order of the sum. The compiler
-// may not fuse products and sums by itself (--fmad=false); where it pays, `__fmaf_rn` is called.
+// Sampling and training must compute the same log-prob in every bit for the same UNet output, so that ratios are
+// exactly 1 while the policy has not changed. Both call these functions, with the same number of threads and the same
+// order of sums. The compiler may not fuse products and sums by itself (--fmad=false); the code calls `__fmaf_rn`
+// explicitly.
 #pragma once
 
 #include "common.h"
@@ -65,7 +66,7 @@ struct alignas(4 * sizeof(T)) Four {
   T values[4];
 };
 
-// Calls f(index of the first element) for each four consecutive elements that this thread computes.
+// Calls f(d) for each group of four consecutive elements that this thread computes; d is the first of the four.
 template <typename F>
 __device__ void for_fours(int64_t elements, const F& f) {
   for (int64_t d = 4 * threadIdx.x; d < elements; d += 4 * THREADS) f(d);
@@ -76,8 +77,8 @@ __device__ inline int64_t place(const Layout& layout, int64_t d) {
   return layout.channels_last ? (d % layout.pixels) * layout.channels + d / layout.pixels : d;
 }
 
-// Loads four consecutive elements of a row into fp32, zeros beyond its end. In one instruction where they are adjacent
-// and every row is aligned, which a row length divisible by four ensures.
+// Loads four consecutive elements of a row into fp32, zeros beyond the row's end. This is one instruction if the
+// elements are adjacent in memory and every row is aligned, which a row length divisible by four ensures.
 template <typename T>
 __device__ void load_four(const T* row, const Layout& layout, bool strided, int64_t d, float out[4]) {
   if (!strided && layout.elements % 4 == 0) {
@@ -91,7 +92,7 @@ __device__ void load_four(const T* row, const Layout& layout, bool strided, int6
     out[j] = d + j < layout.elements ? to_float(row[strided ? place(layout, d + j) : d + j]) : 0.0f;
 }
 
-// Stores what `load_four` would load.
+// Stores four elements to the place that `load_four` loads them from.
 template <typename T>
 __device__ void store_four(const float values[4], const Layout& layout, bool strided, int64_t d, T* row) {
   if (!strided && layout.elements % 4 == 0) {
@@ -106,7 +107,8 @@ __device__ void store_four(const float values[4], const Layout& layout, bool str
     if (d + j < layout.elements) from_float(values[j], row + (strided ? place(layout, d + j) : d + j));
 }
 
-// Loads four elements of the model's output for an image; with guidance, u + s (t - u) of its two rows.
+// Loads four elements of the model's output for an image. With guidance they are u + s (t - u), with the unconditional
+// row u, the row t for the prompt, and the guidance scale s.
 template <typename T>
 __device__ void load_guided(const T* output, const Layout& layout, int64_t image, int64_t d, float out[4]) {
   load_four(output + image * layout.elements, layout, layout.channels_last, d, out);
@@ -117,7 +119,7 @@ __device__ void load_guided(const T* output, const Layout& layout, int64_t image
   for (int j = 0; j < 4; ++j) out[j] = __fmaf_rn(layout.guidance, text[j] - out[j], out[j]);
 }
 
-// Stores the gradient for the model's output, given that for the guided output.
+// Stores the gradient of the model's output; `grad` is the gradient of the guided output.
 template <typename T>
 __device__ void store_guided(const float grad[4], const Layout& layout, int64_t image, int64_t d, T* output) {
   T* row = output + image * layout.elements;
@@ -149,12 +151,12 @@ __device__ inline void mean_four(const Coefficients& c, const float latents[4], 
   for (int j = 0; j < 4; ++j) mean[j] = __fmaf_rn(c.c_m, mean[j], c.c_x * latents[j]);
 }
 
-// The sum over the block's threads, returned to each of them. The order is fixed, so it is the same in every launch: a
-// butterfly within each warp, then every thread adds the sums of all warps in order.
+// The sum over the block's threads, returned to each of them. The order is the same in every launch: a butterfly
+// reduction within each warp, then every thread adds the sums of all warps in order.
 __device__ inline float block_sum(float value) {
   __shared__ float warps[THREADS / 32];
   for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
-  // threads may still be reading the sums of an earlier call
+  // wait for threads that may still read the warps' sums of an earlier call
   __syncthreads();
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
   __syncthreads();
@@ -167,7 +169,7 @@ __device__ inline float log_density(float sum_of_squares, int64_t elements, floa
   return -(sum_of_squares / static_cast<float>(elements)) / (2.0f * sigma * sigma) - logf(sigma) - LOG_SQRT_2PI;
 }
 
-// Calls f with a null pointer to the CUDA type of the tensor's elements, which f takes the type from.
+// Calls f with a null pointer to the CUDA type of the tensor's elements. f uses only the type of its argument.
 template <typename F>
 void for_cuda_type(const Tensor& tensor, const F& f) {
   switch (tensor.scalar_type()) {

@@ -1,8 +1,9 @@
 // The Gaussian denoising step on the CPU, defined in `ddpo_fast/ops/gaussian.py`, one tile of an image at a time.
 //
-// Sampling and training must compute the same log-prob in every bit, so that ratios are exactly 1 while the policy has
-// not changed. Both call these functions, which add up in one order, whatever the number of threads. The compiler may
-// not fuse products and sums by itself (-ffp-contract=off); where it pays, `__builtin_fmaf` is called.
+// Sampling and training must compute the same log-prob in every bit for the same UNet output, so that ratios are
+// exactly 1 while the policy has not changed. Both call these functions, which add up in the same order for any number
+// of threads. The compiler may not fuse products and sums by itself (-ffp-contract=off); the code calls
+// `__builtin_fmaf` explicitly.
 #pragma once
 
 #include "convert.h"
@@ -40,7 +41,7 @@ void load_tile(const T* data, const Rows& rows, int64_t row, int64_t start, int6
   });
 }
 
-// Writes a tile where `load_tile` would read it.
+// Writes a tile to the place that `load_tile` reads it from.
 template <typename T>
 void store_tile(const float* tile, const Rows& rows, int64_t row, int64_t start, int64_t n, T* data) {
   data += row * rows.elements;
@@ -50,7 +51,8 @@ void store_tile(const float* tile, const Rows& rows, int64_t row, int64_t start,
   });
 }
 
-// Reads the model's output for a tile of an image; with guidance, u + s (t - u) of its two rows.
+// Reads the model's output for a tile of an image. With guidance it is u + s (t - u), with the unconditional row u, the
+// row t for the prompt, and the guidance scale s.
 template <typename T>
 void load_guided(
     const T* output, const Rows& rows, int64_t image, int64_t start, int64_t n, float guidance, float* out) {
@@ -61,7 +63,8 @@ void load_guided(
   for (int64_t i = 0; i < n; ++i) out[i] = __builtin_fmaf(guidance, text[i] - out[i], out[i]);
 }
 
-// On the CPU an index out of range would read foreign memory. On a GPU the timesteps cannot be checked without a wait.
+// A timestep that is no row of the table would make the op read beyond the table. Only the CPU's ops check this: on a
+// GPU the host would have to wait for the values.
 inline void check_timesteps(const Tensor& timesteps, const Tensor& table) {
   for (int64_t i = 0; i < timesteps.numel(); ++i) {
     const int64_t row = timesteps.const_data_ptr<int64_t>()[i];
@@ -69,7 +72,7 @@ inline void check_timesteps(const Tensor& timesteps, const Tensor& table) {
   }
 }
 
-// Stores the gradient for the model's output, given that for the guided output in `tile`, which is overwritten.
+// Stores the gradient of the model's output. `tile` holds the gradient of the guided output, and is overwritten.
 template <typename T>
 void store_guided(float* tile, const Rows& rows, int64_t image, int64_t start, int64_t n, float guidance, T* data) {
   if (!rows.guided) return store_tile(tile, rows, image, start, n, data);
@@ -99,8 +102,8 @@ inline void mean_tile(const Coefficients& c, const float* latents, int64_t n, fl
   for (int64_t i = 0; i < n; ++i) mean[i] = __builtin_fmaf(c.c_m, mean[i], c.c_x * latents[i]);
 }
 
-// The sum of a tile's squares in a fixed order: 32 partial sums in fp32, which the compiler keeps in vector registers
-// whatever their width, then their sum in fp64. Tiles are added in fp64, too.
+// The sum of a tile's squares in a fixed order: 32 partial sums in fp32, which fit into vector registers of any width,
+// then their sum in fp64. The sums of tiles are added in fp64, too.
 inline double sum_of_squares(const float* values, int64_t n) {
   constexpr int64_t LANES = 32;
   float lanes[LANES] = {};
@@ -124,7 +127,8 @@ void for_tiles(const Rows& rows, const F& f) {
   for (int64_t start = 0; start < rows.elements; start += TILE) f(start, std::min(TILE, rows.elements - start));
 }
 
-// Calls f(image) for all images, in parallel. A thread computes whole images, so sums do not depend on their number.
+// Calls f(image) for all images, in parallel. Each image is computed by one thread, so that sums over an image do not
+// depend on the number of threads.
 template <typename F>
 void for_images(const Rows& rows, const F& f) {
   torch::stable::parallel_for(0, rows.images, 1, [&](int64_t begin, int64_t end) {

@@ -6,7 +6,7 @@
 namespace ddpo_fast {
 namespace {
 
-// What a pair contributes to the loss and the metrics.
+// A pair's terms of the loss and of the metrics.
 struct Terms {
   float loss;
   float change;
@@ -16,7 +16,8 @@ struct Terms {
   float slope;
 };
 
-// Not std::min and std::max, which drop a NaN on one side: a NaN advantage or ratio must reach the loss.
+// Written out, because std::min and std::max drop a NaN in one of their arguments. A NaN advantage or ratio must reach
+// the loss.
 float clamp(float value, float low, float high) { return value < low ? low : (value > high ? high : value); }
 
 Terms settle_pair(float log_prob, float old_log_prob, float advantage, float reference_kl, const Bounds& bounds) {
@@ -30,7 +31,8 @@ Terms settle_pair(float log_prob, float old_log_prob, float advantage, float ref
   return {term + bounds.reference_weight * reference_kl, change, std::abs(ratio - 1), reference_kl, beyond ? 0 : plain};
 }
 
-// In fp64 and one after the other, so that the means do not depend on the number of threads.
+// Means over the pairs, added up in fp64 and in the order of the pairs, so that they do not depend on the number of
+// threads.
 void average(const std::vector<Terms>& pairs, const Bounds& bounds, float* loss, float* metrics) {
   double sums[4] = {};
   float largest = 0;
@@ -39,7 +41,7 @@ void average(const std::vector<Terms>& pairs, const Bounds& bounds, float* loss,
     sums[1] += 0.5 * pair.change * pair.change;
     sums[2] += pair.moved > bounds.clip_range;
     sums[3] += pair.reference_kl;
-    // written so that a NaN replaces the largest value and then stays
+    // every comparison with NaN is false, so this condition lets a NaN replace the largest value, and then stay
     if (!(pair.moved <= largest) && !std::isnan(largest)) largest = pair.moved;
   }
   const double count = pairs.size();
@@ -84,8 +86,8 @@ void ppo_loss(
     const T* output = static_cast<const T*>(model_output.const_data_ptr());
     const T* reference = reference_output ? static_cast<const T*>(reference_output->const_data_ptr()) : nullptr;
     T* gradient = static_cast<T*>(grad.mutable_data_ptr());
-    // A thread computes whole pairs. The differences of the first pass are still in its cache when the second pass
-    // turns them into the gradient.
+    // Each pair is computed by one thread, so that the differences of the first pass are still in this core's cache
+    // when the second pass turns them into the gradient.
     torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
       std::vector<float> difference(rows.elements), apart(reference ? rows.elements : 0);
       for (int64_t pair = begin; pair < end; ++pair) {
@@ -112,7 +114,8 @@ void ppo_loss(
         pairs[pair] = settle_pair(
             log_prob, old_log_probs.const_data_ptr<float>()[pair], advantages.const_data_ptr<float>()[pair],
             static_cast<float>(apart_sum / rows.elements / (2 * variance)), bounds);
-        // the factor that both terms share: d mean / d guided = c_m, 1 / sigma^2, and the means over D and over pairs
+        // both terms of the gradient have this factor: d mean / d guided = c_m, 1 / sigma^2, and the means over D and
+        // pairs
         const double share = scale * c.c_m / variance / latents.numel();
         const float slope = static_cast<float>(share * pairs[pair].slope);
         const float reference_slope = static_cast<float>(share * bounds.reference_weight);

@@ -15,7 +15,7 @@ struct Pairs {
   const float* grad_scale;
 };
 
-// `scratch` holds the terms to be averaged, [5, pairs], followed by the ticket.
+// `scratch` holds the terms to be averaged, [5, pairs], followed by the ticket, a counter of finished blocks.
 struct Results {
   float* loss;
   float* metrics;
@@ -24,7 +24,7 @@ struct Results {
   unsigned int* ticket;
 };
 
-// Not fminf and fmaxf, which drop a NaN: a NaN advantage or ratio must reach the loss.
+// Written out, because fminf and fmaxf drop a NaN. A NaN advantage or ratio must reach the loss.
 __device__ float clamp(float value, float low, float high) { return value < low ? low : (value > high ? high : value); }
 
 // Stores a pair's log-prob and its terms of the averages (in one thread); returns d term / d log_prob in every thread.
@@ -49,16 +49,16 @@ __device__ float settle_pair(
   return beyond ? 0.0f : plain;
 }
 
-// The sum of `count` values in a fixed order. Volatile: other blocks wrote them during the launch, and a read must not
-// be served from this multiprocessor's first-level cache.
+// The sum of `count` values in a fixed order. They are volatile because other blocks wrote them during the launch, so
+// the reads must not come from this multiprocessor's first-level cache.
 __device__ float column_sum(const volatile float* column, int64_t count) {
   float sum = 0;
   for (int64_t i = threadIdx.x; i < count; i += THREADS) sum += column[i];
   return block_sum(sum);
 }
 
-// Stores the means over the pairs, added in a fixed order, and the largest |ratio - 1|. Atomic additions from every
-// block would be simpler, but their order, and so the loss, would differ between launches.
+// Stores the means over the pairs, added in a fixed order, and the largest |ratio - 1|. Atomic additions by every block
+// would be simpler, but their order, and so the last bits of the loss, would differ between launches.
 __device__ void average(const Results& results) {
   const int64_t count = gridDim.x;
   __shared__ float largest[THREADS];
@@ -73,15 +73,16 @@ __device__ void average(const Results& results) {
   *results.loss = sums[0] / count;
   results.metrics[0] = sums[1] / count;
   results.metrics[1] = sums[2] / count;
-  // fmaxf ignores NaN; the sum shows whether there is one
+  // fmaxf ignores a NaN, but the sum is NaN if any term is
   results.metrics[2] = isnan(sums[3]) ? sums[3] : mine;
   results.metrics[3] = sums[4] / count;
 }
 
 // Whether this block is the last of the launch to arrive here. Blocks run in no particular order and cannot wait for
-// each other, so each draws a ticket when it has stored its terms, and the one with the last ticket knows that all are
-// stored. The fence before the ticket makes a block's stores visible to others before its ticket is; the fence after it
-// keeps later reads from moving ahead of it. This is the pattern of CUDA's threadFenceReduction sample.
+// each other. So each block increments a counter after it has stored its terms, and the block that increments it last
+// knows that all terms are stored. The fence before the increment makes the block's stores visible to other blocks
+// first; the fence after it keeps later reads from moving ahead of the increment. CUDA's threadFenceReduction sample
+// does this.
 __device__ bool is_last(unsigned int* ticket) {
   __shared__ bool last;
   if (threadIdx.x == 0) {
@@ -123,12 +124,12 @@ __global__ void __launch_bounds__(THREADS) ppo_loss_fwd_kernel(
   const float elements = static_cast<float>(layout.elements);
   const float log_prob = log_density(block_sum(squares), layout.elements, c.sigma);
   const float reference_kl = reference ? block_sum(apart_squares) / elements / (2.0f * c.sigma * c.sigma) : 0.0f;
-  // the factor that both terms share: d mean / d guided = c_m, 1 / sigma^2, and the means over D and over the pairs
+  // both terms of the gradient have this factor: d mean / d guided = c_m, 1 / sigma^2, and the means over D and pairs
   float share = c.c_m / (c.sigma * c.sigma) / (elements * static_cast<float>(gridDim.x));
   if (pairs.grad_scale) share *= *pairs.grad_scale;
   const float slope = share * settle_pair(log_prob, reference_kl, pairs, bounds, results);
   const float reference_slope = share * bounds.reference_weight;
-  // the same loads again: the rows are still in the caches, and registers do not hold a whole image
+  // The second pass loads everything again, because a whole image does not fit in registers. The data is still cached.
   for_fours(layout.elements, [&](int64_t d) {
     float guided[4], mean[4], x[4], following[4], other[4], grads[4];
     load_guided(output, layout, pair, d, guided);

@@ -1,4 +1,5 @@
-// What the CPU's and the GPU's clipped loss share. `ddpo_fast/ops/ppo_loss.py` derives the loss and its gradient.
+// The bounds and checks that the CPU's and the GPU's clipped loss share. `ddpo_fast/ops/ppo_loss.py` derives the loss
+// and its gradient.
 #pragma once
 
 #include "common.h"

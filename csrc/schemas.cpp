@@ -1,5 +1,6 @@
-// The schemas of the compiled ops. Each op fills tensors that its caller allocated; the module of the same name in
-// `ddpo_fast/ops/` says what the arguments mean. Only the CPU's library contains this file.
+// The schemas of the compiled ops. Each op fills tensors that its caller allocated. The module of the same name in
+// `ddpo_fast/ops/` describes the arguments. Only the CPU's library contains this file; the CUDA library adds
+// implementations to the same schemas.
 #include "common.h"
 
 STABLE_TORCH_LIBRARY(ddpo_fast_csrc, m) {

@@ -36,7 +36,7 @@ void step_logprob(
         for (int64_t i = 0; i < n; ++i) {
           const float following = __builtin_fmaf(c.sigma, z[at + i], mean[i]);
           stored[at + i] = following;
-          // the log-prob of what is stored: the rounded sum minus the mean, which is not exactly sigma * noise
+          // The log-prob is that of the stored latents. `following` is rounded, so this is not exactly sigma * noise.
           mean[i] = following - mean[i];
         }
         store_tile(stored + at, rows, image, start, n, input);
@@ -88,7 +88,8 @@ void step_logprob_backward(
         if (rows.guided) load_tile(grad_input, rows, image + rows.images, start, n, text);
         for (int64_t i = 0; i < n; ++i) {
           const float difference = following[at + i] - mean[i];
-          // the mean acts on the log-prob, the next latents, and the UNet's input, which holds them twice if guided
+          // the mean affects the log-prob, the next latents, and their one or (guided) two copies in the UNet's next
+          // input
           const float grad_mean = __builtin_fmaf(slope, difference, grad_following[at + i]) + (uncond[i] + text[i]);
           grad_x[at + i] = c.c_x * grad_mean;
           uncond[i] = c.c_m * grad_mean;

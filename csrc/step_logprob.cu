@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(THREADS) step_logprob_fwd_kernel(
       store_four(following, layout, layout.channels_last, d, next_input + row + layout.images * layout.elements);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      // the log-prob of what is stored: the rounded sum minus the mean, which is not exactly sigma * noise
+      // The log-prob is that of the stored latents. `following` is rounded, so this is not exactly sigma * noise.
       const float difference = following[j] - mean[j];
       squares = __fmaf_rn(difference, difference, squares);
     }
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(THREADS) step_logprob_bwd_kernel(
     mean_four(c, x, mean);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      // the mean acts on the log-prob, the next latents, and the UNet's next input, which holds them twice if guided
+      // the mean affects the log-prob, the next latents, and their one or (guided) two copies in the UNet's next input
       const float grad_mean = __fmaf_rn(slope, following[j] - mean[j], grad[j]) + (uncond[j] + text[j]);
       grad[j] = c.c_x * grad_mean;
       uncond[j] = c.c_m * grad_mean;

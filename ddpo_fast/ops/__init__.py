@@ -1,7 +1,7 @@
-"""The ops and the choice of their backend. Nothing else imports a kernel.
+"""The ops and the choice of their backend. No other package imports kernels.
 
 Each op is defined in plain PyTorch (the backend `reference`) and may have a Triton kernel (`triton`) and a C++ or CUDA
-one (`csrc`). Which one runs, and why the others do not, is decided in `backend.py`; `ddpo-fast info` prints it.
+kernel (`csrc`). `backend.py` decides which of them runs; `ddpo-fast info` prints the decision and its reasons.
 """
 
 from ddpo_fast.ops.adamw8bit import adamw8bit_, dequantise, quantise, quantization_map

@@ -43,14 +43,14 @@ def adamw8bit_(
 ) -> None:
     """`p <- (1 - lr wd) p - lr (m / (1 - beta1^step)) / (sqrt(v / (1 - beta2^step)) + eps)`; p is copied to `out`.
 
-    Here `g = grad_scale grad`, `m <- beta1 m + (1 - beta1) g` and `v <- beta2 v + (1 - beta2) g^2`. The update uses the
-    moments before they are rounded to 8 bits, as bitsandbytes' does.
+    p is `master`, `g = grad_scale grad`, `m <- beta1 m + (1 - beta1) g` and `v <- beta2 v + (1 - beta2) g^2`. The
+    update uses the moments before they are rounded to 8 bits, as bitsandbytes does.
 
     Args:
         master: [N] fp32, contiguous; updated in place. It may be a slice of a larger buffer. Blocks are counted from
             the slice's beginning, so a buffer may be updated in slices if these begin at multiples of 256.
-        codes1, codes2: [N] uint8, the codes of the first and the second moment; updated in place. Start with zeros.
-        absmax1, absmax2: [ceil(N / 256)] fp32, the blocks' scales; updated in place. Start with zeros.
+        codes1, codes2: [N] uint8, the codes of the first and the second moment; updated in place. Zeros at the start.
+        absmax1, absmax2: [ceil(N / 256)] fp32, the blocks' scales; updated in place. Zeros at the start.
         grad: [N] fp32, fp16 or bf16. Must be finite: NaN or infinity makes the whole block NaN from the next step on.
         out: [N] fp16, bf16 or fp32; receives the new weights, rounded to nearest even.
         step: the number of this update, 1 for the first.
@@ -59,17 +59,19 @@ def adamw8bit_(
     The result does not depend on the number of threads (`torch.get_num_threads()`).
 
     Three details differ from bitsandbytes. The scale of the first moment is chosen such that both the largest and the
-    lowest value of a block have a code: the signed map ends at 1 and at -0.993, so a scale by the largest absolute
-    value loses 0.7 % of a negative extreme with every step. A second moment is never rounded to zero, because a zero
-    beside a first moment that is not zero makes an update of lr m / eps. Scales below 1.2e-38 count as zero.
+    lowest value of a block have a code. The signed map ends at 1 and at -0.993, so with the largest absolute value as
+    the scale, a negative value of that size would lose 0.7 % in every step. A second moment is never rounded to zero,
+    because a zero beside a first moment that is not zero makes an update of lr m / eps. Scales below 1.2e-38 count as
+    zero.
 
     Raises `ValueError` for shapes, dtypes and layouts that do not fit, and for a `step` below 1.
     """
     _check(master, codes1, codes2, absmax1, absmax2, grad, out)
     if step < 1:
         raise ValueError(f"step is {step} but the first is 1")
-    # `m / (1 - beta1^step)` over `sqrt(v / (1 - beta2^step)) + eps` is, multiplied by `correction` above and below,
-    # `m * correction / (1 - beta1^step)` over `sqrt(v) + eps * correction`: no division for each weight
+    # The update's numerator `m / (1 - beta1^step)` and denominator `sqrt(v / (1 - beta2^step)) + eps`, both multiplied
+    # by `correction`, are `m * correction / (1 - beta1^step)` and `sqrt(v) + eps * correction`. In this form `v` need
+    # not be divided for each weight.
     correction = math.sqrt(1 - beta2**step)
     device = str(master.device)
     OP(
@@ -79,7 +81,8 @@ def adamw8bit_(
         beta1,
         beta2,
         (1 - beta1) * grad_scale,
-        # the square root, squared together with the gradient: a large gradient's square alone could overflow
+        # The op squares the product of this factor and the gradient. The square of a large gradient alone could
+        # overflow.
         math.sqrt(1 - beta2) * grad_scale,
         1 - lr * weight_decay,
         eps * correction,
@@ -90,8 +93,9 @@ def adamw8bit_(
 def quantization_map(signed: bool) -> Tensor:
     """The value of each of the 256 codes, ascending, fp32; the same as bitsandbytes' `create_dynamic_map`.
 
-    The values are 0, 1, and those of seven decades, (0.1, 1], (0.01, 0.1] and so on, with their negatives if signed. A
-    decade is divided into equal parts, twice as many as the decade below it, and a value is the middle of a part.
+    The values are 0, 1, and those of seven decades, (0.1, 1], (0.01, 0.1] and so on, with their negatives if signed.
+    Each decade is divided into equal parts, twice as many as the next lower decade has, and the values are the middles
+    of the parts.
     """
     values = [torch.tensor([0.0, 1.0])]
     for decade in range(DECADES):
@@ -104,11 +108,11 @@ def quantization_map(signed: bool) -> Tensor:
 def quantization_decades(signed: bool) -> Tensor:
     """The map's decades as straight lines, which find the nearest code by arithmetic: [4, 8] fp32.
 
-    For each of eight decades (the eighth holds the value 1 alone), the rows are the |value| / scale where it begins,
-    the slope and the offset of its line, and its last code. Codes are counted from the code of zero. Within a decade,
-    the code of the nearest value is `min(floor(slope size + offset), last)`. A decade begins midway between the last
-    value of the decade below and its own first; just below that point the lower decade's line is one too high, which
-    is why it is cut off at its last code.
+    There is a column for each of eight decades; the eighth holds only the value 1. The rows are the size, |value| /
+    scale, at which the decade begins, the slope and the offset of its line, and its last code. Codes are counted from
+    the code of zero. Within a decade, the code of the nearest value is `min(floor(slope size + offset), last)`. A
+    decade begins midway between the last value of the lower decade and its own first value. Just below that point the
+    lower decade's line gives a code that is one too high; the minimum with its last code corrects that.
     """
     values = quantization_map(signed)
     sizes = values[values >= 0].tolist()
@@ -120,7 +124,7 @@ def quantization_decades(signed: bool) -> Tensor:
         # a decade is 0.9 units wide and begins 0.1 units above zero: zero is parts / 9 parts below its lower edge
         rows.append([begin, parts * 10 ** (DECADES - 1 - decade) / 0.9, first - parts / 9, first + parts - 1])
     if not signed:
-        # never zero for a second moment (see `adamw8bit_`): from size 0 on, at least the code after that of zero
+        # A second moment never rounds to zero (see `adamw8bit_`): even size 0 gets the code after that of zero.
         rows[0][:3] = [0.0, 1 / ((sizes[1] + sizes[2]) / 2), 1.0]
     last = len(sizes) - 1
     rows.append([(sizes[-2] + sizes[-1]) / 2, 0, last, last])
@@ -144,7 +148,7 @@ def quantise(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     scaled = blocks * inverse[:, None]
     threshold, slope, offset, last = _decades(device)[0 if signed else 1]
     sizes = scaled.abs()
-    # -1 for what rounds to zero
+    # -1 for values that round to zero
     decade = torch.bucketize(sizes, threshold, right=True) - 1
     line = decade.clamp(min=0)
     steps = torch.minimum(sizes * slope[line] + offset[line], last[line]).int()

@@ -1,8 +1,8 @@
-"""Chooses which implementation of an op runs, and says in words why the others cannot.
+"""Chooses which implementation of an op runs, and gives the reasons why others cannot run.
 
-By default an op runs on the first of `BACKENDS` that it has and that can run on the tensor's device in its dtype. The
-environment variable DDPO_FAST_BACKEND or `use_backend` names another. Nothing falls back in silence: a backend that was
-asked for and cannot run raises an error with the reason.
+By default an op runs on the first of `BACKENDS` that the op has and that supports the tensor's device and dtype. The
+environment variable DDPO_FAST_BACKEND or `use_backend` names another backend. If an op has the named backend and the
+backend cannot run, the op raises an error with the reason. An op without the named backend runs on the default.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ddpo_fast.ops import extension
 # in order of preference
 BACKENDS = ("triton", "csrc", "reference")
 VARIABLE = "DDPO_FAST_BACKEND"
-# the dtypes that the kernels are written for; other dtypes (fp64) are left to the reference
+# the dtypes that the kernels support; other dtypes (fp64) run on the reference
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 # every op, by name
@@ -41,10 +41,10 @@ class Op:
     Args:
         name: the op's name, which is also the name of its modules and kernels.
         reference: the definition in plain PyTorch. Its annotations give the op's schema.
-        empty: takes the same arguments and returns what the op returns, allocated and not computed. It is the op's fake
-            implementation, which torch.compile traces. None for an op that only changes its arguments: such an op is
-            called directly, because nothing traces or differentiates it.
-        triton, csrc: the kernels, if there are any. They import what they need when they are called.
+        empty: takes the same arguments and returns uninitialised outputs. It is the op's fake implementation, which
+            torch.compile traces. None for an op that only changes its arguments: such an op is called directly, because
+            nothing traces or differentiates it.
+        triton, csrc: the kernels, if there are any. They import their modules when they are called.
         csrc_devices: the device types that `csrc` is written for.
     """
 
@@ -75,7 +75,7 @@ class Op:
         self._torch_op.register_autograd(backward, setup_context=setup_context)
 
     def _run(self, first: torch.Tensor, *others: Any) -> Any:
-        # a launch with an empty grid is an error in CUDA, and the reference knows what the mean of nothing is
+        # CUDA refuses a launch with an empty grid, and the reference returns what PyTorch does for empty tensors
         backend = self.backend(first.device.type, first.dtype) if first.numel() else "reference"
         implementation = self.implementations[backend]
         assert implementation is not None
@@ -96,7 +96,7 @@ class Op:
     def reasons(self, backend: str, device_type: str, dtype: torch.dtype, forced: bool = False) -> str:
         """Why `backend` does not run for tensors of this device type and dtype, or '' if it does.
 
-        `forced`: the backend was asked for by name, so that interpreted Triton kernels count as able to run.
+        `forced`: the backend was named explicitly. Interpreted Triton kernels are slow and run only then.
         """
         if backend == "reference":
             return ""
@@ -123,7 +123,7 @@ def csrc_kernel(name: str, empty: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _filled(empty: Callable[..., Any], launcher: Callable[[], Callable[..., None]]) -> Callable[..., Any]:
-    # `launcher` is looked up at the call: neither Triton nor the compiled library is loaded before it is needed
+    # The launcher is looked up at each call, so that Triton and the compiled library are loaded only when needed.
     def run(*arguments: Any) -> Any:
         made = empty(*arguments)
         launcher()(*arguments, *(made if isinstance(made, tuple) else (made,)))
@@ -160,7 +160,7 @@ def chosen_backend() -> str:
 
 
 def use_backend(name: str | None) -> None:
-    """Makes this process use a backend for every op that has it.
+    """Makes this process use the backend `name` for every op that has this backend.
 
     'auto' and None leave the choice to the environment. Raises `ValueError` for another name.
     """
@@ -182,9 +182,9 @@ def force_backend(name: str) -> Iterator[None]:
 
 
 def require_backend(name: str, device_type: str) -> None:
-    """Calls `use_backend` and checks that each op that has the backend can run on it, for fp32 tensors on the device.
+    """Calls `use_backend` and checks that every op with this backend can run on it, for fp32 tensors on the device.
 
-    Raises `ValueError` with the reason if one cannot.
+    Raises `ValueError` with the reason if an op cannot.
     """
     use_backend(name)
     choice = chosen_backend()

@@ -1,7 +1,7 @@
 """Compiles `csrc/` at its first use, keeps the library in a cache folder, and loads it.
 
-The sources use torch's stable ABI only, so they compile in seconds and one library serves every torch from 2.11 on. A
-failure to compile is not an error: it becomes the reason why the backend `csrc` does not run.
+The sources use only torch's stable ABI, so they compile in seconds and work with every torch from 2.11 on. A failure to
+compile raises no error: it becomes the reason why the backend `csrc` does not run.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ import torch
 # `csrc` lies beside the package in a checkout and inside it in a wheel
 _PLACES = (Path(__file__).parents[2] / "csrc", Path(__file__).parents[1] / "csrc")
 CSRC = next((place for place in _PLACES if (place / "common.h").exists()), _PLACES[0])
-# torch 2.11: the library uses no symbol that this version lacks, and runs with every later one
+# torch 2.11: the headers then offer only what that version has, so the library runs with every later version too
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 CPU_COMMON = ("-std=c++20", "-fPIC", STABLE_ABI)
-# -ffp-contract=off, and --fmad=false for nvcc: a compiler that may fuse a product and a sum could do so in sampling and
-# not in training, and the log-probs would differ in their last bits. The sources call fma where they mean it.
+# -ffp-contract=off, and --fmad=false for nvcc, forbid the compiler to fuse a product and a sum by itself. It could fuse
+# them in sampling and not in training, and the log-probs would differ in their last bits. The sources call fma
+# explicitly.
 CPU_FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 CUDA_COMMON = ("-std=c++20", STABLE_ABI, "-O3", "-DUSE_CUDA", "--fmad=false", "-Xcompiler", "-fPIC")
 COMPILE_SECONDS = 300
-# the mode bits that let the group or everybody write
+# the mode bits that allow the group or others to write
 OTHERS_WRITE = 0o022
 # the length of a SHA-256 in hexadecimal
 DIGEST_BYTES = 64
@@ -83,9 +84,10 @@ def reasons(device_type: str) -> str:
 def build(device_type: str) -> Path:
     """Returns the path of the library for a device type, and compiles it unless the cache holds it intact.
 
-    The file's name holds a hash of all that the library depends on: sources, compiler, flags, torch's version and the
-    processor. The file ends with a digest of what precedes it (a loader ignores bytes after an ELF file's sections).
-    Processes that compile at the same time write to folders of their own and then rename; any of their results is good.
+    The file's name contains a hash of everything that the library depends on: sources, compiler, flags, torch's version
+    and the processor. The file ends with a digest of the bytes before the digest; the dynamic loader ignores bytes
+    after an ELF file's sections. Processes that compile at the same time each write to a temporary folder and then
+    rename the file. All of them make the same library, so it does not matter which one remains.
 
     Raises `OSError` if there is no compiler or no private cache folder, `RuntimeError` if compiling fails.
     """
@@ -109,7 +111,7 @@ def build(device_type: str) -> Path:
 
 
 def is_whole(library: Path) -> bool:
-    """Whether a library is this user's own regular file and unchanged since `build` wrote it.
+    """Whether a library file is this user's, is not a link, and has not changed since `build` wrote it.
 
     The digest is checked because loading a truncated library ends the process with a signal, without an exception.
     """

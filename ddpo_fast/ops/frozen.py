@@ -56,14 +56,16 @@ def _backward(
     groups: int,
 ) -> torch.Tensor:
     if channels_last:
-        # `convolution_backward` takes its layout from the input and the weight. The stand-in for the input on a CPU has
-        # none, so the weight decides; and a 1x1 kernel's strides count as contiguous unless they are spelled out.
+        # `convolution_backward` takes the layout of its result from the input and the weight. On a CPU the stand-in for
+        # the input has no layout (all its strides are 0), so the weight's decides. For a 1x1 kernel `contiguous` may
+        # leave the strides unchanged, because the weight is contiguous in both layouts, so the strides are set
+        # explicitly.
         _, i, h, w = weight.shape
         weight = weight.contiguous(memory_format=torch.channels_last)
         weight = weight.as_strided(weight.shape, (h * w * i, 1, w * i, i), weight.storage_offset())
     if channels_last and grad.is_cuda:
-        # cuDNN takes the layout from the input: a contiguous stand-in would cost two transposes of the gradient. Its
-        # values are not read, because the weight's gradient is not asked for.
+        # cuDNN takes the layout from the input, and a contiguous stand-in would make it transpose the gradient twice.
+        # The stand-in's values are not read, because only the weight's gradient would need them.
         stand_in = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)
     else:
         # one element that is expanded to the input's shape takes no memory

@@ -1,8 +1,9 @@
 """The denoising step as a Gaussian, in plain PyTorch: its mean is `c_x * latents + c_m * model_output`.
 
-B images, C H W latent. `ddpo_fast/ddim.py` derives the coefficients. Everything is computed in fp32, or in fp64 if the
-latents are fp64. The model's output may be in half precision and is widened as soon as it is read: with the default
-clip range of 1e-4, a log-prob needs far more digits than the 8 bits of bf16 or the 11 bits of fp16 hold.
+Shapes: B images; C, H, W channels, height and width of a latent. `ddpo_fast/ddim.py` derives the coefficients.
+Everything is computed in fp32, or in fp64 if the latents are fp64. The model's output may be in half precision and is
+converted when it is read: with the default clip range of 1e-4, a log-prob needs far more digits than the 8 bits of bf16
+or the 11 bits of fp16 hold.
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ def score_step(
     """The log-prob of `next_latents` x' after a step from `latents`: [B], averaged over the latent's D elements.
 
     `mean_d(-(x' - mean)^2 / (2 sigma^2)) - log sigma - log sqrt(2 pi)`. The density of the whole latent (DDPO, arXiv
-    2305.13301) is the sum over d. TRL takes the mean, and its default clip range of 1e-4 is chosen for that: a ratio
-    here is the paper's to the power 1/D, with D = 16,384 for Stable Diffusion. No gradient flows to `next_latents`.
+    2305.13301) is the sum over d. TRL takes the mean, and its default clip range of 1e-4 fits the mean: a ratio here is
+    the paper's ratio to the power 1/D, with D = 16,384 for Stable Diffusion. No gradient flows to `next_latents`.
     """
     return log_density(next_latents.detach() - step_mean(model_output, latents, c_x, c_m), sigma)
 
@@ -74,8 +75,8 @@ def table_rows(
     table: torch.Tensor, timesteps: torch.Tensor, like: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Looks up (c_x, c_m, sigma), each [B], for `timesteps`, [B] or [] (one for all), in the dtype of `like`."""
-    # `index_select` and not `[]`: indexing by a tensor without dimensions copies its value to the host, and so waits
-    # for all work that is queued on the device
+    # `index_select` and not `[]`: indexing by a 0-dimensional tensor copies its value to the host, which makes the host
+    # wait for all work that is queued on the device
     rows = table.index_select(0, timesteps.reshape(-1)).to(like.dtype).expand(len(like), 3)
     c_x, c_m, sigma = rows.unbind(1)
     return c_x, c_m, sigma

@@ -38,7 +38,7 @@ def _reference_backward(grad: Tensor, x: Tensor) -> Tensor:
     return torch.cat([grad * F.gelu(g), torch.ops.aten.gelu_backward(grad * a, g)], dim=-1)
 
 
-# what the kernels write to, and the ops' fakes
+# allocate the kernels' outputs; also the ops' fake implementations
 
 
 def _empty(x: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
-"""GroupNorm and the SiLU that follows it as one op, which keeps its input's memory format.
+"""GroupNorm and the SiLU that follows it as one op, whose output has the memory format of its input.
 
-Separately, the norm writes its result to memory for SiLU to read, and both save their inputs for the backward pass.
+As two ops, the norm would write its result to memory for SiLU to read, and both would save their inputs for the
+backward pass.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def groupnorm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: fl
 
 
 def _dense(x: Tensor) -> Tensor:
-    """Returns `x`, or a contiguous copy if the kernels cannot index it: they take contiguous and channels_last."""
+    """Returns `x` if it is contiguous or channels_last, the layouts that the kernels can index, else a copy."""
     return x if x.is_contiguous() or x.movedim(1, -1).is_contiguous() else x.contiguous()
 
 
@@ -51,9 +52,9 @@ def _sizes(x: Tensor) -> tuple[int, int, int]:
 
 
 def _norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    # F.group_norm returns no statistics and refuses groups of one value. The tensors are made contiguous because for
-    # channels_last on a CPU, PyTorch computes the variance as E[x^2] - E[x]^2, which loses all digits to cancellation
-    # where the mean is large.
+    # `native_group_norm`, because F.group_norm returns no statistics and refuses groups of one value. The tensors are
+    # made contiguous, because for channels_last tensors on a CPU PyTorch computes the variance as E[x^2] - E[x]^2,
+    # which loses all digits to cancellation where the mean is large.
     x, weight, bias = (tensor.to(x.dtype).contiguous() for tensor in (x, weight, bias))
     images, channels, pixels = _sizes(x)
     return torch.native_group_norm(x, weight, bias, images, channels, pixels, groups, eps)
@@ -91,7 +92,7 @@ def _reference_backward(
     return [dx, dweight.to(weight.dtype), dbias.to(bias.dtype)] if affine else [dx]
 
 
-# what the kernels write to, and the ops' fakes
+# allocate the kernels' outputs; also the ops' fake implementations
 
 
 def _empty(x: Tensor, weight: Tensor, bias: Tensor, groups: int, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,7 +125,7 @@ def _triton_backward(
     from ddpo_fast_kernels.groupnorm_silu import groupnorm_silu_backward
 
     dx = torch.empty_like(x)
-    # one sum per image and channel, added up below in a fixed order: atomic additions would not be reproducible
+    # one sum for each image and channel, added up below in a fixed order; atomic additions would not be reproducible
     partials = torch.empty((2, *x.shape[:2]), dtype=torch.float32, device=x.device) if affine else None
     groupnorm_silu_backward(x, grad, weight, bias, mean, rstd, silu, dx, partials)
     if partials is None:

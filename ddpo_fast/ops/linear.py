@@ -1,7 +1,7 @@
 """A linear layer that uses the faster of PyTorch's two libraries for matrix products on a CPU.
 
-PyTorch gives fp32 matrix products to MKL, which uses 256-bit vectors only on processors of other makers than Intel, and
-convolutions to oneDNN, which uses all 512 bits there. M rows of x, I inputs, O outputs.
+PyTorch computes fp32 matrix products with MKL and convolutions with oneDNN. On AVX-512 processors that are not Intel's,
+MKL uses only 256-bit vectors, and oneDNN uses all 512 bits. M rows of x, I inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def onednn_is_faster(device_type: str, dtype: torch.dtype) -> bool:
     return _onednn_is_faster(device_type, dtype)
 
 
-# A function of its own: torch.compile ignores functools.cache and would trace the body, which reads a file. It does not
-# look into a function whose result is declared constant.
+# A separate function, because torch.compile ignores functools.cache and would trace the body, which reads a file. It
+# does not trace a function with `assume_constant_result`, such as the one above.
 @functools.cache
 def _onednn_is_faster(device_type: str, dtype: torch.dtype) -> bool:
     return (
@@ -65,7 +65,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _backward(grad: Tensor, x: Tensor | None, weight: Tensor, needs: Sequence[bool]) -> list[Tensor]:
-    """Returns the gradients that are needed, in the order x, weight, bias. x is only used for the weight's."""
+    """Returns the gradients that `needs` asks for, of x, weight and bias; x is used for the weight's gradient only."""
     grad_MO = grad.reshape(-1, grad.shape[-1])
     grads = []
     if needs[0]:

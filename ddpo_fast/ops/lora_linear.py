@@ -1,7 +1,7 @@
 """A linear layer with a low-rank adapter (LoRA, arXiv 2106.09685) in three matrix products forward and five backward.
 
-M rows of x, I inputs, O outputs, rank r. There is no kernel beside the reference: all the work is in library GEMMs,
-which also do the additions and the scaling (`beta` and `alpha`), so that no elementwise kernel runs between them.
+M rows of x, I inputs, O outputs, rank r. There is no kernel besides the reference, because library GEMMs do all the
+work. They also add and scale (`beta` and `alpha`), so that no elementwise kernel runs between them.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     grad_rows, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
     grad_low = grad_rows @ lora_b
-    # a custom op must return a tensor, so an empty one stands for no gradient
+    # a custom op cannot return None, so an empty tensor stands for no gradient
     grad_x = x.new_empty(0)
     if needs_x:
         grad_x = product(grad_rows, weight.t()).addmm_(grad_low, lora_a, alpha=scaling).view(x.shape)

@@ -1,4 +1,4 @@
-"""Brings operands into the memory layouts and dtypes that the ops compute with."""
+"""Converts operands to the memory layouts and dtypes that the ops need."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 def dense_rows(tensor: Tensor) -> Tensor:
     """Returns the tensor itself if it is contiguous or channels_last, else a contiguous copy.
 
-    A UNet in channels_last answers in channels_last; the kernels index both layouts, so no copy is made for them.
+    The output of a UNet in channels_last is channels_last. The kernels can index both layouts, so neither needs a copy.
     """
     if tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
         return tensor
@@ -17,7 +17,7 @@ def dense_rows(tensor: Tensor) -> Tensor:
 
 
 def laid_out_as(like: Tensor, tensor: Tensor) -> Tensor:
-    """Returns the tensor in the strides and dtype of `like`, which is dense: itself if it has them, else a copy."""
+    """Returns the tensor with the strides and dtype of `like`, which must be dense; a copy only if they differ."""
     if tensor.stride() == like.stride() and tensor.dtype == like.dtype:
         return tensor
     return torch.empty_like(like).copy_(tensor)
@@ -26,7 +26,7 @@ def laid_out_as(like: Tensor, tensor: Tensor) -> Tensor:
 def with_frozen(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Casts x, weight and bias to autocast's dtype where autocast is on, else to the weight's.
 
-    Autocast knows PyTorch's own layers only, so an op that replaces one has to do the same cast.
+    Autocast casts the operands of PyTorch's own ops only, so an op that replaces one must do the same cast.
 
     Raises `ValueError`, which names `op`, if the weight or the bias requires a gradient.
     """

@@ -5,11 +5,12 @@ respect to the UNet's output has a closed form, so no autograd graph is recorded
 with the guided output g, `mu = c_x x + c_m g`, `e = x' - mu`, D elements and `r = exp(log_prob - old_log_prob)`:
 
     log_prob = mean_d(-e^2 / (2 sigma^2)) + const        so  d log_prob / d g = c_m e / (sigma^2 D)
-    term = max(-A r, -A clip(r, 1 - c, 1 + c))           so  d term / d log_prob = -A r, and 0 where the clip decides
+    term = max(-A r, -A clip(r, 1 - c, 1 + c))           so  d term / d log_prob = -A r, and 0 where clipped
     KL = mean_d((mu - mu_ref)^2) / (2 sigma^2)           so  d KL / d g = c_m (mu - mu_ref) / (sigma^2 D)
 
-The clip decides where A > 0 and r > 1 + c, or A < 0 and r < 1 - c: there the constant is the larger argument of the
-maximum. With guidance, `g = u + s (t - u)`, the gradient for u is (1 - s) times that for g, and for t it is s times.
+The second argument of the maximum is the larger one, and does not depend on r, where A > 0 and r > 1 + c, or A < 0 and
+r < 1 - c. With guidance, `g = u + s (t - u)`: the gradient for u is (1 - s) times that for g, and that for t is s
+times.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ from ddpo_fast.ops.operands import dense_rows, laid_out_as
 class PPOLoss(NamedTuple):
     """What `ppo_loss` returns: scalars, `log_probs` [N] and `gradient`. Only `loss` has an autograd graph.
 
-    `gradient` is d loss / d model_output times `grad_scale`, in the output's shape, dtype and layout. Calling
-    `model_output.backward(gradient)` saves one kernel launch: `loss.backward()` would multiply it by 1 first.
+    `gradient` is d loss / d model_output times `grad_scale`, with the output's shape, dtype and layout.
+    `model_output.backward(gradient)` saves one kernel launch against `loss.backward()`, which first multiplies the
+    gradient by 1.
     """
 
     loss: Tensor
@@ -68,7 +70,7 @@ def ppo_loss(
 
     Args:
         model_output: [N, C, H, W], or [2N, C, H, W] with guidance, unconditional rows first; fp16, bf16 or fp32,
-            contiguous or channels_last. The loss has a gradient to it, computed in the forward pass.
+            contiguous or channels_last. Its gradient is computed in the forward pass.
         latents, next_latents: [N, C, H, W] fp32 (fp64: everything is fp64), without gradient.
         old_log_probs, advantages: [N]; advantages are clipped to +- `advantage_limit`.
         table, timesteps, guidance_scale: as for `step_logprob`; timesteps are [N].
@@ -76,8 +78,9 @@ def ppo_loss(
         reference_output: a frozen reference UNet's output for the same pairs, of the shape of `model_output`. It adds
             `reference_weight` times the KL divergence between the two steps, divided by D:
             `mean_d((mu - mu_ref)^2) / (2 sigma^2)`.
-        grad_scale: [] fp32, the loss scale of fp16 training. The gradient is stored in the output's dtype, multiplied
-            by it so that small values do not underflow; `loss.backward()` divides by it again.
+        grad_scale: [] fp32, the loss scale of fp16 training. The gradient is multiplied by this scale before it is
+            stored in the output's dtype, so that small values do not underflow; `loss.backward()` divides by the scale
+            again.
 
     `approx_kl` is `mean((log_prob - old_log_prob)^2) / 2`, `clip_fraction` the share of pairs with |r - 1| > c,
     `ratio_drift` the largest |r - 1|, `reference_kl` the mean KL.
@@ -125,7 +128,8 @@ def _clipped(advantages: Tensor, clip_range: float, ratio: Tensor) -> Tensor:
 
 
 def is_clipped(advantages: Tensor, clip_range: float, ratio: Tensor) -> Tensor:
-    """Which pairs [N] the clip leaves without a gradient: out of range on the side that their advantage favours."""
+    """Which pairs [N] have no gradient because of the clip: their ratio has left the range in the direction that their
+    advantage favours."""
     return ((advantages > 0) & (ratio > 1 + clip_range)) | ((advantages < 0) & (ratio < 1 - clip_range))
 
 
@@ -185,7 +189,7 @@ def _reference(
     return terms.mean(), metrics, log_probs, laid_out_as(model_output, grad)
 
 
-# what the kernels write to, and the op's fake
+# allocates the kernels' outputs; also the op's fake implementation
 
 
 def _empty(
@@ -211,7 +215,8 @@ def _differentiate(ctx: Any, grad_loss: Tensor | None, *others: None) -> Any:
     if grad_loss is None:
         return (None,) * 13
     grad, *scale = ctx.saved_tensors
-    # The gradient is already multiplied by the scale. If the loss was, too, `grad_loss` is the scale, and the factor 1.
+    # The stored gradient is already multiplied by the scale. If the caller has multiplied the loss by the scale too,
+    # `grad_loss` is the scale and the factor is 1.
     factor = grad_loss / scale[0] if scale else grad_loss
     return grad * factor, *[None] * 12
 

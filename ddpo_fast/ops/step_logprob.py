@@ -39,8 +39,8 @@ def step_logprob(
 ) -> Step:
     """`x' = c_x x + c_m m + sigma noise`, and the log-prob of x' (`gaussian.score_step`).
 
-    The log-prob is computed from x' as it is rounded when stored and not from the noise: training scores the stored
-    latents, and with an unchanged policy it must find the same log-prob.
+    The log-prob is computed from x' as stored, after rounding, and not from the noise. Training computes the log-prob
+    of the stored latents, and must get the same value while the policy has not changed.
 
     Args:
         model_output: [B, C, H, W], or [2B, C, H, W] with guidance, unconditional rows first; fp16, bf16 or fp32,
@@ -50,8 +50,8 @@ def step_logprob(
         timesteps: [B] or [] int64 on the device, rows of `table`.
         guidance_scale: s in `m = u + s (t - u)`, None for no guidance.
 
-    Model output and latents may require a gradient. That of the log-prob is taken at a fixed x', as in the policy
-    gradient, although x' itself depends on both: the score function's expectation needs the density of a given x'.
+    Model output and latents may require a gradient. The gradient of the log-prob is taken at a fixed x', although x'
+    depends on both: the policy gradient needs the derivative of the density at the sampled x'.
 
     Raises `ValueError` for shapes and dtypes that do not fit.
     """
@@ -115,7 +115,7 @@ def _reference_backward(
     return laid_out_as(model_output, grad_output), grad_latents
 
 
-# what the kernels write to, and the ops' fakes
+# allocate the kernels' outputs; also the ops' fake implementations
 
 
 def _empty(model_output: Tensor, latents: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,8 +1,9 @@
-"""Faster and smaller ways for a diffusers UNet to compute the same function.
+"""Makes a diffusers UNet compute the same function in less time or memory.
 
-`fuse_unet` swaps layers for fused ones, `set_attention` chooses the attention kernels, `set_gradient_checkpointing`
-chooses which activations are kept for the backward pass, and `UNetCache` computes once per rollout what does not change
-between its steps. None of them changes a parameter or its name, and outputs stay equal up to rounding.
+`fuse_unet` replaces layers by fused ones, `set_attention` chooses the attention kernels, `set_gradient_checkpointing`
+chooses which activations are kept for the backward pass, and `UNetCache` computes layers whose output does not change
+between the steps of a rollout only once. None of them changes a parameter or its name, and outputs stay equal up to
+rounding.
 """
 
 from __future__ import annotations
@@ -68,6 +69,6 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    # stored, so that later uses of the name do not come here
+    # stored, so that Python finds the name without calling this function again
     globals()[name] = value
     return value

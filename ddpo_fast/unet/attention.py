@@ -23,8 +23,8 @@ from ddpo_fast.measured import Measured
 logger = logging.getLogger(__name__)
 
 ATTENTIONS = ("auto", "sdpa", "xformers")
-# Up to this many scores (query tokens x key tokens) of a head, half-precision SDPA on a CPU is slower than the matrix
-# products and the softmax that it consists of: its backward pass takes 10 to 17 times as long at 64 x 64, and 0.6 times
+# Up to this many scores (query tokens x key tokens) of a head, half-precision SDPA on a CPU is slower than separate
+# matrix products and softmax: its backward pass takes 10 to 17 times as long as theirs at 64 x 64 tokens, and 0.6 times
 # as long at 1024 x 1024.
 FEW_SCORES = 256 * 256
 # the kernels that SDPA chooses from on a GPU
@@ -45,12 +45,12 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 class SDPAProcessor(AttnProcessor2_0):
     """The attention of SD's UNets by SDPA, for modules that `is_plain` accepts.
 
-    diffusers' processor divides its result by `rescale_output_factor`, a kernel that reads and writes every activation,
-    although the factor is 1; this one does not. Calls with a mask, or with images [B, C, H, W] instead of token rows,
-    are left to diffusers' processor.
+    diffusers' processor divides its result by `rescale_output_factor` even if the factor is 1, in a kernel that reads
+    and writes every activation; this processor does not. Calls with a mask, or with images [B, C, H, W] instead of
+    token rows, are left to diffusers' processor.
 
     Args:
-        kernel: which of `SDPA_KERNELS` SDPA uses wherever it can; None leaves the choice to PyTorch.
+        kernel: the name in `SDPA_KERNELS` that SDPA prefers; None leaves the choice to PyTorch.
     """
 
     def __init__(self, kernel: str | None = None) -> None:
@@ -86,7 +86,7 @@ class SDPAProcessor(AttnProcessor2_0):
 
 
 def _first_choice(kernel: str | None) -> AbstractContextManager[Any]:
-    """A context in which SDPA tries `kernel` first. The others stay allowed, for calls that it has no code for."""
+    """A context in which SDPA tries `kernel` first. The others stay allowed, for calls that it does not support."""
     if kernel is None:
         return nullcontext()
     first = SDPA_KERNELS[kernel]
@@ -116,8 +116,8 @@ class XFormersProcessor(SDPAProcessor):
 def is_plain(attn: Attention) -> bool:
     """Whether a module consists of projections and softmax attention only, and has one of the usual processors.
 
-    Norms of queries or keys, added projections, a residual connection or a custom processor (IP-Adapter's, for
-    instance) compute more than `SDPAProcessor` does; such modules must keep what they have.
+    Modules with norms of queries or keys, added projections, a residual connection or a custom processor (IP-Adapter's,
+    for instance) compute more than `SDPAProcessor` does, so they must keep their processor.
     """
     usual = (AttnProcessor2_0, XFormersAttnProcessor, SDPAProcessor, XFormersProcessor)
     absent = ("group_norm", "spatial_norm", "norm_q", "norm_k", "norm_cross", "added_kv_proj_dim")
@@ -159,7 +159,7 @@ def _refusal(head_dim: int, device: torch.device | str, dtype: torch.dtype) -> s
         with torch.enable_grad():
             XFormersProcessor().attend(tokens, tokens, tokens).sum().backward()
     except (RuntimeError, ValueError) as error:
-        # its message continues with a list of the inputs, over many lines
+        # only the beginning: xformers' message continues with a list of the inputs, over many lines
         said = str(error).strip().partition("\n")[0].partition(" with inputs")[0]
         kind = str(dtype).removeprefix("torch.")
         return f"xformers refuses head dim {head_dim} in {kind} on {torch.device(device).type}: {said}"
@@ -187,18 +187,18 @@ def fastest_kernel(
 ) -> tuple[str, dict[str, str]]:
     """Times a forward and backward pass of each of `attends` for heads of this size.
 
-    The kernels take turns, so that a change of the GPU's clock affects all of them, and the shortest time of each
-    counts, because disturbances only make a time longer.
+    The kernels take turns, so that a change of the GPU's clock affects all of them. The shortest time of each kernel
+    counts, because disturbances only make times longer.
 
     Args:
         seconds: measures how long a call takes on the device.
 
-    Returns the name of the fastest, or 'sdpa' if none can run (PyTorch then composes attention of matrix products), and
-    for each that cannot run the reason.
+    Returns the name of the fastest kernel, or 'sdpa' if none can run (SDPA then uses plain matrix products), and the
+    reason for each kernel that cannot run.
     """
     rows, tokens, heads = TIMED_SHAPE
     shape = rows, tokens, heads, head_dim
-    # not the default generator: the run's random numbers must not depend on whether it measures
+    # a separate generator, so that the run's random numbers do not depend on whether kernels are timed
     own = torch.Generator(device).manual_seed(0)
     given = [torch.randn(shape, generator=own, device=device, dtype=dtype).requires_grad_() for _ in range(3)]
 
@@ -212,7 +212,7 @@ def fastest_kernel(
         run = partial(train, attend)
         try:
             with warnings.catch_warnings():
-                # where SDPA has no kernel, PyTorch explains it in a page of warnings
+                # if a kernel does not support the inputs, PyTorch prints a page of warnings about it
                 warnings.simplefilter("ignore")
                 for _ in range(WARM_UPS):
                     run()
@@ -244,7 +244,7 @@ def choose_kernels(
 
     Args:
         measured: the results of the run's earlier measurements, which are used again, and extended. A resumed run must
-            use the kernels that it began with to end with the same bits.
+            use the same kernels as before to end with the same bits.
         agree: returns the main process's value in every process.
 
     Returns the kernel of each head size, and for each kernel that cannot run the reason.

@@ -26,12 +26,12 @@ from ddpo_fast.ops.linear import linear, onednn_is_faster
 from ddpo_fast.ops.lora_linear import lora_linear
 from ddpo_fast.unet.attention import SDPAProcessor, is_plain
 
-# PyTorch's nearest upsampling of channels_last images counts the elements of its output in an int32
+# the most output elements of PyTorch's nearest upsampling of channels_last images, which counts them in an int32
 MOST_UPSAMPLED = 2**31 - 1
 
 
 class FusedGroupNorm(nn.GroupNorm):
-    """A group norm of images [B, C, H, W]; other inputs are left to PyTorch."""
+    """A group norm of images [B, C, H, W]; PyTorch computes other inputs."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.ndim != 4:
@@ -40,7 +40,7 @@ class FusedGroupNorm(nn.GroupNorm):
 
 
 class GroupNormSiLU(nn.GroupNorm):
-    """A group norm of images and the SiLU that follows it, which must be replaced by `SkippedSiLU`."""
+    """A group norm of images and the SiLU that follows it. The SiLU layer itself must be replaced by `SkippedSiLU`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return groupnorm_silu(x, self.weight, self.bias, self.num_groups, self.eps, True)
@@ -56,7 +56,8 @@ class SkippedSiLU(nn.SiLU):
 class FusedResnetBlock2D(ResnetBlock2D):
     """A residual block whose two norms are `GroupNormSiLU`, without resampling, and without scaling by the embedding.
 
-    It leaves out what has no effect there: the activation after each norm, and the division by an output factor of 1.
+    The block does not apply the activation after each norm, which the norm includes, and does not divide by an output
+    factor of 1.
     """
 
     def forward(self, input_tensor: torch.Tensor, temb: torch.Tensor | None, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -75,8 +76,8 @@ class FusedResnetBlock2D(ResnetBlock2D):
 class FusedUpsample2D(Upsample2D):
     """Doubles the size of images and convolves them, without a copy.
 
-    For batches of 64 and more, diffusers makes the input contiguous to avoid a defect of old versions of PyTorch, which
-    turns channels_last images into contiguous ones.
+    For batches of 64 and more, diffusers calls `contiguous` on the input, to avoid a defect of old versions of PyTorch.
+    That call copies channels_last images into the contiguous layout.
     """
 
     def forward(self, hidden_states: torch.Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -116,7 +117,7 @@ class FusedLinear(nn.Linear):
 class FusedLoraLinear(lora.Linear):
     """A linear layer with one plain LoRA adapter, as a single op.
 
-    In any other state (several active adapters, merged or disabled ones, dropout, hooks, ...) peft's code runs.
+    In any other state (several active adapters, merged or disabled adapters, dropout, hooks, ...) peft's code runs.
     """
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -152,13 +153,13 @@ def _any_requires_grad(layer: nn.Linear | nn.Conv2d) -> bool:
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    """Whether the module has hooks (accelerate's offloading, for instance), which run only if it is called."""
+    """Whether the module has hooks (accelerate's offload, for instance), which run only if the module is called."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks) or _is_patched(module)
 
 
 def _is_patched(module: nn.Module) -> bool:
-    """Whether `forward` is set on the instance, where it hides that of any class."""
+    """Whether `forward` is set on the instance. Changing the class would then have no effect."""
     return "forward" in vars(module)
 
 
@@ -206,7 +207,7 @@ PLAIN: dict[type[nn.Module], type[nn.Module]] = {
 def faster_layers(device: torch.device | str) -> frozenset[type[nn.Module]]:
     """The classes of layers whose fused version is faster on a device.
 
-    On a CPU, the fused group norm and GEGLU have no kernel: they would save memory and compute more. On a GPU,
+    On a CPU, the fused group norm and GEGLU have no kernel, so they would save memory but take longer. On a GPU,
     PyTorch's linear layers are already the fastest.
     """
     if torch.device(device).type == "cpu":
@@ -219,16 +220,16 @@ def fuse_unet(unet: Any, layers: Collection[type[nn.Module]] = frozenset(FUSED))
 
     Group norms compute the SiLU that follows them, GEGLU and linear layers with an adapter become one op each,
     convolutions with frozen weights do not save their input, and divisions by 1 are left out. A module that has no
-    fitting version stays as it is. Layers that are fused already do not change, so it can be called again after an
-    adapter was added.
+    fitting version stays as it is. Layers that are fused already do not change, so this function can be called again
+    after an adapter was added.
 
     Args:
         layers: the classes to fuse, of those in `FUSED`.
     """
     if nn.GroupNorm in layers and _are_plain(unet.conv_norm_out, unet.conv_act):
         unet.conv_norm_out.__class__, unet.conv_act.__class__ = GroupNormSiLU, SkippedSiLU
-    # `modules` yields parents before children: a residual block makes its norms `GroupNormSiLU` before they are visited
-    # themselves, which would make them norms without a SiLU
+    # `modules` yields parents before children. So the norms of a residual block become `GroupNormSiLU` before the loop
+    # visits them; visited earlier, they would become `FusedGroupNorm`, without the SiLU.
     for module in unet.modules():
         fused, fits = FUSED[type(module)] if type(module) in layers else (None, None)
         if fused is not None and fits is not None and not _is_patched(module) and fits(module):

@@ -1,4 +1,4 @@
-"""Chooses which activations of a UNet are kept for the backward pass, and which are computed again in it."""
+"""Chooses which activations of a UNet are saved for the backward pass, and which the backward pass computes again."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ def set_gradient_checkpointing(unet: Any, mode: str) -> Any:
 
     Args:
         unet: may have an adapter, and may be fused before or after.
-        mode: 'none' turns 'blocks' off. 'selective' fuses group norms (with their SiLU) and GEGLU, which then save
-            their input only and compute the rest again; on a GPU `fuse_unet` has done this already.
+        mode: 'none' turns 'blocks' off. 'selective' fuses group norms (with their SiLU) and GEGLU, which then save only
+            their input and compute the rest again; on a GPU `fuse_unet` has usually fused them already.
             'blocks' is diffusers' own checkpointing: each residual block and transformer block saves its input and, in
             training mode, runs a second time in the backward pass.
 
-    The gradients stay the same up to rounding; with 'blocks' they are equal in every bit, except where a kernel adds up
-    in no fixed order. Layers that are fused stay fused when the mode changes. Raises `ValueError` for another mode.
+    The gradients stay the same up to rounding. With 'blocks' they are equal in every bit, except where a kernel adds
+    numbers up in no fixed order. Layers that are fused stay fused when the mode changes. Raises `ValueError` for
+    another mode.
     """
     if mode not in MODES:
         raise ValueError(f"gradient_checkpointing is {mode!r} but must be {', '.join(map(repr, MODES))}")
@@ -48,6 +49,7 @@ def _checkpointed(module: nn.Module, *args: Any, preserve_rng_state: bool) -> An
 def _has_dropout(unet: nn.Module) -> bool:
     """Whether the second run of a block must draw the same random numbers as the first.
 
-    If not, the generator's state is not saved: reading it from a GPU is impossible while a CUDA graph is captured.
+    Without dropout, `checkpoint` need not save the generator's state, which cannot be read from a GPU while a CUDA
+    graph is captured.
     """
     return any(isinstance(module, nn.Dropout) and module.p > 0 for module in unet.modules())

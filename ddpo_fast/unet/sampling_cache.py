@@ -1,8 +1,8 @@
-"""Computes once per rollout what a UNet would compute again at every denoising step.
+"""Computes layers of a UNet once per rollout that would give the same result at every denoising step.
 
-While the weights do not change, the keys and values of the cross-attention depend on the prompts only, and what each
-residual block adds for the time embedding depends on the timestep only. B rows, T steps, L tokens, D width of the text
-embedding.
+During a rollout the weights do not change. So the keys and values of the cross-attention depend only on the prompts,
+and the projected time embedding that each residual block adds depends only on the timestep. B rows, T steps, L tokens,
+D width of the text embedding.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 
-# parts of a UNet with which its time embedding depends on more than the timestep, or its context on more than the text
+# A UNet with one of these parts cannot be cached: its time embedding depends on more than the timestep, or its
+# cross-attention on more than the text.
 UNCACHED = ("class_embedding", "add_embedding", "time_embed_act", "encoder_hid_proj")
 
 
@@ -67,7 +68,7 @@ class UNetCache:
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """A context in which the cached layers return their stored results and compute nothing."""
-        # the time embedding itself is used by nothing but the layers below: an empty tensor stands in for it
+        # only the cached layers use the time embedding itself, so an empty tensor can take its place
         nothing = self._row.new_empty(1, 0)
         stand_ins: list[tuple[Any, Tensor]] = [(self.unet.time_proj, nothing), (self.unet.time_embedding, nothing)]
         stand_ins += zip(self.projections, self._context, strict=True)

@@ -1,8 +1,9 @@
 """The Gaussian denoising step inside kernels; `ddpo_fast/ops/gaussian.py` is its definition.
 
-Sampling and training must compute the same log-prob in every bit, so that ratios are exactly 1 while the policy has not
-changed. Both kernels call these functions, take an image in tiles of the same size and add up in the same order, and
-every sum of a product is an explicit `fma`, which leaves the compiler no choice of what to fuse.
+Sampling and training must compute the same log-prob in every bit for the same UNet output, so that ratios are exactly 1
+while the policy has not changed. Both kernels therefore call these functions, use tiles of the same size and add up in
+the same order. A sum with a product is an explicit `fma`, so that the compiler cannot decide differently in each
+kernel.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ def place(d, CHANNELS: tl.constexpr, PIXELS: tl.constexpr):
     """The offset in memory of element d of a row, counted in NCHW order.
 
     Rows are contiguous (CHANNELS = 0) or channels_last. Latents are always contiguous and the UNet's output may be
-    channels_last; counting in one order pairs their elements.
+    channels_last, so the same element has different offsets in the two.
     """
     if CHANNELS > 0:
         return (d % PIXELS) * CHANNELS + d // PIXELS
@@ -44,7 +45,7 @@ def load_guided(output, image, images, D, at, mask, guidance, GUIDED: tl.constex
 
 @triton.jit
 def store_guided(rows, image, images, D, at, mask, grad, guidance, GUIDED: tl.constexpr):
-    """Stores the gradient for the model's output, given that for the guided output: the transpose of `load_guided`."""
+    """Stores the gradient of the model's output, given that of the guided output: (1 - s) and s times `grad`."""
     kind = rows.dtype.element_ty
     if GUIDED:
         tl.store(rows + image * D + at, ((1.0 - guidance) * grad).to(kind), mask=mask)

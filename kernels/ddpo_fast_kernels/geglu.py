@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-# elements of each half in a tile: for each of 128 threads, two 16-byte loads of half precision from either half
+# elements of a tile in each half of the input: two 16-byte loads of half precision for each of 128 threads
 TILE = 2048
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 INVERSE_SQRT_2PI = tl.constexpr(0.3989422804014327)
@@ -17,7 +17,7 @@ INVERSE_SQRT_2PI = tl.constexpr(0.3989422804014327)
 
 @triton.jit
 def _load(x_ptr, rows, inner, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr):
-    """Of the program's tile: a, g, Phi(g) = (1 + erf(g / sqrt(2))) / 2, offsets in x and in y, and the mask."""
+    """Loads the program's tile: a, g, Phi(g) = (1 + erf(g / sqrt(2))) / 2, offsets in x and in y, and the mask."""
     # int64: rows * columns may exceed what an int32 counts
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     column = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)[None, :]
@@ -63,7 +63,7 @@ def _launch(kernel: Any, x: torch.Tensor, *others: torch.Tensor) -> None:
 
 
 def _tiling(rows: int, inner: int) -> tuple[tuple[int, int], dict[str, int]]:
-    # 256 divides the widths of Stable Diffusion (1280, 2560, 5120), so that no lane is idle
+    # 256 divides the widths of Stable Diffusion's GEGLUs (1280, 2560, 5120), so that no lane is masked
     block_i = min(triton.next_power_of_2(inner), 256)
     block_r = TILE // block_i
     return (triton.cdiv(rows, block_r), triton.cdiv(inner, block_i)), {"BLOCK_R": block_r, "BLOCK_I": block_i}

@@ -1,6 +1,6 @@
 """GroupNorm followed by SiLU, forward and backward in one launch each, for contiguous and channels_last images.
 
-A program normalises whole groups of one image, which it reads twice: for the statistics, and to normalise.
+A program normalises whole groups of one image. It reads the groups twice: for the statistics, and to normalise.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-# two programs for each of an H100's 132 multiprocessors
+# two programs for each of the 132 multiprocessors of an H100
 FULL_GRID = 264
 # elements that a program takes at a time: two 16-byte loads of half precision for each thread of 8 warps
 TILE = 4096
@@ -39,8 +39,8 @@ def _lanes(
 ):
     """Describes the channels of a program, one for each of BLOCK_C lanes.
 
-    Returns which lanes have a channel (BLOCK_C is a power of two), the channels, the offsets of their first pixels, the
-    step from a pixel to the next, and [GROUPS, BLOCK_C] whether a lane belongs to a group.
+    Returns which lanes have a channel (BLOCK_C is rounded up to a power of two), the channels, the offsets of their
+    first pixels, the step from one pixel to the next, and [GROUPS, BLOCK_C] whether a lane belongs to a group.
     """
     lane = tl.arange(0, BLOCK_C)
     channel = tl.program_id(0) * (GROUPS * GROUP_SIZE) + lane
@@ -81,8 +81,8 @@ def groupnorm_silu_fwd_kernel(
     real, channel, first, step, member = _lanes(channels, pixels, GROUPS, GROUP_SIZE, BLOCK_C, CHANNELS_LAST)
     row = tl.arange(0, BLOCK_P)
 
-    # Welford's recurrence, in every element of the tile by itself. E[x^2] - E[x]^2 would be cheaper, but it loses all
-    # digits to cancellation where the mean is large.
+    # Welford's recurrence for mean and sum of squared distances, separately in each element of the tile. E[x^2] -
+    # E[x]^2 would be cheaper, but it loses all digits to cancellation where the mean is large.
     mean = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     squares = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for start in range(0, pixels, BLOCK_P):
@@ -93,9 +93,9 @@ def groupnorm_silu_fwd_kernel(
         mean += delta * (1.0 / (start // BLOCK_P + 1))
         squares += delta * (x - mean)
 
-    # Chan's formula merges the statistics, first of the tile's rows, which saw `count` pixels each (the last tile may
-    # be cut), then of a group's channels: the squares of a union are its parts' squares and, for each part, count times
-    # the squared distance of its mean from the union's.
+    # Chan's formula merges the statistics of parts: the squares of a union are the sum of the parts' squares plus, for
+    # each part, its count times the squared distance of its mean from the union's mean. First the tile's rows are
+    # merged, which have read `count` pixels each (the last tile may be incomplete), then the channels of a group.
     count = ((pixels - row + BLOCK_P - 1) // BLOCK_P).to(tl.float32)[:, None]
     channel_mean = tl.sum(count * mean, axis=0) / pixels
     difference = mean - channel_mean[None, :]
@@ -112,7 +112,7 @@ def groupnorm_silu_fwd_kernel(
     weight = tl.load(norm.weight + channel, mask=real, other=0.0).to(tl.float32)
     bias = tl.load(norm.bias + channel, mask=real, other=0.0).to(tl.float32)
     scale = weight * _per_channel(member, rstd)
-    # from the last tile to the first: the caches still hold what the first pass read last
+    # from the last tile to the first, because the caches still hold the tiles that the first pass read last
     for done in range(0, pixels, BLOCK_P):
         pixel = (pixels - 1) // BLOCK_P * BLOCK_P - done + row
         mask = (pixel < pixels)[:, None] & real[None, :]
@@ -133,7 +133,7 @@ def _normalised(x_ptr, grad_ptr, offset, mask, mean, rstd, weight, bias, SILU: t
     if SILU:
         z = xhat * weight[None, :] + bias[None, :]
         sigmoid = tl.sigmoid(z)
-        # the derivative of z sigmoid(z); z is computed again from x, so that only x is saved
+        # the derivative of z sigmoid(z). z is computed again from x, so that the forward pass need not save it.
         grad *= sigmoid * (1.0 + z * (1.0 - sigmoid))
     return xhat, grad
 
@@ -180,8 +180,9 @@ def groupnorm_silu_bwd_kernel(
         tl.store(at, channel_product, mask=real)
         tl.store(at + tl.num_programs(1) * channels, channel_sum, mask=real)
 
-    # With h = grad * weight, the gradient with respect to xhat: normalising removes from it the components along the
-    # constant vector and along xhat. dx = rstd * (h - mean(h) - xhat * mean(h * xhat)), means over the group.
+    # Let h = grad * weight be the gradient with respect to xhat. xhat does not change if a constant is added to x or x
+    # is scaled (up to eps), so dx has no component along the constant vector or along xhat: dx = rstd * (h - mean(h) -
+    # xhat * mean(h * xhat)), with means over the group.
     count = GROUP_SIZE * pixels
     along_one = _per_channel(member, _per_group(member, weight * channel_sum) / count)
     along_x = _per_channel(member, _per_group(member, weight * channel_product) / count)
@@ -226,7 +227,7 @@ def groupnorm_silu_backward(
 ) -> None:
     """Fills `dx` and, if given, `partials` [2, N, C] fp32: the gradients of weight and bias of each image.
 
-    `x`, `grad` and `dx` share one dense layout. The caller adds the images up, in a fixed order.
+    `x`, `grad` and `dx` have the same dense layout. The caller adds up the images' gradients, in a fixed order.
     """
     images, channels, pixels = x.shape[0], x.shape[1], math.prod(x.shape[2:])
     grid, tile, warps = _tiling(images, channels, pixels, mean.shape[1], x.element_size(), not x.is_contiguous())
@@ -255,9 +256,9 @@ def _tiling(
     group_size = channels // groups
     owned = 1
     if channels_last:
-        # In channels_last, a group lies in memory as one short segment for each pixel: 20 bytes for 10 channels of half
-        # precision. A program that owns neighbouring groups reads whole 32-byte sectors in 16-byte loads. Groups are
-        # joined as long as enough programs are left to occupy the GPU.
+        # In channels_last, a group has one short segment of memory for each pixel: 20 bytes for 10 channels of half
+        # precision. A program that computes neighbouring groups can read whole 32-byte sectors in 16-byte loads. Groups
+        # are joined only as long as enough programs are left to occupy the GPU.
         while groups % (2 * owned) == 0 and images * groups >= 2 * owned * FULL_GRID:
             segment = owned * group_size * itemsize
             if segment >= 64 and segment % 16 == 0:

@@ -1,4 +1,4 @@
-"""What launchers share: the layout of rows, the size of tiles, and the counter that finds a launch's last program."""
+"""Helpers of the launchers: the layout of rows, the size of tiles, and the counter that finds the last program."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ _TICKETS: dict[tuple[torch.device, int], torch.Tensor] = {}
 def row_layout(tensor: torch.Tensor) -> tuple[int, int]:
     """Returns (C, pixels) for channels_last rows and (0, 0) for contiguous ones.
 
-    Kernels take them as compile-time constants, because the index of a channels_last element needs a division by them.
+    Kernels take both as compile-time constants, because the offset of a channels_last element needs a division by the
+    number of pixels, and a division by a constant is cheaper.
     """
     if tensor.is_contiguous():
         return 0, 0
@@ -24,9 +25,9 @@ def row_layout(tensor: torch.Tensor) -> tuple[int, int]:
 def block_and_warps(elements: int) -> tuple[int, int]:
     """The number of elements that a program takes at a time, and its number of warps, for images of `elements`.
 
-    One program computes a whole image, so that its sum needs no second launch and has a fixed order. The grid is then
-    as small as the batch; large tiles keep enough loads in flight to hide the latency of memory. An image of Stable
-    Diffusion has 16,384 elements, four tiles.
+    One program computes a whole image, so that the sum over the image needs no second launch and has a fixed order. The
+    grid then has only as many programs as the batch has images, so each program must hide the latency of memory itself:
+    large tiles keep many loads in flight. A latent of Stable Diffusion has 16,384 elements, which are four tiles.
     """
     block = min(triton.next_power_of_2(max(elements, 16)), 4096)
     return block, max(4, block // 256)
@@ -50,9 +51,9 @@ def ticket(device: torch.device) -> torch.Tensor:
 def is_last(ticket):
     """Whether this program is the last of its launch to arrive here.
 
-    Programs of a launch run in no particular order and cannot wait for each other. Each draws a ticket when it has
-    stored its results; the one that draws the last ticket knows that all are stored. Acquire and release make what the
-    others stored before their tickets visible to it.
+    Programs of a launch run in no particular order and cannot wait for each other. Each program increments the counter
+    after it has stored its results, so the program that brings the counter to the number of programs knows that all
+    results are stored. The acquire-release semantics of the increment make the other programs' stores visible to it.
     """
     last = tl.atomic_add(ticket, 1, sem="acq_rel") == tl.num_programs(0) - 1
     if last:

@@ -1,7 +1,7 @@
 """The clipped PPO loss and its gradient in one launch; `ddpo_fast/ops/ppo_loss.py` derives the gradient.
 
-One program computes a pair: a first pass over its elements gives the log-prob and with it the ratio, from which the
-factor of the gradient follows, and a second pass writes the gradient. The last program averages over the pairs.
+One program computes a pair. Its first pass over the elements computes the log-prob, which gives the ratio and the
+factor of the gradient; its second pass writes the gradient. The last program to finish averages over the pairs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ddpo_fast_kernels.launch import block_and_warps, is_last, row_layout, ticke
 
 
 class Pairs(NamedTuple):
-    """What was stored when N pairs were sampled: latents [N, ...], the rest [N]; and the table [K, 3]."""
+    """The data of N pairs: latents [N, ...], the others [N]; and the table of coefficients [K, 3]."""
 
     latents: Any
     next_latents: Any
@@ -29,7 +29,7 @@ class Pairs(NamedTuple):
 
 
 class Bounds(NamedTuple):
-    """The ratio's bounds, the clip range, the advantages' bound, and the weight of the KL to the reference."""
+    """The ratio's bounds, the clip range, the bound of advantages, and the weight of the KL to the reference model."""
 
     low: Any
     high: Any
@@ -70,7 +70,8 @@ def ppo_loss_fwd_kernel(
     pair = tl.program_id(0).to(tl.int64)
     count = tl.num_programs(0)
     c_x, c_m, sigma = coefficients(pairs.table, pairs.timesteps, pair, True)
-    # a lane adds up every BLOCK-th element, and the lanes are added at the end: the same order as in `step_logprob`
+    # Each lane adds up every BLOCK-th element, and at the end the lanes are added, in the same order as in
+    # `step_logprob`.
     squares = tl.zeros([BLOCK], tl.float32)
     apart_squares = tl.zeros([BLOCK], tl.float32)
     for start in range(0, D, BLOCK):
@@ -87,13 +88,13 @@ def ppo_loss_fwd_kernel(
     log_prob = log_density(tl.sum(squares, axis=0), D, sigma)
     reference_kl = tl.sum(apart_squares, axis=0) / D / (2.0 * sigma * sigma)
     slope = settle_pair(pair, count, log_prob, reference_kl, pairs, bounds, results)
-    # the factor that both terms share: d mean / d guided = c_m, 1 / sigma^2, and the means over D and over the pairs
+    # both terms of the gradient have this factor: d mean / d guided = c_m, 1 / sigma^2, and the means over D and pairs
     share = c_m / (sigma * sigma) / (D * count.to(tl.float32))
     if SCALED:
         share *= tl.load(grad_scale)
     slope *= share
     reference_slope = bounds.reference_weight * share
-    # the same loads again: the rows are still in the caches, and registers do not hold a whole image
+    # The second pass loads everything again, because a whole image does not fit in registers. The data is still cached.
     for start in range(0, D, BLOCK):
         d = start + tl.arange(0, BLOCK)
         mask = d < D
@@ -113,7 +114,7 @@ def ppo_loss_fwd_kernel(
 def settle_pair(pair, count, log_prob, reference_kl, pairs, bounds, results):
     """Stores a pair's log-prob and its terms of the averages; returns d term / d log_prob."""
     advantage = tl.load(pairs.advantages + pair)
-    # tl.minimum and tl.maximum drop a NaN unless told otherwise, and a NaN advantage or ratio must reach the loss
+    # tl.minimum and tl.maximum drop a NaN by default, but a NaN advantage or ratio must reach the loss
     advantage = tl.minimum(advantage, bounds.advantage_limit, propagate_nan=tl.PropagateNan.ALL)
     advantage = tl.maximum(advantage, -bounds.advantage_limit, propagate_nan=tl.PropagateNan.ALL)
     change = log_prob - tl.load(pairs.old_log_probs + pair)
@@ -136,7 +137,8 @@ def settle_pair(pair, count, log_prob, reference_kl, pairs, bounds, results):
 def average(results, count):
     """Stores the means over the pairs, added in a fixed order, and the largest |ratio - 1|.
 
-    Atomic additions from every program would be simpler, but their order and so the loss would differ between launches.
+    Atomic additions by every program would be simpler, but their order, and so the last bits of the loss, would differ
+    between launches.
     """
     tl.store(results.loss, column_sum(results.scratch, count) / count)
     tl.store(results.metrics, column_sum(results.scratch + count, count) / count)
@@ -147,7 +149,7 @@ def average(results, count):
         i = start + tl.arange(0, 1024)
         largest = tl.maximum(largest, tl.load(moved + i, mask=i < count, other=0.0, volatile=True))
     total = column_sum(moved, count)
-    # tl.max ignores NaN; the sum shows whether there is one
+    # tl.max ignores a NaN, but the sum is NaN if any term is
     tl.store(results.metrics + 2, tl.where(total != total, total, tl.max(largest, axis=0)))
     tl.store(results.metrics + 3, column_sum(results.scratch + 4 * count, count) / count)
 

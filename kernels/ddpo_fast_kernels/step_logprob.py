@@ -47,7 +47,8 @@ def step_logprob_fwd_kernel(
         tl.store(next_input + image * D + at, as_input, mask=mask)
         if GUIDED:
             tl.store(next_input + (image + images) * D + at, as_input, mask=mask)
-        # the log-prob of what is stored: the rounded sum minus the mean, which is not exactly sigma * noise
+        # The log-prob is that of the stored latents. `following` is rounded, so the difference is not exactly sigma *
+        # noise.
         difference = tl.where(mask, following - mu, 0.0)
         squares = tl.fma(difference, difference, squares)
     tl.store(log_probs + image, log_density(tl.sum(squares, axis=0), D, sigma))
@@ -84,7 +85,7 @@ def step_logprob_bwd_kernel(
         guided = load_guided(output, image, images, D, at, mask, guidance, GUIDED)
         mu = mean(guided, load_fp32(latents, image, D, d, mask), c_x, c_m)
         difference = load_fp32(next_latents, image, D, d, mask) - mu
-        # the mean acts on three outputs: the log-prob, the next latents, and the UNet's input, which is a copy of them
+        # the mean affects three outputs: the log-prob, the next latents, and their copies in the UNet's next input
         grad_mean = tl.fma(slope, difference, load_fp32(grad_next_latents, image, D, d, mask))
         grad_mean += load_fp32(grad_next_input, image, D, at, mask)
         if GUIDED:
