@@ -1,9 +1,9 @@
-"""Compiles every Triton kernel ahead of time, without a GPU, and prints what each needs of one.
+"""Compiles every Triton kernel ahead of time, without a GPU, and prints the resources that each kernel uses.
 
     python bench/compile_kernels.py [--output FILE.json] [--architectures 80 90] [--only STEM]
 
-That is registers of a thread, shared memory of a block in bytes, and spilled bytes of a thread, as `cuobjdump` reads
-them from the machine code.
+These are the registers of a thread, the shared memory of a block in bytes, and the spilled bytes of a thread, as
+`cuobjdump` reads them from the machine code.
 """
 
 from __future__ import annotations

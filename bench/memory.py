@@ -7,16 +7,16 @@
     python bench/memory.py --show FILE.jsonl ...
 
 The first command trains for two epochs in each combination of the options, each in a process of its own. By default
-that is the plain engine everywhere, and the other engines where all weights are trained in bf16 without checkpointing,
-in micro-batches of 4 pairs. Engines that are named are trained in every combination.
+the plain engine runs in every combination, and the other engines run only where all weights are trained in bf16 without
+checkpointing, in micro-batches of 4 pairs. Engines that `--engines` names run in every combination.
 
-The second command plans for a GPU of so many GB and trains for two epochs with the settings that were chosen, in a
-process that may not allocate more. Then it does the same for the whole GPU.
+The second command plans for a GPU with the memory of `--cap` and trains for two epochs with the chosen settings, in a
+process that cannot allocate more. Then it does the same for the whole GPU.
 
-Measured on a GPU is the peak of PyTorch's allocator, without the CUDA context. Measured on a CPU are the tensors that
-exist before the first epoch, and after it each allocation and release of PyTorch's CPU allocator, as its profiler
-records them. That includes workspaces inside of ops, but not what oneDNN and MKL allocate by themselves. On a CPU,
-device memory and host memory are the same, so predicted is the sum of what the plan has for both.
+On a GPU the measurement is the peak of PyTorch's allocator, without the CUDA context. On a CPU it is the sum of the
+tensors that exist before the first epoch and of every later allocation and release of PyTorch's CPU allocator, as its
+profiler records them. That includes workspaces that ops allocate, but not the allocations of oneDNN and MKL themselves.
+On a CPU, device memory and host memory are the same, so the prediction is the sum of the plan's figures for both.
 """
 
 from __future__ import annotations
@@ -59,12 +59,13 @@ ENGINES: dict[str, Row] = {
     "stochastic": {"stochastic_rounding": True, "train_use_8bit_adam": True},
     "ema": {"ema_decay": 0.99},
     "offload": {"offload": "optimizer", "train_use_8bit_adam": True},
-    # Each update is a single micro-batch. The norm is text, as it goes through JSON, which has no infinity.
+    # With this engine each update is a single micro-batch. The norm is a string, because JSON has no infinity.
     "in_backward": {"optimizer_in_backward": True, "train_max_grad_norm": "inf"},
 }
 # kind, precision, checkpointing and pairs of the combination that all engines train
 ENGINES_COMPARED_AT = ("full", "bf16", "none", 4)
-# a dry run's part of a cap: roughly the bundled model's weights over Stable Diffusion's, and room for activations
+# At tiny size a cap is multiplied by this: roughly the bundled model's weights over Stable Diffusion's, with room for
+# activations.
 TINY_SCALE = 1 / 50
 OUT_OF_MEMORY = "out of memory"
 
@@ -127,7 +128,8 @@ def combinations(options: argparse.Namespace) -> Iterable[Row]:
 
 
 def spec_of(options: argparse.Namespace, kind: str, settings: Row, model: str = "") -> Row:
-    # Training on all pairs is what the plan predicts, and the profiler does not see a reward that runs in a thread.
+    # The plan predicts training on all pairs, so none may be skipped. The profiler does not see work in another thread,
+    # so rewards must not overlap with sampling.
     fixed = {"train_skip_dead_pairs": False, "reward_overlap": False}
     fixed |= {"save_freq": NEVER, "train_learning_rate": FULL_RATE}
     settings = {**settings, **fixed}

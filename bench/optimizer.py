@@ -42,7 +42,7 @@ Row = dict[str, Any]
 SIZES = {"tiny": [5000], "full": [10_000_000, 30_000_000, 100_000_000]}
 SETTINGS = {"lr": 1e-4, "weight_decay": 1e-2}
 OURS = "ours"
-# of two 8-bit moments, which have an fp32 scale for each block of 256: read and written
+# bytes for each weight: two 8-bit moments have an fp32 scale for each block of 256, and a step reads and writes both
 SCALES = 4 * 4 / 256
 # Bytes that a step must move for each weight. It reads and writes the weight and the moments, reads the gradient, and
 # where bf16 goes "in and out" it reads a bf16 gradient and writes a bf16 copy of the weight.

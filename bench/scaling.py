@@ -4,11 +4,13 @@
     python bench/scaling.py --check [--rounds N] [--output FILE.jsonl]
 
 The model is Stable Diffusion 1.5 at 512x512, trained with plain data parallelism, as this project does it, and with
-ZeRO 1 to 3. Weak scaling keeps the number of images of a GPU, strong scaling that of an epoch.
+ZeRO 1 to 3. Weak scaling keeps the number of images per GPU constant, strong scaling the number per
+epoch.
 
 Each line says which figures are measured. Without a record all are assumed, from data sheets and a share of the peak.
-No communication overlaps with compute (in reality some does, which is faster), no GPU waits for another, and small
-batches lose no speed (in reality they do, most of all in strong scaling). --check needs no GPU.
+The formulas assume that no communication overlaps with compute (in reality some does, which is faster), that no GPU
+waits for another, and that small batches lose no speed (in reality they do, most of all in strong scaling). --check
+needs no GPU.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ from lib.workloads import OURS, Case, Contender, cases, prompts, techniques
 Row = dict[str, Any]
 WORKAROUND = "trl: accelerate.PartialState(...) is called first; without it TRL 0.23.1 fails at its first log line"
 PACKAGES = ("trl", "diffusers", "transformers", "peft", "accelerate", "xformers", "bitsandbytes")
-# rows that agree in these measure the same, and the newest of them is shown
+# of rows that agree in all of these only the newest is shown
 SAME = ("bench", "case", "contender", "seed", "device", "model", "size")
 # A profile of all of an epoch's 50 steps does not fit into memory, and the shares hardly depend on how many there are.
 PROFILED_STEPS = 5

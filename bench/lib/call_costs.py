@@ -21,7 +21,8 @@ class _DispatchedOps(TorchDispatchMode):
     count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # a mode is switched off while it handles an op, and would not see what happens inside of a custom one
+        # PyTorch switches a dispatch mode off while the mode handles an op, so it is entered again to count the ops
+        # inside of a custom op
         if func.namespace == "ddpo_fast":
             with self:
                 return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **(kwargs or {}))

@@ -7,10 +7,10 @@ from typing import Any
 from lib.rounds import speed_range, speeds
 
 Row = dict[str, Any]
-# rows that differ in one of these did other work, or did it on another machine
+# a row is compared only with earlier rows that agree in these: the same work on the same machine
 SAME = ("bench", "case", "contender", "device", "threads", "model", "use_lora", "settings", "epochs")
-# smaller losses are not reported: as a share of the earlier speed, with several rounds on both sides and with one,
-# which does not show by how much rounds differ
+# The smallest loss of speed that is reported, as a share of the earlier speed. The second value is for a single round
+# in either run, which does not show by how much rounds differ.
 NEGLIGIBLE_LOSS, NEGLIGIBLE_LOSS_OF_ONE_ROUND = 0.02, 0.10
 
 

@@ -25,7 +25,7 @@ def measure(device: str, size: str, seeds: int, epochs: int) -> list[Row]:
     Ours trains for a quarter more epochs, as it may reach TRL's last reward an epoch late by rounding alone.
     """
     if size == "full":
-        # an uncounted epoch: it compiles ops that are then cached, and that would count as the first epoch's time
+        # an epoch that is not measured, to compile ops into the cache; otherwise the first run would include that time
         run_in_process(run_spec(learners(size, 0)[0], MODEL, prompts(learning=True), 0, 1), device)
     rows = []
     for seed in range(seeds):

@@ -12,7 +12,7 @@ from lib.trainer_process import Figures, RunFailed
 from lib.workloads import LEARNING_FIGURES, Contender
 
 Results = dict[str, list[Figures]]
-# how long an optional contender may take: this many times the slowest run of the others, plus seconds for its start
+# the time limit of an optional contender: this many times the slowest run of the others, plus seconds for its start
 TIMEOUT_FACTOR, START_S = 4, 60
 
 

@@ -14,7 +14,8 @@ OURS, TRL = "ours", "trl"
 OUR_FIELDS = {option.name for option in fields(DDPOConfig)}
 # a `save_freq` at which no checkpoint is written while something is measured
 NEVER = 10**9
-# what an epoch did to the policy: equal work shows in equal figures. `skipped`, a share of the pairs, is ours alone
+# Figures that are equal if two trainers have trained in the same way. Only our trainer has `skipped`, the share of
+# pairs that it has left out.
 LEARNING_FIGURES = ("reward_mean", "approx_kl", "clipfrac", "skipped")
 
 # the settings of the command in TRL's documentation and example script

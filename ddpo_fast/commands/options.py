@@ -223,7 +223,9 @@ def sample_parser() -> Parser:
         help="where the grid goes, as .png, .jpg, .webp, .pdf or .svg (default: a new samples.png in the run's folder)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the file that --output names")
-    parser.add_argument("--trust_run", "--trust-run", action="store_true", help="import the functions that it names")
+    parser.add_argument(
+        "--trust_run", "--trust-run", action="store_true", help="import the functions that the run names"
+    )
     return parser
 
 
