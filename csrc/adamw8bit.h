@@ -117,6 +117,8 @@ struct Quantizer {
     alignas(64) int32_t carried[32] = {};
     alignas(64) float lines[3][32] = {};
     for (int32_t e = 0; e < 32; ++e) {
+      // The exponent field of 2^(e - 31) is 96 + e, whose lowest five bits are e. Entry e is for sizes in [begin, 2
+      // begin).
       const float begin = std::ldexp(1.0f, e - 31);
       for (int64_t k = 0; k < DECADES; ++k) {
         const float threshold = d.threshold[k];
@@ -239,6 +241,7 @@ inline float inverse_of(float& scale) {
 inline float scale_of(Extremes extremes, float lowest) {
   const float above = std::bit_cast<float>(extremes.most);
   const float below = extremes.least > 0x80000000u ? std::bit_cast<float>(extremes.least) / lowest : 0;
+  // if neither comparison is true, one of the two is NaN, and so is their sum
   return above >= below ? above : below > above ? below : above + below;
 }
 
@@ -255,6 +258,7 @@ __attribute__((always_inline)) inline void adamw_block(
   const Extremes first = next_moment<true>(s.map1, codes1, absmax1 * s.beta1, grad, s.rest1, m);
   const Extremes second = next_moment<false>(s.map2, codes2, absmax2 * s.beta2, grad, s.rest2, v);
   absmax1 = scale_of(first, s.lowest);
+  // second moments are never negative, so the unsigned maximum is the largest value
   absmax2 = std::bit_cast<float>(second.least);
   const float inverse1 = inverse_of(absmax1), inverse2 = inverse_of(absmax2);
   for (int64_t i = 0; i < BLOCK; i += PART) {

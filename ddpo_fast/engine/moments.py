@@ -90,6 +90,7 @@ def to_checkpoint(optimizer: torch.optim.Optimizer, parameter: Tensor, moment: s
     """A parameter's moment as a checkpoint keeps it, in host memory."""
     state = optimizer.state.get(parameter, {})
     if not _is_quantised(state, moment):
+        # `read` gives the values in the order of the parameter's memory, so the parameter's strides restore its shape
         return read(optimizer, parameter, moment).cpu().as_strided(parameter.shape, parameter.stride())
     codes, absmax = (flat(state[name]).cpu() for name in BITSANDBYTES_NAMES[moment])
     return {"codes": codes, "absmax": absmax, "order": _memory_order(parameter)}

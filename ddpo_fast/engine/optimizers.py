@@ -60,6 +60,7 @@ class Warmup:
     def set_rate(self, updates: int) -> None:
         """Sets the learning rates for the next update, after `updates` updates."""
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            # updates + 1, so that the first update has a learning rate above zero
             group["lr"] = peak * min(1.0, (updates + 1) / max(1, self.steps))
 
 

@@ -40,6 +40,7 @@ def zero_settings(config: DDPOConfig, precision: str, given: dict[str, Any] | No
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.train_max_grad_norm,
+        # the number of steps between DeepSpeed's progress messages: never in practice
         "steps_per_print": 10**9,
         # without these two settings DeepSpeed accepts only optimizers that it knows, and for offload only its own
         "zero_allow_untested_optimizer": True,

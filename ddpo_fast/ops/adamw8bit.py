@@ -142,7 +142,9 @@ def quantise(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     device = str(values.device)
     scales = blocks.amax(dim=1)
     if signed:
+        # the map's lowest value is -0.993, so a large negative value needs a scale above its absolute value
         scales = torch.maximum(scales, blocks.amin(dim=1) / _maps(device)[0, 0])
+    # the inverse of a subnormal scale could be infinite
     scales = torch.where(scales < torch.finfo(torch.float32).tiny, 0.0, scales)
     inverse = torch.where(scales == 0, 0.0, 1 / scales)
     scaled = blocks * inverse[:, None]

@@ -28,6 +28,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def product(x_MI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """`x W^T + b` for matrices of any strides, by oneDNN where it is faster; not differentiable."""
     if onednn_is_faster(x_MI.device.type, x_MI.dtype) and x_MI.numel():
+        # PyTorch's internal op for a linear layer by oneDNN; "none" means that no activation follows
         return torch.ops.mkldnn._linear_pointwise(x_MI, weight_OI, bias_O, "none", [], "")
     return x_MI @ weight_OI.t() if bias_O is None else torch.addmm(bias_O, x_MI, weight_OI.t())
 

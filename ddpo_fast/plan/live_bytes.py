@@ -73,7 +73,8 @@ class LiveBytes(TorchDispatchMode):
             size = -(-size // CUDA_BLOCK) * CUDA_BLOCK
         self._known.add(storage._cdata)
         self.now += size
-        # a storage has one Python object, which PyTorch keeps for as long as any tensor uses the storage
+        # PyTorch keeps a storage's Python object for as long as any tensor uses the storage, so the object's end is
+        # that of the storage. At the exit of the interpreter nobody reads the count, so the callback need not run.
         weakref.finalize(storage, self._free, storage._cdata, size).atexit = False
 
     def _free(self, address: int, size: int) -> None:

@@ -59,6 +59,7 @@ class UNetCache:
         emb = self.unet.time_embedding(self.unet.time_proj(timesteps_T).to(embeds_BLD.dtype))
         added = [block.time_emb_proj(emb if block.skip_time_act else block.nonlinearity(emb)) for block in self.blocks]
         self._steps = torch.cat(added, dim=1)
+        # one row [1, ...] for all rows of the batch, which are at the same timestep
         self._row = kept_in_place(self._row, self._steps[:1])
 
     def at(self, step: int) -> None:
@@ -73,6 +74,8 @@ class UNetCache:
         stand_ins: list[tuple[Any, Tensor]] = [(self.unet.time_proj, nothing), (self.unet.time_embedding, nothing)]
         stand_ins += zip(self.projections, self._context, strict=True)
         projections = [block.time_emb_proj for block in self.blocks]
+        # These are views of `_row`. `at` overwrites `_row` in place, and so changes what the layers return at each
+        # step.
         rows = self._row.split([projection.out_features for projection in projections], dim=1)
         stand_ins += zip(projections, rows, strict=True)
         # a module may already have a `forward` of its own, from accelerate's hooks for instance

@@ -96,6 +96,7 @@ def groupnorm_silu_fwd_kernel(
     # Chan's formula merges the statistics of parts: the squares of a union are the sum of the parts' squares plus, for
     # each part, its count times the squared distance of its mean from the union's mean. First the tile's rows are
     # merged, which have read `count` pixels each (the last tile may be incomplete), then the channels of a group.
+    # row r of the tile has read the pixels r, r + BLOCK_P, r + 2 BLOCK_P, ...
     count = ((pixels - row + BLOCK_P - 1) // BLOCK_P).to(tl.float32)[:, None]
     channel_mean = tl.sum(count * mean, axis=0) / pixels
     difference = mean - channel_mean[None, :]
