@@ -4,8 +4,7 @@
     python bench/scaling.py --check [--rounds N] [--output FILE.jsonl]
 
 The model is Stable Diffusion 1.5 at 512x512, trained with plain data parallelism, as this project does it, and with
-ZeRO 1 to 3. Weak scaling keeps the number of images per GPU constant, strong scaling the number per
-epoch.
+ZeRO 1 to 3. Weak scaling keeps the number of images per GPU constant, strong scaling the number per epoch.
 
 Each line says which figures are measured. Without a record all are assumed, from data sheets and a share of the peak.
 The formulas assume that no communication overlaps with compute (in reality some does, which is faster), that no GPU

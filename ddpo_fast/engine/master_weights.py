@@ -157,8 +157,8 @@ def accumulate_into(totals: list[Tensor | None], i: int, dtype: torch.dtype) -> 
     def add(parameter: Tensor) -> None:
         gradient, total = parameter.grad, totals[i]
         assert gradient is not None
-        # Cleared first, because the next line may run out of memory. The micro-batch is then repeated in smaller parts,
-        # and autograd would add their gradients to a gradient that is still here.
+        # Cleared first, because the addition below may run out of memory. The micro-batch is then repeated in smaller
+        # parts, and autograd would add their gradients to a gradient that is still here.
         parameter.grad = None
         if total is None:
             totals[i] = gradient.to(dtype)

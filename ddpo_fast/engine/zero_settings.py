@@ -66,8 +66,7 @@ def zero_settings(config: DDPOConfig, precision: str, given: dict[str, Any] | No
     settings.pop("train_batch_size", None)
     # the engine sets learning rates, which follow train_warmup_steps
     settings.pop("scheduler", None)
-    # if this were True, stage 3 would replace torch.nn.functional.linear in the whole process, see SplitLinear in
-    # zero.py
+    # with this setting stage 3 would replace torch.nn.functional.linear in the whole process (see SplitLinear, zero.py)
     stage = settings["zero_optimization"] = {**settings["zero_optimization"], "memory_efficient_linear": False}
     devices = {stage.get(name, {}).get("device") for name in ("offload_optimizer", "offload_param")}
     if "nvme" in devices or settings.get("data_types", {}).get("grad_accum_dtype"):

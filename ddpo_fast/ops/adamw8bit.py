@@ -61,7 +61,7 @@ def adamw8bit_(
     Three details differ from bitsandbytes. The scale of the first moment is chosen such that both the largest and the
     lowest value of a block have a code. The signed map ends at 1 and at -0.993, so with the largest absolute value as
     the scale, a negative value of that size would lose 0.7 % in every step. A second moment is never rounded to zero,
-    because a zero beside a first moment that is not zero makes an update of lr m / eps. Scales below 1.2e-38 count as
+    because with a first moment that is not zero, the update would then be lr m / eps. Scales below 1.2e-38 count as
     zero.
 
     Raises `ValueError` for shapes, dtypes and layouts that do not fit, and for a `step` below 1.

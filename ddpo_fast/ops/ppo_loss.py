@@ -128,8 +128,10 @@ def _clipped(advantages: Tensor, clip_range: float, ratio: Tensor) -> Tensor:
 
 
 def is_clipped(advantages: Tensor, clip_range: float, ratio: Tensor) -> Tensor:
-    """Which pairs [N] have no gradient because of the clip: their ratio has left the range in the direction that their
-    advantage favours."""
+    """Which pairs [N] have no gradient because their ratio has left the clip range.
+
+    Only leaving it in the direction that the advantage favours counts: upwards for a positive advantage.
+    """
     return ((advantages > 0) & (ratio > 1 + clip_range)) | ((advantages < 0) & (ratio < 1 - clip_range))
 
 

@@ -25,8 +25,7 @@ from ddpo_fast.device_memory import GB
 from ddpo_fast.plan.footprint import Footprint
 from ddpo_fast.plan.phases import EVALUATED_IMAGES, Plan, merged_batches, pairs_per_call, predict
 
-# share of the GPU's memory that stays free, for fragmentation in the allocator and for what the prediction does not
-# count
+# share of the GPU's memory that stays free, for fragmentation and for allocations that the prediction does not count
 MARGIN = 0.05
 # rows of a UNet call below which every saving is preferred to a smaller call
 SMALL_CALL_ROWS = 8

@@ -81,8 +81,8 @@ def groupnorm_silu_fwd_kernel(
     real, channel, first, step, member = _lanes(channels, pixels, GROUPS, GROUP_SIZE, BLOCK_C, CHANNELS_LAST)
     row = tl.arange(0, BLOCK_P)
 
-    # Welford's recurrence for mean and sum of squared distances, separately in each element of the tile. E[x^2] -
-    # E[x]^2 would be cheaper, but it loses all digits to cancellation where the mean is large.
+    # Welford's recurrence for mean and sum of squared distances, separately in each element of the tile. The variance
+    # E[x^2] - E[x]^2 would be cheaper, but it loses all digits to cancellation where the mean is large.
     mean = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     squares = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for start in range(0, pixels, BLOCK_P):
@@ -182,8 +182,8 @@ def groupnorm_silu_bwd_kernel(
         tl.store(at + tl.num_programs(1) * channels, channel_sum, mask=real)
 
     # Let h = grad * weight be the gradient with respect to xhat. xhat does not change if a constant is added to x or x
-    # is scaled (up to eps), so dx has no component along the constant vector or along xhat: dx = rstd * (h - mean(h) -
-    # xhat * mean(h * xhat)), with means over the group.
+    # is scaled (up to eps), so dx has no component along the constant vector or along xhat. With means over the group,
+    # dx = rstd * (h - mean(h) - xhat * mean(h * xhat)).
     count = GROUP_SIZE * pixels
     along_one = _per_channel(member, _per_group(member, weight * channel_sum) / count)
     along_x = _per_channel(member, _per_group(member, weight * channel_product) / count)

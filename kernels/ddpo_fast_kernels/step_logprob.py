@@ -47,8 +47,7 @@ def step_logprob_fwd_kernel(
         tl.store(next_input + image * D + at, as_input, mask=mask)
         if GUIDED:
             tl.store(next_input + (image + images) * D + at, as_input, mask=mask)
-        # The log-prob is that of the stored latents. `following` is rounded, so the difference is not exactly sigma *
-        # noise.
+        # The log-prob is that of the stored latents. `following` is rounded, so this is not exactly sigma * noise.
         difference = tl.where(mask, following - mu, 0.0)
         squares = tl.fma(difference, difference, squares)
     tl.store(log_probs + image, log_density(tl.sum(squares, axis=0), D, sigma))
