@@ -32,7 +32,7 @@ LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 ADAPTER = "default"
 TRL_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
 TRL_RANK = 4
-# the settings that determine, beside its weights, what an adapter adds to a layer
+# the settings that determine, apart from its weights, what an adapter adds to a layer
 SCALE_SETTINGS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
 # for error messages: how to merge an adapter into a model
 FUSE_COMMANDS = "pipe.fuse_lora(); pipe.unload_lora_weights(); pipe.save_pretrained(new_folder)"
@@ -141,8 +141,8 @@ def find_targets(unet: nn.Module, targets: Sequence[str]) -> list[str]:
         selected = [name for name in names if name == target or name.endswith(f".{target}")]
         if not selected:
             raise ValueError(
-                f"lora_target_modules names {target!r}, and the UNet has no such layer: name some of it, as to_q, "
-                "to_k, to_v, to_out.0, proj_in, ff.net.2 or conv1"
+                f"lora_target_modules names {target!r}, and the UNet has no such layer: name layers that it has, such "
+                "as to_q, to_k, to_v, to_out.0, proj_in, ff.net.2 or conv1"
             )
         for name in selected:
             if not isinstance(names[name], nn.Linear | nn.Conv2d | BaseTunerLayer):
@@ -240,7 +240,7 @@ def save_adapter(pipe: Any, unet: Any, output_dir: str | Path) -> None:
     for name, network in (("unet", unet), ("text_encoder", pipe.text_encoder)):
         if ADAPTER in getattr(network, "peft_config", {}):
             state = _in_one_naming(get_peft_model_state_dict(network, adapter_name=ADAPTER))
-            # safetensors refuses tensors that are not contiguous, as channels_last ones
+            # safetensors refuses tensors that are not contiguous, such as those in the channels_last layout
             written[f"{name}_lora_layers"] = {key: value.contiguous() for key, value in state.items()}
             written[f"{name}_lora_adapter_metadata"] = _with_sorted_sets(network.peft_config[ADAPTER].to_dict())
     pipe.save_lora_weights(save_directory=output_dir, **written)

@@ -1,4 +1,4 @@
-"""Values that a run measures instead of being told, kept with it so that a resumed run computes the same bits."""
+"""Values that a run measures, unlike its settings; they are saved so that a resumed run computes the same bits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HARMLESS = {
 class Measured(dict[str, int | float | str]):
     """Plain values by name, each measured once in the life of a run: batch sizes from free memory, the fastest kernel.
 
-    A checkpoint and `config.json` keep them; the run that is resumed starts with them.
+    Checkpoints and `config.json` record them, and a resumed run starts with them.
     """
 
     def once(self, name: str, measure: Callable[[], T]) -> T:
@@ -44,10 +44,12 @@ class Measured(dict[str, int | float | str]):
 
     @classmethod
     def of_run(cls, state: Mapping[str, Any], settings: Mapping[str, Any]) -> Measured:
-        """What the run that left `state` in a checkpoint has measured.
+        """The values that a checkpoint's `state` records.
 
-        Nothing if the present `settings`, which name the device too, differ from its own: its values may not fit them.
+        None of them if the present `settings`, among them the device, differ from the recorded ones: the values may not
+        suit these.
         """
+        # the state was read from JSON, where tuples are lists
         mine = json.loads(json.dumps(settings, default=str))
         same = all(_without_harmless(state.get(name)) == _without_harmless(mine[name]) for name in mine)
         return cls(state.get("measured", {}) if same else {})

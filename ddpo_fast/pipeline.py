@@ -25,7 +25,7 @@ from ddpo_fast.model_configs import check_model, first_line, model_folder, pickl
 from ddpo_fast.run_folder.files import follow_umask
 from ddpo_fast.sampler import DDPOPipelineOutput, DDPOSchedulerOutput
 
-# the argument that makes `from_pretrained` load in fp32; diffusers 0.42 warns about its older name
+# the argument that makes `from_pretrained` load in fp32: `dtype`, whose older name diffusers warns about since 0.42
 IN_FP32: dict[str, Any] = {
     "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype": torch.float32
 }
@@ -259,7 +259,7 @@ def _give_default_mode(folder: Path) -> None:
 
 
 def check_pipeline(pipeline: DDPOStableDiffusionPipeline, config: DDPOConfig) -> None:
-    """Raises `ValueError` if a pipeline cannot take the steps, or do what another setting asks of it.
+    """Raises `ValueError` if a pipeline cannot take `sample_num_steps` steps, or cannot do what a setting asks of it.
 
     A pipeline whose class overrides both `__call__` and `scheduler_step` may sample by other steps than DDIM's, so its
     scheduler is not checked.

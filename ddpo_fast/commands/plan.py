@@ -64,7 +64,7 @@ def footprint_of(
 
 
 def print_plans(run: RunArguments, config: DDPOConfig, given: Sequence[str], num_processes: int = 1) -> None:
-    """Prints the plan of a LoRA, of all weights, or of both where the options `given` name neither.
+    """Prints the plan for a LoRA, for all weights, or for both if the options `given` name neither.
 
     Raises `ValueError` where there is no GPU and no `gpu_memory`, and where nothing that was asked for fits.
     """
@@ -125,7 +125,7 @@ def _as_option(name: str, value: Any) -> list[str]:
 
 
 def _print_on_main(line: str) -> None:
-    # there is no accelerator yet, which would know which process this is
+    # the launcher sets RANK; there is no accelerator yet that could be asked which process this is
     if os.environ.get("RANK", "0") == "0":
         print(line)
 
@@ -133,10 +133,10 @@ def _print_on_main(line: str) -> None:
 def apply_auto_memory(
     run: RunArguments, config: DDPOConfig, device: torch.device | str, say: Callable[[str], Any] = _print_on_main
 ) -> dict[str, Any]:
-    """Sets in `config` what `auto_memory` chooses for the device, says so in a line each, and returns these settings.
+    """Sets in `config` what `auto_memory` chooses for the device, prints why by `say`, and returns the settings.
 
-    Settings that are not at their defaults stay as they are. On a CPU nothing is chosen, unless `gpu_memory` says for
-    how many GB. Raises `ValueError` where nothing fits.
+    Settings that are not at their defaults stay as they are. On a CPU nothing is chosen, unless `gpu_memory` is set.
+    Raises `ValueError` where nothing fits.
     """
     device = torch.device(device)
     if device.type != "cuda" and config.gpu_memory is None:

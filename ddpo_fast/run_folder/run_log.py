@@ -32,7 +32,7 @@ class RunLog:
         self.metrics = MetricsFile(folder / "metrics.jsonl")
         self.health = Health(config, accelerator.is_main_process)
         self.summary = ""
-        # seconds of the run before it was resumed, and when this process started it
+        # seconds of training before this process resumed the run, and `time.monotonic()` when this process started
         self._earlier_s, self._started = 0.0, time.monotonic()
         self._last_update: dict[str, float] = {}
         self._warned_of_drift = False
@@ -114,7 +114,7 @@ class RunLog:
         return infos
 
     def log_epoch(self, epoch: int, global_step: int, all_rewards: torch.Tensor, timings: dict[str, float]) -> None:
-        """Logs an epoch's mean reward and timings, and makes the one-line `summary` of it."""
+        """Logs an epoch's mean reward and timings, and sets `summary` to one line about the epoch."""
         means = {"reward_mean": all_rewards.mean().item(), "reward_std": all_rewards.std(correction=0).item()}
         self.accelerator.log(timings, step=global_step - 1)
         counts = {"kind": "epoch", "epoch": epoch, "updates": global_step, "images": len(all_rewards)}
@@ -162,8 +162,8 @@ def folder_problem(folder: Path) -> str:
 def agree_on_folder(config: DDPOConfig, accelerator: Accelerator, folder: Path) -> Path:
     """The run's folder, the same path in all processes.
 
-    A folder that the user named is used as it is. Else its name has the time in seconds: the main process makes it, and
-    adds a number if another run has the same.
+    A folder that the user named is used as it is. Otherwise the name contains the time in seconds; the main process
+    makes the folder, and adds a number to the name if another run has the same one.
     """
     if not (config.output_dir or config.project_kwargs.get("project_dir") or config.resume_from or config.run_name):
         made = str(folder_lock.make_new(folder)) if accelerator.is_main_process else ""
@@ -171,7 +171,7 @@ def agree_on_folder(config: DDPOConfig, accelerator: Accelerator, folder: Path) 
         accelerator.project_configuration.project_dir = str(folder)
         if "logging_dir" not in config.project_kwargs:
             accelerator.project_configuration.logging_dir = str(folder)
-    # processes start at different seconds
+    # a name with the time may differ between processes, which start at different seconds
     return Path(broadcast_from_main(accelerator, str(folder)))
 
 
