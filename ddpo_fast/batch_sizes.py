@@ -26,8 +26,8 @@ from ddpo_fast.processes import all_reduce_min
 # More rows gain no speed: NeMo's ControlNet is 1.26 times as fast with 32 images as with 8 on an A100, and the bundled
 # model on a CPU 1.35 times with 48 rows as with 6, and not faster with more.
 MOST_ROWS = 64
-# This many rows keep the device busy in sampling. Batches beyond are denoised by themselves, so that the reward
-# function can score one while the next is sampled.
+# This many rows keep the device busy in sampling. More batches are not merged, so that the reward function can score
+# one while the next is sampled.
 SAMPLING_ROWS = 24
 # The share of the free memory that a micro-batch's activations may take. The rest is for gradients, the temporary
 # tensors of the backward pass, and fragmentation.
@@ -114,6 +114,7 @@ class BatchSizes:
 
 
 def _storages(tensors: Iterable[torch.Tensor]) -> set[int]:
+    """The addresses of the tensors' storages, which views share."""
     return {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
 
@@ -160,4 +161,5 @@ def batches_to_merge(batch_size: int, rows_per_image: int, images_that_fit: int)
 
 
 def _power_of_two_within(limit: int) -> int:
+    """The largest power of two that is at most `limit`, and at least 1."""
     return 1 << max(0, limit.bit_length() - 1) if limit > 0 else 1

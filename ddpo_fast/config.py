@@ -188,8 +188,8 @@ class DDPOConfig:
     def check(self) -> None:
         """Checks every field's type and range and the rules across fields.
 
-        Raises `ValueError`, or `ImportError` for a package that is not installed. The trainer calls it again, as fields
-        may have been set since.
+        Raises `ValueError`, or `ImportError` for a package that is not installed. The trainer calls this again, as
+        fields may have been set after `__post_init__`.
         """
         for option in fields(self):
             setattr(self, option.name, config_rules.plain(getattr(self, option.name)))
@@ -215,7 +215,7 @@ class DDPOConfig:
             raise ImportError(problem)
 
     def batch_size_problem(self, num_processes: int = 1) -> str:
-        """The broken rule between the batch sizes in one sentence, or '' (TRL's `_config_check`)."""
+        """A sentence about batch sizes that do not divide each other as they must, or '' (TRL's `_config_check`)."""
         sample, train = self.sample_batch_size, self.train_batch_size
         samples_per_epoch = sample * num_processes * self.sample_num_batches_per_epoch
         per_update = train * num_processes * self.train_gradient_accumulation_steps
@@ -237,7 +237,7 @@ class DDPOConfig:
 
     @property
     def num_train_timesteps(self) -> int:
-        """Timesteps of each image that an inner epoch trains on."""
+        """Timesteps of each image that an inner epoch trains on, rounded down."""
         return int(self.sample_num_steps * self.train_timestep_fraction)
 
     @property

@@ -247,8 +247,10 @@ def _installed(package: str) -> bool:
 
 
 def unknown_keyword(config: Settings) -> str:
-    """The first keyword in `tracker_kwargs`, `accelerator_kwargs` or `project_kwargs` that accelerate does not take, or
-    takes another value for; in one sentence, or ''."""
+    """A sentence about the first keyword that accelerate does not take, or whose value is not allowed, or ''.
+
+    Looks at `tracker_kwargs`, `accelerator_kwargs` and `project_kwargs`.
+    """
     if not (config.tracker_kwargs or config.accelerator_kwargs or config.project_kwargs):
         return ""
     # these imports take seconds, and most users give no keywords
@@ -281,6 +283,7 @@ def unknown_keyword(config: Settings) -> str:
 
 
 def _bad_keyword_value(config: Settings) -> str:
+    """A sentence about the first keyword whose value is not allowed, or ''."""
     for name, keywords in config.tracker_kwargs.items():
         if not isinstance(keywords, dict):
             return f"tracker_kwargs[{name!r}] is {shown(keywords)} but must be a dict of that tracker's keywords"

@@ -134,7 +134,10 @@ def _check_choices(settings: Mapping[str, Any]) -> None:
 
 
 def _check_alphas(scheduler: Any) -> None:
-    """Raises `ValueError` unless a_t falls strictly from below 1 to 0 or above; to above 0 if epsilon is predicted."""
+    """Raises `ValueError` unless a_t falls from timestep to timestep, below 1 and at least 0 (above 0 for epsilon).
+
+    At a_t = 0 the latents are pure noise, from which predicting epsilon says nothing about the image.
+    """
     alphas, config = scheduler.alphas_cumprod, scheduler.config
     if len(alphas) != config.num_train_timesteps:
         raise ValueError(

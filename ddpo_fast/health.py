@@ -29,7 +29,7 @@ HALF_PRECISION = "a higher mixed_precision ('bf16' or 'no')"
 
 
 class RunStopped(RuntimeError):
-    """Raised when a run cannot go on because its numbers are not finite or meaningless; checkpoints are from before."""
+    """Raised when a run cannot go on, as its numbers are not finite or are meaningless. Its checkpoints are older."""
 
 
 class SampleHealth:

@@ -52,14 +52,14 @@ class Interruption:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """In the block a first signal is deferred to its end; a second one raises at once, to skip the wait."""
+        """A first signal in the block takes effect at its end; a second one raises at once, to skip the wait."""
         with self.suppressed():
             yield
         self.check()
 
     @contextmanager
     def suppressed(self) -> Iterator[None]:
-        """In the block a first signal raises nothing, as training is ending anyway; a second one raises at once."""
+        """A first signal in the block raises nothing, as training is ending anyway; a second one raises at once."""
         self._depth += 1
         try:
             yield

@@ -131,8 +131,8 @@ def check_options(unet: Any, path: Path, rank: int, alpha: float, targets: Seque
 def find_targets(unet: nn.Module, targets: Sequence[str]) -> list[str]:
     """Returns the names of a UNet's layers that LoRA's target modules select.
 
-    As in peft, a target selects the layers whose name is it or ends with it. Raises `ValueError` for a target that
-    selects no layer, or one that cannot have an adapter.
+    As in peft, a target 'x' selects the layers whose name is 'x' or ends with '.x'. Raises `ValueError` for a target
+    that selects no layer, or a layer that cannot have an adapter.
     """
     # layers that have an adapter are wrapped: the original lies in `base_layer`, the adapter's parts in `lora_A`, ...
     names = {name.replace(".base_layer", ""): layer for name, layer in unet.named_modules() if "lora_" not in name}
@@ -175,7 +175,7 @@ def add_adapter(unet: Any, config: LoraConfig) -> None:
     """Makes the adapter that is trained, unless it exists, and makes its parameters the only trainable ones.
 
     Other active adapters stay active and are frozen. Raises `ValueError` if an adapter was merged into the weights but
-    not unloaded, because peft computes a merged layer without any adapter, and the trained one would have no effect.
+    not unloaded: peft computes a merged layer without any adapter, so that the trained one would have no effect.
     """
     before = [layer for _, layer in _adapted_layers(unet)]
     if any(layer.merged for layer in before):

@@ -75,8 +75,10 @@ class Policy:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Inside, the networks compute in the run's precision: the engine's copies of the trained weights, and the
-        pipeline's own autocast if it has one."""
+        """A context in which the networks compute in the run's precision.
+
+        The UNet has the engine's copies of the trained weights. A pipeline's own autocast, if it has one, is on.
+        """
         with self.engine.computing(), (self.pipeline.autocast or nullcontext)():
             yield
 

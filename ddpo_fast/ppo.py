@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 
 # The share of an update's pairs without a gradient from which scoring all pairs first saves time. Scoring costs each
 # pair one forward pass. It saves forward and backward pass, together about three forward passes, of each pair without a
-# gradient: so it pays above a third. The limit is a half because the share is known from the epoch before only, and may
-# be smaller in this one.
+# gradient: so it pays above a third. The limit is a half because the share is taken from the epoch before, and may be
+# smaller in this one.
 SCORING_FIRST_PAYS = 0.5
 
 # takes the fields of `Pairs` in order, returns the scalars (loss, approximate KL, clip fraction)
@@ -240,6 +240,7 @@ class PPO:
             chunk = index[start : start + size]
             count = len(chunk)
             if self.pads_last_call and len(index) < total:
+                # the smallest power of two that is at least `count`
                 rows = min(size, 1 << (count - 1).bit_length())
                 chunk = np.concatenate([chunk, chunk[-1:].repeat(rows - count, axis=0)])
             pairs = pairs_of(batches, chunk, self.config.guides_training)
@@ -313,7 +314,7 @@ class PPO:
 
 
 def _with_advantage(batches: Sequence[TrainingBatch], index: np.ndarray) -> np.ndarray:
-    """The rows of a `pair_index` whose images may have an advantage, by what the host knows."""
+    """The rows of a `pair_index` except those of images whose advantage is known to be 0 (`has_advantage`)."""
     keep = np.ones(len(index), dtype=bool)
     for i, batch in enumerate(batches):
         if batch.has_advantage is not None:

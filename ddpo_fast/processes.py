@@ -66,7 +66,7 @@ def with_launch_settings(config: DDPOConfig, accelerator: Accelerator) -> DDPOCo
 
 
 def launch_problem() -> str:
-    """The kind of distributed training that accelerate's config asks for and that is not supported, or ''."""
+    """A sentence about unsupported distributed training that accelerate's config asks for, or ''."""
     for kind, variable in (("FSDP", "ACCELERATE_USE_FSDP"), ("Megatron-LM", "ACCELERATE_USE_MEGATRON_LM")):
         if os.environ.get(variable, "").lower() in ("true", "1"):
             return (

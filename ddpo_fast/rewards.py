@@ -261,7 +261,7 @@ class RewardRandom:
             torch.cuda.set_rng_state(state)
         self._torch = None
         after = _others()
-        # The same state after two epochs, although it differed before the rewards, shows that they set a seed.
+        # The same state after two epochs, and another before the rewards, shows that the reward function sets a seed.
         if after == self._others_after != self._others_before and not self._warned:
             self._warned = True
             logger.warning(

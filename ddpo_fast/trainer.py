@@ -276,7 +276,7 @@ class DDPOTrainer(CheckpointMixin, HubModel):
         return self.config.reward_overlap and is_ours and isinstance(self.rollout, Rollout)
 
     def compute_rewards(self, prompt_image_pairs: Sequence[Sequence[Any]], is_async: bool = False) -> Any:
-        """(rewards [B] of each batch, their metadata), as two tuples; in worker threads if `is_async`."""
+        """An iterator of two tuples: rewards [B] and metadata of each batch; in worker threads if `is_async`."""
         if is_async:
             return self._on_device(rewards.Scoring(self.reward_fn, self.executor).results(prompt_image_pairs))
         return self._on_device([rewards.score(self.reward_fn, *batch[:3]) for batch in prompt_image_pairs])

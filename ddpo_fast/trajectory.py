@@ -192,6 +192,7 @@ def pairs_of(batches: Sequence[TrainingBatch | Trajectory], index: np.ndarray, g
         guided: whether training uses guidance, so that the embeddings include the negative prompts'.
     """
     parts: list[dict[str, torch.Tensor]] = []
+    # `index` lists one batch after the other, so joining the batches' parts keeps its order
     for i in dict.fromkeys(index[:, 0].tolist()):
         mine = torch.from_numpy(index[index[:, 0] == i].T.copy())
         _, steps, rows = mine.to(batches[i].timesteps.device, non_blocking=True)

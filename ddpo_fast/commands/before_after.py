@@ -58,7 +58,7 @@ def find_or_draw(trainer: DDPOTrainer, prompts: tuple[str, ...], metadata: tuple
     settings |= {name: trainer.run_settings.get(name) for name in ("pretrained_model", "reward")}
     wanted = {"prompts": list(prompts), "settings": settings}
     is_main = trainer.accelerator.is_main_process
-    # The main process decides: all must take part in drawing, and on several machines they may see different files.
+    # The main process decides for all, as all must take part in drawing and may see different files on other machines.
     found = broadcast_from_main(trainer.accelerator, _kept(trainer, wanted) if is_main else None)
     if found is not None:
         return found
@@ -74,7 +74,7 @@ def find_or_draw(trainer: DDPOTrainer, prompts: tuple[str, ...], metadata: tuple
     images, rewards = trainer.evaluate(prompts, metadata)
     if is_main:
         path = trainer.output_dir / f"{name}.pt"
-        # renamed when whole, so that a kill leaves no half of a file
+        # renamed when complete, so that a kill leaves no half-written file
         partial = path.with_suffix(".partial")
         torch.save({**wanted, "images": images, "rewards": rewards}, partial)
         partial.replace(path)

@@ -51,7 +51,7 @@ def configs_of(run: RunArguments, config: DDPOConfig) -> ModelConfigs:
 def footprint_of(
     run: RunArguments, config: DDPOConfig, configs: ModelConfigs, full: bool, device_type: str = "cuda"
 ) -> Footprint:
-    """The sizes of the model's weights and activations; of all weights trained if `full`, else of a LoRA."""
+    """The sizes of the model's weights and activations, if all weights are trained (`full`) or a LoRA."""
     return Footprint(
         configs,
         None if full else Adapter(run.lora_rank, tuple(run.target_modules)),

@@ -107,7 +107,7 @@ def read_options(arguments: Sequence[str]) -> tuple[RunArguments, DDPOConfig]:
 
     config = from_options(DDPOConfig, namespace)
     if "exp_name" not in given:
-        # the name of the default folder begins with `exp_name`, which so says what the model is trained for
+        # `exp_name` begins the default folder's name: with the reward's name, it says what the model is trained for
         config.exp_name = options.reward.replace(":", ".")
     if resumed is not None:
         # With an option that names a folder, a new run there starts from the resumed one. Else the resumed run is

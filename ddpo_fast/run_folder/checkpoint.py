@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written whole or not at all, read as plain data, and verified by digests.
+"""Checkpoints of a run: written completely or not at all, read without running code, and verified by digests.
 
 checkpoints/checkpoint_7/     after 7 finished epochs
     state.json                epochs, updates, what was trained, settings, the SHA-256 of each file and its own

@@ -72,7 +72,7 @@ class Progress:
             trained: what is trained now, as `checkpoint.describe_trained_weights` has it.
             settings: the present `run_settings`.
 
-        Raises `ValueError` where the checkpoint is of another model or of settings that do not go together.
+        Raises `ValueError` if the checkpoint is of another model, or of settings with which this run cannot go on.
         """
         in_place = checkpoint.continues_in(self.output_dir, self.config.resume_from)
         self.run_log.resume(state, in_place)
@@ -111,7 +111,7 @@ class Progress:
 
     @contextmanager
     def attended(self) -> Iterator[None]:
-        """A context for training: signals stop it, and a rolling checkpoint is then kept as a numbered one."""
+        """A context for training: signals stop it. If it is stopped or raises, a rolling checkpoint gets its number."""
         with self.interruption:
             try:
                 yield

@@ -42,7 +42,7 @@ def verify(resume: Path | None, accelerator: Accelerator) -> None:
 
 
 def refuse_changes(resume_from: str, saved: dict[str, Any], present: dict[str, Any], in_place: bool) -> None:
-    """Raises `ValueError` naming the first `present` setting with which the run with the `saved` ones cannot go on.
+    """Raises `ValueError` naming the first setting in `present` with which a run of the `saved` ones cannot go on.
 
     Settings are compared by name, whether nested under `config` or not; one that either side lacks counts as unchanged.
 

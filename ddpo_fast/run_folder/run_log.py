@@ -48,13 +48,13 @@ class RunLog:
             problem = folder_problem(self.folder) if is_new else ""
             if not problem:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                # again under the lock: another run may have started there after the first look
+                # checked again under the lock, as another run may have started there since the first check
                 problem = folder_lock.lock(self.folder) or (folder_problem(self.folder) if is_new else "")
         if problem := broadcast_from_main(self.accelerator, problem):
             raise ValueError(problem)
 
     def start_trackers(self, resumed_step: int | None) -> None:
-        """Starts the trackers of `log_with`; TensorBoard drops what a resumed run logged after `resumed_step`."""
+        """Starts the trackers of `log_with`; TensorBoard hides earlier records of `resumed_step` and later steps."""
         init_kwargs: dict[str, Any] = dict(self.config.tracker_kwargs)
         flat = self.config.to_dict()
         if self.config.log_with == "tensorboard":
@@ -70,7 +70,7 @@ class RunLog:
         """Writes config.json, from which a run without a checkpoint is resumed."""
         if self.accelerator.is_main_process:
             text = json.dumps(settings, indent=2, default=str) + "\n"
-            # renamed when whole: a kill must not leave half of it
+            # renamed when complete, so that a kill leaves no half-written file
             (self.folder / ".config.json").write_text(text, encoding="utf-8")
             (self.folder / ".config.json").replace(self.folder / "config.json")
 
