@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ddpo_fast.config import DDPOConfig
+from ddpo_fast.config import SAMPLING_FIELDS, DDPOConfig
 from ddpo_fast.measured import device_name
 from ddpo_fast.processes import broadcast_from_main
 from ddpo_fast.run_folder import checkpoint
@@ -18,15 +18,7 @@ from ddpo_fast.run_folder import checkpoint
 FIXED = ("pretrained_model", "pretrained_revision", "lora_rank", "lora_alpha", "lora_target_modules", "prediction_type")
 # With others of these the rewards cannot be compared with the earlier ones: that needs a run of its own, which may
 # start from this one's checkpoint.
-SAME_CURVE = (
-    "reward",
-    "prompts",
-    "sample_num_steps",
-    "sample_guidance_scale",
-    "sample_eta",
-    "negative_prompts",
-    "per_prompt_stat_tracking",
-)
+SAME_CURVE = ("reward", "prompts", *SAMPLING_FIELDS, "per_prompt_stat_tracking")
 
 
 def verify(resume: Path | None, accelerator: Accelerator) -> None:
