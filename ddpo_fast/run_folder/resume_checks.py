@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ddpo_fast.config import DDPOConfig
+from ddpo_fast.config import SAMPLING_FIELDS, DDPOConfig
 from ddpo_fast.measured import device_name
 from ddpo_fast.processes import broadcast_from_main
 from ddpo_fast.run_folder import checkpoint
@@ -18,15 +18,7 @@ from ddpo_fast.run_folder import checkpoint
 FIXED = ("pretrained_model", "pretrained_revision", "lora_rank", "lora_alpha", "lora_target_modules", "prediction_type")
 # Settings whose change makes rewards incomparable with the earlier ones. A run in the same folder must have them
 # unchanged; a new run in another folder may change them and start from this one's checkpoint.
-SAME_CURVE = (
-    "reward",
-    "prompts",
-    "sample_num_steps",
-    "sample_guidance_scale",
-    "sample_eta",
-    "negative_prompts",
-    "per_prompt_stat_tracking",
-)
+SAME_CURVE = ("reward", "prompts", *SAMPLING_FIELDS, "per_prompt_stat_tracking")
 
 
 def verify(resume: Path | None, accelerator: Accelerator) -> None:
@@ -81,7 +73,7 @@ def _is_known(model: str) -> bool:
 def base_digest(pipeline: Any) -> str:
     """A digest of the first 64 elements of each frozen tensor, which tells one base model from another.
 
-    '' unless all weights are in fp32 and in host memory, as a digest of rounded weights would not match.
+    '' unless all frozen weights are in fp32 and in host memory, as a digest of rounded weights would not match.
     """
     found = hashlib.sha256()
     for part in ("text_encoder", "vae", "unet"):

@@ -119,10 +119,10 @@ class RunLog:
         self.accelerator.log(timings, step=global_step - 1)
         counts = {"kind": "epoch", "epoch": epoch, "updates": global_step, "images": len(all_rewards)}
         self._write({**counts, **means, **timings, "elapsed_s": self.elapsed_s()})
-        self.summary = (
-            f"reward {means['reward_mean']:.3f}, kl {self._last_update['approx_kl']:.1e}, "
-            f"clipped {self._last_update['clipfrac']:.0%}, {timings['images_per_s']:.2f} images/s"
-        )
+        update = self._last_update
+        # a user's own `_train_batched_samples` may log no updates
+        of_update = f"kl {update['approx_kl']:.1e}, clipped {update['clipfrac']:.0%}, " if update else ""
+        self.summary = f"reward {means['reward_mean']:.3f}, {of_update}{timings['images_per_s']:.2f} images/s"
 
     def draw_reward_curve(self) -> None:
         """Draws rewards.png from metrics.jsonl."""
