@@ -87,7 +87,7 @@ def _check_batch(trajectory: Trajectory, images: torch.Tensor) -> None:
             step += what == "log-probability"
             raise RunStopped(
                 f"the {what} of an image of {trajectory.prompts[image]!r} stopped being finite at denoising step "
-                f"{step} of {steps}: the model or its learning rate is too much for this precision; use "
+                f"{step} of {steps}: the model overflows in this precision, or its weights have diverged; use "
                 f"{HALF_PRECISION}, or lower train_learning_rate and go on from an earlier checkpoint"
             )
     fine = images.isfinite().flatten(1).all(1).cpu()
@@ -115,7 +115,7 @@ def check_images(images: torch.Tensor, prompts: Sequence[str], latents: torch.Te
 def latents_not_finite(prompt: str) -> str:
     """The message for an image whose latents are not finite."""
     return (
-        f"the latents of the image of {prompt!r} are not finite: the model's weights are damaged, or too much for this "
+        f"the latents of the image of {prompt!r} are not finite: the model's weights are damaged, or overflow in this "
         f"precision; use {HALF_PRECISION}, copy the model again, or go on from an earlier checkpoint"
     )
 
@@ -180,7 +180,7 @@ class Health:
         log_ratio = math.sqrt(2 * info["approx_kl"]) if info["approx_kl"] >= 0 else math.inf
         if not log_ratio < LARGEST_LOG_RATIO:
             raise RunStopped(
-                f"before update {number} the policy has nothing left of the one that sampled (approx_kl "
+                f"before update {number} the policy has diverged from the one that sampled (approx_kl "
                 f"{info['approx_kl']:.1e}): {rescue}"
             )
         if log_ratio > max(FAR_LOG_RATIO, 10 * self.config.train_clip_range):

@@ -57,7 +57,10 @@ def with_launch_settings(config: DDPOConfig, accelerator: Accelerator) -> DDPOCo
         config.launched_with_deepspeed = with_deepspeed
         config.check()
     if config.seed + accelerator.num_processes > 2**32:
-        raise ValueError(f"seed is {config.seed}, and every process adds its number: use a smaller one")
+        raise ValueError(
+            f"seed is {config.seed}, and each process adds its index, after which it must be below 2**32: use a "
+            "smaller seed"
+        )
     if config.optimizer_in_backward and accelerator.num_processes > 1:
         raise ValueError("optimizer_in_backward is True, which is for one process: leave it out")
     if config.cuda_graphs and (problem := cuda_graphs.problem(accelerator.device)):

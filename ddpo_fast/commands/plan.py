@@ -86,8 +86,9 @@ def print_plans(run: RunArguments, config: DDPOConfig, given: Sequence[str], num
         print("\n" + "\n".join(choice.reasons))
         print(f"\n{train_command(run, config, choice, full)}\n")
     print(
-        f"{MARGIN:.0%} are left for fragments. Not measured but assumed: {CUDA_CONTEXT / GB:.1f} GB for the CUDA "
-        f"context and {CUDA_WORKSPACES / GB:.1f} GB for workspaces. A reward's own networks are not in it."
+        f"{MARGIN:.0%} of the memory is left for fragmentation. Not measured but assumed: {CUDA_CONTEXT / GB:.1f} GB "
+        f"for the CUDA context and {CUDA_WORKSPACES / GB:.1f} GB for workspaces. Networks of the reward function are "
+        "not included."
     )
     if len(problems) == len(kinds):
         raise ValueError(problems[0])

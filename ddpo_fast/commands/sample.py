@@ -101,7 +101,8 @@ def reward_of(recorded: recorded_run.RecordedRun, options: argparse.Namespace, g
         recorded.check_trust(given, options.trust_run, used=["reward"])
     except ValueError:
         print(
-            f"no rewards are shown: the run's is {recorded.options['reward']!r}, add --reward or --trust_run for them"
+            f"no rewards are shown: the run's reward {recorded.options['reward']!r} is imported only with --trust_run; "
+            "add that, or --reward for another"
         )
         return None
     spec = options.reward or recorded.options.get("reward")

@@ -139,7 +139,8 @@ class RunLog:
             self._warned_of_drift = True
             logger.warning(
                 "before the first update the ratio is already %.1e away from 1, and the clip range is %.1e: set "
-                "train_recompute_log_probs, use a higher mixed_precision, or train with the guidance that samples",
+                "train_recompute_log_probs, use a higher mixed_precision, or use guidance in training as in sampling "
+                "(train_cfg)",
                 drift,
                 self.config.train_clip_range,
             )
