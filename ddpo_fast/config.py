@@ -168,7 +168,7 @@ class DDPOConfig:
     vae_tiling: bool = _option(False, "Decode images in overlapping tiles.")
     offload_frozen: bool = _option(False, "Keep the VAE and the text encoder in host memory while they are idle.")
     ema_decay: float = _option(0.0, "Decay of a moving average of the trained weights; 0 keeps none.")
-    ema_device: str = _option("auto", "Where the average lies: with the weights, or cpu.", choices=["auto", "cpu"])
+    ema_device: str = _option("auto", "Where the average is: with the weights, or cpu.", choices=["auto", "cpu"])
     auto_memory: bool = _option(
         False, "Choose micro-batch, checkpointing, optimizer and offload as `ddpo-fast plan` does for this GPU."
     )

@@ -52,7 +52,7 @@ class Recorded:
         return recording.outputs
 
     def forget(self) -> None:
-        """Drops the recordings; their memory is freed once nobody holds their outputs."""
+        """Drops the recordings; their memory is freed when no tensor that they returned is referenced any more."""
         self._recordings.clear()
 
 

@@ -42,7 +42,7 @@ def free_bytes(device: torch.device, num_processes: int = 1, gpu_memory: float |
     """Bytes that this process may still allocate on its device.
 
     Args:
-        num_processes: of the run. Each is assumed to have a GPU of its own, and on a CPU an equal share of the memory.
+        num_processes: of the run. Each is assumed to have its own GPU or, on a CPU, an equal share of the memory.
         gpu_memory: GB of the GPU to use; None for all of it.
     """
     if device.type == "cuda":

@@ -56,11 +56,12 @@ class Measured(dict[str, int | float | str]):
 
 
 def _without_harmless(value: Any) -> Any:
+    """A mapping without the settings in `HARMLESS`; any other value as it is."""
     return {n: v for n, v in value.items() if n not in HARMLESS} if isinstance(value, dict) else value
 
 
 def device_name(device: torch.device) -> str:
-    """A name such that devices of the same name have the same memory and speed."""
+    """A device's name. Devices of the same name are taken to have the same memory and speed."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({torch.backends.cpu.get_cpu_capability()}, {psutil.virtual_memory().total // 2**30} GiB)"

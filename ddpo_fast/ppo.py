@@ -157,6 +157,7 @@ class PPO:
     # the gradient of an update
 
     def _add_gradients(self, batches: Sequence[TrainingBatch], number: int, objective: Objective | None) -> None:
+        """Adds an update's gradient in UNet calls of micro-batches, and collects its metrics."""
         self.metrics = UpdateMetrics()
         index = pair_index(batches, self.config.num_train_timesteps)
         if objective is None:

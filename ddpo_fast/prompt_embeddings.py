@@ -11,7 +11,7 @@ from diffusers.loaders import TextualInversionLoaderMixin
 from ddpo_fast.offload_frozen import on_device
 
 # The text encoder is always called with this many prompts. The bits of an embedding may depend on the number of rows,
-# and a resumed run, which meets its prompts in other groups, must get the same bits.
+# and a resumed run, which encodes its prompts in other groups, must get the same bits.
 ENCODED_AT_ONCE = 8
 # prompts above which the kept embeddings are dropped, to bound their memory
 MOST_KEPT = 4096

@@ -75,6 +75,7 @@ class Rollout:
         return self._sampled(draws)
 
     def _sampled(self, draws: list[Draw]) -> Iterator[SampledBatch]:
+        """Yields the samples of the draws in order, and denoises `merged_batches` of them together."""
         for start in range(0, len(draws), self.sizes.merged_batches):
             merged = draws[start : start + self.sizes.merged_batches]
             for draw, (trajectory, images) in zip(merged, self.sample(merged), strict=True):
@@ -102,6 +103,7 @@ class Rollout:
 
     @torch.no_grad()
     def _trajectories(self, draws: Sequence[Draw]) -> Trajectory:
+        """The trajectories of batches that are denoised together, as one; empties the draws' noise."""
         prompts = tuple(prompt for draw in draws for prompt in draw.prompts)
         noise = [torch.cat(step) for step in zip(*(draw.noise for draw in draws), strict=True)]
         for draw in draws:
@@ -123,6 +125,7 @@ class Rollout:
     def _denoise(
         self, noise: list[torch.Tensor], embeds: torch.Tensor
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """(T + 1 latents [B, C, H, W], T log-probs [B]) from `noise`, which is emptied, and `embeds` [B, L, D]."""
         scheduler, device, steps = self.pipe.scheduler, self.policy.device, self.config.sample_num_steps
         if scheduler.num_inference_steps != steps or scheduler.timesteps.device.type != device.type:
             # only if they differ: `set_timesteps` copies the timesteps to the device, and the host waits for that

@@ -1,4 +1,4 @@
-"""Images of the same prompts and noise before and after training, and the file that keeps the first ones.
+"""Images of the same prompts and noise before and after training, and the file that keeps those from before.
 
 Shapes: B prompts, C channels, H x W pixels.
 """

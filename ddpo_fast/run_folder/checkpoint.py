@@ -291,7 +291,7 @@ def _damage(checkpoint: Path) -> str:
     """The first file that is missing or differs from its digest, in a sentence, or ''."""
     try:
         state = _parsed_state(checkpoint)
-        # checkpoints of earlier versions have no digests
+        # the files of a checkpoint without digests, which an earlier version wrote, are read to find damage
         known = state.get("files") or {f"random_{i}.pt": "" for i in range(state.get("num_processes", 1))}
         for name, digest in known.items():
             if not (checkpoint / name).is_file():

@@ -155,11 +155,12 @@ class Progress:
         self._keeping_s = time.monotonic() - started
 
     def _keep_last_epoch(self, error: BaseException) -> None:
+        """Turns a rolling checkpoint into a numbered one and, after an interruption, prints how to resume."""
         if not self.accelerator.is_main_process:
             return
         with self.interruption.suppressed():
             checkpoint.promote_last_epoch(self.checkpoints)
-            # an error says itself what happened; Ctrl-C and signals do not
+            # an `Exception` has a message about what happened, which the caller shows; Ctrl-C and signals have none
             if not isinstance(error, Exception):
                 self._say_how_to_go_on(f"in epoch {self.epochs + 1}")
 
