@@ -57,7 +57,7 @@ class BatchSizes:
     @property
     def micro_batch_size(self) -> int:
         """(image, timestep) pairs of a UNet call in training; chosen so that an update's calls are of equal size."""
-        return self.measured.once(
+        return self.measured.measure_once(
             "micro_batch_size", lambda: self.config.train_micro_batch_size or self._fitting_micro_batch()
         )
 
@@ -65,7 +65,7 @@ class BatchSizes:
     def merged_batches(self) -> int:
         """Sampling batches that are denoised together."""
         set_to = self.config.sample_merge_batches
-        return self.measured.once("merged_batches", self._fitting_batches) if set_to is None else set_to
+        return self.measured.measure_once("merged_batches", self._fitting_batches) if set_to is None else set_to
 
     def halve(self) -> bool:
         """Halves the micro-batch for the rest of the run, after memory ran out; False if it is one pair already."""
@@ -118,19 +118,19 @@ def _storages(tensors: Iterable[torch.Tensor]) -> set[int]:
     return {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
 
-def kept_bytes(forward: Callable[[], Any], parameters: set[int], brought: Callable[[], set[int]] = set) -> int:
+def kept_bytes(forward: Callable[[], Any], parameters: set[int], gathered: Callable[[], set[int]] = set) -> int:
     """Bytes of the activations that `forward` keeps for the backward pass.
 
     Args:
         forward: runs a network with gradients.
         parameters: `data_ptr` of the storages of weights, which are not counted.
-        brought: returns `data_ptr` of storages that hold weights only for a moment of the forward pass.
+        gathered: returns `data_ptr` of storages that hold weights only for a moment of the forward pass.
     """
     kept: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters and storage.data_ptr() not in brought():
+        if storage.data_ptr() not in parameters and storage.data_ptr() not in gathered():
             kept[storage.data_ptr()] = storage.nbytes()
         # detached, as the tensor itself refers to its graph, and the graph would refer to the tensor: a cycle
         return tensor.detach()

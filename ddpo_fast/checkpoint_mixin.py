@@ -89,7 +89,7 @@ class CheckpointMixin:
         if is_last:
             self._save(epochs)
         elif self.progress.keeps_last_epoch:
-            with self.progress.timing_the_write():
+            with self.progress.timing_write():
                 self._save(epochs, checkpoint.LAST_EPOCH)
 
     def _load(self, folder: Path, state: dict[str, Any]) -> None:
@@ -117,9 +117,9 @@ class CheckpointMixin:
             self.engine.load_process_state(random_state["own"])
             checkpoint.restore_random_state(random_state)
 
-    def _begin_epoch_again(self) -> None:
+    def _rewind_epoch(self) -> None:
         """Restores the state at the start of the epoch that was stopped, if its updates had begun."""
-        if not self.progress.begin_epoch_again():
+        if not self.progress.rewind_epoch():
             return
         if not self.engine.can_begin_again:
             # so that another call of `train` raises too
@@ -132,7 +132,7 @@ class CheckpointMixin:
         last = self.progress.checkpoints / f"{checkpoint.PREFIX}{self.first_epoch}"
         if (last / checkpoint.STATE).exists():
             self._load(last, checkpoint.read_state(last))
-        elif self.first_epoch:
+        else:
             logger.warning(
                 "%s does not exist: epoch %d is trained again from the weights of its interrupted updates",
                 last,

@@ -52,7 +52,7 @@ def free_bytes(device: torch.device, num_processes: int = 1, gpu_memory: float |
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         if gpu_memory is None:
             return free
-        return min(free, int(gpu_memory * 1e9) - torch.cuda.memory_allocated(device))
+        return min(free, int(gpu_memory * GB) - torch.cuda.memory_allocated(device))
     return psutil.virtual_memory().available // num_processes
 
 

@@ -26,7 +26,7 @@ class Measured(dict[str, int | float | str]):
     Checkpoints and `config.json` record them, and a resumed run starts with them.
     """
 
-    def once(self, name: str, measure: Callable[[], T]) -> T:
+    def measure_once(self, name: str, measure: Callable[[], T]) -> T:
         """The value called `name`; if there is none yet, `measure()`, which must give the same on every process."""
         if name not in self:
             self[name] = measure()
@@ -38,7 +38,7 @@ class Measured(dict[str, int | float | str]):
         Sums are split over the threads, so their bits depend on how many there are.
         """
         if "OMP_NUM_THREADS" not in os.environ:
-            threads = self.once("threads", torch.get_num_threads)
+            threads = self.measure_once("threads", torch.get_num_threads)
             if threads != torch.get_num_threads():
                 torch.set_num_threads(threads)
 

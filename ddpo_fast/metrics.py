@@ -30,7 +30,7 @@ class UpdateMetrics:
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0) + share * value.detach().float()
 
-    def at_least(self, name: str, value: Tensor) -> None:
+    def add_maximum(self, name: str, value: Tensor) -> None:
         """Keeps the larger of `value` [] and the maximum called `name`."""
         largest = self._largest.get(name)
         self._largest[name] = value.clone() if largest is None else torch.maximum(largest, value)

@@ -176,7 +176,7 @@ class PPO:
         # Metrics are averaged over processes: each needs all of them, also one that has no pair left.
         nothing = torch.zeros((), device=self.policy.device)
         self.metrics.add(1.0, loss=nothing, approx_kl=nothing, clipfrac=nothing, zero_gradient=nothing)
-        self.metrics.at_least("ratio_drift", nothing)
+        self.metrics.add_maximum("ratio_drift", nothing)
         # Which pairs PPO's clip leaves without a gradient is known only from their ratio: a forward pass, without an
         # autograd graph, computes it.
         scores_first = self._scores_first(number)
@@ -310,7 +310,7 @@ class PPO:
             kl, clipfrac = approx_kl(new, old), clip_fraction(ratio, clip_range)
         self.metrics.add(pairs.number / total, loss=call.loss)
         self.metrics.add(count / scored, approx_kl=kl, clipfrac=clipfrac, zero_gradient=without.float().mean())
-        self.metrics.at_least("ratio_drift", call.ratio_drift)
+        self.metrics.add_maximum("ratio_drift", call.ratio_drift)
         return without
 
 

@@ -138,10 +138,10 @@ class DDPOTrainer(CheckpointMixin, HubModel):
         self.interruption = Interruption()
         self.progress = Progress(config, self.accelerator, self.output_dir, self.run_log, self.interruption)
         if config.resume_from:
-            self.progress.go_on(resume, state, self._trained_part(), self._run_settings())
+            self.progress.prepare_resume(resume, state, self._trained_part(), self._run_settings())
             if resume is not None:
                 self._load(resume, state)
-        self.progress.begin()
+        self.progress.process_begins()
         self.run_settings = {**self._run_settings(), "measured": self.measured}
         self.run_log.write_config(self.run_settings)
 
@@ -165,10 +165,10 @@ class DDPOTrainer(CheckpointMixin, HubModel):
         """
         left = self.progress.epochs_to_train(self.config.num_epochs if epochs is None else epochs)
         bar = tqdm(left, initial=left.start, total=left.stop, desc="Epoch", disable=self._hides_bars)
-        with self.executor.abandoned_on_error(), self.progress.attended():
+        with self.executor.abandoned_on_error(), self.progress.guarded():
             self._check_that_it_can_be_saved()
-            if self.progress.is_broken:
-                self._begin_epoch_again()
+            if self.progress.was_interrupted:
+                self._rewind_epoch()
             self.progress.train_begins()
             for epoch in bar:
                 self.step(epoch, self.progress.global_step)
@@ -358,7 +358,7 @@ class DDPOTrainer(CheckpointMixin, HubModel):
         log_prob = self.policy.log_prob(latents, timesteps, next_latents, embeds)
         limit, clip_range = self.config.train_adv_clip_max, self.config.train_clip_range
         ratio = torch.exp(log_prob - log_probs)
-        self.ppo.metrics.at_least("ratio_drift", (ratio - 1).detach().abs().max())
+        self.ppo.metrics.add_maximum("ratio_drift", (ratio - 1).detach().abs().max())
         loss = self.loss(advantages.clamp(-limit, limit), clip_range, ratio)
         return loss, approx_kl(log_prob, log_probs), clip_fraction(ratio, clip_range)
 

@@ -46,7 +46,7 @@ class Progress:
         self.epochs = 0
         self.global_step = 0
         # whether a call of `train` has begun and not come to its end, and the epoch at which the call began
-        self.is_broken = False
+        self.was_interrupted = False
         self._train_from = 0
         # whether the updates of an epoch have begun and not ended: the weights are then not those of any whole epoch
         self.is_updating = False
@@ -54,7 +54,7 @@ class Progress:
         self._started_at = 0
         self._whole_bytes = 0
         # seconds that the last rolling checkpoint took to write, seconds of the last epoch, and the time of its end
-        self._keeping_s = self._epoch_s = self._whole_at = 0.0
+        self._write_s = self._epoch_s = self._whole_at = 0.0
 
     @property
     def checkpoints(self) -> Path:
@@ -62,7 +62,7 @@ class Progress:
 
     # resuming
 
-    def go_on(
+    def prepare_resume(
         self, resume: Path | None, state: dict[str, Any], trained: dict[str, Any], settings: dict[str, Any]
     ) -> None:
         """Checks that this run can resume from the checkpoint `resume` (None: from the start), and prepares its folder.
@@ -94,7 +94,7 @@ class Progress:
             checkpoint.discard_last_epoch(self.checkpoints)
         self.config.resume_from = str(resume)
 
-    def begin(self) -> None:
+    def process_begins(self) -> None:
         """Notes where this process begins, once a checkpoint has set the counters."""
         self._started_at, self._whole_bytes = self.epochs, self.run_log.metrics.size()
 
@@ -105,12 +105,12 @@ class Progress:
 
         Each call trains as many as the first one, as in TRL, or the rest of a call that was stopped.
         """
-        if not self.is_broken:
+        if not self.was_interrupted:
             self._train_from = self.epochs
         return range(self.epochs, max(self.epochs, self._train_from + epochs - self._started_at))
 
     @contextmanager
-    def attended(self) -> Iterator[None]:
+    def guarded(self) -> Iterator[None]:
         """A context for training: signals stop it. If it is stopped or raises, a rolling checkpoint gets its number."""
         with self.interruption:
             try:
@@ -118,11 +118,11 @@ class Progress:
             except BaseException as error:
                 self._keep_last_epoch(error)
                 raise
-            self.is_broken = False
+            self.was_interrupted = False
 
     def train_begins(self) -> None:
         """Notes that a call of `train` has begun: if it is stopped from here on, the next call trains the rest."""
-        self.is_broken, self._whole_at = True, time.monotonic()
+        self.was_interrupted, self._whole_at = True, time.monotonic()
 
     def epoch_is_whole(self, epochs: int, global_step: int) -> None:
         """Notes that `epochs` epochs have been trained and logged."""
@@ -130,7 +130,7 @@ class Progress:
         self._epoch_s, self._whole_at = time.monotonic() - self._whole_at, time.monotonic()
         self._whole_bytes = self.run_log.metrics.size()
 
-    def begin_epoch_again(self) -> bool:
+    def rewind_epoch(self) -> bool:
         """Drops the stopped epoch's metrics; returns whether its updates had begun and weights must be restored."""
         if self.accelerator.is_main_process:
             self.run_log.metrics.truncate(self._whole_bytes)
@@ -145,14 +145,14 @@ class Progress:
 
         The main process decides for all.
         """
-        return not broadcast_from_main(self.accelerator, self._keeping_s > max(5.0, 0.05 * self._epoch_s))
+        return not broadcast_from_main(self.accelerator, self._write_s > max(5.0, 0.05 * self._epoch_s))
 
     @contextmanager
-    def timing_the_write(self) -> Iterator[None]:
+    def timing_write(self) -> Iterator[None]:
         """A context that measures how long the rolling checkpoint in it takes to write."""
         started = time.monotonic()
         yield
-        self._keeping_s = time.monotonic() - started
+        self._write_s = time.monotonic() - started
 
     def _keep_last_epoch(self, error: BaseException) -> None:
         """Turns a rolling checkpoint into a numbered one and, after an interruption, prints how to resume."""
