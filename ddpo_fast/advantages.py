@@ -1,4 +1,4 @@
-"""Rewards to advantages: how much better an image is than its epoch, or than earlier images of its prompt."""
+"""Turns rewards into advantages: distances from the mean of the epoch, or of the prompt, in standard deviations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 
 def batch_advantages(rewards: np.ndarray) -> np.ndarray:
-    """`(r - mean) / (std + 1e-8)` over all rewards [B], with the population's std."""
+    """`(r - mean) / (std + 1e-8)` over all rewards [B], with the population's std (divided by B), as in TRL."""
     return (rewards - rewards.mean()) / (rewards.std() + 1e-8)
 
 
@@ -37,16 +37,17 @@ class PerPromptStatTracker:
             seen = self.stats.setdefault(prompt, deque(maxlen=self.buffer_size))
             seen.extend(rewards[mine])
             reference = rewards if len(seen) < self.min_count else np.array(seen, dtype=np.float32)
+            # TRL's constant here, which differs from the one of `batch_advantages`
             advantages[mine] = (rewards[mine] - reference.mean()) / (reference.std() + 1e-6)
         return advantages
 
     def get_stats(self) -> dict[str, dict[str, Any]]:
-        """mean, std and count of each prompt's remembered rewards."""
+        """The mean, std and count of each prompt's remembered rewards."""
         arrays = {prompt: np.array(seen, dtype=np.float32) for prompt, seen in self.stats.items()}
         return {prompt: {"mean": a.mean(), "std": a.std(), "count": len(a)} for prompt, a in arrays.items()}
 
     def state_dict(self) -> dict[str, list[float]]:
-        """Plain data, also where prompts are NumPy's strings: a checkpoint keeps it."""
+        """Each prompt's rewards as Python's strings and floats, also of NumPy's strings, as a checkpoint keeps them."""
         return {str.__str__(prompt): [float(reward) for reward in seen] for prompt, seen in self.stats.items()}
 
     def load_state_dict(self, state: dict[str, list[float]]) -> None:

@@ -1,8 +1,9 @@
-"""How many rows a UNet call has: in training (the micro-batch) and in sampling (batches drawn together).
+"""How many rows a UNet call has: in training (the micro-batch) and in sampling (batches that are denoised together).
 
-Decided by the bytes that one pair keeps for its backward pass and by the memory that is free. On many processors the
-sums of a row depend on how many rows there are, so sizes are kept with the run (see measured.py), and a resumed one
-computes the same bits. They are powers of two: a new run gets the same from a little more or less free memory.
+Both follow from the free memory and from the bytes that one pair keeps for its backward pass. Kernels may add up a row
+in another order when the number of rows differs, so the sizes are saved with the run (see measured.py), and a resumed
+run computes the same bits. The pairs that fit are rounded down to a power of two: then a little more or less free
+memory gives a new run the same size.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from ddpo_fast.measured import Measured
 from ddpo_fast.policy import Policy
 from ddpo_fast.processes import all_reduce_min
 
-# More rows gain nothing: NeMo's ControlNet gains 1.26 times from 8 to 32 images on an A100, and the bundled model on a
-# CPU 1.35 times from 6 to 48 rows and nothing beyond.
+# More rows gain no speed: NeMo's ControlNet is 1.26 times as fast with 32 images as with 8 on an A100, and the bundled
+# model on a CPU 1.35 times with 48 rows as with 6, and not faster with more.
 MOST_ROWS = 64
-# Sampling keeps the device busy from here on, and a further batch is better scored while the next one is sampled.
+# This many rows keep the device busy in sampling. More batches are not merged, so that the reward function can score
+# one while the next is sampled.
 SAMPLING_ROWS = 24
-# Share of the free memory for what a micro-batch keeps: gradients, the backward pass's own tensors and fragmentation
-# take the rest.
+# The share of the free memory that a micro-batch's activations may take. The rest is for gradients, the temporary
+# tensors of the backward pass, and fragmentation.
 SHARE_FOR_ACTIVATIONS = 0.6
 # With gradient_checkpointing='blocks' only the inputs of blocks are kept, and a block's activations come back while it
 # is computed again. Stable Diffusion 1.5 (traced, see plan/footprint.py) keeps 0.15 GB a row and has 0.24 at the peak
@@ -37,7 +39,7 @@ PEAK_OVER_KEPT_OF_BLOCKS = 2
 
 
 class BatchSizes:
-    """The sizes of a run's UNet calls: as set, else what fits and pays, measured when first asked for.
+    """The sizes of a run's UNet calls: as the settings say, else chosen by free memory when first read.
 
     Args:
         measured: keeps the sizes that are not set.
@@ -54,19 +56,19 @@ class BatchSizes:
 
     @property
     def micro_batch_size(self) -> int:
-        """(image, timestep) pairs of a UNet call in training; an update's calls are as equal as they can be."""
-        return self.measured.once(
+        """(image, timestep) pairs of a UNet call in training; chosen so that an update's calls are of equal size."""
+        return self.measured.measure_once(
             "micro_batch_size", lambda: self.config.train_micro_batch_size or self._fitting_micro_batch()
         )
 
     @property
     def merged_batches(self) -> int:
-        """Sampling batches that are drawn together."""
+        """Sampling batches that are denoised together."""
         set_to = self.config.sample_merge_batches
-        return self.measured.once("merged_batches", self._fitting_batches) if set_to is None else set_to
+        return self.measured.measure_once("merged_batches", self._fitting_batches) if set_to is None else set_to
 
     def halve(self) -> bool:
-        """Halves the micro-batch for good, after memory ran out; False if it is one pair already."""
+        """Halves the micro-batch for the rest of the run, after memory ran out; False if it is one pair already."""
         if self.micro_batch_size == 1:
             return False
         self.measured["micro_batch_size"] = self.micro_batch_size // 2
@@ -83,19 +85,21 @@ class BatchSizes:
         return batches_to_merge(self.config.sample_batch_size, self.config.rows_per_image, images_that_fit)
 
     def _free_bytes(self) -> int:
-        """Free memory of the device, less what the first update is yet to allocate; the least of all processes, as
-        they must split their work alike."""
+        """Free bytes of the device, without those that the first update will allocate; the minimum over processes.
+
+        All processes must have the same sizes, so that they split an update into the same UNet calls.
+        """
         free = free_bytes(self.accelerator.device, self.accelerator.num_processes, self.config.gpu_memory)
         free = all_reduce_min(self.accelerator, max(0, free - self.engine.bytes_before_first_step()))
-        # a recorded micro-batch keeps its activations, and one of another size needs its own
+        # a recorded micro-batch keeps its activations allocated, and one of another size needs memory beside them
         return free // 2 if self.config.cuda_graphs else free
 
     @cached_property
     def _kept_bytes_per_row(self) -> int:
-        """Measured by a forward pass of one pair with a graph."""
+        """Bytes that a row of a UNet call keeps for the backward pass, measured by a forward pass of one pair."""
         policy, device = self.policy, self.accelerator.device
         weights = list(policy.unet.parameters())
-        # DeepSpeed's stage 3 gathers the weights of a layer while it runs, and frees them
+        # ZeRO stage 3 gathers a layer's weights while it runs, and frees them afterwards: they are no activations
         split = [weight for weight in weights if hasattr(weight, "ds_id")]
 
         def forward() -> torch.Tensor:
@@ -110,24 +114,25 @@ class BatchSizes:
 
 
 def _storages(tensors: Iterable[torch.Tensor]) -> set[int]:
+    """The addresses of the tensors' storages, which views share."""
     return {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
 
-def kept_bytes(forward: Callable[[], Any], parameters: set[int], brought: Callable[[], set[int]] = set) -> int:
+def kept_bytes(forward: Callable[[], Any], parameters: set[int], gathered: Callable[[], set[int]] = set) -> int:
     """Bytes of the activations that `forward` keeps for the backward pass.
 
     Args:
         forward: runs a network with gradients.
-        parameters: `data_ptr` of storages that are there anyway.
-        brought: those that are there at a moment of the forward pass, and go.
+        parameters: `data_ptr` of the storages of weights, which are not counted.
+        gathered: returns `data_ptr` of storages that hold weights only for a moment of the forward pass.
     """
     kept: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters and storage.data_ptr() not in brought():
+        if storage.data_ptr() not in parameters and storage.data_ptr() not in gathered():
             kept[storage.data_ptr()] = storage.nbytes()
-        # the tensor itself would keep its graph, and that the tensor
+        # detached, as the tensor itself refers to its graph, and the graph would refer to the tensor: a cycle
         return tensor.detach()
 
     with torch.enable_grad(), saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -142,15 +147,19 @@ def pairs_that_fit(bytes_per_pair: int, free: int, rows_per_pair: int) -> int:
 
 
 def equal_parts(pairs: int, fit: int) -> int:
-    """The pairs of a UNet call, as many calls as `fit` of them would need for all, and none larger than it must be."""
+    """The pairs of a UNet call, so that the fewest calls of at most `fit` pairs take all `pairs` in nearly equal parts.
+
+    -(-a // b) is a / b rounded up.
+    """
     return -(-pairs // -(-pairs // fit))
 
 
 def batches_to_merge(batch_size: int, rows_per_image: int, images_that_fit: int) -> int:
-    """Sampling batches that are drawn together: as few as give `SAMPLING_ROWS` rows, if so many images fit."""
+    """Sampling batches to denoise together: the fewest with `SAMPLING_ROWS` rows, or fewer if only those fit."""
     wanted = -(-SAMPLING_ROWS // (batch_size * rows_per_image))
     return max(1, min(wanted, images_that_fit // batch_size))
 
 
 def _power_of_two_within(limit: int) -> int:
+    """The largest power of two that is at most `limit`, and at least 1."""
     return 1 << max(0, limit.bit_length() - 1) if limit > 0 else 1

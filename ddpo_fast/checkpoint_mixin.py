@@ -23,9 +23,9 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointMixin:
-    """A mixin of `DDPOTrainer`, whose parts it saves and restores: TRL's model hooks are among its methods.
+    """The methods of `DDPOTrainer` that save and restore its state, among them TRL's model hooks.
 
-    `progress` says when; `run_folder/checkpoint.py` says in which files.
+    `run_folder/checkpoint.py` writes and reads the files.
     """
 
     accelerator: Accelerator
@@ -47,12 +47,12 @@ class CheckpointMixin:
 
     @property
     def first_epoch(self) -> int:
-        """Whole epochs so far, as TRL calls it."""
+        """The number of whole epochs so far, under TRL's name for it."""
         return self.progress.epochs
 
     def _save(self, epochs: int, name: str = "") -> None:
-        """Writes a checkpoint after `epochs` whole epochs, under another `name` one that lies beside them."""
-        # with what has been measured since the last one
+        """Writes the checkpoint of `epochs` whole epochs into its numbered folder, or into one called `name`."""
+        # written again, as more values may have been measured since the last time
         self.run_log.write_config(self.run_settings)
         state = {
             "epochs": epochs,
@@ -82,15 +82,22 @@ class CheckpointMixin:
             )
 
     def _save_between(self, epochs: int, is_last: bool) -> None:
-        """After an epoch that `save_freq` leaves out: a checkpoint if it is the last, else a rolling one."""
+        """Saves after an epoch that `save_freq` leaves out.
+
+        After the last epoch that is a numbered checkpoint, else a rolling one, which the next checkpoint replaces.
+        """
         if is_last:
             self._save(epochs)
         elif self.progress.keeps_last_epoch:
-            with self.progress.timing_the_write():
+            with self.progress.timing_write():
                 self._save(epochs, checkpoint.LAST_EPOCH)
 
     def _load(self, folder: Path, state: dict[str, Any]) -> None:
-        """Goes on from the checkpoint in `folder`, whose `state.json` is `state`."""
+        """Restores weights, optimizer, functions, counters and random states from the checkpoint in `folder`.
+
+        Args:
+            state: the content of its `state.json`.
+        """
         training = checkpoint.read_training(folder)
         with self.engine.exact(write=True):
             self._load_model_hook([self._trained_model], str(folder))
@@ -101,18 +108,21 @@ class CheckpointMixin:
         self.progress.epochs, self.progress.global_step = state["epochs"], state["global_step"]
         random_state = checkpoint.read_random_state(folder, self.accelerator.process_index)
         if random_state is None:
-            # there were fewer processes: another draw than any process made in the epochs so far
+            # The checkpoint is of fewer processes and has no random state for this one. A seed that depends on the
+            # epoch repeats no draws of earlier epochs. `set_seed` adds the process's index, and NumPy's seeds end at
+            # 2^32 - 1.
             fresh = self.config.seed + 1_000_003 * self.first_epoch
             set_seed(fresh % (2**32 - self.accelerator.num_processes), device_specific=True)
         else:
             self.engine.load_process_state(random_state["own"])
             checkpoint.restore_random_state(random_state)
 
-    def _begin_epoch_again(self) -> None:
-        """Back to the start of the epoch that was stopped, if its updates had begun."""
-        if not self.progress.begin_epoch_again():
+    def _rewind_epoch(self) -> None:
+        """Restores the state at the start of the epoch that was stopped, if its updates had begun."""
+        if not self.progress.rewind_epoch():
             return
         if not self.engine.can_begin_again:
+            # so that another call of `train` raises too
             self.progress.is_updating = True
             raise RuntimeError(
                 "an update was stopped in its middle, and this engine cannot begin it again: make a new trainer with "
@@ -122,11 +132,15 @@ class CheckpointMixin:
         last = self.progress.checkpoints / f"{checkpoint.PREFIX}{self.first_epoch}"
         if (last / checkpoint.STATE).exists():
             self._load(last, checkpoint.read_state(last))
-        elif self.first_epoch:
-            logger.warning("%s is not there: epoch %d goes on where it was", last, self.first_epoch + 1)
+        else:
+            logger.warning(
+                "%s does not exist: epoch %d is trained again from the weights of its interrupted updates",
+                last,
+                self.first_epoch + 1,
+            )
 
     def _check_that_it_can_be_saved(self) -> None:
-        """Before the first update: what could not be saved must not be trained."""
+        """Saves on trial before the first update, so that a run that cannot be saved fails before it has trained."""
         if self._can_be_saved:
             return
         states = checkpoint.function_states(self._stateful_functions())
@@ -161,5 +175,5 @@ class CheckpointMixin:
         return run_settings(self.config, self.accelerator, self.sd_pipeline, self.base)
 
     def finishing(self) -> AbstractContextManager[None]:
-        """For what comes after the training: who stops it is told how to go on."""
+        """A context for the work after training: an interruption in it prints how to resume the run."""
         return self.progress.finishing()

@@ -32,7 +32,7 @@ INTERRUPTED, BROKEN_PIPE = 130, 141
 
 
 class Stopped(SystemExit):
-    """Exit status 2, after the sentence about a user's mistake has been printed; it is kept in `args`."""
+    """Ends a command with exit status 2 after its error has been printed; `args` keeps the printed sentence."""
 
     def __init__(self, sentence: str) -> None:
         super().__init__(sentence)
@@ -42,7 +42,7 @@ class Stopped(SystemExit):
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command that the first word names, by default of the process's arguments.
 
-    An error that a user can mend ends it with one sentence and exit status 2.
+    An error that a user can correct ends the command with one sentence and exit status 2.
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
     if not words or words[0] in ("-h", "--help"):
@@ -79,7 +79,7 @@ def find_command(name: str) -> Callable[[Sequence[str]], None]:
 
 
 def stop(program: str, error: Exception) -> NoReturn:
-    """Prints an error in one line and raises `Stopped`, or the error itself if `DDPO_FAST_TRACEBACK` is set."""
+    """Prints an error in one line and raises `Stopped`; raises the error itself if `DDPO_FAST_TRACEBACK` is set."""
     if os.environ.get(TRACEBACK):
         raise error
     # some libraries' messages have many lines

@@ -1,7 +1,7 @@
 """`DDPOConfig`: TRL's fields, names and defaults, then this package's own.
 
-A field is one line here: its default, its help on the command line and, for a word from a list, its `choices`. The list
-is said here alone: the command line and `config_rules` take it from the field.
+Each field has its default, its help on the command line and, if its value is a word from a list, its `choices`. The
+list is written only here: the command line and `config_rules` read it from the field.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ def _mapping(text: str) -> Any:
     return field(default_factory=dict, metadata={"help": f"{text} On the command line: a JSON object."})
 
 
-# the fields that an image depends on, beside weights, prompt and noise
+# the fields that an image depends on, apart from weights, prompt and noise
 SAMPLING_FIELDS = ("sample_num_steps", "sample_guidance_scale", "sample_eta", "negative_prompts")
 
-# What a type checker sees is the field's type after `__post_init__` and, of the precision, where a run reads it. What
-# HfArgumentParser sees are the types of what may be given: for a mapping a string, which `__post_init__` reads as JSON.
+# A type checker sees the types that fields have after `__post_init__`, and of the precision the type that a run reads,
+# which is never None. HfArgumentParser sees the types that may be given: for a mapping also a string, which
+# `__post_init__` reads as JSON.
 if TYPE_CHECKING:
     Mapping: TypeAlias = dict[str, Any]
     Precision: TypeAlias = str
@@ -101,7 +102,9 @@ class DDPOConfig:
         None, "(image, timestep) pairs per UNet call; the gradient does not depend on it (default: what memory allows)."
     )
     train_skip_dead_pairs: bool = _option(
-        True, "Leave out pairs whose gradient is exactly zero: no advantage, or clipped where looking first pays."
+        True,
+        "Leave out pairs whose gradient is exactly zero: those of images whose advantage is 0 and, where finding them "
+        "first saves time, those that PPO clips.",
     )
     train_warmup_steps: int = _option(0, "Updates over which the learning rate rises linearly.")
     train_recompute_log_probs: bool = _option(
@@ -109,7 +112,8 @@ class DDPOConfig:
     )
 
     sample_merge_batches: Optional[int] = _option(  # noqa: UP045
-        None, "Sampling batches drawn together (default: as many as fit, unless the reward is slow enough to overlap)."
+        None,
+        "Sampling batches denoised together (default: enough to keep the device busy, as far as they fit in memory).",
     )
     sample_cache: bool = _option(
         True, "Compute prompt embeddings, their keys and values, and time embeddings once and not at every step."
@@ -164,7 +168,7 @@ class DDPOConfig:
     vae_tiling: bool = _option(False, "Decode images in overlapping tiles.")
     offload_frozen: bool = _option(False, "Keep the VAE and the text encoder in host memory while they are idle.")
     ema_decay: float = _option(0.0, "Decay of a moving average of the trained weights; 0 keeps none.")
-    ema_device: str = _option("auto", "Where the average lies: with the weights, or cpu.", choices=["auto", "cpu"])
+    ema_device: str = _option("auto", "Where the average is: with the weights, or cpu.", choices=["auto", "cpu"])
     auto_memory: bool = _option(
         False, "Choose micro-batch, checkpointing, optimizer and offload as `ddpo-fast plan` does for this GPU."
     )
@@ -184,8 +188,8 @@ class DDPOConfig:
     def check(self) -> None:
         """Checks every field's type and range and the rules across fields.
 
-        Raises `ValueError`, or `ImportError` for a package that is not installed. The trainer calls it again, as fields
-        may have been set since.
+        Raises `ValueError`, or `ImportError` for a package that is not installed. The trainer calls this again, as
+        fields may have been set after `__post_init__`.
         """
         for option in fields(self):
             setattr(self, option.name, config_rules.plain(getattr(self, option.name)))
@@ -211,7 +215,7 @@ class DDPOConfig:
             raise ImportError(problem)
 
     def batch_size_problem(self, num_processes: int = 1) -> str:
-        """The broken rule between the batch sizes in one sentence, or '' (TRL's `_config_check`)."""
+        """A sentence about batch sizes that do not divide each other as they must, or '' (TRL's `_config_check`)."""
         sample, train = self.sample_batch_size, self.train_batch_size
         samples_per_epoch = sample * num_processes * self.sample_num_batches_per_epoch
         per_update = train * num_processes * self.train_gradient_accumulation_steps
@@ -228,12 +232,12 @@ class DDPOConfig:
 
     @property
     def uses_deepspeed(self) -> bool:
-        """Whether DeepSpeed trains: by `zero`, by `deepspeed`, or by the settings given to `accelerate launch`."""
+        """Whether DeepSpeed trains: because of `zero`, `deepspeed`, or the settings of `accelerate launch`."""
         return self.zero > 0 or self.deepspeed is not None or self.launched_with_deepspeed
 
     @property
     def num_train_timesteps(self) -> int:
-        """Timesteps of each image that an inner epoch trains on."""
+        """Timesteps of each image that an inner epoch trains on, rounded down."""
         return int(self.sample_num_steps * self.train_timestep_fraction)
 
     @property
@@ -243,12 +247,12 @@ class DDPOConfig:
 
     @property
     def rows_per_image(self) -> int:
-        """Rows of the UNet's batch for an image while sampling: with guidance a second one, without the prompt."""
+        """Rows of the UNet's batch for an image in sampling: 2 with guidance (negative prompt and prompt), else 1."""
         return 2 if self.sample_guidance_scale > 1 else 1
 
     @property
     def rows_per_pair(self) -> int:
-        """Rows of the UNet's batch for an (image, timestep) pair in training."""
+        """Rows of the UNet's batch for an (image, timestep) pair in training: 2 with guidance, else 1."""
         return 2 if self.guides_training else 1
 
     def batch_arithmetic(self, num_processes: int = 1) -> str:
@@ -269,7 +273,7 @@ class DDPOConfig:
 
     @property
     def updates_per_inner_epoch(self) -> int:
-        """Optimizer steps in one pass over an epoch's samples, on any number of processes."""
+        """Optimizer steps in one pass over an epoch's samples; the number of processes does not change it."""
         images = self.sample_batch_size * self.sample_num_batches_per_epoch
         return images // (self.train_batch_size * self.train_gradient_accumulation_steps)
 

@@ -1,8 +1,8 @@
 """What the settings of a run must be: each field's type and range, and the rules across fields.
 
-A field with a list of choices, and a switch, need no rule here: theirs follows from the field itself. Every other field
-is in `RULES`, and what fields may not be together is in `CONFLICTS`. A rule is a predicate, and what the value must be
-in words for the message.
+A field with a list of choices, or one that is True or False, needs no rule here: the rule follows from the field.
+Every other field is in `RULES`, and combinations that are not allowed are in `CONFLICTS`. A rule is a predicate, with
+words for the message that say what the value must be.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _whole(least: int, most: float = float("inf")) -> Predicate:
 
 
 def _number(fits: Callable[[float], bool]) -> Predicate:
-    """A finite number, not a bool, that `fits`; NaN is not below infinity."""
+    """A finite number, not a bool, for which `fits` is true. NaN is refused, as it is not below infinity."""
     return lambda value: (
         isinstance(value, numbers.Real)
         and not isinstance(value, bool)
@@ -166,7 +166,7 @@ RULES: tuple[tuple[str, Predicate, str], ...] = (
 _RULE_OF = {name: (fits, demand) for names, fits, demand in RULES for name in names.split()}
 
 
-# settings that do not fit together: when, and what to do
+# combinations of settings that are not allowed: a predicate, and the message with the remedy
 CONFLICTS: tuple[tuple[Callable[[Settings], bool], str], ...] = (
     (
         lambda c: c.zero > 0 and c.deepspeed is not None,
@@ -204,7 +204,7 @@ CONFLICTS: tuple[tuple[Callable[[Settings], bool], str], ...] = (
     ),
     (
         lambda c: c.uses_deepspeed and (c.cuda_graphs or c.compile_unet),
-        "cuda_graphs and compile_unet cannot look through ZeRO: leave them out",
+        "cuda_graphs and compile_unet do not work with ZeRO: leave them out",
     ),
 )
 
@@ -247,8 +247,10 @@ def _installed(package: str) -> bool:
 
 
 def unknown_keyword(config: Settings) -> str:
-    """The first keyword in `tracker_kwargs`, `accelerator_kwargs` or `project_kwargs` that accelerate does not take, or
-    takes another value for; in one sentence, or ''."""
+    """A sentence about the first keyword that accelerate does not take, or whose value is not allowed, or ''.
+
+    Looks at `tracker_kwargs`, `accelerator_kwargs` and `project_kwargs`.
+    """
     if not (config.tracker_kwargs or config.accelerator_kwargs or config.project_kwargs):
         return ""
     # these imports take seconds, and most users give no keywords
@@ -281,6 +283,7 @@ def unknown_keyword(config: Settings) -> str:
 
 
 def _bad_keyword_value(config: Settings) -> str:
+    """A sentence about the first keyword whose value is not allowed, or ''."""
     for name, keywords in config.tracker_kwargs.items():
         if not isinstance(keywords, dict):
             return f"tracker_kwargs[{name!r}] is {shown(keywords)} but must be a dict of that tracker's keywords"

@@ -32,7 +32,7 @@ class Recorded:
 
     Args:
         function: takes and returns tensors on a CUDA device.
-        undo: takes back what calls of the function have changed (gradients): warm-ups are calls too.
+        undo: reverts what warm-up calls have changed (gradients that were added).
     """
 
     def __init__(self, function: Function, undo: Callable[[], None] = lambda: None) -> None:
@@ -52,12 +52,15 @@ class Recorded:
         return recording.outputs
 
     def forget(self) -> None:
-        """Drops the recordings; their memory is freed once nobody holds their outputs."""
+        """Drops the recordings; their memory is freed when no tensor that they returned is referenced any more."""
         self._recordings.clear()
 
 
 def record(function: Function, arguments: Sequence[Tensor]) -> Recording:
-    """Calls the function a few times on a side stream, as PyTorch demands before a capture, and captures it there."""
+    """Calls the function a few times on a side stream, as PyTorch requires before a capture, and captures it there.
+
+    A capture records the kernels without running them.
+    """
     inputs = [argument.clone() for argument in arguments]
     stream = _stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -134,7 +134,10 @@ def _check_choices(settings: Mapping[str, Any]) -> None:
 
 
 def _check_alphas(scheduler: Any) -> None:
-    """Raises `ValueError` unless a_t falls from timestep to timestep, between 1 and 0, and the model can predict."""
+    """Raises `ValueError` unless a_t falls from timestep to timestep, below 1 and at least 0 (above 0 for epsilon).
+
+    At a_t = 0 the latents are pure noise, from which predicting epsilon says nothing about the image.
+    """
     alphas, config = scheduler.alphas_cumprod, scheduler.config
     if len(alphas) != config.num_train_timesteps:
         raise ValueError(
@@ -150,7 +153,7 @@ def _check_alphas(scheduler: Any) -> None:
 
 
 def check_steps(scheduler: Any, steps: int, eta: float) -> None:
-    """Raises `ValueError` if a scheduler cannot take `steps` DDIM steps with `eta` that each have a density."""
+    """Raises `ValueError` if a scheduler cannot take `steps` DDIM steps with `eta`, each with a density if eta > 0."""
     _check_ddim(scheduler)
     if steps > scheduler.config.num_train_timesteps:
         raise ValueError(_too_many(steps, scheduler.config.num_train_timesteps))
@@ -229,7 +232,7 @@ class DDIMCoefficients:
         s[sampled] = torch.cat([sampled[1:], sampled.new_zeros(1)])
         a_s = a_t[s]
         variance = eta**2 * (1 - a_s) / (1 - a_t) * (1 - a_t / a_s)
-        # zero where a_t is (zero terminal SNR) if eta is 1: rounding may make it negative
+        # d^2, which is 0 where a_t is 0 (zero terminal SNR) and eta is 1: rounding may make it negative there
         direction = (1 - a_s - variance).clamp(min=0).sqrt()
         c_x, c_m = _mean_coefficients(scheduler.config.prediction_type, a_t, a_s, direction)
         table = torch.stack([c_x, c_m, variance.sqrt()], dim=1)
@@ -248,15 +251,15 @@ class DDIMCoefficients:
 
 # by scheduler; an entry goes when its scheduler does
 _TABLES: WeakKeyDictionary[Any, dict[tuple, DDIMCoefficients]] = WeakKeyDictionary()
-# the tensor of timesteps that a scheduler had when it was last asked, and that tensor's values
+# by scheduler: the tensor of timesteps that `_sampled` has last read, and its values
 _SAMPLED: WeakKeyDictionary[Any, tuple[torch.Tensor, tuple[int, ...]]] = WeakKeyDictionary()
 
 
 def _sampled(scheduler: Any) -> tuple[int, ...]:
     """The timesteps that are sampled, in order.
 
-    They lie on the device, so reading them makes the host wait. They are read once after each `set_timesteps`, which
-    assigns a new tensor and copies it to the device anyway.
+    They are on the device, so reading them makes the host wait. They are read once after each `set_timesteps`, which
+    assigns a new tensor, and for whose copy to the device the host waits in any case.
     """
     kept = _SAMPLED.get(scheduler)
     if kept is None or kept[0] is not scheduler.timesteps:

@@ -42,16 +42,17 @@ def free_bytes(device: torch.device, num_processes: int = 1, gpu_memory: float |
     """Bytes that this process may still allocate on its device.
 
     Args:
-        num_processes: of the run. Each is assumed to have a GPU of its own, and on a CPU an equal share of the memory.
+        num_processes: of the run. Each is assumed to have its own GPU or, on a CPU, an equal share of the memory.
         gpu_memory: GB of the GPU to use; None for all of it.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        # CUDA counts as used what PyTorch's allocator has reserved: of that, too, the unallocated part is free
+        # CUDA counts all memory that PyTorch's allocator has reserved as used. The part of it that is not allocated to
+        # tensors is free for this process too.
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         if gpu_memory is None:
             return free
-        return min(free, int(gpu_memory * 1e9) - torch.cuda.memory_allocated(device))
+        return min(free, int(gpu_memory * GB) - torch.cuda.memory_allocated(device))
     return psutil.virtual_memory().available // num_processes
 
 
@@ -60,7 +61,7 @@ def limit_memory(gpu_memory: float, device: torch.device) -> None:
 
     Raises `ValueError` if the CUDA context alone needs that much.
     """
-    # the context is outside of the allocator
+    # the CUDA context's memory is not the allocator's, so it is subtracted from the allocator's share
     share = (gpu_memory * GB - CUDA_CONTEXT) / torch.cuda.get_device_properties(device).total_memory
     if share <= 0:
         raise ValueError(f"gpu_memory is {gpu_memory}, and CUDA alone takes {CUDA_CONTEXT / GB} GB: set more")

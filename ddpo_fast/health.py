@@ -18,22 +18,25 @@ from ddpo_fast.trajectory import Trajectory
 
 logger = logging.getLogger(__name__)
 
-# A log-ratio is a mean over a step's elements of (z_old^2 - z^2) / 2, z in standard deviations of the step's noise.
-# Where the Gaussian's mean has moved by 20 of them it is about 20^2 / 2: nothing is left of the policy that sampled.
+# A log-ratio is the mean over a latent's elements of (z_old^2 - z^2) / 2, where z is the distance from the Gaussian's
+# mean in standard deviations. If that mean has moved by 20 standard deviations, the log-ratio is about -20^2 / 2: the
+# policy has nothing left of the one that sampled.
 LARGEST_LOG_RATIO = 20**2 / 2
-# The typical ratio is then exp(0.5), in every pair: PPO assumes steps that are much smaller.
+# A log-ratio of this root mean square means that a typical ratio is exp(0.5) or exp(-0.5). PPO assumes ratios near 1.
 FAR_LOG_RATIO = 0.5
+# the remedy in several messages
 HALF_PRECISION = "a higher mixed_precision ('bf16' or 'no')"
 
 
 class RunStopped(RuntimeError):
-    """A run that cannot go on because its numbers are not finite or meaningless; its checkpoints are from before."""
+    """Raised when a run cannot go on, as its numbers are not finite or are meaningless. Its checkpoints are older."""
 
 
 class SampleHealth:
-    """Whether an epoch's samples are finite and differ: computed on the device with each batch, read once at the end.
+    """Checks that an epoch's samples are finite and that not all images are equal.
 
-    Reading each flag at once would make the host wait for the device in the middle of sampling.
+    The flags are computed on the device with each batch and read once, by `check`: reading each flag when it is
+    computed would make the host wait for the device in the middle of sampling.
     """
 
     def __init__(self) -> None:
@@ -45,7 +48,7 @@ class SampleHealth:
 
     @torch.no_grad()
     def add(self, trajectory: Trajectory, images: Any) -> None:
-        """Adds a batch of trajectories and their images [B, 3, height, width]."""
+        """Adds a batch of trajectories and their images [B, 3, height, width]; skips one whose images are no tensor."""
         if not isinstance(images, torch.Tensor):
             return
         for part in (trajectory.trail, trajectory.log_probs, images):
@@ -57,7 +60,10 @@ class SampleHealth:
         self._batches.append((trajectory, images))
 
     def check(self) -> None:
-        """Raises `RunStopped`, naming the prompt and the denoising step, if one is not; waits for the device."""
+        """Raises `RunStopped` for a sample that is not finite, naming its prompt, and if all images are equal.
+
+        Waits for the device.
+        """
         if self._all_finite and not bool(torch.stack(self._all_finite).all()):
             for trajectory, images in self._batches:
                 _check_batch(trajectory, images)
@@ -77,11 +83,11 @@ def _check_batch(trajectory: Trajectory, images: torch.Tensor) -> None:
         if not fine.all():
             step = int((~fine).any(0).nonzero()[0])
             image = int((~fine[:, step]).nonzero()[0])
-            # the first latents are noise, and each step makes the next ones
+            # latents 0 are the initial noise and latents i come from step i, but log-prob i is of step i + 1
             step += what == "log-probability"
             raise RunStopped(
                 f"the {what} of an image of {trajectory.prompts[image]!r} stopped being finite at denoising step "
-                f"{step} of {steps}: the model or its learning rate is too much for this precision; use "
+                f"{step} of {steps}: the model overflows in this precision, or its weights have diverged; use "
                 f"{HALF_PRECISION}, or lower train_learning_rate and go on from an earlier checkpoint"
             )
     fine = images.isfinite().flatten(1).all(1).cpu()
@@ -91,7 +97,7 @@ def _check_batch(trajectory: Trajectory, images: torch.Tensor) -> None:
 
 
 def not_finite(prompt: str) -> str:
-    """The problem of an image whose pixels are not finite although its latents are."""
+    """The message for an image whose pixels are not finite although its latents are."""
     return (
         f"the image of {prompt!r} has pixels that are not finite, though its latents are: the VAE overflows in this "
         f"precision; use {HALF_PRECISION} or a VAE made for fp16"
@@ -107,9 +113,9 @@ def check_images(images: torch.Tensor, prompts: Sequence[str], latents: torch.Te
 
 
 def latents_not_finite(prompt: str) -> str:
-    """The problem of an image whose latents are not finite."""
+    """The message for an image whose latents are not finite."""
     return (
-        f"the latents of the image of {prompt!r} are not finite: the model's weights are damaged, or too much for this "
+        f"the latents of the image of {prompt!r} are not finite: the model's weights are damaged, or overflow in this "
         f"precision; use {HALF_PRECISION}, copy the model again, or go on from an earlier checkpoint"
     )
 
@@ -122,6 +128,7 @@ def check_weights(weights: dict[str, torch.Tensor], epochs: int) -> None:
     """
     if not weights:
         return
+    # the largest absolute value of each tensor, which is finite only if all are, in a few launches for all tensors
     largest = torch.stack([norm.double() for norm in torch._foreach_norm(list(weights.values()), math.inf)])
     if not bool(largest.isfinite().all()):
         name = list(weights)[int((~largest.isfinite()).nonzero()[0])]
@@ -132,10 +139,10 @@ def check_weights(weights: dict[str, torch.Tensor], epochs: int) -> None:
 
 
 class Health:
-    """Checks an epoch's rewards and updates, of numbers that the host has read anyway.
+    """Checks an epoch's rewards and updates by numbers that the host reads for the log in any case.
 
     Args:
-        speaks: whether this process warns, once of each kind of problem.
+        speaks: whether this process logs warnings, each kind of problem once.
     """
 
     def __init__(self, config: DDPOConfig, speaks: bool = True) -> None:
@@ -162,17 +169,18 @@ class Health:
         rescue = f"lower train_learning_rate and resume from the last checkpoint in {folder}"
         if not math.isfinite(info["loss"]):
             raise RunStopped(f"the loss of update {number} is {info['loss']}: {rescue}")
+        # The scale is halved after each overflow. It falls below 1 only if gradients exceed fp16 even without scaling.
         if info.get("loss_scale", 1.0) < 1.0:
             raise RunStopped(
                 f"update {number} overflowed at a loss scale of {info['loss_scale']:g}: {rescue}, or use bf16"
             )
         if not math.isfinite(info.get("grad_norm", 0.0)) and not info.get("skipped_step"):
             raise RunStopped(f"the gradient of update {number} is {info['grad_norm']}: {rescue}")
-        # approx_kl is half the mean square of the log-ratio
+        # approx_kl is half the mean square of the log-ratio, so this is the log-ratio's root mean square
         log_ratio = math.sqrt(2 * info["approx_kl"]) if info["approx_kl"] >= 0 else math.inf
         if not log_ratio < LARGEST_LOG_RATIO:
             raise RunStopped(
-                f"before update {number} the policy has nothing left of the one that sampled (approx_kl "
+                f"before update {number} the policy has diverged from the one that sampled (approx_kl "
                 f"{info['approx_kl']:.1e}): {rescue}"
             )
         if log_ratio > max(FAR_LOG_RATIO, 10 * self.config.train_clip_range):

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP while a run trains: they end an update at once, but a checkpoint is written to its end."""
+"""Handles Ctrl-C, SIGTERM and SIGHUP in training: an update stops at once, but a checkpoint is written to its end."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class Signalled(SystemExit):
 class Interruption:
     """A context in which a signal raises `KeyboardInterrupt` for Ctrl-C, and `Signalled(128 + number)` for the others.
 
-    A signal that the program handles itself, or ignores, keeps its handler. Python runs handlers in the main thread:
-    outside of it the context does nothing.
+    A signal that the program handles itself, or ignores, keeps its handler. Python sets and runs handlers only in the
+    main thread: in another thread the context does nothing.
     """
 
     def __init__(self) -> None:
-        # the signal that came, 0 for none, and when
+        # the number of the signal that came, 0 for none, and the time when it came
         self.received = 0
         self._received_at = 0.0
-        # how many `suppressed` are entered
+        # how many blocks of `suppressed` or `deferred` are entered
         self._depth = 0
         self._replaced: dict[int, Any] = {}
 
@@ -52,14 +52,14 @@ class Interruption:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """In here a first signal is deferred to the end; a second one raises at once, for a user who cannot wait."""
+        """A first signal in the block takes effect at its end; a second one raises at once, to skip the wait."""
         with self.suppressed():
             yield
         self.check()
 
     @contextmanager
     def suppressed(self) -> Iterator[None]:
-        """In here a first signal raises nothing, as the training is ending anyway; a second one raises at once."""
+        """A first signal in the block raises nothing, as training is ending anyway; a second one raises at once."""
         self._depth += 1
         try:
             yield
@@ -67,7 +67,7 @@ class Interruption:
             self._depth -= 1
 
     def check(self) -> None:
-        """Raises again for a signal that came earlier: an `except:` in a user's function may have caught the first."""
+        """Raises again if a signal came earlier: an `except:` in a user's function may have caught the exception."""
         if self.received and not self._depth:
             self._raise()
 

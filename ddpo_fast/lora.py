@@ -32,7 +32,7 @@ LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 ADAPTER = "default"
 TRL_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
 TRL_RANK = 4
-# the settings that determine, beside its weights, what an adapter adds to a layer
+# the settings that determine, apart from its weights, what an adapter adds to a layer
 SCALE_SETTINGS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
 # for error messages: how to merge an adapter into a model
 FUSE_COMMANDS = "pipe.fuse_lora(); pipe.unload_lora_weights(); pipe.save_pretrained(new_folder)"
@@ -131,8 +131,8 @@ def check_options(unet: Any, path: Path, rank: int, alpha: float, targets: Seque
 def find_targets(unet: nn.Module, targets: Sequence[str]) -> list[str]:
     """Returns the names of a UNet's layers that LoRA's target modules select.
 
-    As in peft, a target selects the layers whose name is it or ends with it. Raises `ValueError` for a target that
-    selects no layer, or one that cannot have an adapter.
+    As in peft, a target 'x' selects the layers whose name is 'x' or ends with '.x'. Raises `ValueError` for a target
+    that selects no layer, or a layer that cannot have an adapter.
     """
     # layers that have an adapter are wrapped: the original lies in `base_layer`, the adapter's parts in `lora_A`, ...
     names = {name.replace(".base_layer", ""): layer for name, layer in unet.named_modules() if "lora_" not in name}
@@ -141,8 +141,8 @@ def find_targets(unet: nn.Module, targets: Sequence[str]) -> list[str]:
         selected = [name for name in names if name == target or name.endswith(f".{target}")]
         if not selected:
             raise ValueError(
-                f"lora_target_modules names {target!r}, and the UNet has no such layer: name some of it, as to_q, "
-                "to_k, to_v, to_out.0, proj_in, ff.net.2 or conv1"
+                f"lora_target_modules names {target!r}, and the UNet has no such layer: name layers that it has, such "
+                "as to_q, to_k, to_v, to_out.0, proj_in, ff.net.2 or conv1"
             )
         for name in selected:
             if not isinstance(names[name], nn.Linear | nn.Conv2d | BaseTunerLayer):
@@ -175,7 +175,7 @@ def add_adapter(unet: Any, config: LoraConfig) -> None:
     """Makes the adapter that is trained, unless it exists, and makes its parameters the only trainable ones.
 
     Other active adapters stay active and are frozen. Raises `ValueError` if an adapter was merged into the weights but
-    not unloaded, because peft computes a merged layer without any adapter, and the trained one would have no effect.
+    not unloaded: peft computes a merged layer without any adapter, so that the trained one would have no effect.
     """
     before = [layer for _, layer in _adapted_layers(unet)]
     if any(layer.merged for layer in before):
@@ -240,7 +240,7 @@ def save_adapter(pipe: Any, unet: Any, output_dir: str | Path) -> None:
     for name, network in (("unet", unet), ("text_encoder", pipe.text_encoder)):
         if ADAPTER in getattr(network, "peft_config", {}):
             state = _in_one_naming(get_peft_model_state_dict(network, adapter_name=ADAPTER))
-            # safetensors refuses tensors that are not contiguous, as channels_last ones
+            # safetensors refuses tensors that are not contiguous, such as those in the channels_last layout
             written[f"{name}_lora_layers"] = {key: value.contiguous() for key, value in state.items()}
             written[f"{name}_lora_adapter_metadata"] = _with_sorted_sets(network.peft_config[ADAPTER].to_dict())
     pipe.save_lora_weights(save_directory=output_dir, **written)

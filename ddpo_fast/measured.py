@@ -1,4 +1,4 @@
-"""Values that a run measures instead of being told, kept with it so that a resumed run computes the same bits."""
+"""Values that a run measures, unlike its settings; they are saved so that a resumed run computes the same bits."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ HARMLESS = {
 class Measured(dict[str, int | float | str]):
     """Plain values by name, each measured once in the life of a run: batch sizes from free memory, the fastest kernel.
 
-    A checkpoint and `config.json` keep them; the run that is resumed starts with them.
+    Checkpoints and `config.json` record them, and a resumed run starts with them.
     """
 
-    def once(self, name: str, measure: Callable[[], T]) -> T:
+    def measure_once(self, name: str, measure: Callable[[], T]) -> T:
         """The value called `name`; if there is none yet, `measure()`, which must give the same on every process."""
         if name not in self:
             self[name] = measure()
@@ -38,27 +38,30 @@ class Measured(dict[str, int | float | str]):
         Sums are split over the threads, so their bits depend on how many there are.
         """
         if "OMP_NUM_THREADS" not in os.environ:
-            threads = self.once("threads", torch.get_num_threads)
+            threads = self.measure_once("threads", torch.get_num_threads)
             if threads != torch.get_num_threads():
                 torch.set_num_threads(threads)
 
     @classmethod
     def of_run(cls, state: Mapping[str, Any], settings: Mapping[str, Any]) -> Measured:
-        """What the run that left `state` in a checkpoint has measured.
+        """The values that a checkpoint's `state` records.
 
-        Nothing if the present `settings`, which name the device too, differ from its own: its values may not fit them.
+        None of them if the present `settings`, among them the device, differ from the recorded ones: the values may not
+        suit these.
         """
+        # the state was read from JSON, where tuples are lists
         mine = json.loads(json.dumps(settings, default=str))
         same = all(_without_harmless(state.get(name)) == _without_harmless(mine[name]) for name in mine)
         return cls(state.get("measured", {}) if same else {})
 
 
 def _without_harmless(value: Any) -> Any:
+    """A mapping without the settings in `HARMLESS`; any other value as it is."""
     return {n: v for n, v in value.items() if n not in HARMLESS} if isinstance(value, dict) else value
 
 
 def device_name(device: torch.device) -> str:
-    """A name such that devices of the same name have the same memory and speed."""
+    """A device's name. Devices of the same name are taken to have the same memory and speed."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({torch.backends.cpu.get_cpu_capability()}, {psutil.virtual_memory().total // 2**30} GiB)"

@@ -1,4 +1,4 @@
-"""What is measured of an update and of an epoch. `run_folder/run_log.py` writes it down.
+"""The metrics of an update and the timings of an epoch, which `run_folder/run_log.py` logs.
 
 Shapes: N (image, timestep) pairs.
 """
@@ -16,9 +16,9 @@ T = TypeVar("T")
 
 
 class UpdateMetrics:
-    """Means over the pairs of an update, and maxima. They stay on the device until the update's numbers are written.
+    """Means and maxima over the pairs of an update. They stay on the device until they are logged.
 
-    Reading a number on the host would make it wait for all that the device has queued.
+    Reading a number on the host would make the host wait for all work that is queued on the device.
     """
 
     def __init__(self) -> None:
@@ -26,17 +26,17 @@ class UpdateMetrics:
         self._largest: dict[str, Tensor] = {}
 
     def add(self, share: float, **values: Tensor) -> None:
-        """Adds means [] over some pairs, which are `share` of all that the mean is over."""
+        """Adds means [] over some of the pairs, weighted by those pairs' `share` of all."""
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0) + share * value.detach().float()
 
-    def at_least(self, name: str, value: Tensor) -> None:
+    def add_maximum(self, name: str, value: Tensor) -> None:
         """Keeps the larger of `value` [] and the maximum called `name`."""
         largest = self._largest.get(name)
         self._largest[name] = value.clone() if largest is None else torch.maximum(largest, value)
 
     def means(self) -> dict[str, Tensor]:
-        """All of them by name, [] each."""
+        """The means and the maxima by name, [] each."""
         return {**self._sums, **self._largest}
 
 
@@ -59,13 +59,13 @@ class EpochTimer:
         self._ended: dict[str, float] = {}
 
     def ends(self, stage: str) -> None:
-        """The stage is over when the device has done what this thread gave it; what other threads gave it goes on."""
+        """Ends a stage: waits for the work on this thread's current stream, but not for other streams."""
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
         self._ended[stage] = time.monotonic()
 
     def at_end_of(self, items: Iterator[T], stage: str) -> Iterator[T]:
-        """`items`; the stage is over after the last of them."""
+        """Yields `items`, and ends the stage after the last of them."""
         yield from items
         self.ends(stage)
 

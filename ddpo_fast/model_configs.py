@@ -25,7 +25,7 @@ from ddpo_fast.ddim import check_steps, ddim_scheduler
 # two ends of error messages
 REMEDY = "give a text-to-image Stable Diffusion 1.x or 2.x as a diffusers folder or Hub id"
 AGAIN = "copy or download the model again"
-# the file names' ends of weights that are pickles
+# endings of files with weights that are pickles
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 # the parts of a pipeline that a run uses, and the classes that each may have
 PARTS = {
@@ -44,7 +44,7 @@ CONFIGS = {
     "text_encoder": "text_encoder/config.json",
     "scheduler": "scheduler/scheduler_config.json",
 }
-# the weights' file names without their ends
+# file names of the weights, without variant and ending
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 # the tasks of UNets whose input has more channels than their output, by the number of input channels
 CHANNELS = {9: "inpainting", 8: "editing or upscaling", 7: "upscaling", 5: "depth"}
@@ -281,7 +281,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _check_fit(configs: ModelConfigs, tokenizer: Mapping[str, Any]) -> None:
-    """Raises `ValueError` unless the shapes of the parts fit each other."""
+    """Raises `ValueError` unless the parts' sizes fit each other: text width and length, channels, and image size."""
     widths, width = configs.unet["cross_attention_dim"], configs.text_encoder["hidden_size"]
     for given in widths if isinstance(widths, list | tuple) else [widths]:
         if given != width:

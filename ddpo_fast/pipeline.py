@@ -25,14 +25,14 @@ from ddpo_fast.model_configs import check_model, first_line, model_folder, pickl
 from ddpo_fast.run_folder.files import follow_umask
 from ddpo_fast.sampler import DDPOPipelineOutput, DDPOSchedulerOutput
 
-# the argument that makes `from_pretrained` load in fp32; diffusers 0.42 warns about its older name
+# the argument that makes `from_pretrained` load in fp32: `dtype`, whose older name diffusers warns about since 0.42
 IN_FP32: dict[str, Any] = {
     "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype": torch.float32
 }
 
 
 class DDPOStableDiffusionPipeline:
-    """The interface that `DDPOTrainer` needs. Subclass it, or `DefaultDDPOStableDiffusionPipeline`, for your own."""
+    """The interface that `DDPOTrainer` needs of a pipeline. Your own can subclass it, or the default implementation."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> DDPOPipelineOutput:
         """Samples images and returns them with the latents and log-probs of all steps."""
@@ -64,7 +64,7 @@ class DDPOStableDiffusionPipeline:
 
     @property
     def autocast(self) -> Callable[[], AbstractContextManager] | None:
-        """A context manager for calls of the UNet, in place of the accelerator's autocast; None for the latter."""
+        """A context manager in which the UNet is called with weights in fp32; None for weights in `mixed_precision`."""
         raise NotImplementedError
 
     def set_progress_bar_config(self, *args: Any, **kwargs: Any) -> None:
@@ -87,7 +87,7 @@ class DDPOStableDiffusionPipeline:
 
 
 class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
-    """A diffusers `StableDiffusionPipeline` with a DDIM scheduler, of whose UNet an adapter or all weights are trained.
+    """A diffusers `StableDiffusionPipeline` with a DDIM scheduler, of which the UNet, or a LoRA of it, is trained.
 
     Args:
         pretrained_model_name: folder or Hub id; '' is the bundled tiny model. If there is an adapter's file beside the
@@ -259,7 +259,7 @@ def _give_default_mode(folder: Path) -> None:
 
 
 def check_pipeline(pipeline: DDPOStableDiffusionPipeline, config: DDPOConfig) -> None:
-    """Raises `ValueError` if a pipeline cannot take the steps, or do what another setting asks of it.
+    """Raises `ValueError` if a pipeline cannot take `sample_num_steps` steps, or cannot do what a setting asks of it.
 
     A pipeline whose class overrides both `__call__` and `scheduler_step` may sample by other steps than DDIM's, so its
     scheduler is not checked.
@@ -301,8 +301,8 @@ def load_stable_diffusion(name: str, revision: str = "main") -> Any:
         if "`safetensors` weights" in reason:
             raise ValueError(f"pretrained_model {name!r} cannot be trained: {pickle_problem('.bin files')}") from None
         raise OSError(f"pretrained_model {name!r} could not be loaded: {reason}") from error
-    # A token without an embedding would be an index out of range: on a GPU, an assertion after which the process cannot
-    # use the device any more.
+    # Looking up the embedding of a token that has none is an index out of range. On a GPU that is a device-side
+    # assertion, after which the process cannot use the device any more.
     known = pipe.text_encoder.get_input_embeddings().num_embeddings
     if len(pipe.tokenizer) > known:
         raise ValueError(

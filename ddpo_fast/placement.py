@@ -1,4 +1,4 @@
-"""Puts a pipeline's networks where they compute, in their precision, with the layers that the settings name."""
+"""Moves a pipeline's networks to their device and precision, and sets up the UNet's layers by the settings."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def place_networks(
     """Moves the networks to the device: frozen weights in the compute precision, trained ones in fp32.
 
     Args:
-        measured: keeps which attention was the fastest.
+        measured: keeps which attention kernel was the fastest.
 
-    Returns the module, or the list of parameters, that the pipeline has trained.
+    Returns the module, or the list of parameters, that is trained, from the pipeline's `get_trainable_layers`.
     """
     device, dtype = accelerator.device, compute_dtype(config.mixed_precision)
     if device.type == "cuda":
@@ -34,27 +34,29 @@ def place_networks(
         if config.gpu_memory is not None:
             limit_memory(config.gpu_memory, device)
 
-    # The VAE and the text encoder are frozen: they need no fp32, and no device memory while they are idle.
+    # The VAE and the text encoder are frozen. Without updates they need no fp32, and with `offload_frozen` they take no
+    # device memory while they are idle.
     for frozen in (pipeline.vae, pipeline.text_encoder):
         if config.offload_frozen:
             offload(frozen, dtype)
         else:
             frozen.to(device, dtype=dtype)
 
-    # Of the UNet, trained weights stay fp32: updates are often smaller than half precision can resolve. They stay on
-    # the host where the engine keeps them there, or where DeepSpeed casts them before it moves them to the device.
+    # The UNet's trained weights stay in fp32, as updates are often smaller than half precision can resolve. They are in
+    # host memory if the engine keeps them there, and under DeepSpeed, which casts them before it moves them to the
+    # device.
     layers = pipeline.get_trainable_layers()
     trained = {id(parameter) for parameter in trainable_parameters(layers)}
     home = "cpu" if exact_weights(config) == "host" or config.uses_deepspeed else device
     for parameter in [*pipeline.unet.parameters(), *trainable_parameters(layers)]:
         is_trained = id(parameter) in trained
-        # a pipeline with an autocast of its own casts weights itself
+        # a pipeline with an autocast of its own casts weights in each operation, from fp32
         in_fp32 = is_trained or pipeline.autocast is not None
         parameter.data = parameter.data.to(home if is_trained else device, torch.float32 if in_fp32 else dtype)
     for buffer in pipeline.unet.buffers():
         buffer.data = buffer.data.to(device)
 
-    # How the UNet computes: the attention kernel, fused layers, what is computed again in the backward pass.
+    # The attention kernel, fused layers and gradient checkpointing. `agree` gives all processes the main one's choice.
     agree = partial(broadcast_from_main, accelerator)
     set_attention(pipeline.unet, config.attention, device, dtype, measured, agree)
     if config.fuse_unet:
@@ -86,6 +88,6 @@ def compute_precision(pipeline: Any, config: DDPOConfig) -> str:
 
 
 def trainable_parameters(layers: Any) -> list[nn.Parameter]:
-    """The parameters with a gradient among a module's or a list's."""
+    """The parameters of a module, or of a list, that require a gradient."""
     parameters = layers if isinstance(layers, list) else layers.parameters()
     return [p for p in parameters if p.requires_grad]

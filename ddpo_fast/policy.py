@@ -1,6 +1,6 @@
-"""The policy: a UNet that is given a prompt's embedding and takes denoising steps, each a Gaussian with a density.
+"""The policy: a UNet whose output gives the mean of each denoising step, a Gaussian with a known density.
 
-Nothing else calls the network.
+Sampling and training both call the UNet through this module.
 
 Shapes: R rows of a UNet call, B images, N (image, timestep) pairs, C H W latent, L tokens, D width of the embedding.
 """
@@ -41,11 +41,11 @@ def latent_shape(unet: Any) -> tuple[int, int, int]:
 
 
 class Policy:
-    """A pipeline's UNet under the conditions of a run: prompts, guidance, noise table and precision.
+    """A pipeline's UNet as a run calls it: with the run's negative prompt, guidance, noise table and precision.
 
     Args:
         pipeline: a `DDPOStableDiffusionPipeline`.
-        engine: has the trained weights in the precision that the UNet computes in.
+        engine: provides the trained weights in the precision that the UNet computes in.
     """
 
     def __init__(self, pipeline: Any, config: DDPOConfig, engine: Engine, device: torch.device) -> None:
@@ -70,20 +70,24 @@ class Policy:
 
     @property
     def noise_table(self) -> Tensor:
-        """[K, 3] on the device: (c_x, c_m, sigma) of the step from each timestep of the scheduler."""
+        """(c_x, c_m, sigma) of the step from each timestep (see ddim.py): [num_train_timesteps, 3] on the device."""
         return DDIMCoefficients.of(self.pipeline.scheduler, self.config.sample_eta, self.device).table
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Inside, the networks compute in the run's precision: the engine's copies of the trained weights, and the
-        pipeline's own autocast if it has one."""
+        """A context in which the networks compute in the run's precision.
+
+        The UNet has the engine's copies of the trained weights. A pipeline's own autocast, if it has one, is on.
+        """
         with self.engine.computing(), (self.pipeline.autocast or nullcontext)():
             yield
 
     @torch.no_grad()
     def embeds_for_sampling(self, embeds: Tensor) -> Tensor:
-        """The embeddings of a sampling call from those of its prompts [B, L, D]: with guidance the negative prompt's
-        come first, [2B, L, D], in the UNet's precision."""
+        """A sampling call's embeddings from those of its prompts [B, L, D], in the UNet's precision.
+
+        [2B, L, D] with guidance, where the negative prompt's come first; else [B, L, D].
+        """
         if self.config.rows_per_image == 2:
             embeds = torch.cat([self.negative_embeds.expand_as(embeds), embeds])
         return embeds.to(self.unet.dtype)
@@ -93,6 +97,7 @@ class Policy:
 
         Latents are [N, C, H, W], timesteps [N], and embeds have as many rows as the output, the negative prompts first.
         """
+        # guidance needs each pair twice: a row with the negative prompt and a row with the prompt
         copies = self.config.rows_per_pair
         with self.computing():
             rows = torch.cat([latents] * copies).to(self.unet.dtype)
@@ -101,7 +106,7 @@ class Policy:
     def log_prob(self, latents: Tensor, timesteps: Tensor, next_latents: Tensor, embeds: Tensor) -> Tensor:
         """Log-density of the steps from `latents` to `next_latents` [N, C, H, W] by the pipeline's own step, [N].
 
-        A mean over the elements of a latent, as TRL has it. Carries a gradient to the UNet's weights.
+        Averaged over the elements of a latent, as in TRL, and not summed. Carries a gradient to the UNet's weights.
         """
         output = self.output(latents, timesteps, embeds)
         if self.config.guides_training:
@@ -114,7 +119,7 @@ class Policy:
 
     @torch.no_grad()
     def draw(self, prompts: Sequence[str], seed: int) -> tuple[Tensor, Tensor]:
-        """One image per prompt from noise that `seed` fixes: (images [B, 3, height, width] in fp32, latents)."""
+        """One image per prompt from noise that `seed` fixes: (images [B, 3, height, width], latents [B, C, H, W])."""
         self.unet.eval()
         with self.computing():
             drawn = self.pipeline(

@@ -1,6 +1,7 @@
-"""One update of the weights: the pairs that it needs, their gradients, and what to do when memory runs out.
+"""One optimizer update: its pairs, their gradient in micro-batches, and smaller micro-batches when memory runs out.
 
-Shapes: N (image, timestep) pairs in a UNet call, C H W latent, L tokens, D width of the text embedding.
+Shapes: N (image, timestep) pairs in a UNet call, M pairs of an update, C H W latent, L tokens, D width of the text
+embedding.
 """
 
 from __future__ import annotations
@@ -26,17 +27,18 @@ from ddpo_fast.trajectory import Pairs, TrainingBatch, Trajectory, pair_index, p
 
 logger = logging.getLogger(__name__)
 
-# Scoring all pairs first, to train only on those with a gradient, costs each a forward pass: a third of a pair's work,
-# as a backward pass takes twice a forward one. It saves all of the work of a pair without a gradient, so it pays from a
-# third of them on; half is asked for, as there may be fewer than in the epoch before.
+# The share of an update's pairs without a gradient from which scoring all pairs first saves time. Scoring costs each
+# pair one forward pass. It saves forward and backward pass, together about three forward passes, of each pair without a
+# gradient: so it pays above a third. The limit is a half because the share is taken from the epoch before, and may be
+# smaller in this one.
 SCORING_FIRST_PAYS = 0.5
 
-# the arguments of `Pairs`, in order -> (loss, approximate KL, clip fraction)
+# takes the fields of `Pairs` in order, returns the scalars (loss, approximate KL, clip fraction)
 Objective = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 class CallMetrics(NamedTuple):
-    """What one UNet call says of its pairs: scalars, and `log_probs` [N]."""
+    """The metrics of the pairs of one UNet call: scalars [], and `log_probs` [N]."""
 
     loss: Tensor
     approx_kl: Tensor
@@ -50,10 +52,10 @@ class CallMetrics(NamedTuple):
 
 
 class PPO:
-    """Updates by the clipped loss of `ops.ppo_loss`, whose gradient goes straight into the UNet's backward pass.
+    """Updates the weights by the clipped loss of `ops.ppo_loss`.
 
-    The loss's gradient with respect to the UNet's output is known in closed form, so the forward pass computes it and
-    there is no autograd graph between the output and the loss.
+    The loss's gradient with respect to the UNet's output is known in closed form. `ops.ppo_loss` returns it, and the
+    UNet's backward pass starts from it, so that there is no autograd graph between the output and the loss.
 
     Args:
         sizes: says how many pairs a UNet call has.
@@ -73,30 +75,33 @@ class PPO:
                 f"optimizer_in_backward is True, but an update takes {calls} UNet calls, and it must be one: leave it "
                 "out, or make updates smaller"
             )
-        # share of pairs without a gradient in each update of this epoch so far, and of the one before
+        # the share of pairs without a gradient, by update: in this epoch so far, and in the epoch before
         self.zero_gradient_shares: list[float] = []
         self._shares_before: list[float] = []
         self._recorded = Recorded(self._add_gradient, engine.zero_gradients) if config.cuda_graphs else None
-        # cuDNN plans its convolutions anew for each number of rows, which takes longer than a few rows more
+        # cuDNN chooses algorithms anew for each new batch size, which takes longer than a few rows of padding
         self.pads_last_call = policy.device.type == "cuda"
 
     def begin_epoch(self) -> None:
-        """The next updates train on new samples."""
+        """To be called before an epoch's first update: the shares so far become those of the epoch before."""
         self.zero_gradient_shares, self._shares_before = [], self.zero_gradient_shares
 
     def remember(self, shares: Sequence[float]) -> None:
-        """The shares of pairs without a gradient in the updates since the last call, alike on every process."""
+        """Keeps the share of pairs without a gradient in each update since the last call.
+
+        They must be the same on every process, as all processes decide by them whether to score pairs first.
+        """
         self.zero_gradient_shares += shares
 
     def update(self, batches: Sequence[TrainingBatch], number: int, objective: Objective | None) -> dict[str, Tensor]:
-        """One optimizer step from the first `num_train_timesteps` steps of training batches.
+        """Takes one optimizer step on the first `num_train_timesteps` steps of the images of training batches.
 
         Args:
             number: the update's number in its epoch, from 0.
-            objective: the user's own loss, which is given all pairs; None for `ops.ppo_loss`.
+            objective: the user's own loss; None for `ops.ppo_loss`.
 
-        Returns its metrics, [] each, still on the device. Raises `RuntimeError` if memory runs out and a smaller
-        micro-batch cannot help.
+        Returns the update's metrics, [] each, on the device. Raises `RuntimeError` if memory runs out and the
+        micro-batch cannot be made smaller.
         """
         while True:
             try:
@@ -106,11 +111,12 @@ class PPO:
                 if not is_out_of_memory(error):
                     raise
                 problem = str(error)
-            # after the `except`, as the error's traceback keeps the tensors of the call that failed
+            # Outside of the `except`: while the error exists, its traceback keeps the failed call's tensors in memory.
             self._halve_micro_batch(problem)
         found = {**self.metrics.means(), **self.engine.step()}
         if number > 0:
-            # the ratio's distance from 1 is an error only while the weights are still those that sampled
+            # Before the first update the weights are those that sampled, and a ratio other than 1 is a numerical error.
+            # Later ratios differ from 1 because the weights do.
             found.pop("ratio_drift", None)
         return found
 
@@ -123,12 +129,15 @@ class PPO:
             for start in range(0, len(index), size):
                 pairs = pairs_of([trajectory], index[start : start + size], self.config.guides_training)
                 log_probs.append(self.policy.log_prob(pairs.latents, pairs.timesteps, pairs.next_latents, pairs.embeds))
-        # pairs are in order of the step, then of the image
+        # pairs are in order of the step, then of the image: [T * B] -> [T, B], then transposed to [B, T]
         by_step = torch.cat(log_probs).reshape(trajectory.log_probs.T.shape)
         return replace(trajectory, log_probs=by_step.T.contiguous())
 
     def _halve_micro_batch(self, problem: str) -> None:
-        """Makes UNet calls smaller for good, and forgets the gradients of the update that has to begin again."""
+        """Halves the micro-batch for the rest of the run, and discards the gradients of the update, which starts again.
+
+        Raises `RuntimeError` with `problem` if the micro-batch is one pair already, or the update cannot start again.
+        """
         size = self.sizes.micro_batch_size
         if not self.engine.can_begin_again or not self.sizes.halve():
             raise RuntimeError(
@@ -136,7 +145,7 @@ class PPO:
                 f"gradient_checkpointing='blocks', train_use_8bit_adam or offload='optimizer' ({problem})"
             )
         if self._recorded is not None:
-            # a recorded graph keeps its activations
+            # a recorded CUDA graph keeps the memory of its activations allocated
             self._recorded.forget()
         self.engine.zero_gradients()
         if torch.cuda.is_available():
@@ -148,6 +157,7 @@ class PPO:
     # the gradient of an update
 
     def _add_gradients(self, batches: Sequence[TrainingBatch], number: int, objective: Objective | None) -> None:
+        """Adds an update's gradient in UNet calls of micro-batches, and collects its metrics."""
         self.metrics = UpdateMetrics()
         index = pair_index(batches, self.config.num_train_timesteps)
         if objective is None:
@@ -156,22 +166,25 @@ class PPO:
             self._add_objective(batches, index, objective)
 
     def _add_clipped(self, batches: Sequence[TrainingBatch], index: np.ndarray, number: int) -> None:
-        """Adds the gradient of the clipped loss, by UNet calls for the pairs that have one as far as that is known."""
+        """Adds the gradient of the clipped loss. Pairs that are known to have none are left out of the UNet calls."""
         total, size = len(index), self.sizes.micro_batch_size
-        # Pairs of images without an advantage have neither loss nor gradient, and the host knows them.
+        # Pairs of images whose advantage is 0 have neither loss nor gradient. The host knows them without asking the
+        # device.
         if self.config.train_skip_dead_pairs:
             index = _with_advantage(batches, index)
         scored = len(index)
-        # Every process logs the same metrics, also one without any pair.
+        # Metrics are averaged over processes: each needs all of them, also one that has no pair left.
         nothing = torch.zeros((), device=self.policy.device)
         self.metrics.add(1.0, loss=nothing, approx_kl=nothing, clipfrac=nothing, zero_gradient=nothing)
-        self.metrics.at_least("ratio_drift", nothing)
-        # Pairs that the clip leaves without a gradient are known only after a forward pass, here one without a graph.
+        self.metrics.add_maximum("ratio_drift", nothing)
+        # Which pairs PPO's clip leaves without a gradient is known only from their ratio: a forward pass, without an
+        # autograd graph, computes it.
         scores_first = self._scores_first(number)
         if scores_first:
             index = index[self._has_gradient(batches, index, total)]
         for pairs, count in self._calls(batches, index, total):
-            # the loss is a mean over the update's pairs, and fp16's loss scale keeps its gradient from underflow
+            # `ppo_loss` is a mean over a call's pairs, and the update's loss one over all `total` pairs. The loss scale
+            # keeps gradients in fp16 from underflow; it is 1 in other precisions.
             scale = self.engine.loss_scale().to(pairs.latents.dtype) * (pairs.number / total)
             add: Callable[..., Any] = self._add_gradient
             if self._recorded is not None and pairs.number == size:
@@ -179,14 +192,15 @@ class PPO:
             call = CallMetrics(*add(*pairs, scale))
             if not scores_first:
                 self._measure(pairs, count, total, scored, call)
-        # Where weights are split over processes, every process makes as many passes as the one with the most pairs.
+        # Under ZeRO stage 3 a pass gathers weights from all processes, so all must make as many passes as the one with
+        # the most pairs. A gradient of zero changes nothing.
         for output in self._passes_for_others(batches, index):
             self.engine.loss_scale()
             self.engine.backward_from(output, torch.zeros_like(output))
         self.metrics.add(1.0, skipped=nothing + (1 - len(index) / total))
 
     def _add_objective(self, batches: Sequence[TrainingBatch], index: np.ndarray, objective: Objective) -> None:
-        """Adds the gradient of the user's own loss, which may give pairs without an advantage one: all are used."""
+        """Adds the gradient of the user's own loss, from all pairs: it may have one where the advantage is 0."""
         for pairs, _ in self._calls(batches, index, len(index)):
             share = pairs.number / len(index)
             loss, kl, clipfrac = objective(*pairs)
@@ -194,13 +208,16 @@ class PPO:
             self.metrics.add(share, loss=loss, approx_kl=kl, clipfrac=clipfrac)
 
     def _scores_first(self, number: int) -> bool:
-        """Whether so many pairs had no gradient in this update of the last epoch that finding them first pays."""
+        """Whether to score all pairs before training on those with a gradient.
+
+        Decided by the share of pairs without one in the update of the same number of the epoch before.
+        """
         shares = self._shares_before[number : number + 1]
         return self.config.train_skip_dead_pairs and any(share > SCORING_FIRST_PAYS for share in shares)
 
     @torch.no_grad()
     def _has_gradient(self, batches: Sequence[TrainingBatch], index: np.ndarray, total: int) -> np.ndarray:
-        """Which pairs have a gradient, [M]; the host waits for the device once."""
+        """Which pairs of `index` have a gradient, [M] bool, by forward passes; the host waits for the device once."""
         without = []
         for pairs, count in self._calls(batches, index, total):
             _, scored = self._score(*pairs)
@@ -210,17 +227,21 @@ class PPO:
         return ~torch.cat(without).cpu().numpy() if without else np.zeros(0, dtype=bool)
 
     def _calls(self, batches: Sequence[TrainingBatch], index: np.ndarray, total: int) -> Iterator[tuple[Pairs, int]]:
-        """The pairs of each UNet call for an `index` of some of an update's pairs, and how many are not padding.
+        """Yields the pairs of each UNet call, and how many of them are not padding.
 
-        Where pairs were left out the last call has any number of them, and the next update's another one. With
-        `pads_last_call` it has a power of two or a whole micro-batch: the last pair is repeated with an advantage of
-        zero, so without loss and gradient.
+        Args:
+            index: rows of a `pair_index`, some or all of the update's `total` pairs.
+
+        Where pairs were left out, the last call has a number of pairs that differs from update to update. With
+        `pads_last_call` the last pair is then repeated up to a power of two, or a whole micro-batch. The copies have an
+        advantage of 0, so neither loss nor gradient.
         """
         size = self.sizes.micro_batch_size
         for start in range(0, len(index), size):
             chunk = index[start : start + size]
             count = len(chunk)
             if self.pads_last_call and len(index) < total:
+                # the smallest power of two that is at least `count`
                 rows = min(size, 1 << (count - 1).bit_length())
                 chunk = np.concatenate([chunk, chunk[-1:].repeat(rows - count, axis=0)])
             pairs = pairs_of(batches, chunk, self.config.guides_training)
@@ -228,7 +249,10 @@ class PPO:
             yield pairs, count
 
     def _passes_for_others(self, batches: Sequence[TrainingBatch], index: np.ndarray) -> Iterator[Tensor]:
-        """Outputs of forward passes that this process does not need, and others need its share of the weights for."""
+        """Yields the outputs of forward passes that only serve other processes, which have more pairs than this one.
+
+        They need this process's share of the weights in each of their passes.
+        """
         mine = -(-len(index) // self.sizes.micro_batch_size)
         for _ in range(self.engine.forward_passes(mine) - mine):
             pairs = pairs_of(batches, pair_index(batches, 1)[:1], self.config.guides_training)
@@ -237,7 +261,7 @@ class PPO:
     # one UNet call
 
     def _add_gradient(self, *pairs_and_scale: Tensor) -> CallMetrics:
-        """Adds the gradient of `Pairs`, times a scale []. A CUDA graph may replay it, so all are tensors."""
+        """Adds the gradient of `Pairs`, times a scale []. A CUDA graph may replay it, so all arguments are tensors."""
         output, scored = self._score(*pairs_and_scale)
         self.engine.backward_from(output, scored.gradient)
         return CallMetrics.of(scored)
@@ -252,7 +276,7 @@ class PPO:
         embeds: Tensor,
         scale: Tensor | None = None,
     ) -> tuple[Tensor, ops.PPOLoss]:
-        """The UNet's output for pairs, with its graph, and the loss with its gradient with respect to that output."""
+        """The UNet's output for pairs, with its autograd graph, and the loss with its gradient by that output."""
         output = self.policy.output(latents, timesteps, embeds)
         scored = ops.ppo_loss(
             output.detach(),
@@ -270,26 +294,28 @@ class PPO:
         return output, scored
 
     def _measure(self, pairs: Pairs, count: int, total: int, scored: int, call: CallMetrics) -> Tensor:
-        """Adds a UNet call to the metrics; returns which of its pairs have no gradient, [count].
+        """Adds a UNet call to the metrics; returns which of its pairs have no gradient, [count] bool.
 
-        The loss is a mean over the update's `total` pairs, as those that were left out have a loss of zero. The other
-        metrics are over the pairs that are `scored`. Only the first `count` pairs of the call are not padding.
+        The loss is a mean over the update's `total` pairs, as pairs without an advantage have a loss of zero. The other
+        metrics are means over the `scored` pairs, which the UNet is called for. The pairs of the call after the first
+        `count` are padding.
         """
         clip_range = self.config.train_clip_range
         new, old, advantages = call.log_probs[:count], pairs.log_probs[:count], pairs.advantages[:count]
         ratio = torch.exp(new - old)
         without = ops.is_clipped(advantages, clip_range, ratio) | (advantages == 0)
         kl, clipfrac = call.approx_kl, call.clip_fraction
+        # those of the call include the padding
         if count < pairs.number:
             kl, clipfrac = approx_kl(new, old), clip_fraction(ratio, clip_range)
         self.metrics.add(pairs.number / total, loss=call.loss)
         self.metrics.add(count / scored, approx_kl=kl, clipfrac=clipfrac, zero_gradient=without.float().mean())
-        self.metrics.at_least("ratio_drift", call.ratio_drift)
+        self.metrics.add_maximum("ratio_drift", call.ratio_drift)
         return without
 
 
 def _with_advantage(batches: Sequence[TrainingBatch], index: np.ndarray) -> np.ndarray:
-    """The rows of a `pair_index` whose images have an advantage, as far as the host knows."""
+    """The rows of a `pair_index` except those of images whose advantage is known to be 0 (`has_advantage`)."""
     keep = np.ones(len(index), dtype=bool)
     for i, batch in enumerate(batches):
         if batch.has_advantage is not None:

@@ -37,18 +37,18 @@ def make_accelerator(config: DDPOConfig, output_dir: Path) -> Accelerator:
         log_with=config.log_with,
         mixed_precision=config.mixed_precision,
         project_config=ProjectConfiguration(**project),
-        # TRL's number: each timestep of a batch is a backward pass of its own
+        # TRL's value, which counts a backward pass for each timestep of a batch
         gradient_accumulation_steps=config.train_gradient_accumulation_steps * config.num_train_timesteps,
         **{**({"cpu": True} if many_on_cpu else {}), **config.accelerator_kwargs},
     )
 
 
 def with_launch_settings(config: DDPOConfig, accelerator: Accelerator) -> DDPOConfig:
-    """`config` completed by what `accelerate launch` was told: a copy, or `config` itself if nothing is missing.
+    """`config` completed by the settings of `accelerate launch`: a copy, or `config` itself if nothing is missing.
 
-    `mixed_precision` is the accelerator's, also where it is None in `config`. DeepSpeed trains if accelerate has
-    settings for it and `config` has none. Raises `ValueError` if the two do not fit together, or not with the processes
-    and the device that were started.
+    `mixed_precision` becomes the accelerator's, also where it is None in `config`. DeepSpeed trains if accelerate has
+    settings for it and `config` has none. Raises `ValueError` if these settings contradict the config, or if a setting
+    needs other processes or another device than were started.
     """
     with_deepspeed = not config.uses_deepspeed and getattr(accelerator.state, "deepspeed_plugin", None) is not None
     if config.mixed_precision != accelerator.mixed_precision or with_deepspeed:
@@ -57,7 +57,10 @@ def with_launch_settings(config: DDPOConfig, accelerator: Accelerator) -> DDPOCo
         config.launched_with_deepspeed = with_deepspeed
         config.check()
     if config.seed + accelerator.num_processes > 2**32:
-        raise ValueError(f"seed is {config.seed}, and every process adds its number: use a smaller one")
+        raise ValueError(
+            f"seed is {config.seed}, and each process adds its index, after which it must be below 2**32: use a "
+            "smaller seed"
+        )
     if config.optimizer_in_backward and accelerator.num_processes > 1:
         raise ValueError("optimizer_in_backward is True, which is for one process: leave it out")
     if config.cuda_graphs and (problem := cuda_graphs.problem(accelerator.device)):
@@ -66,7 +69,7 @@ def with_launch_settings(config: DDPOConfig, accelerator: Accelerator) -> DDPOCo
 
 
 def launch_problem() -> str:
-    """The kind of distributed training that accelerate's config asks for and that is not supported, or ''."""
+    """A sentence about unsupported distributed training that accelerate's config asks for, or ''."""
     for kind, variable in (("FSDP", "ACCELERATE_USE_FSDP"), ("Megatron-LM", "ACCELERATE_USE_MEGATRON_LM")):
         if os.environ.get(variable, "").lower() in ("true", "1"):
             return (
@@ -93,8 +96,8 @@ def all_reduce_min(accelerator: Accelerator, value: int) -> int:
 def run_or_raise_on_all(accelerator: Accelerator, work: Callable[[], T]) -> T:
     """Returns `work()`. Every process calls it, and if `work` raises in one of them, it raises in all.
 
-    Without this the others would wait for ever in their next collective call. A process raises its own error, or else a
-    `RuntimeError` that says which process stopped, and why.
+    If only one process raised, the others would wait for ever in their next collective call. A process raises its own
+    error, or else a `RuntimeError` that says which process stopped, and why.
     """
     if accelerator.num_processes == 1:
         return work()

@@ -1,4 +1,4 @@
-"""Text embeddings of prompts, each computed once, as the text encoder is frozen."""
+"""Text embeddings of prompts. Each is computed once, because the text encoder is frozen."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from diffusers.loaders import TextualInversionLoaderMixin
 from ddpo_fast.offload_frozen import on_device
 
 # The text encoder is always called with this many prompts. The bits of an embedding may depend on the number of rows,
-# and a resumed run, which meets its prompts in other groups, must get the same bits.
+# and a resumed run, which encodes its prompts in other groups, must get the same bits.
 ENCODED_AT_ONCE = 8
+# prompts above which the kept embeddings are dropped, to bound their memory
 MOST_KEPT = 4096
 
 
@@ -21,7 +22,7 @@ class PromptEmbeddings:
 
     Args:
         tokenizer, text_encoder: a pipeline's.
-        remembers: keep what was computed, unless the text encoder itself is trained.
+        remembers: whether to keep embeddings; they are never kept while the text encoder itself is trained.
     """
 
     def __init__(self, tokenizer: Any, text_encoder: Any, device: torch.device, remembers: bool) -> None:
@@ -33,7 +34,7 @@ class PromptEmbeddings:
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(ids [B, L], embeddings [B, L, D])."""
+        """Encodes B prompts: (token ids [B, L], embeddings [B, L, D])."""
         if not self.remembers:
             return self._encode(prompts)
         if len(self._known) > MOST_KEPT:
@@ -42,6 +43,7 @@ class PromptEmbeddings:
         for start in range(0, len(new), ENCODED_AT_ONCE):
             few = new[start : start + ENCODED_AT_ONCE]
             encoded = self._encode(few + few[-1:] * (ENCODED_AT_ONCE - len(few)))
+            # not strict: the encoded rows beyond `few` are padding
             for prompt, prompt_ids, embedding in zip(few, *encoded, strict=False):
                 # cloned: a view would keep the whole batch alive
                 self._known[prompt] = prompt_ids.clone(), embedding.clone()

@@ -24,7 +24,7 @@ TRL_ANIMALS = (
 
 PROMPT_LISTS: dict[str, list[str]] = {
     "animals": TRL_ANIMALS,
-    # the 45 animals of the DDPO paper come first in the bundled model's list
+    # the first 45 names of the bundled model's list are the animals of the DDPO paper
     "simple_animals": [with_article(name) for name in ANIMALS[:45]],
     "tiny_animals": [with_article(name) for name in [*ANIMALS, *(f"{name} face" for name in FACES)]],
     "demo_animals": [with_article(name) for name in ("lion", "penguin", "panda", "owl")],
@@ -140,7 +140,7 @@ def _is_json(text: str) -> bool:
 
 
 class ListPrompts:
-    """Draws one prompt of a list at random, without metadata."""
+    """A prompt function that draws from a list at random; the metadata is empty."""
 
     def __init__(self, prompts: list[str]) -> None:
         self.prompts = prompts
@@ -174,7 +174,7 @@ def _draw(prompt_function: PromptFunction) -> tuple[str, Any]:
             "the prompt function must return (prompt, metadata) with a string first, "
             f"got {describe_value(pair)} ({name})"
         )
-    # a plain string, also of NumPy's strings and enumerations, as checkpoints and pictures keep it
+    # checkpoints keep plain strings only: this makes one of NumPy's strings and of members of an enumeration
     prompt = str.__str__(pair[0])
     if not prompt.isprintable() and any(character == "\0" or "\ud800" <= character <= "\udfff" for character in prompt):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Rewards of images: the built-in ones, calls of the user's function with checks of what it returns, worker threads.
+"""Rewards of images: the built-in ones, checked calls of the user's function, and scoring in worker threads.
 
 A reward function takes (images [B, 3, H, W] in fp32 in [0, 1], prompts, metadata), the last two as tuples of length B,
 and returns (rewards of length B, metadata).
@@ -71,18 +71,18 @@ def score(
 
     Raises `RuntimeError` if the function raises, `ValueError` if what it returns cannot be trained on.
     """
-    # A function may change its images in place; hooks and pictures show the originals.
+    # The function may change its images in place, and hooks and pictures need the originals: it gets a copy.
     own = images.clone() if isinstance(images, torch.Tensor) else images
     try:
         result = reward_function(own, prompts, metadata)
     except Signalled:
         raise
-    # one that exits would end the run without a word
+    # SystemExit too: a function that calls `sys.exit` would end the run without a message
     except (Exception, SystemExit) as error:
         problem = f"the reward function raised {error_line(error)} ({where_raised(error, reward_function)})"
         if threading.current_thread().name.startswith(WORKER_NAME):
             problem += "; it ran in a worker thread: set async_reward_computation=False if it needs the main one"
-        # a notebook has a loop of its own
+        # a notebook runs an event loop in its main thread, where `asyncio.run` then fails
         elif "running event loop" in str(error) or "loop is already running" in str(error):
             problem += "; set async_reward_computation=True: worker threads have no event loop yet"
         raise RuntimeError(problem) from error
@@ -149,7 +149,7 @@ _THREAD_LOCAL = threading.local()
 
 
 def _stream_of_thread(device: torch.device) -> torch.cuda.Stream:
-    """The CUDA stream of this worker thread.
+    """The CUDA stream of the thread that calls this.
 
     It is made once, as torch's allocator and cuBLAS keep memory for every stream that was ever used.
     """
@@ -171,10 +171,10 @@ class _SameThread(Executor):
 
 
 class Scoring:
-    """Scores batches by `score` in worker threads, while the caller samples the next ones.
+    """Scores batches by `score` while the next ones are sampled, in worker threads or in the caller's thread.
 
-    On a GPU each worker thread has a stream of its own, which waits only for the work that made its images, not for
-    what the caller has queued since.
+    On a GPU each call uses a stream of its thread, which waits only for the work that made its images, not for what was
+    queued since.
 
     Args:
         executor: the worker threads; None to score in the caller's thread, at once.
@@ -226,13 +226,13 @@ class Scoring:
         images.record_stream(stream)
         with torch.cuda.stream(stream):
             rewards, metadata = score(self.reward_function, images, *others)
-        # the rewards are read in another stream, and this thread has nothing else to do
+        # the caller reads the rewards in another stream, which does not wait for this one
         stream.synchronize()
         return rewards, metadata
 
 
 class RewardRandom:
-    """Restores torch's random generators after an epoch's rewards to what they were before.
+    """Restores the state that torch's random generators had before an epoch's rewards.
 
     A reward function that calls `torch.manual_seed` would otherwise make every epoch sample from the same noise.
     Python's and NumPy's generators are left as the prompt and reward functions leave them.
@@ -261,6 +261,7 @@ class RewardRandom:
             torch.cuda.set_rng_state(state)
         self._torch = None
         after = _others()
+        # The same state after two epochs, and another before the rewards, shows that the reward function sets a seed.
         if after == self._others_after != self._others_before and not self._warned:
             self._warned = True
             logger.warning(
@@ -271,5 +272,6 @@ class RewardRandom:
 
 
 def _others() -> tuple[Any, ...]:
+    """The states of Python's and NumPy's global generators, in a form that `==` compares."""
     name, keys, *rest = np.random.get_state(legacy=True)
     return random.getstate(), (name, np.asarray(keys).tobytes(), *rest)

@@ -1,7 +1,7 @@
-"""An epoch's images: prompts and noise are drawn in TRL's order, sampling batches denoised together, then decoded.
+"""Samples an epoch's images: draws prompts and noise in TRL's order, denoises sampling batches together, decodes them.
 
-Shapes: B images of a sampling batch or of the batches denoised together, T denoising steps, C H W latent, L tokens, D
-width of the text embedding.
+Shapes: B images of a sampling batch, or of several that are denoised together, T denoising steps, C H W latent, L
+tokens, D width of the text embedding.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from ddpo_fast.unet import UNetCache, cache_problem
 
 @dataclass(frozen=True)
 class Draw:
-    """All that is random about a sampling batch."""
+    """The random draws of a sampling batch."""
 
     prompts: tuple[str, ...]
     metadata: tuple[Any, ...]
-    noise: list[torch.Tensor]  # T + 1 of [B, C, H, W], the initial latents first
+    noise: list[torch.Tensor]  # T + 1 tensors [B, C, H, W]: the initial latents, then the noise of each step
 
 
 class SampledBatch(NamedTuple):
@@ -45,7 +45,7 @@ class SampledBatch(NamedTuple):
 
 
 class Rollout:
-    """Samples by the diffusers pipeline that a `DefaultDDPOStableDiffusionPipeline` has.
+    """Samples with the diffusers pipeline of a `DefaultDDPOStableDiffusionPipeline`.
 
     Args:
         sizes: says how many sampling batches are denoised together.
@@ -63,17 +63,19 @@ class Rollout:
     def batches(self, prompt_function: PromptFunction, iterations: int, batch_size: int) -> Iterator[SampledBatch]:
         """`iterations` sampling batches, one after the other; all prompts and noise are drawn before this returns.
 
-        A reward may use the same random generators while batches are sampled, and the prompt function may be bound to
-        the calling thread.
+        A reward function may use the same random generators while later batches are sampled, and the prompt function
+        may work only in the thread that calls the trainer.
         """
         draws = [self.draw(prompt_function, batch_size) for _ in range(iterations)]
         if self.policy.embed_prompts.remembers:
-            # new prompts are copied to the device before anything is queued there: a copy would wait for it
+            # All prompts are encoded here, before sampling is queued on the device: copying a batch's token ids to the
+            # device later would wait for the batches before it.
             with self.policy.computing():
                 self.policy.embed_prompts([prompt for draw in draws for prompt in draw.prompts])
         return self._sampled(draws)
 
     def _sampled(self, draws: list[Draw]) -> Iterator[SampledBatch]:
+        """Yields the samples of the draws in order, and denoises `merged_batches` of them together."""
         for start in range(0, len(draws), self.sizes.merged_batches):
             merged = draws[start : start + self.sizes.merged_batches]
             for draw, (trajectory, images) in zip(merged, self.sample(merged), strict=True):
@@ -82,7 +84,7 @@ class Rollout:
     def ahead(
         self, batches: Iterator[SampledBatch]
     ) -> AbstractContextManager[Iterator[tuple[SampledBatch, torch.cuda.Event | None]]]:
-        """The batches, sampled by a thread of their own while the block runs; see `sample_ahead`."""
+        """A context in which another thread samples the batches; see `sample_ahead`."""
         return ahead(batches, self.policy.device, self.stop)
 
     def draw(self, prompt_function: PromptFunction, batch_size: int) -> Draw:
@@ -101,10 +103,11 @@ class Rollout:
 
     @torch.no_grad()
     def _trajectories(self, draws: Sequence[Draw]) -> Trajectory:
+        """The trajectories of batches that are denoised together, as one; empties the draws' noise."""
         prompts = tuple(prompt for draw in draws for prompt in draw.prompts)
         noise = [torch.cat(step) for step in zip(*(draw.noise for draw in draws), strict=True)]
         for draw in draws:
-            # as large as all latents of the rollout, which it now is a second time
+            # freed, as `torch.cat` has copied it: it is as large as all latents of the rollout
             draw.noise.clear()
         with self.policy.computing():
             ids, embeds = self.policy.embed_prompts(prompts)
@@ -122,9 +125,10 @@ class Rollout:
     def _denoise(
         self, noise: list[torch.Tensor], embeds: torch.Tensor
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """(T + 1 latents [B, C, H, W], T log-probs [B]) from `noise`, which is emptied, and `embeds` [B, L, D]."""
         scheduler, device, steps = self.pipe.scheduler, self.policy.device, self.config.sample_num_steps
         if scheduler.num_inference_steps != steps or scheduler.timesteps.device.type != device.type:
-            # only then: it copies the timesteps to the device, for which the host waits
+            # only if they differ: `set_timesteps` copies the timesteps to the device, and the host waits for that
             scheduler.set_timesteps(steps, device=device)
         embeds = self.policy.embeds_for_sampling(embeds)
         key = embeds.shape, embeds.dtype
@@ -134,10 +138,10 @@ class Rollout:
 
 
 class RolloutChain(DenoisingChain):
-    """The denoising chain for one number of rows, with what stays in place from rollout to rollout.
+    """A denoising chain for embeddings of one shape, which keeps its buffers from rollout to rollout.
 
-    A recorded CUDA graph reads the embeddings and the cached layers at the addresses where they were when it was
-    recorded.
+    A recorded CUDA graph reads the embeddings and the cached layers at the addresses that they had when it was
+    recorded, so new values are copied into the same tensors.
 
     Args:
         stop: set from another thread to end the sampling at the next step.
@@ -147,17 +151,17 @@ class RolloutChain(DenoisingChain):
         guidance_scale = config.sample_guidance_scale if config.rows_per_image == 2 else None
         super().__init__(pipe, embeds.clone(), guidance_scale, config.sample_eta)
         self.stop = stop
-        # torch.compile would compile the UNet anew for each rollout's cached layers
+        # with the cache, torch.compile would compile the UNet again in each rollout
         uses_cache = config.sample_cache and not config.compile_unet and not cache_problem(pipe.unet)
         self.cache = UNetCache(pipe.unet) if uses_cache else None
         self.recorded = Recorded(self._step) if config.cuda_graphs else None
 
     def sample(self, noise: list[torch.Tensor], embeds: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """(T + 1 latents [B, C, H, W], T log-probs [B]) from T + 1 of noise, the initial latents first; empties it."""
+        """(T + 1 latents [B, C, H, W], T log-probs [B]) from the `noise` of a `Draw`, a list that is emptied."""
         self.embeds.copy_(embeds)
         if self.cache is not None:
             self.cache.fill(self.embeds, self.pipe.scheduler.timesteps)
-        # taken from the end, so that each is freed when it has been added
+        # reversed to be taken from the end of the list: each step's noise is freed once it is used
         noise.reverse()
         with self.cache.in_use() if self.cache is not None else nullcontext():
             return self.run(noise.pop(), noise.pop)
@@ -172,15 +176,17 @@ class RolloutChain(DenoisingChain):
         if self.recorded is None:
             return self._step(rows, latents, noise, t)
         next_latents, log_probs, unet_input = self.recorded(rows, latents, noise, t)
-        # the next replay overwrites the graph's outputs, and these two are kept; its input is only read by then
+        # The next replay overwrites the graph's outputs. The latents and log-probs are kept, so they are cloned;
+        # `unet_input` is copied into the graph's inputs before the replay.
         return ops.Step(next_latents.clone(), log_probs.clone(), unet_input)
 
     def _step(self, rows: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> ops.Step:
+        # a graph takes tensors only, and `predict` does not use the step's index here
         return super().take_step(rows, latents, noise, t, 0)
 
 
 class PipelineRollout:
-    """Samples by the call of a `DDPOStableDiffusionPipeline` that has a `__call__` of its own, a batch at a time."""
+    """Samples by calling a `DDPOStableDiffusionPipeline` that has a `__call__` of its own, one batch at a time."""
 
     def __init__(self, config: DDPOConfig, policy: Policy) -> None:
         self.config = config
@@ -213,6 +219,6 @@ class PipelineRollout:
             )
             images = output.images
             if isinstance(images, torch.Tensor):
-                # they may be in half precision, which NumPy may not know, or carry a graph
+                # a reward function may convert them to NumPy, which has no bf16 and refuses a tensor with a graph
                 images = images.detach().float()
             yield SampledBatch(trajectory, images, metadata)

@@ -1,7 +1,7 @@
 """Sampling in a thread of its own, while the caller's thread scores what has been sampled.
 
-It is sampling that moves to the other thread, and not the user's reward function: that may need the main thread, for
-signals, an event loop or a connection to a database.
+Sampling runs in the new thread, and not the user's reward function, because a reward function may need the main thread:
+for signals, an event loop or a connection to a database.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ T = TypeVar("T")
 
 
 class Stopped(Exception):
-    """Raised in the sampling thread when nobody waits for the rest."""
+    """Raised in the sampling thread to end it when the remaining items are not needed."""
 
 
 class Ahead(Generic[T]):
     """An iterator whose items a thread makes in order, before they are asked for.
 
     Iterating gives (item, event), and raises what the thread raised. On a GPU the event is recorded after the kernels
-    that made the item and before those of the next: who waits for it does not wait for the next item.
+    that made the item and before those of the next: a consumer that waits for it does not wait for the next item.
 
     Args:
-        stop: set for the thread to end after the item under way; what makes the items may look at it too, and raise
-            `Stopped`.
+        stop: set to end the thread after the item in progress. The code that makes the items may check it too, and
+            raise `Stopped` to end sooner.
     """
 
     def __init__(self, items: Iterator[T], device: torch.device, stop: threading.Event) -> None:
@@ -37,7 +37,7 @@ class Ahead(Generic[T]):
         self._device = device
         self._stop = stop
         self._made: SimpleQueue[tuple[T, torch.cuda.Event | None] | BaseException | None] = SimpleQueue()
-        # a new thread computes with PyTorch's default number of threads, and on the first GPU
+        # PyTorch's number of CPU threads and the current GPU are settings of a thread: a new one has the defaults
         self._threads_of_ops = torch.get_num_threads()
         self._thread = threading.Thread(target=self._work, name="sampling")
 
@@ -73,7 +73,7 @@ class Ahead(Generic[T]):
         self._thread.start()
 
     def give_up(self) -> None:
-        """Ends the thread, and returns when it has ended."""
+        """Stops the thread and waits until it has ended."""
         self._stop.set()
         self._thread.join()
         self._stop.clear()
@@ -83,7 +83,7 @@ class Ahead(Generic[T]):
 def ahead(
     items: Iterator[T], device: torch.device, stop: threading.Event
 ) -> Iterator[Iterator[tuple[T, torch.cuda.Event | None]]]:
-    """`items`, made by a thread of their own while the block runs; see `Ahead`."""
+    """A context in which a thread makes `items` while the caller iterates over those that are ready; see `Ahead`."""
     worker = Ahead(items, device, stop)
     worker.start()
     try:

@@ -20,10 +20,12 @@ from ddpo_fast.ddim import DDIMCoefficients
 from ddpo_fast.offload_frozen import on_device
 from ddpo_fast.policy import latent_shape, unet_output
 
-# An image of 512 x 512 takes about a gigabyte while it is decoded in half precision, and eight keep a GPU busy.
+# In pixels of the latents (64 x 64 for an image of 512 x 512). Such an image takes about a gigabyte while it is decoded
+# in half precision, and eight of them keep a GPU busy.
 DECODED_AT_ONCE = 8 * 64 * 64
 
-# `pipe` is a diffusers StableDiffusionPipeline, whose parts diffusers does not declare as attributes
+# In this module `pipe` is a diffusers StableDiffusionPipeline. Its type is `Any` because diffusers does not declare the
+# pipeline's parts (unet, vae, ...) as attributes.
 
 
 @dataclass
@@ -59,8 +61,8 @@ class DenoisingChain:
         embeds: [B, L, D], or [2B, L, D] with guidance, the negative prompts first.
         guidance_scale: None for no guidance.
         eta: share of DDPM's noise; 0 makes the steps deterministic, without a density.
-        guidance_rescale: of arXiv 2305.08891, section 3.4; 0 leaves it out.
-        cross_attention_kwargs: for the UNet's attention processors.
+        guidance_rescale: factor of the rescaling of guided outputs of arXiv 2305.08891, section 3.4; 0 for none.
+        cross_attention_kwargs: keyword arguments of the UNet's attention processors.
     """
 
     def __init__(
@@ -89,10 +91,11 @@ class DenoisingChain:
         """Step i at timestep t [] from `latents` with `noise`, both [B, C, H, W]; `rows` are the UNet's input."""
         output = self.predict(self.pipe.scheduler.scale_model_input(rows, t), t, i)
         if self.guidance_scale is None or self.guidance_rescale <= 0:
-            # guidance, mean, next latents, log-prob and the UNet's next input in one launch
+            # computes guidance, mean, next latents, log-prob and the UNet's next input together
             return ops.step_logprob(output, latents, noise, self.table, t, self.guidance_scale)
         combined = ops.guided(output, self.guidance_scale)
         combined = rescale_noise_cfg(combined, output.chunk(2)[1], guidance_rescale=self.guidance_rescale)
+        # called without guidance, so `unet_input` has one row per image: guidance needs two
         step = ops.step_logprob(combined, latents, noise, self.table, t)
         return step._replace(unet_input=torch.cat([step.unet_input] * 2))
 
@@ -105,10 +108,11 @@ class DenoisingChain:
         """All steps from initial noise `latents` [B, C, H, W]: (T + 1 latents, T log-probs [B]).
 
         Args:
-            draw_noise: the noise [B, C, H, W] of the next step.
+            draw_noise: returns the noise [B, C, H, W] of the next step.
             after_step: called with the step's index, its timestep and the latents that it led to.
         """
-        # in the memory layout of the UNet's weights, which its output has too; later rows are made like the output
+        # The first rows are made in the memory layout of the UNet's weights, which its output has too. `take_step`
+        # makes all later rows in the layout of the output.
         last = self.pipe.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
         layout = torch.channels_last if last else torch.contiguous_format
         copies = 1 if self.guidance_scale is None else 2
@@ -129,9 +133,9 @@ class DenoisingChain:
 class Truncation:
     """Which steps of a chain pass a gradient to the UNet, as in AlignProp (arXiv 2310.03739).
 
-    With `truncated_backprop`, step i passes none if it is before `truncated_backprop_timestep`, or, with
-    `truncated_backprop_rand`, before a random number from `truncated_rand_backprop_minmax` that is drawn for each step.
-    `gradient_checkpoint` keeps no activations of a UNet call and runs it again in the backward pass.
+    With `truncated_backprop`, step i passes none if i is less than `truncated_backprop_timestep` or, with
+    `truncated_backprop_rand`, less than a random number within `truncated_rand_backprop_minmax`, drawn for each step.
+    With `gradient_checkpoint`, a UNet call keeps no activations and is run again in the backward pass.
     """
 
     truncated_backprop: bool = True
@@ -142,7 +146,7 @@ class Truncation:
 
 
 class TruncatedChain(DenoisingChain):
-    """A chain with a graph, whose first steps pass no gradient to the UNet."""
+    """A chain with an autograd graph, whose early steps pass no gradient to the UNet (see `Truncation`)."""
 
     def __init__(self, truncation: Truncation, *args: Any) -> None:
         super().__init__(*args)
@@ -176,7 +180,7 @@ def generate_with_grad(
     truncated_rand_backprop_minmax: tuple[int, int] = (0, 50),
     **kwargs: Any,
 ) -> DDPOPipelineOutput:
-    """Like `generate`, and the images carry a gradient to the UNet, from the steps that `Truncation` describes."""
+    """Like `generate`, but the images carry a gradient to the UNet, through the steps that `Truncation` selects."""
     truncation = Truncation(
         truncated_backprop,
         truncated_backprop_rand,
@@ -257,6 +261,6 @@ def decode(pipe: Any, latents: torch.Tensor, output_type: str) -> Any:
     parts = (latents / pipe.vae.config.scaling_factor).to(pipe.vae.dtype).split(at_once)
     with on_device(pipe.vae, latents.device):
         pixels = torch.cat([pipe.vae.decode(part, return_dict=False)[0] for part in parts])
-    # in fp32 whatever the VAE's precision: people turn them into NumPy's arrays, which have no bf16
+    # in fp32 whatever the VAE's precision, because images may be converted to NumPy, which has no bf16
     pixels = pixels.float()
     return pipe.image_processor.postprocess(pixels, output_type=output_type, do_denormalize=[True] * len(pixels))

@@ -2,7 +2,7 @@
 
 Read `train` and `step` first; the methods below them are the stages of a step, in their order.
 
-Shapes: B images of an epoch on this process, T denoising steps of which S are trained on, N (image, timestep) pairs.
+Shapes: B images of an epoch or batch on a process, T denoising steps (S of them trained on), N (image, timestep) pairs.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class DDPOTrainer(CheckpointMixin, HubModel):
         self.sd_pipeline = sd_pipeline
         self.num_train_timesteps = config.num_train_timesteps
 
-        # The processes of the run, and what an earlier process of the same run left to go on from.
+        # The run's processes, and the checkpoint to resume from, verified before anything is written.
         resume = checkpoint.find(config.resume_from) if config.resume_from else None
         state = checkpoint.read_state(resume) if resume else {}
         # absolute: the user's functions may change the working directory
@@ -97,7 +97,7 @@ class DDPOTrainer(CheckpointMixin, HubModel):
             raise ValueError(message)
         verify(resume, self.accelerator)
 
-        # The folder, which from here on no other run can write to.
+        # The output folder, created and locked so that no other run can write to it.
         self.output_dir = agree_on_folder(config, self.accelerator, folder)
         self.run_log = RunLog(config, self.accelerator, self.output_dir)
         self.run_log.lock_folder(not checkpoint.continues_in(self.output_dir, config.resume_from))
@@ -107,7 +107,7 @@ class DDPOTrainer(CheckpointMixin, HubModel):
             position=1, disable=self._hides_bars, leave=False, desc="Timestep", dynamic_ncols=True
         )
 
-        # The networks on the device, the engine that trains them, and the policy that they make together.
+        # The networks on the device, the engine (trained weights and optimizer), and the policy, which calls the UNet.
         self.trainable_layers = place_networks(sd_pipeline, settings, self.accelerator, self.measured)
         self.engine = make_engine(
             sd_pipeline.unet,
@@ -119,7 +119,7 @@ class DDPOTrainer(CheckpointMixin, HubModel):
         )
         self.optimizer = self.engine.optimizer
         self.policy = Policy(sd_pipeline, settings, self.engine, self.accelerator.device)
-        # under TRL's names
+        # attributes of TRL's trainer, which its users' subclasses may read
         self.autocast, self.neg_prompt_embed = sd_pipeline.autocast or nullcontext, self.policy.negative_embeds
         self.sizes = BatchSizes(settings, self.policy, self.engine, self.accelerator, self.measured)
 
@@ -134,14 +134,14 @@ class DDPOTrainer(CheckpointMixin, HubModel):
         )
         self.ppo = PPO(settings, self.policy, self.engine, self.sizes)
 
-        # How far the run is.
+        # The run's counters and, for a resumed run, the checkpoint's state.
         self.interruption = Interruption()
         self.progress = Progress(config, self.accelerator, self.output_dir, self.run_log, self.interruption)
         if config.resume_from:
-            self.progress.go_on(resume, state, self._trained_part(), self._run_settings())
+            self.progress.prepare_resume(resume, state, self._trained_part(), self._run_settings())
             if resume is not None:
                 self._load(resume, state)
-        self.progress.begin()
+        self.progress.process_begins()
         self.run_settings = {**self._run_settings(), "measured": self.measured}
         self.run_log.write_config(self.run_settings)
 
@@ -157,18 +157,18 @@ class DDPOTrainer(CheckpointMixin, HubModel):
     # the algorithm
 
     def train(self, epochs: int | None = None) -> None:
-        """Trains `epochs` epochs (default: `config.num_epochs`), a resumed run the rest of them.
+        """Trains `epochs` epochs (default: `config.num_epochs`); a resumed run trains those that are left of them.
 
-        A second call trains as many again, as TRL does; one after a call that was stopped (Ctrl-C, a reward that
-        raised) trains the rest of that one, from the start of the epoch it was in. However it ends, there is a
-        checkpoint of the last whole epoch.
+        A second call trains as many epochs as the first, as in TRL. After a call that was stopped (Ctrl-C, a reward
+        that raised), the next call trains the rest of its epochs, beginning with the interrupted one. However training
+        ends, a checkpoint of the last whole epoch is kept, but see `Progress.keeps_last_epoch` for slow disks.
         """
         left = self.progress.epochs_to_train(self.config.num_epochs if epochs is None else epochs)
         bar = tqdm(left, initial=left.start, total=left.stop, desc="Epoch", disable=self._hides_bars)
-        with self.executor.abandoned_on_error(), self.progress.attended():
+        with self.executor.abandoned_on_error(), self.progress.guarded():
             self._check_that_it_can_be_saved()
-            if self.progress.is_broken:
-                self._begin_epoch_again()
+            if self.progress.was_interrupted:
+                self._rewind_epoch()
             self.progress.train_begins()
             for epoch in bar:
                 self.step(epoch, self.progress.global_step)
@@ -186,19 +186,19 @@ class DDPOTrainer(CheckpointMixin, HubModel):
         Returns the number of updates so far, `global_step` plus this epoch's.
         """
         timer = EpochTimer(self.accelerator.device)
-        # Sample images with the present policy, which remembers every denoising step, and score them.
+        # Sample images with the current weights, keeping the latents and log-prob of every denoising step; score them.
         trajectory, scored = self._sample_and_score(timer)
         if self.image_samples_callback is not None:
             self.image_samples_callback(scored, global_step, first_tracker(self.accelerator))
-        # Compare the rewards of all processes: an advantage says how much better than the others an image is.
+        # An advantage is a reward's distance from the mean, in standard deviations, over the images of all processes.
         all_rewards = self._gathered_rewards(scored)
         self.run_log.log_rewards(epoch, global_step, all_rewards)
         trajectory = trajectory.with_advantages(self._advantages(trajectory.prompts, all_rewards))
         timer.ends("scoring")
-        # Make the steps that led to good images more likely, and the others less.
+        # Updates make the steps of images with a positive advantage more likely, those with a negative one less likely.
         global_step = self._train_on(trajectory, epoch, global_step)
         timer.ends("training")
-        # Write down what happened, for people and for a run that is resumed.
+        # Log the epoch, then save a checkpoint: it records how much had been logged.
         self.run_log.log_epoch(epoch, global_step, all_rewards, timer.timings(len(all_rewards)))
         self.progress.epoch_is_whole(epoch + 1, global_step)
         if (epoch + 1) % self.config.save_freq == 0:
@@ -213,7 +213,7 @@ class DDPOTrainer(CheckpointMixin, HubModel):
         is_async, alone = self.config.async_reward_computation, self.accelerator.num_processes == 1
         try:
             if self._overlaps_rewards:
-                # TRL calls rewards in the caller's thread, and so do we unless they may be called from several
+                # as in TRL, the reward function runs in the caller's thread unless worker threads are asked for
                 executor = self.executor if is_async else None
                 scoring = rewards.Scoring(self.reward_fn, executor, raises_early=alone)
                 samples, batches = self._generate_samples(*sizes, scoring, timer)
@@ -224,14 +224,14 @@ class DDPOTrainer(CheckpointMixin, HubModel):
                 self.reward_random.begin()
                 found = run_or_raise_on_all(self.accelerator, lambda: self.compute_rewards(batches, is_async))
         except Exception:
-            # the reward function may have failed on an image of pixels that are not finite: then say that
+            # if the reward function failed because the images are not finite, raise that cause instead
             self.sample_health.check()
             raise
         finally:
             self.reward_random.end()
         run_or_raise_on_all(self.accelerator, self.sample_health.check)
         self.interruption.check()
-        # it keeps trajectories, the largest thing that an epoch has
+        # the old one would keep the trajectories, the largest tensors of an epoch, in memory
         self.sample_health = SampleHealth()
         for batch, *reward_and_metadata in zip(batches, *found, strict=True):
             batch.extend(reward_and_metadata)
@@ -246,8 +246,8 @@ class DDPOTrainer(CheckpointMixin, HubModel):
     ) -> tuple[list[Trajectory], list[list[Any]]]:
         """`iterations` batches of trajectories, and for each `[images, prompts, metadata]`.
 
-        With `scoring` each batch is scored as soon as its images are there, while a thread samples the next; that
-        thread tells the `timer` when it has sampled the last.
+        With `scoring`, each batch is scored once its images are complete, while another thread samples the next one;
+        that thread also ends the `timer`'s sampling stage after the last batch.
         """
         self.policy.unet.eval()
         self.sample_health = SampleHealth()
@@ -255,7 +255,7 @@ class DDPOTrainer(CheckpointMixin, HubModel):
         batches = self.rollout.batches(self.prompt_fn, iterations, batch_size)
         made: AbstractContextManager[Any] = nullcontext((batch, None) for batch in batches)
         if scoring is not None and timer is not None:
-            assert isinstance(self.rollout, Rollout), "only its sampling can be stopped between two steps"
+            assert isinstance(self.rollout, Rollout), "a thread can only sample what can be stopped between two steps"
             made = self.rollout.ahead(timer.at_end_of(batches, "sampling"))
         samples, prompt_image_pairs = [], []
         with made as batches_and_events:
@@ -270,13 +270,13 @@ class DDPOTrainer(CheckpointMixin, HubModel):
 
     @property
     def _overlaps_rewards(self) -> bool:
-        """Whether a batch is scored while the next is sampled: not if a subclass does either in its own way."""
+        """Whether a batch is scored while the next is sampled: not if user code overrides how either is done."""
         kind, ours = type(self), DDPOTrainer
         is_ours = kind.compute_rewards is ours.compute_rewards and kind._generate_samples is ours._generate_samples
         return self.config.reward_overlap and is_ours and isinstance(self.rollout, Rollout)
 
     def compute_rewards(self, prompt_image_pairs: Sequence[Sequence[Any]], is_async: bool = False) -> Any:
-        """(rewards [B] of each batch, their metadata), as two tuples; in worker threads if `is_async`."""
+        """An iterator of two tuples: rewards [B] and metadata of each batch; in worker threads if `is_async`."""
         if is_async:
             return self._on_device(rewards.Scoring(self.reward_fn, self.executor).results(prompt_image_pairs))
         return self._on_device([rewards.score(self.reward_fn, *batch[:3]) for batch in prompt_image_pairs])
@@ -284,7 +284,7 @@ class DDPOTrainer(CheckpointMixin, HubModel):
     def _on_device(self, scores: list[tuple[torch.Tensor, Any]]) -> Any:
         return zip(*[(reward.to(self.accelerator.device), metadata) for reward, metadata in scores], strict=True)
 
-    # stage 2: compare
+    # stage 2: advantages
 
     def _gathered_rewards(self, scored: list[list[Any]]) -> torch.Tensor:
         """The rewards of all processes, in order of the process and then of its images."""
@@ -333,7 +333,7 @@ class DDPOTrainer(CheckpointMixin, HubModel):
             for number, batches in enumerate(bar, start=inner_epoch * per_epoch):
                 updates.append(self.ppo.update(batches, number, objective))
                 self.interruption.check()
-        # only here does the host wait for the device
+        # reading the metrics makes the host wait for the device, so it is done once an inner epoch
         logged = self.run_log.log_updates(updates, epoch, inner_epoch, global_step)
         self.ppo.remember([update.get("zero_gradient", 0.0) for update in logged])
         return global_step + len(updates)
@@ -349,8 +349,8 @@ class DDPOTrainer(CheckpointMixin, HubModel):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(loss, approximate KL, clip fraction), scalars, of N pairs.
 
-        TRL's method, which `ops.ppo_loss` computes in one launch with its gradient; this one is called where it, `loss`
-        or the pipeline's `scheduler_step` is somebody's own.
+        TRL's method. It is called only where this method, `loss` or the pipeline's `scheduler_step` is overridden;
+        otherwise `ops.ppo_loss` computes the same loss together with its gradient.
 
         Latents are [N, C, H, W]; timesteps, log-probs and advantages [N]; embeds [2N, L, D] with the negative
         prompts first if training is guided, else [N, L, D].
@@ -358,7 +358,7 @@ class DDPOTrainer(CheckpointMixin, HubModel):
         log_prob = self.policy.log_prob(latents, timesteps, next_latents, embeds)
         limit, clip_range = self.config.train_adv_clip_max, self.config.train_clip_range
         ratio = torch.exp(log_prob - log_probs)
-        self.ppo.metrics.at_least("ratio_drift", (ratio - 1).detach().abs().max())
+        self.ppo.metrics.add_maximum("ratio_drift", (ratio - 1).detach().abs().max())
         loss = self.loss(advantages.clamp(-limit, limit), clip_range, ratio)
         return loss, approx_kl(log_prob, log_probs), clip_fraction(ratio, clip_range)
 
@@ -367,7 +367,7 @@ class DDPOTrainer(CheckpointMixin, HubModel):
         return ops.clipped_surrogate(advantages, clip_range, ratio)
 
     def _has_own_objective(self) -> bool:
-        """Whether the loss or the pipeline's step is somebody's own, which the fused loss knows nothing of."""
+        """Whether the loss or the pipeline's step is overridden, so that `ops.ppo_loss` would compute another loss."""
         pipeline, ours = self.sd_pipeline, DefaultDDPOStableDiffusionPipeline
         return _overrides(self, DDPOTrainer, "loss", "calculate_loss") or _overrides(pipeline, ours, "scheduler_step")
 
@@ -379,7 +379,7 @@ class DDPOTrainer(CheckpointMixin, HubModel):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Draws and scores one image per prompt from noise that `seed` fixes: (images [B, 3, H, W], rewards [B]).
 
-        Training goes on afterwards as if nothing had been drawn.
+        The random generators are restored afterwards, so that training draws the same as without this call.
         """
         random_state = checkpoint.random_state()
         images, latents = self.policy.draw(prompts, seed)

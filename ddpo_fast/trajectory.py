@@ -1,7 +1,7 @@
-"""What sampling leaves for training, in three shapes: trajectories, shuffled batches of them, pairs of a UNet call.
+"""The samples that training reads, in three forms: trajectories, shuffled training batches, pairs of a UNet call.
 
-Shapes: B images, T denoising steps, C H W latent, L tokens, D width of the text embedding; b images and S steps of a
-training batch; N (image, timestep) pairs.
+Shapes: B images of a trajectory, b images of a training batch, T denoising steps, C H W latent, L tokens, D width of
+the text embedding, N (image, timestep) pairs of a UNet call, M pairs of an index.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ import torch
 
 
 class _Keyed:
-    """Fields that can be read as `sample["latents"]` too: TRL's samples are dicts."""
+    """Lets fields be read as `sample["latents"]` too, because TRL's samples are dicts and its users' code expects that.
+
+    `_views` names properties that can be read in the same way.
+    """
 
     _views: tuple[str, ...] = ()
 
@@ -64,14 +67,14 @@ class Trajectory(_Keyed):
 
     @classmethod
     def cat(cls, parts: Sequence[Trajectory]) -> Trajectory:
-        """One trajectory batch from several, in order."""
+        """One trajectory batch from several, in order and without advantages (a single one is returned as it is)."""
         if len(parts) == 1:
             return parts[0]
         joined = {name: torch.cat([part[name] for part in parts]) for name in _TENSORS}
         return cls(prompts=tuple(p for part in parts for p in part.prompts), **joined)
 
     def split(self, sizes: Sequence[int]) -> Iterator[Trajectory]:
-        """The trajectories of so many images each, in order; views of these."""
+        """Splits the images into parts of these `sizes`, in order. The parts are views, and have no advantages."""
         start = 0
         for size in sizes:
             rows = slice(start, start + size)
@@ -80,7 +83,7 @@ class Trajectory(_Keyed):
             start += size
 
     def with_advantages(self, advantages: torch.Tensor) -> Trajectory:
-        """With the advantages of its images, [B] on the CPU."""
+        """A copy that has the advantages of its images, given as [B] on the CPU."""
         differs = advantages != 0
         return replace(
             self,
@@ -91,7 +94,7 @@ class Trajectory(_Keyed):
     def training_batch(
         self, rows: torch.Tensor, steps: torch.Tensor, has_advantage: torch.Tensor | None
     ) -> TrainingBatch:
-        """The steps `steps` [b, T] of the images `rows` [b], each image with its own order of steps."""
+        """The images `rows` [b], each with its steps in its own order, `steps` [b, T]."""
         assert self.advantages is not None, "training needs advantages: call with_advantages first"
         pick = rows[:, None], steps
         return TrainingBatch(
@@ -109,8 +112,8 @@ class Trajectory(_Keyed):
 def training_batches(trajectory: Trajectory, batch_size: int, inner_epochs: int) -> Iterator[Iterator[TrainingBatch]]:
     """For each inner epoch, all images in training batches of `batch_size`.
 
-    Each inner epoch shuffles the images, and the steps of every image on their own. The shuffles compound, and are
-    drawn in TRL's order from the default generator of the trajectory's device.
+    Each inner epoch shuffles the images, and the steps of each image separately, starting from the order that the inner
+    epoch before left. The permutations are drawn in TRL's order from the default generator of the trajectory's device.
     """
     device, (count, num_steps) = trajectory.timesteps.device, trajectory.timesteps.shape
     rows = torch.arange(count, device=device)
@@ -131,7 +134,7 @@ _TENSORS = ("prompt_ids", "prompt_embeds", "negative_prompt_embeds", "timesteps"
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingBatch(_Keyed):
-    """b images with their steps, shuffled: a view of a trajectory, gathered when it is its turn."""
+    """b images of a trajectory with their steps in shuffled order, copied from it when the batch is trained on."""
 
     prompt_embeds: torch.Tensor  # [b, L, D]
     negative_prompt_embeds: torch.Tensor  # [b, L, D]
@@ -144,14 +147,14 @@ class TrainingBatch(_Keyed):
 
     @classmethod
     def of(cls, batch: Any) -> TrainingBatch:
-        """A training batch from a dict such as TRL's, whose keys are these fields; one of ours as it is."""
+        """A training batch from a dict such as TRL's, whose keys are these fields; a `TrainingBatch` stays as it is."""
         if isinstance(batch, cls):
             return batch
         return cls(**{f.name: batch[f.name] for f in fields(cls) if f.name in batch})
 
 
 def in_groups(batches: Iterable[Any], size: int) -> Iterator[list[TrainingBatch]]:
-    """Training batches, or dicts such as TRL's, in groups of `size`: what an update trains on."""
+    """Yields training batches (or dicts such as TRL's) in groups of `size`: one group makes one update."""
     rest = iter(batches)
     while group := [TrainingBatch.of(batch) for batch in islice(rest, size)]:
         yield group
@@ -183,8 +186,13 @@ def pair_index(batches: Sequence[TrainingBatch | Trajectory], num_steps: int) ->
 
 
 def pairs_of(batches: Sequence[TrainingBatch | Trajectory], index: np.ndarray, guided: bool) -> Pairs:
-    """The pairs that rows of a `pair_index` name; `guided` as the UNet is called in training."""
+    """The pairs that rows of a `pair_index` name.
+
+    Args:
+        guided: whether training uses guidance, so that the embeddings include the negative prompts'.
+    """
     parts: list[dict[str, torch.Tensor]] = []
+    # `index` lists one batch after the other, so joining the batches' parts keeps its order
     for i in dict.fromkeys(index[:, 0].tolist()):
         mine = torch.from_numpy(index[index[:, 0] == i].T.copy())
         _, steps, rows = mine.to(batches[i].timesteps.device, non_blocking=True)

@@ -36,7 +36,7 @@ def load_function(option: str, spec: str) -> Callable[..., Any]:
 
 
 def require_function(what: str, function: Any) -> None:
-    """Raises `ValueError` for what cannot be called, and for a class, whose call would only make an object."""
+    """Raises `ValueError` for a value that cannot be called, and for a class, whose call would only make an object."""
     if not callable(function):
         raise ValueError(f"{what} is {describe_value(function)} but must be a function")
     if inspect.isclass(function):
@@ -101,7 +101,7 @@ def where_raised(error: BaseException, function: Any = None) -> str:
 
 
 def _named(function: Any) -> Any:
-    """What has the name: the function inside of `functools.partial`, or an object's class."""
+    """The object whose name is shown: the function inside of `functools.partial`, or else an object's class."""
     while isinstance(function, functools.partial):
         function = function.func
     return function if hasattr(function, "__qualname__") else type(function)

@@ -30,7 +30,7 @@ class WorkerThreads(Executor):
 
     @contextmanager
     def abandoned_on_error(self) -> Iterator[None]:
-        """Whatever ends the block with an error or a signal, nobody waits for the threads any more."""
+        """A context that calls `abandon` if the block raises (also for a signal), so that nothing waits for threads."""
         try:
             yield
         except BaseException:
@@ -38,7 +38,7 @@ class WorkerThreads(Executor):
             raise
 
     def abandon(self) -> None:
-        """What is queued and under way ends in its threads, for nobody; the next call starts new ones."""
+        """Lets the threads finish queued and running calls, whose results are dropped; `submit` starts new threads."""
         self.shutdown(wait=False)
         self._start_over()
 
@@ -61,7 +61,7 @@ class WorkerThreads(Executor):
 
 
 def _run(work: SimpleQueue[Any]) -> None:
-    """What a thread does: calls from the queue, until it gets None."""
+    """The work of a thread: it makes the calls from the queue until it gets None."""
     while (item := work.get()) is not None:
         future, function, args, kwargs = item
         if not future.set_running_or_notify_cancel():
@@ -70,10 +70,11 @@ def _run(work: SimpleQueue[Any]) -> None:
             future.set_result(function(*args, **kwargs))
         except BaseException as error:
             future.set_exception(error)
-        # an idle thread must not keep the last batch's images in memory
+        # the variables of a thread that waits for work would keep the last batch's images in memory
         del item, future, function, args, kwargs
 
 
 def _end(work: SimpleQueue[Any], threads: list[threading.Thread]) -> None:
+    """Queues one None for each thread, behind the work that is queued already."""
     for _ in threads:
         work.put(None)

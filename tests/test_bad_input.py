@@ -118,7 +118,7 @@ TRACKING = {"per_prompt_stat_tracking": True}
         ({"stochastic_rounding": True}, "needs mixed_precision='bf16'"),
         ({"optimizer_in_backward": True, "mixed_precision": "bf16"}, "set train_max_grad_norm=inf"),
         ({"optimizer_in_backward": True, "train_max_grad_norm": INF}, "needs mixed_precision 'bf16' or 'no'"),
-        ({"cuda_graphs": True, "zero": 1}, "cannot look through ZeRO"),
+        ({"cuda_graphs": True, "zero": 1}, "do not work with ZeRO"),
         # arguments that are passed on to other packages
         ({"tracker_kwargs": {"wandb_project": "x"}}, "'wandb_project': keywords go under the name of a tracker"),
         ({"tracker_kwargs": {"wandb": "x"}}, "tracker_kwargs['wandb'] is 'x' but must be a dict"),

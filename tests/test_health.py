@@ -78,8 +78,8 @@ def update(**changes):
         (update(grad_norm=INF), "gradient of update 7 is inf"),
         (update(loss_scale=0.5), "loss scale of 0.5"),
         # the KL estimate is half the mean square of the log-ratios, here 201
-        (update(approx_kl=0.5 * 201**2), "before update 7 the policy has nothing left"),
-        (update(approx_kl=NAN), "before update 7 the policy has nothing left"),
+        (update(approx_kl=0.5 * 201**2), "before update 7 the policy has diverged"),
+        (update(approx_kl=NAN), "before update 7 the policy has diverged"),
     ],
 )
 def test_updates_that_stop_the_run(info, words):

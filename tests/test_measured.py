@@ -23,5 +23,5 @@ def test_threads_are_kept(monkeypatch):
 
 def test_a_value_is_measured_once():
     measured = Measured(kind="sdpa")
-    assert measured.once("kind", lambda: pytest.fail("measured again")) == "sdpa"
-    assert [measured.once("rows", lambda value=value: value) for value in (4, 8)] == [4, 4]
+    assert measured.measure_once("kind", lambda: pytest.fail("measured again")) == "sdpa"
+    assert [measured.measure_once("rows", lambda value=value: value) for value in (4, 8)] == [4, 4]

@@ -196,15 +196,16 @@ def test_sampling_ends_when_a_reward_fails(make_trainer):
 
 def test_an_error_of_sampling_is_raised_in_the_calling_thread(make_trainer, monkeypatch):
     trainer = make_trainer(sample_merge_batches=1)
-    decode, decoded = sampler.decode, []
+    vae, decoded = trainer.sd_pipeline.vae, []
+    decode = vae.decode
 
-    def fails(*arguments):
+    def fails(*arguments, **options):
         decoded.append(1)
         if len(decoded) == 2:
             raise torch.OutOfMemoryError("no room")
-        return decode(*arguments)
+        return decode(*arguments, **options)
 
-    monkeypatch.setattr(sampler, "decode", fails)
+    monkeypatch.setattr(vae, "decode", fails)
     with pytest.raises(torch.OutOfMemoryError, match="no room"):
         trainer.train()
 

@@ -345,7 +345,7 @@ def test_another_number_of_steps_needs_a_new_run(make_trainer, tmp_path):
         make_trainer(resume_from=str(tmp_path / "run"), sample_num_steps=3)
     branch = make_trainer(resume_from=str(tmp_path / "run"), sample_num_steps=3, output_dir=str(tmp_path / "branch"))
     assert branch.first_epoch == 1
-    assert not metrics_of(branch)
+    assert not (branch.output_dir / "metrics.jsonl").exists()
 
 
 def test_a_run_that_is_complete_says_so(make_trainer, tmp_path, caplog):
@@ -369,7 +369,7 @@ def test_a_run_cannot_write_into_a_checkpoint(make_trainer, tmp_path):
 
 
 def test_stopped_before_the_first_epoch_it_prints_how_to_resume(make_trainer, monkeypatch, capsys):
-    monkeypatch.setattr(checkpoint, "try_saving", lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(checkpoint, "trial_save", lambda *_: signal.raise_signal(signal.SIGINT))
     trainer = make_trainer(**QUICK)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()

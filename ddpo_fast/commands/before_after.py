@@ -1,4 +1,4 @@
-"""Images of the same prompts and noise before and after training, and the file that keeps the first ones.
+"""Images of the same prompts and noise before and after training, and the file that keeps those from before.
 
 Shapes: B prompts, C channels, H x W pixels.
 """
@@ -25,7 +25,7 @@ BEFORE = "before"
 
 @dataclass
 class Comparison:
-    """The images that those after training are drawn beside.
+    """Images from before training, which are drawn beside those from after it.
 
     Args:
         name: 'before' for the base model or 'epoch_N' for a later one; the files are `<name>.pt`, `<name>_after.png`.
@@ -41,7 +41,7 @@ class Comparison:
         return self.name.replace("_", " ")
 
     def draw(self, folder: Path, prompts: tuple[str, ...], images: torch.Tensor, rewards: torch.Tensor) -> Path:
-        """Draws these images above the ones given [B, C, H, W], with the rewards [B]; returns the picture's path."""
+        """Draws the images from before training above `images` [B, C, H, W] with `rewards` [B]; returns the path."""
         path = folder / f"{self.name}_after.png"
         rows = [(self.label, self.images, self.rewards), ("after", images, rewards)]
         pictures.draw_grid(prompts, [(name, images, scores.tolist()) for name, images, scores in rows], path)
@@ -49,16 +49,16 @@ class Comparison:
 
 
 def find_or_draw(trainer: DDPOTrainer, prompts: tuple[str, ...], metadata: tuple[Any, ...]) -> Comparison:
-    """The images that this run already keeps for these prompts, reward and settings, else new ones, kept in a file.
+    """The images that this run has saved for these prompts, reward and settings, else new ones, saved in a file.
 
-    Every process calls it. A resumed run draws new ones only with other prompts, another reward or other settings; they
-    are named by the epoch, as they are not of the base model, and files that are there stay.
+    Every process calls it. A resumed run draws new images only for other prompts, another reward or other settings.
+    They are named by the epoch, as they are not of the base model. Existing files are kept.
     """
     settings = {name: getattr(trainer.config, name) for name in SAMPLING_FIELDS}
     settings |= {name: trainer.run_settings.get(name) for name in ("pretrained_model", "reward")}
     wanted = {"prompts": list(prompts), "settings": settings}
     is_main = trainer.accelerator.is_main_process
-    # The main process decides: all must take part in drawing, and on several machines they may see different files.
+    # The main process decides for all, as all must take part in drawing and may see different files on other machines.
     found = broadcast_from_main(trainer.accelerator, _kept(trainer, wanted) if is_main else None)
     if found is not None:
         return found
@@ -74,7 +74,7 @@ def find_or_draw(trainer: DDPOTrainer, prompts: tuple[str, ...], metadata: tuple
     images, rewards = trainer.evaluate(prompts, metadata)
     if is_main:
         path = trainer.output_dir / f"{name}.pt"
-        # renamed when whole, so that a kill leaves no half of a file
+        # renamed when complete, so that a kill leaves no half-written file
         partial = path.with_suffix(".partial")
         torch.save({**wanted, "images": images, "rewards": rewards}, partial)
         partial.replace(path)

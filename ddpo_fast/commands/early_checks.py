@@ -1,4 +1,4 @@
-"""Checks of a run that need neither the model's weights nor a folder of the run."""
+"""Checks of a run that are made before the model's weights are loaded and the run's folder exists."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def check_before_loading(run: RunArguments, config: DDPOConfig) -> ModelConfigs:
 
     Raises `ValueError` or `OSError` in one sentence.
     """
-    # what this process was started as, and what its device can run
+    # how this process was launched, and what its device can run
     if problem := launch_problem():
         raise ValueError(problem)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -80,7 +80,7 @@ def try_reward(
 
     Raises `ValueError` for a function that fails or returns what cannot be trained on.
     """
-    # twice the same if there is only one
+    # two prompts, also where there is only one: it is then given twice
     prompts, metadata = (part[:2] * (3 - len(part[:2])) for part in examples)
     try:
         rewards.score(reward_function, torch.full((2, 3, *size), 0.5), prompts[:2], metadata[:2])

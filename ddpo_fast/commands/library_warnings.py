@@ -1,7 +1,7 @@
-"""Warnings of other packages that the command line leaves out, as they are about features that are not used here.
+"""Hides warnings of other packages while a command runs, because they are about features that are not used here.
 
-Only the commands do so. A script or a notebook that imports `ddpo_fast` sees every warning: what is shown there is for
-its author to decide.
+Only the commands hide them. A script or a notebook that imports `ddpo_fast` sees every warning, as its author should
+decide what is shown.
 """
 
 from __future__ import annotations

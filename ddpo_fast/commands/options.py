@@ -1,8 +1,8 @@
 """The options of every command.
 
-Where a new option goes: a setting of a run, which `DDPOTrainer` reads, is a field of `DDPOConfig`, and needs nothing
-here; what `train` and `plan` do before there is a trainer is a field of `RunArguments`, or of the dataclass of one
-command below; an option of `sample` or `info` is an `add_argument` in that command's parser.
+Where to add an option: a setting that `DDPOTrainer` reads is a field of `DDPOConfig`, and needs nothing here. What
+`train` or `plan` need before there is a trainer is a field of `RunArguments`, or of the dataclass of one command below.
+An option of `sample` or `info` is an `add_argument` in that command's parser.
 
 This module does not import torch, which takes seconds: `--help` and a misspelt option are answered at once.
 """
@@ -92,7 +92,8 @@ class Parser(HfArgumentParser):
 
     def __init__(self, kinds: Sequence[type] = (), **kwargs: Any) -> None:
         super().__init__(list(kinds), allow_abbrev=False, **kwargs)  # type: ignore[arg-type]
-        # A field that may be None takes the word None, by which a resumed run goes back to the default.
+        # The word None is accepted for a field that may be None: a resumed run, whose defaults are the recorded
+        # settings, can be set back with it.
         for kind in kinds:
             hints = get_type_hints(kind)
             for action in self._actions:
@@ -132,12 +133,12 @@ def _reworded(message: str) -> str:
 
 
 def _did_you_mean(name: str, known: Any) -> str:
-    """' (did you mean ...?)', or nothing where no option is near."""
-    # by its words alone, as people mix dashes and underscores
+    """': did you mean ...?' with up to three of the `known` options, or '' if none is similar."""
+    # compared by the words alone, as people mix dashes and underscores
     written = {option.lstrip("-").replace("-", "_"): option for option in reversed(list(known))}
     word = name.lstrip("-").replace("-", "_").lower()
     parts = set(word.split("_"))
-    # a spelling mistake, else the options that have all of the words (learning-rate), else the least unlike one
+    # a likely spelling mistake, else options that contain all of the words (learning-rate), else the most similar one
     near = difflib.get_close_matches(word, written, n=1, cutoff=0.8)
     near = near or [option for option in written if parts <= set(option.split("_"))][:3]
     near = near or difflib.get_close_matches(word, written, n=1)
@@ -161,10 +162,10 @@ def check_no_lora_options(given: set[str], full_finetune: bool) -> None:
 
 
 def precision_or_default(given: str | None, on_gpu: bool) -> str:
-    """The precision that a command computes in: the `given` one, else the one that `accelerate launch` was told, else
-    'fp16', TRL's default, on a GPU, and 'no' on a CPU.
+    """The precision that a command computes in.
 
-    Raises `ValueError` for a precision of accelerate's that is not supported.
+    That is the `given` one, else that of `accelerate launch`, else TRL's default 'fp16' on a GPU and 'no' on a CPU.
+    Raises `ValueError` if the precision of `accelerate launch` is not supported.
     """
     if given is not None:
         return given
@@ -191,7 +192,7 @@ def train_parser() -> Parser:
     # The `deepspeed` launcher adds this option to the command line of every process. It is not read, as the launcher
     # says the same in the environment.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
-    # None: `precision_or_default`
+    # None lets `precision_or_default` choose
     parser.set_defaults(logdir="runs", mixed_precision=None)
     return parser
 
@@ -202,7 +203,7 @@ def plan_parser() -> Parser:
         prog="ddpo-fast plan",
         description="Predict the memory of `ddpo-fast train` with the same options, and choose what fits --gpu-memory.",
     )
-    # None: `precision_or_default`
+    # None lets `precision_or_default` choose
     parser.set_defaults(mixed_precision=None)
     return parser
 
@@ -223,9 +224,7 @@ def sample_parser() -> Parser:
         help="where the grid goes, as .png, .jpg, .webp, .pdf or .svg (default: a new samples.png in the run's folder)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the file that --output names")
-    parser.add_argument(
-        "--trust_run", "--trust-run", action="store_true", help="import the functions that the run names"
-    )
+    parser.add_argument("--trust_run", "--trust-run", action="store_true", help="import the run's functions")
     return parser
 
 

@@ -51,7 +51,7 @@ def configs_of(run: RunArguments, config: DDPOConfig) -> ModelConfigs:
 def footprint_of(
     run: RunArguments, config: DDPOConfig, configs: ModelConfigs, full: bool, device_type: str = "cuda"
 ) -> Footprint:
-    """The sizes of the model's weights and activations; of all weights trained if `full`, else of a LoRA."""
+    """The sizes of the model's weights and activations, if all weights are trained (`full`) or a LoRA."""
     return Footprint(
         configs,
         None if full else Adapter(run.lora_rank, tuple(run.target_modules)),
@@ -64,7 +64,7 @@ def footprint_of(
 
 
 def print_plans(run: RunArguments, config: DDPOConfig, given: Sequence[str], num_processes: int = 1) -> None:
-    """Prints the plan of a LoRA, of all weights, or of both where the options `given` name neither.
+    """Prints the plan for a LoRA, for all weights, or for both if the options `given` name neither.
 
     Raises `ValueError` where there is no GPU and no `gpu_memory`, and where nothing that was asked for fits.
     """
@@ -86,8 +86,9 @@ def print_plans(run: RunArguments, config: DDPOConfig, given: Sequence[str], num
         print("\n" + "\n".join(choice.reasons))
         print(f"\n{train_command(run, config, choice, full)}\n")
     print(
-        f"{MARGIN:.0%} are left for fragments. Not measured but assumed: {CUDA_CONTEXT / GB:.1f} GB for the CUDA "
-        f"context and {CUDA_WORKSPACES / GB:.1f} GB for workspaces. A reward's own networks are not in it."
+        f"{MARGIN:.0%} of the memory is left for fragmentation. Not measured but assumed: {CUDA_CONTEXT / GB:.1f} GB "
+        f"for the CUDA context and {CUDA_WORKSPACES / GB:.1f} GB for workspaces. Networks of the reward function are "
+        "not included."
     )
     if len(problems) == len(kinds):
         raise ValueError(problems[0])
@@ -125,7 +126,7 @@ def _as_option(name: str, value: Any) -> list[str]:
 
 
 def _print_on_main(line: str) -> None:
-    # there is no accelerator yet, which would know which process this is
+    # the launcher sets RANK; there is no accelerator yet that could be asked which process this is
     if os.environ.get("RANK", "0") == "0":
         print(line)
 
@@ -133,10 +134,10 @@ def _print_on_main(line: str) -> None:
 def apply_auto_memory(
     run: RunArguments, config: DDPOConfig, device: torch.device | str, say: Callable[[str], Any] = _print_on_main
 ) -> dict[str, Any]:
-    """Sets in `config` what `auto_memory` chooses for the device, says so in a line each, and returns these settings.
+    """Sets in `config` what `auto_memory` chooses for the device, prints why by `say`, and returns the settings.
 
-    Settings that are not at their defaults stay as they are. On a CPU nothing is chosen, unless `gpu_memory` says for
-    how many GB. Raises `ValueError` where nothing fits.
+    Settings that are not at their defaults stay as they are. On a CPU nothing is chosen, unless `gpu_memory` is set.
+    Raises `ValueError` where nothing fits.
     """
     device = torch.device(device)
     if device.type != "cuda" and config.gpu_memory is None:

@@ -155,7 +155,7 @@ def check_trains_same_part(run: RecordedRun, given: Collection[str], options: Ru
 
 
 def import_folder(spec: str) -> str | None:
-    """The entry of `sys.path` that the loaded module of 'module:function' was found in; None for a spec without one."""
+    """The folder in `sys.path` that the loaded module of 'module:function' was found in; None if there is no module."""
     name = spec.partition(":")[0]
     file = getattr(sys.modules.get(name), "__file__", None)
     if ":" not in spec or file is None:

@@ -24,13 +24,13 @@ from ddpo_fast.config import SAMPLING_FIELDS, DDPOConfig
 from ddpo_fast.prompts import draw_prompts, load_prompts
 from ddpo_fast.run_folder import checkpoint, pictures
 
-# images of one call of the pipeline
+# images that one call of the pipeline samples
 BATCH_SIZE = 8
 
 
 def run(options: argparse.Namespace) -> None:
     """Draws a trained run's images below the base model's, from the same noise."""
-    # the options' ranges, the checkpoint, and where the picture goes
+    # Check the options' ranges, the checkpoint, and the picture's path.
     for name, least in (("num_images", 1), ("seed", 0)):
         if getattr(options, name) < least:
             option = name.replace("_", "-")
@@ -40,14 +40,14 @@ def run(options: argparse.Namespace) -> None:
     try:
         found = checkpoint.find(options.run)
     except ValueError as error:
-        # the message names the option of `train`
+        # the message names `resume_from`, the option of `train`
         raise ValueError(str(error).replace("resume_from is", "run is", 1)) from None
     if found is None:
         raise ValueError(f"{options.run!r} has no checkpoint yet: train it for at least save_freq epochs")
     checkpoint.verify(found)
     path = picture_path(options, checkpoint.run_folder_of(found))
 
-    # what the run recorded, of which only the prompts, the reward and what sampling depends on are used
+    # Read what the run recorded. Only the model, the prompts, the reward and the settings of sampling are used.
     recorded = recorded_run.read(str(found))
     given = {name for name in recorded_run.FUNCTIONS if getattr(options, name)}
     recorded.check_trust(given, options.trust_run, used=["prompts"])
@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> None:
     random.seed(options.seed)
     prompts, metadata = draw_prompts(load_prompts(options.prompts or model.prompts), options.num_images)
 
-    # The base model draws first: the trained weights are then loaded into the same networks.
+    # The base model samples first, because the trained weights are then loaded into the same networks.
     pipeline = make_pipeline(model)
     pipeline.sd_pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     base = draw(pipeline, prompts, saved, options.seed)
@@ -96,12 +96,13 @@ def picture_path(options: argparse.Namespace, folder: Path) -> Path:
 
 
 def reward_of(recorded: recorded_run.RecordedRun, options: argparse.Namespace, given: set[str]) -> Any:
-    """The reward function for the captions, or None and a printed line for the run's own if it is not trusted."""
+    """The reward function for the captions; prints a line and returns None if it is the run's and not trusted."""
     try:
         recorded.check_trust(given, options.trust_run, used=["reward"])
     except ValueError:
         print(
-            f"no rewards are shown: the run's is {recorded.options['reward']!r}, add --reward or --trust_run for them"
+            f"no rewards are shown: the run's reward {recorded.options['reward']!r} is imported only with --trust_run; "
+            "add that, or --reward for another"
         )
         return None
     spec = options.reward or recorded.options.get("reward")

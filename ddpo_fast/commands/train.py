@@ -89,7 +89,7 @@ def read_options(arguments: Sequence[str]) -> tuple[RunArguments, DDPOConfig]:
     Raises `ValueError` for options that are wrong, that contradict each other, or that the resumed run cannot go on
     with.
     """
-    # A first reading tells which run is resumed; its settings then are the defaults of the second.
+    # Options are parsed twice: first to learn which run is resumed, then with that run's settings as defaults.
     parser, given = train_parser(), given_options(arguments)
     first = parser.parse(arguments)
     resumed = recorded_run.read(first.resume_from) if first.resume_from else None
@@ -107,10 +107,11 @@ def read_options(arguments: Sequence[str]) -> tuple[RunArguments, DDPOConfig]:
 
     config = from_options(DDPOConfig, namespace)
     if "exp_name" not in given:
-        # the default folder's name says what is trained
+        # `exp_name` begins the default folder's name: with the reward's name, it says what the model is trained for
         config.exp_name = options.reward.replace(":", ".")
     if resumed is not None:
-        # Who names a place gets a new run there that starts from the resumed one; else that run is continued in place.
+        # With an option that names a folder, a new run there starts from the resumed one. Else the resumed run is
+        # continued in its own folder.
         if given & {"logdir", "run_name", "exp_name"} and not config.output_dir:
             config.output_dir = str(default_folder(config))
         in_place = checkpoint.continues_in(output_folder(config), config.resume_from)
@@ -147,7 +148,8 @@ def make_pipeline(options: RunArguments) -> DefaultDDPOStableDiffusionPipeline:
 
 def distinct_prompts(prompt_function: PromptFunction, count: int) -> tuple[tuple[str, ...], tuple[Any, ...]]:
     """Up to `count` different prompts with their metadata: the first of 8 times as many draws, in the order drawn."""
-    # a dict keeps a key's first place but its last value: reversed, each prompt has the metadata of its first draw
+    # A dict keeps a key's first position but its last value. Built in reverse order of the draws, it has each prompt's
+    # first metadata; the order is then reversed back.
     drawn = dict(reversed(list(zip(*draw_prompts(prompt_function, 8 * count), strict=True))))
     chosen = list(reversed(drawn.items()))[:count]
     prompts, metadata = zip(*chosen, strict=True)

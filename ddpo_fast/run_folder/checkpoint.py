@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written whole or not at all, read as plain data, and verified by digests.
+"""Checkpoints of a run: written completely or not at all, read without running code, and verified by digests.
 
 checkpoints/checkpoint_7/     after 7 finished epochs
     state.json                epochs, updates, what was trained, settings, the SHA-256 of each file and its own
@@ -57,12 +57,12 @@ def save(
 
     Args:
         folder: the run's `checkpoints`.
-        state: state.json. What is not `healthy` was saved after a warning about the rewards or the updates.
-        training: training.pt, which is the same in all processes.
+        state: the content of state.json. `healthy` is False after a warning about the epoch's rewards or updates.
+        training: the content of training.pt, which is the same in all processes.
         process_state: what belongs to this process, beside its random states.
         write_weights: writes the trained weights into the folder that it is given.
         keep: how many checkpoints stay: the newest, and beside them the newest healthy one.
-        name: another name for the folder, for which no checkpoint is removed.
+        name: another name for the folder; with one, no older checkpoint is removed.
 
     Raises `OSError` naming the folder if it cannot be written, `ValueError` for what cannot be saved.
     """
@@ -140,13 +140,13 @@ def _write_state(folder: Path, state: dict[str, Any]) -> None:
 
 def _state_digest(state: dict[str, Any]) -> str:
     """The SHA-256 of everything in `state` but this digest itself."""
-    # JSON makes lists of tuples and strings of keys: the digest is of what a reader gets
+    # JSON turns tuples into lists and keys into strings: the digest must be of what a reader gets
     as_read = json.loads(json.dumps({name: value for name, value in state.items() if name != DIGEST}))
     return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
 
 
 def _explained(folder: Path, error: Exception) -> Exception:
-    """The error to raise for `error`: one with a remedy for a full disk or for what cannot be saved, else itself."""
+    """The error to raise for `error`: one with a remedy if the disk is full or a value cannot be saved, else itself."""
     if reason := files.why_unwritten(error):
         return OSError(
             f"no checkpoint could be written to {folder}: {reason}; make room there, or go on from the last checkpoint "
@@ -291,7 +291,7 @@ def _damage(checkpoint: Path) -> str:
     """The first file that is missing or differs from its digest, in a sentence, or ''."""
     try:
         state = _parsed_state(checkpoint)
-        # checkpoints of earlier versions have no digests
+        # the files of a checkpoint without digests, which an earlier version wrote, are read to find damage
         known = state.get("files") or {f"random_{i}.pt": "" for i in range(state.get("num_processes", 1))}
         for name, digest in known.items():
             if not (checkpoint / name).is_file():
@@ -347,7 +347,7 @@ def _call_users(name: str, method: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def describe_trained_weights(named_parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> dict[str, Any]:
-    """What tells one run's trained weights from another's: their number and a hash of their names and shapes."""
+    """Identifies a run's trained weights: their number, and a hash of their names and shapes."""
     # ZeRO stage 3 splits a parameter and leaves it empty, with its shape in `ds_shape`
     shapes = sorted((name, tuple(getattr(p, "ds_shape", p.shape))) for name, p in named_parameters if p.requires_grad)
     digest = hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""What a checkpoint and a saved model need of files: digests, tensors on disk, modes, syncing, and errors in words."""
+"""File functions for checkpoints and saved models: digests, tensors, modes, syncing, and reasons of failed writes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-# bytes that are read at a time
+# bytes that `digest` reads at a time
 BLOCK = 2**22
-# errors of a disk, a quota or a file size limit that is reached
+# error numbers of a full disk, a used-up quota and a file size limit
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -55,7 +55,8 @@ def follow_umask(folder: Path, *patterns: str) -> None:
     Args:
         patterns: for `Path.glob`; all files without any.
     """
-    # asking for the umask means setting it, for all threads of the process: a new file shows what it leaves
+    # `os.umask` returns the umask only by setting another one, for all threads of the process. The mode of a new file
+    # shows it without that.
     plain = folder / ".mode"
     plain.touch()
     mode = plain.stat().st_mode

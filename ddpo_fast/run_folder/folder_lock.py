@@ -18,9 +18,9 @@ _HELD: dict[Path, tuple[int, int]] = {}
 
 
 def lock(folder: Path) -> str:
-    """Locks `folder` for this process; returns why another process keeps that from happening, or ''.
+    """Locks `folder` for this process; returns '', or a sentence naming the process that holds the lock.
 
-    A POSIX lock: a forked child does not inherit it, and it ends with the process.
+    A POSIX lock: a forked child does not inherit it, and the kernel releases it when the process ends.
     """
     path = folder.resolve() / LOCK
     if path in _HELD:
@@ -53,6 +53,7 @@ def unlock(folder: Path) -> None:
     if descriptor is not None and count > 1:
         _HELD[path] = descriptor, count - 1
     elif descriptor is not None:
+        # closing the file releases the lock
         os.close(descriptor)
 
 

@@ -106,7 +106,7 @@ def _in_table(value: Any) -> str:
 
 
 def push_problem(name: str) -> str:
-    """Why a model cannot be pushed to the Hub as `name`, in one sentence, or ''; found out before it is trained."""
+    """Why a model cannot be pushed to the Hub as `name`, in one sentence, or ''; to be asked before training."""
     try:
         validate_repo_id(name)
     except errors.HFValidationError as error:
@@ -125,8 +125,8 @@ def push_problem(name: str) -> str:
 class HubModel(PyTorchModelHubMixin):
     """The part of the trainer that saves and uploads: `save_model`, `save_pretrained`, `push_to_hub`, the model card.
 
-    Every process calls these methods; the main one writes. `save_model` writes a moving average of the weights, if the
-    run keeps one, into a folder of its own, `..._ema`.
+    Every process calls these methods, and the main one writes. If the run keeps a moving average of the weights,
+    `save_model` writes that too, into a second folder named `<folder>_ema`.
     """
 
     _tag_names = ["ddpo_fast", "ddpo"]

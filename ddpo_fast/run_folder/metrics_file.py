@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 class MetricsFile:
     """metrics.jsonl: one JSON object in each line, only ever appended to; a resumed run first cuts off later lines.
 
-    Nothing is computed from it: a damaged line is left out of pictures, with a warning.
+    Training does not read it. A damaged line is left out of the reward curve, with a warning.
     """
 
     def __init__(self, path: Path) -> None:

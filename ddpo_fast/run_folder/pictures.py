@@ -33,11 +33,11 @@ BLUE, GRAY = "#1f5fa8", "#9aa5b1"
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
 # fonts, where installed, for letters that matplotlib's own DejaVu Sans lacks
 MORE_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Micro Hei", "Arial Unicode MS", "Noto Emoji")
-# A picture of many blocks is drawn at fewer dots per inch, to be at most so many pixels high: JPEG ends at 2^16.
+# Dots per inch, lowered where a picture of many blocks would be higher than this many pixels: JPEG's limit is 2^16.
 DPI, MAX_PIXELS = 120, 30_000
-# inches: an image, the gap beside it, a line of text, and the margin for the rows' names
+# in inches: the edge of an image, the gap beside it, the height of a line, and the margin for the rows' names
 CELL, GAP, LINE, MARGIN = 1.5, 0.08, 0.14, 0.75
-# of a title: letters in a line, and lines
+# a title's letters per line, and its lines
 LETTERS, LINES = 22, 3
 # images side by side
 COLUMNS = 8
@@ -74,7 +74,7 @@ def draw_rewards(records: Sequence[dict[str, Any]], path: Path, label: str = "re
     axes = figure.subplots(1, 2, sharey=True)
     for axis, x, name in zip(axes, (images, minutes), ("images", "minutes"), strict=True):
         axis.fill_between(x, mean - band, mean + band, color=BLUE, alpha=0.2, linewidth=0)
-        # one epoch is a point, and a line of one point cannot be seen
+        # a line through one point is invisible, so a single epoch needs a marker
         axis.plot(x, mean, color=BLUE, marker="o" if len(epochs) == 1 else "")
         axis.set_xlabel(name)
         axis.grid(color=GRAY, alpha=0.3)
@@ -179,7 +179,7 @@ def check_ending(path: Path, option: str) -> None:
 
 
 def _save(figure: Figure, path: Path, dpi: float = DPI) -> None:
-    # renamed when whole
+    # renamed when complete, so that a kill leaves no half-written picture
     partial = path.with_name(f".{path.name}.partial")
     figure.savefig(partial, dpi=dpi, format=path.suffix.lower()[1:])
     partial.replace(path)

@@ -28,7 +28,7 @@ def pack(value: Any, name: str) -> Any:
         return {"__numpy__": content, "dtype": value.dtype.str, "shape": list(value.shape)}
     if isinstance(value, np.generic) and not isinstance(value.item(), np.generic):
         return pack(value.item(), name)
-    # the methods of the base classes: a subclass, as an enumeration is, may have its own `__str__`
+    # `str.__str__` and not `str()`: a subclass of str, such as an enumeration, may have a `__str__` of its own
     if isinstance(value, str):
         return str.__str__(value)
     kinds: tuple[Any, ...] = (int, float, complex)

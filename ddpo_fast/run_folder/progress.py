@@ -1,4 +1,4 @@
-"""How far a run is: whole epochs and updates, and what is kept of it when it stops before its end."""
+"""A run's counters of whole epochs and updates, and which checkpoint is kept when it stops before its end."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class Progress:
-    """A run's counters, and its checkpoints as far as they are about where it stopped and where it goes on.
+    """Counts a run's epochs and updates, and decides where it resumes and what is kept when it is stopped.
 
     Args:
         output_dir: the run's folder.
@@ -42,37 +42,37 @@ class Progress:
         self.output_dir = output_dir
         self.run_log = run_log
         self.interruption = interruption
-        # whole epochs, and updates, since the run began
+        # whole epochs and updates since the run began, including those before it was resumed
         self.epochs = 0
         self.global_step = 0
-        # the call of `train` under way, or that was stopped: the epoch it began with, and that it has not ended
-        self.is_broken = False
+        # whether a call of `train` has begun and not come to its end, and the epoch at which the call began
+        self.was_interrupted = False
         self._train_from = 0
-        # updates of an epoch that is not whole have been made: its weights are between two checkpoints
+        # whether the updates of an epoch have begun and not ended: the weights are then not those of any whole epoch
         self.is_updating = False
-        # where this process began; bytes of metrics.jsonl at the end of the last whole epoch
+        # the whole epochs when this process began, and the bytes of metrics.jsonl after the last whole epoch
         self._started_at = 0
         self._whole_bytes = 0
-        # seconds: how long the last rolling checkpoint took to write, an epoch took; when the last one was whole
-        self._keeping_s = self._epoch_s = self._whole_at = 0.0
+        # seconds that the last rolling checkpoint took to write, seconds of the last epoch, and the time of its end
+        self._write_s = self._epoch_s = self._whole_at = 0.0
 
     @property
     def checkpoints(self) -> Path:
         return self.output_dir / "checkpoints"
 
-    # going on from an earlier process
+    # resuming
 
-    def go_on(
+    def prepare_resume(
         self, resume: Path | None, state: dict[str, Any], trained: dict[str, Any], settings: dict[str, Any]
     ) -> None:
-        """Prepares the run's folder for going on from the checkpoint `resume`, or from the beginning if there is none.
+        """Checks that this run can resume from the checkpoint `resume` (None: from the start), and prepares its folder.
 
         Args:
             state: the checkpoint's `state.json`.
             trained: what is trained now, as `checkpoint.describe_trained_weights` has it.
             settings: the present `run_settings`.
 
-        Raises `ValueError` where the checkpoint is of another model or of settings that do not go together.
+        Raises `ValueError` if the checkpoint is of another model, or of settings with which this run cannot go on.
         """
         in_place = checkpoint.continues_in(self.output_dir, self.config.resume_from)
         self.run_log.resume(state, in_place)
@@ -94,41 +94,44 @@ class Progress:
             checkpoint.discard_last_epoch(self.checkpoints)
         self.config.resume_from = str(resume)
 
-    def begin(self) -> None:
-        """From here on this process trains, from the epoch that a checkpoint has set."""
+    def process_begins(self) -> None:
+        """Notes where this process begins, once a checkpoint has set the counters."""
         self._started_at, self._whole_bytes = self.epochs, self.run_log.metrics.size()
 
     # one call of `train`
 
     def epochs_to_train(self, epochs: int) -> range:
-        """As many for each call as for the first, as TRL does; a call that was stopped is gone on with."""
-        if not self.is_broken:
+        """The epochs that a call of `train` has to train, as their indices.
+
+        Each call trains as many as the first one, as in TRL, or the rest of a call that was stopped.
+        """
+        if not self.was_interrupted:
             self._train_from = self.epochs
         return range(self.epochs, max(self.epochs, self._train_from + epochs - self._started_at))
 
     @contextmanager
-    def attended(self) -> Iterator[None]:
-        """Signals end the training in here, and however it ends, there is a checkpoint of the last whole epoch."""
+    def guarded(self) -> Iterator[None]:
+        """A context for training: signals stop it. If it is stopped or raises, a rolling checkpoint gets its number."""
         with self.interruption:
             try:
                 yield
             except BaseException as error:
                 self._keep_last_epoch(error)
                 raise
-            self.is_broken = False
+            self.was_interrupted = False
 
     def train_begins(self) -> None:
-        """The first epoch of a call of `train` begins: if it is stopped from here on, the next call goes on with it."""
-        self.is_broken, self._whole_at = True, time.monotonic()
+        """Notes that a call of `train` has begun: if it is stopped from here on, the next call trains the rest."""
+        self.was_interrupted, self._whole_at = True, time.monotonic()
 
     def epoch_is_whole(self, epochs: int, global_step: int) -> None:
-        """So many epochs are trained and logged."""
+        """Notes that `epochs` epochs have been trained and logged."""
         self.epochs, self.global_step, self.is_updating = epochs, global_step, False
         self._epoch_s, self._whole_at = time.monotonic() - self._whole_at, time.monotonic()
         self._whole_bytes = self.run_log.metrics.size()
 
-    def begin_epoch_again(self) -> bool:
-        """Drops the stopped epoch's records; returns whether its updates had begun, so that weights must go back."""
+    def rewind_epoch(self) -> bool:
+        """Drops the stopped epoch's metrics; returns whether its updates had begun and weights must be restored."""
         if self.accelerator.is_main_process:
             self.run_log.metrics.truncate(self._whole_bytes)
         must_go_back, self.is_updating = self.is_updating, False
@@ -138,25 +141,26 @@ class Progress:
 
     @property
     def keeps_last_epoch(self) -> bool:
-        """Whether the state after each epoch is kept, until the next one: not where writing it takes too long.
+        """Whether to write a rolling checkpoint: not if the last one took more than 5 s and more than 5 % of an epoch.
 
-        That is more than 5 s and 5 % of an epoch. The main process decides for all.
+        The main process decides for all.
         """
-        return not broadcast_from_main(self.accelerator, self._keeping_s > max(5.0, 0.05 * self._epoch_s))
+        return not broadcast_from_main(self.accelerator, self._write_s > max(5.0, 0.05 * self._epoch_s))
 
     @contextmanager
-    def timing_the_write(self) -> Iterator[None]:
-        """Around the writing of that state."""
+    def timing_write(self) -> Iterator[None]:
+        """A context that measures how long the rolling checkpoint in it takes to write."""
         started = time.monotonic()
         yield
-        self._keeping_s = time.monotonic() - started
+        self._write_s = time.monotonic() - started
 
     def _keep_last_epoch(self, error: BaseException) -> None:
+        """Turns a rolling checkpoint into a numbered one and, after an interruption, prints how to resume."""
         if not self.accelerator.is_main_process:
             return
         with self.interruption.suppressed():
             checkpoint.promote_last_epoch(self.checkpoints)
-            # an error says itself what happened; Ctrl-C and signals do not
+            # an `Exception` has a message about what happened, which the caller shows; Ctrl-C and signals have none
             if not isinstance(error, Exception):
                 self._say_how_to_go_on(f"in epoch {self.epochs + 1}")
 
@@ -167,7 +171,7 @@ class Progress:
 
     @contextmanager
     def finishing(self) -> Iterator[None]:
-        """For what comes after the training: who stops it is told how to go on."""
+        """A context for the work after training: an interruption in it prints how to resume the run."""
         try:
             with self.interruption:
                 yield

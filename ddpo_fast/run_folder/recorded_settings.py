@@ -1,4 +1,4 @@
-"""Types of what state.json and config.json say: the files may be from another machine, or changed in an editor."""
+"""Checks the types in state.json and config.json, as these files may be from another machine or edited by hand."""
 
 from __future__ import annotations
 

@@ -9,24 +9,16 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ddpo_fast.config import DDPOConfig
+from ddpo_fast.config import SAMPLING_FIELDS, DDPOConfig
 from ddpo_fast.measured import device_name
 from ddpo_fast.processes import broadcast_from_main
 from ddpo_fast.run_folder import checkpoint
 
-# A run goes on only with the same of these.
+# settings that a resumed run must have unchanged
 FIXED = ("pretrained_model", "pretrained_revision", "lora_rank", "lora_alpha", "lora_target_modules", "prediction_type")
-# With others of these the rewards cannot be compared with the earlier ones: that needs a run of its own, which may
-# start from this one's checkpoint.
-SAME_CURVE = (
-    "reward",
-    "prompts",
-    "sample_num_steps",
-    "sample_guidance_scale",
-    "sample_eta",
-    "negative_prompts",
-    "per_prompt_stat_tracking",
-)
+# Settings whose change makes rewards incomparable with the earlier ones. A run in the same folder must have them
+# unchanged; a new run in another folder may change them and start from this one's checkpoint.
+SAME_CURVE = ("reward", "prompts", *SAMPLING_FIELDS, "per_prompt_stat_tracking")
 
 
 def verify(resume: Path | None, accelerator: Accelerator) -> None:
@@ -42,10 +34,12 @@ def verify(resume: Path | None, accelerator: Accelerator) -> None:
 
 
 def refuse_changes(resume_from: str, saved: dict[str, Any], present: dict[str, Any], in_place: bool) -> None:
-    """Compares a run's settings with those it is to go on with, by name, nested under `config` or not.
+    """Raises `ValueError` naming the first setting in `present` with which a run of the `saved` ones cannot go on.
 
-    A name that either of them lacks counts as the same. Raises `ValueError` naming the first setting with which the run
-    `saved` cannot go on, or not `in_place`, which is in the folder where it began.
+    Settings are compared by name, whether nested under `config` or not; one that either side lacks counts as unchanged.
+
+    Args:
+        in_place: whether the run goes on in the folder where it began, so that `SAME_CURVE` is compared too.
     """
     was, now = ({**settings.get("config", {}), **settings} for settings in (saved, present))
     same_base = "" != was.get("base", "") == now.get("base")
@@ -72,14 +66,14 @@ def _comparable(value: Any) -> Any:
 
 
 def _is_known(model: str) -> bool:
-    """Whether a recorded name tells which model it was: a relative path, seen from another folder, does not."""
+    """Whether a recorded name identifies a model: a Hub id or an absolute path does, a relative path does not."""
     return not model.startswith(".") and (Path(model).is_absolute() or not Path(model).exists())
 
 
 def base_digest(pipeline: Any) -> str:
-    """A digest of the first weights of each frozen tensor, which tells one base model from another.
+    """A digest of the first 64 elements of each frozen tensor, which tells one base model from another.
 
-    '' where the weights are not in fp32 and host memory, as a digest of rounded ones would not match.
+    '' unless all frozen weights are in fp32 and in host memory, as a digest of rounded weights would not match.
     """
     found = hashlib.sha256()
     for part in ("text_encoder", "vae", "unet"):

@@ -32,7 +32,7 @@ class RunLog:
         self.metrics = MetricsFile(folder / "metrics.jsonl")
         self.health = Health(config, accelerator.is_main_process)
         self.summary = ""
-        # seconds of the run before it was resumed, and when this process started it
+        # seconds of training before this process resumed the run, and `time.monotonic()` when this process started
         self._earlier_s, self._started = 0.0, time.monotonic()
         self._last_update: dict[str, float] = {}
         self._warned_of_drift = False
@@ -48,13 +48,13 @@ class RunLog:
             problem = folder_problem(self.folder) if is_new else ""
             if not problem:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                # again under the lock: another run may have started there after the first look
+                # checked again under the lock, as another run may have started there since the first check
                 problem = folder_lock.lock(self.folder) or (folder_problem(self.folder) if is_new else "")
         if problem := broadcast_from_main(self.accelerator, problem):
             raise ValueError(problem)
 
     def start_trackers(self, resumed_step: int | None) -> None:
-        """Starts the trackers of `log_with`; TensorBoard drops what a resumed run logged after `resumed_step`."""
+        """Starts the trackers of `log_with`; TensorBoard hides earlier records of `resumed_step` and later steps."""
         init_kwargs: dict[str, Any] = dict(self.config.tracker_kwargs)
         flat = self.config.to_dict()
         if self.config.log_with == "tensorboard":
@@ -70,7 +70,7 @@ class RunLog:
         """Writes config.json, from which a run without a checkpoint is resumed."""
         if self.accelerator.is_main_process:
             text = json.dumps(settings, indent=2, default=str) + "\n"
-            # renamed when whole: a kill must not leave half of it
+            # renamed when complete, so that a kill leaves no half-written file
             (self.folder / ".config.json").write_text(text, encoding="utf-8")
             (self.folder / ".config.json").replace(self.folder / "config.json")
 
@@ -114,15 +114,15 @@ class RunLog:
         return infos
 
     def log_epoch(self, epoch: int, global_step: int, all_rewards: torch.Tensor, timings: dict[str, float]) -> None:
-        """Logs an epoch's mean reward and timings, and makes the one-line `summary` of it."""
+        """Logs an epoch's mean reward and timings, and sets `summary` to one line about the epoch."""
         means = {"reward_mean": all_rewards.mean().item(), "reward_std": all_rewards.std(correction=0).item()}
         self.accelerator.log(timings, step=global_step - 1)
         counts = {"kind": "epoch", "epoch": epoch, "updates": global_step, "images": len(all_rewards)}
         self._write({**counts, **means, **timings, "elapsed_s": self.elapsed_s()})
-        self.summary = (
-            f"reward {means['reward_mean']:.3f}, kl {self._last_update['approx_kl']:.1e}, "
-            f"clipped {self._last_update['clipfrac']:.0%}, {timings['images_per_s']:.2f} images/s"
-        )
+        update = self._last_update
+        # a user's own `_train_batched_samples` may log no updates
+        of_update = f"kl {update['approx_kl']:.1e}, clipped {update['clipfrac']:.0%}, " if update else ""
+        self.summary = f"reward {means['reward_mean']:.3f}, {of_update}{timings['images_per_s']:.2f} images/s"
 
     def draw_reward_curve(self) -> None:
         """Draws rewards.png from metrics.jsonl."""
@@ -139,7 +139,8 @@ class RunLog:
             self._warned_of_drift = True
             logger.warning(
                 "before the first update the ratio is already %.1e away from 1, and the clip range is %.1e: set "
-                "train_recompute_log_probs, use a higher mixed_precision, or train with the guidance that samples",
+                "train_recompute_log_probs, use a higher mixed_precision, or use guidance in training as in sampling "
+                "(train_cfg)",
                 drift,
                 self.config.train_clip_range,
             )
@@ -162,8 +163,8 @@ def folder_problem(folder: Path) -> str:
 def agree_on_folder(config: DDPOConfig, accelerator: Accelerator, folder: Path) -> Path:
     """The run's folder, the same path in all processes.
 
-    A folder that the user named is used as it is. Else its name has the time in seconds: the main process makes it, and
-    adds a number if another run has the same.
+    A folder that the user named is used as it is. Otherwise the name contains the time in seconds; the main process
+    makes the folder, and adds a number to the name if another run has the same one.
     """
     if not (config.output_dir or config.project_kwargs.get("project_dir") or config.resume_from or config.run_name):
         made = str(folder_lock.make_new(folder)) if accelerator.is_main_process else ""
@@ -171,7 +172,7 @@ def agree_on_folder(config: DDPOConfig, accelerator: Accelerator, folder: Path) 
         accelerator.project_configuration.project_dir = str(folder)
         if "logging_dir" not in config.project_kwargs:
             accelerator.project_configuration.logging_dir = str(folder)
-    # processes start at different seconds
+    # a name with the time may differ between processes, which start at different seconds
     return Path(broadcast_from_main(accelerator, str(folder)))
 
 

@@ -265,7 +265,7 @@ def choose_kernels(
     chosen = {}
     for head_dim in sorted(head_dims):
         name = f"attention of head dim {head_dim} in {kind} on {where}"
-        chosen[head_dim] = measured.once(name, partial(measure, head_dim))
+        chosen[head_dim] = measured.measure_once(name, partial(measure, head_dim))
     # a choice from an earlier session may need an xformers that is not installed here
     by_xformers = [head_dim for head_dim, name in chosen.items() if name == "xformers"]
     if by_xformers and (problem := attention_problem("xformers", by_xformers, device, dtype)):
