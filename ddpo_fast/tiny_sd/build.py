@@ -68,7 +68,7 @@ def main() -> None:
         pipeline(vae, text_encoder, tokenizer, unet).to(dtype=torch.float16).save_pretrained(args.out)
 
 
-def measure_once(path: Path, make, on_all_ranks: bool = False):
+def once(path: Path, make, on_all_ranks: bool = False):
     """What `make` returns, kept in the file `path`: made by rank 0, or by all ranks together, and read by all."""
     if not path.exists():
         made = make() if on_all_ranks or rank() == 0 else None
