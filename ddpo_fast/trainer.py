@@ -199,7 +199,7 @@ class DDPOTrainer(CheckpointMixin, HubModel):
         global_step = self._train_on(trajectory, epoch, global_step)
         timer.ends("training")
         # Log the epoch, then save a checkpoint: it records how much had been logged.
-        self.run_log.log_epoch(epoch, global_step, all_rewards, timer.timings(len(all_rewards)))
+        self.run_log.log_epoch(epoch, global_step, all_rewards, timer.timings(all_rewards))
         self.progress.epoch_is_whole(epoch + 1, global_step)
         if (epoch + 1) % self.config.save_freq == 0:
             self._save(epoch + 1)
