@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ddpo_fast.lazy_names import lazy_names
 from ddpo_fast.version import __version__
 
 if TYPE_CHECKING:
@@ -34,14 +34,7 @@ _MODULES = {
     "DefaultDDPOStableDiffusionPipeline": "pipeline",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
-    # the next look-up finds it without this function
-    globals()[name] = value
-    return value
+__getattr__ = lazy_names(__name__, _MODULES)
 
 
 def __dir__() -> list[str]:

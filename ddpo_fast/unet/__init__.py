@@ -8,8 +8,9 @@ rounding.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ddpo_fast.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from ddpo_fast.unet.attention import (
@@ -46,7 +47,7 @@ __all__ = [
 
 # The module that defines each name, imported when the name is first used: fused_layers needs peft, whose import takes
 # seconds, and `ddpo-fast info` asks for the attention only.
-_HOMES = {
+_MODULES = {
     "FEW_SCORES": "attention",
     "FusedLoraLinear": "fused_layers",
     "SDPAProcessor": "attention",
@@ -64,11 +65,4 @@ _HOMES = {
     "unfuse_unet": "fused_layers",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    # stored, so that Python finds the name without calling this function again
-    globals()[name] = value
-    return value
+__getattr__ = lazy_names(__name__, _MODULES)
