@@ -84,3 +84,9 @@ def _stream() -> torch.cuda.Stream:
 def problem(device: torch.device) -> str:
     """Why nothing can be recorded on a device, or ''."""
     return "" if device.type == "cuda" else f"CUDA graphs need a CUDA device, and this run is on {device.type}"
+
+
+def check(device: torch.device) -> None:
+    """Raises `ValueError`, naming the setting `cuda_graphs`, if nothing can be recorded on a device."""
+    if reason := problem(device):
+        raise ValueError(f"cuda_graphs is True, but {reason}: leave it out")

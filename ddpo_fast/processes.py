@@ -25,8 +25,7 @@ def make_accelerator(config: DDPOConfig, output_dir: Path) -> Accelerator:
     `accelerator_kwargs` take precedence over what is chosen here. Raises `ValueError` for a way of splitting the run
     that is not supported.
     """
-    if problem := launch_problem():
-        raise ValueError(problem)
+    check_launch()
     project: dict[str, Any] = {"project_dir": str(output_dir), "logging_dir": str(output_dir), **config.project_kwargs}
     # checkpoints are written by `run_folder.checkpoint`, not by accelerate
     project["automatic_checkpoint_naming"] = False
@@ -63,20 +62,19 @@ def with_launch_settings(config: DDPOConfig, accelerator: Accelerator) -> DDPOCo
         )
     if config.optimizer_in_backward and accelerator.num_processes > 1:
         raise ValueError("optimizer_in_backward is True, which is for one process: leave it out")
-    if config.cuda_graphs and (problem := cuda_graphs.problem(accelerator.device)):
-        raise ValueError(f"cuda_graphs is True, but {problem}: leave it out")
+    if config.cuda_graphs:
+        cuda_graphs.check(accelerator.device)
     return config
 
 
-def launch_problem() -> str:
-    """A sentence about unsupported distributed training that accelerate's config asks for, or ''."""
+def check_launch() -> None:
+    """Raises `ValueError` for distributed training that accelerate's config asks for and that is not supported."""
     for kind, variable in (("FSDP", "ACCELERATE_USE_FSDP"), ("Megatron-LM", "ACCELERATE_USE_MEGATRON_LM")):
         if os.environ.get(variable, "").lower() in ("true", "1"):
-            return (
+            raise ValueError(
                 f"accelerate's config asks for {kind}, which is not supported: choose MULTI_GPU there (or NO), or "
                 "start with torchrun; --zero 2 or 3 splits a run's memory among its processes"
             )
-    return ""
 
 
 def broadcast_from_main(accelerator: Accelerator, value: T) -> T:

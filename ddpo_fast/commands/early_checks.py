@@ -14,7 +14,7 @@ from ddpo_fast.commands.options import RunArguments
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.engine import zero_settings
 from ddpo_fast.model_configs import ModelConfigs, check_model
-from ddpo_fast.processes import launch_problem
+from ddpo_fast.processes import check_launch
 from ddpo_fast.run_folder import checkpoint
 from ddpo_fast.run_folder.hub import push_problem
 from ddpo_fast.run_folder.run_log import folder_problem, output_folder
@@ -27,14 +27,13 @@ def check_before_loading(run: RunArguments, config: DDPOConfig) -> ModelConfigs:
     Raises `ValueError` or `OSError` in one sentence.
     """
     # how this process was launched, and what its device can run
-    if problem := launch_problem():
-        raise ValueError(problem)
+    check_launch()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ops.require_backend(config.kernel_backend, device)
     if config.attention == "xformers" and (problem := attention_problem("xformers", (), device)):
         raise ValueError(f"attention is 'xformers', which cannot run: {problem}")
-    if config.cuda_graphs and (problem := cuda_graphs.problem(torch.device(device))):
-        raise ValueError(f"cuda_graphs is True, but {problem}: leave it out")
+    if config.cuda_graphs:
+        cuda_graphs.check(torch.device(device))
     if config.uses_deepspeed:
         zero_settings(config, config.mixed_precision)
 
