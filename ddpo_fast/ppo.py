@@ -123,12 +123,12 @@ class PPO:
     @torch.no_grad()
     def score_again(self, trajectory: Trajectory) -> Trajectory:
         """The trajectory with the log-probs that training's forward pass gives it under the current weights."""
-        index, size = pair_index([trajectory], trajectory.timesteps.shape[1]), self.sizes.micro_batch_size
-        log_probs = []
+        index = pair_index([trajectory], trajectory.timesteps.shape[1])
         with self.engine.computing():
-            for start in range(0, len(index), size):
-                pairs = pairs_of([trajectory], index[start : start + size], self.config.guides_training)
-                log_probs.append(self.policy.log_prob(pairs.latents, pairs.timesteps, pairs.next_latents, pairs.embeds))
+            log_probs = [
+                self.policy.log_prob(pairs.latents, pairs.timesteps, pairs.next_latents, pairs.embeds)
+                for pairs, _ in self._calls([trajectory], index, len(index))
+            ]
         # pairs are in order of the step, then of the image: [T * B] -> [T, B], then transposed to [B, T]
         by_step = torch.cat(log_probs).reshape(trajectory.log_probs.T.shape)
         return replace(trajectory, log_probs=by_step.T.contiguous())
@@ -226,7 +226,9 @@ class PPO:
             pass
         return ~torch.cat(without).cpu().numpy() if without else np.zeros(0, dtype=bool)
 
-    def _calls(self, batches: Sequence[TrainingBatch], index: np.ndarray, total: int) -> Iterator[tuple[Pairs, int]]:
+    def _calls(
+        self, batches: Sequence[TrainingBatch | Trajectory], index: np.ndarray, total: int
+    ) -> Iterator[tuple[Pairs, int]]:
         """Yields the pairs of each UNet call, and how many of them are not padding.
 
         Args:
