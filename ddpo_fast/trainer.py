@@ -74,12 +74,11 @@ class DDPOTrainer(CheckpointMixin, HubModel):
         require_function("reward_function", reward_function)
         require_function("prompt_function", prompt_function)
         check_pipeline(sd_pipeline, config)
+        # In one piece, as each part needs those before it: checks, processes, folder, networks, stages, progress.
         self.config = config
-        self.reward_fn = reward_function
-        self.prompt_fn = prompt_function
+        self.reward_fn, self.prompt_fn = reward_function, prompt_function
         self.image_samples_callback = image_samples_hook
-        self.sd_pipeline = sd_pipeline
-        self.num_train_timesteps = config.num_train_timesteps
+        self.sd_pipeline, self.num_train_timesteps = sd_pipeline, config.num_train_timesteps
 
         # The run's processes, and the checkpoint to resume from, verified before anything is written.
         resume = checkpoint.find(config.resume_from) if config.resume_from else None
@@ -271,6 +270,7 @@ class DDPOTrainer(CheckpointMixin, HubModel):
     @property
     def _overlaps_rewards(self) -> bool:
         """Whether a batch is scored while the next is sampled: not if user code overrides how either is done."""
+        # by the class, as a profiler may wrap the methods of one trainer and must not change what it measures
         kind, ours = type(self), DDPOTrainer
         is_ours = kind.compute_rewards is ours.compute_rewards and kind._generate_samples is ours._generate_samples
         return self.config.reward_overlap and is_ours and isinstance(self.rollout, Rollout)

@@ -66,6 +66,7 @@ def adamw8bit_(
 
     Raises `ValueError` for shapes, dtypes and layouts that do not fit, and for a `step` below 1.
     """
+    # long by its operands and what each may be; what follows are the checks of them and one call
     _check(master, codes1, codes2, absmax1, absmax2, grad, out)
     if step < 1:
         raise ValueError(f"step is {step} but the first is 1")

@@ -87,6 +87,7 @@ def ppo_loss(
 
     Raises `ValueError` for shapes and dtypes that do not fit.
     """
+    # long by its operands and what each may be; what follows are the checks of them and one call
     check_step("model_output", model_output, latents, guidance_scale)
     check_table(table, timesteps, latents)
     if next_latents.shape != latents.shape:

@@ -98,6 +98,7 @@ def predict(
         evaluated_images: the images that `ddpo-fast train` samples in one batch before and after training; 0 for a
             `DDPOTrainer` without that command.
     """
+    # in one piece, as the phases are best read side by side
     temporary = _temporary_bytes(footprint, config, num_processes, evaluated_images)
 
     # Resident in every phase, unless in host memory: the UNet, the fp32 weights, the optimizer's states and the moving
