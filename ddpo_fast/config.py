@@ -111,6 +111,60 @@ class DDPOConfig:
         False, "Score the samples again with training's own forward pass before the first update of an epoch."
     )
 
+    objective: str = _option(
+        "ddpo_is",
+        "What is minimised: ddpo_is (the clipped ratio of DDPO), ddpo_sf (its score function, one update an epoch) or "
+        "rwr (denoising loss weighted by the reward).",
+        choices=["ddpo_is", "ddpo_sf", "rwr"],
+    )
+    step_credit: str = _option(
+        "none",
+        "How much each denoising step says in the loss: none (as in TRL, where the last steps say most), equal, or "
+        "sqrt (half-way).",
+        choices=["none", "equal", "sqrt"],
+    )
+    train_skip_last_steps: float = _option(0.0, "Share of the denoising steps, the last ones, that are not trained.")
+    train_clip_unit: str = _option(
+        "ratio",
+        "What train_clip_range is a range of: ratio (TRL's), or step (standard deviations of a denoising step, which "
+        "mean the same for latents of any size).",
+        choices=["ratio", "step"],
+    )
+    train_target_update: float = _option(
+        0.0,
+        "How far an update moves the mean of a denoising step, in standard deviations of the step: the learning rate "
+        "follows this, and an update that goes too far is shortened. 0 leaves the learning rate alone.",
+    )
+    train_lr_scheduler: str = _option(
+        "constant",
+        "How the learning rate and train_target_update change over the run after train_warmup_steps.",
+        choices=["constant", "linear", "cosine"],
+    )
+    train_advantages: str = _option(
+        "std",
+        "What divides a reward's distance from the mean: std, robust (median and median absolute deviation), or rank "
+        "(normal quantiles of the reward's rank).",
+        choices=["std", "robust", "rank"],
+    )
+    train_kl_weight: float = _option(0.0, "Weight of the KL divergence to the model before training in the loss.")
+    train_image_credit: str = _option(
+        "none",
+        "How an image's advantage is shared among its denoising steps: none (each has it whole), or coca (by how much "
+        "a step brings the predicted image nearer to the final one, arXiv 2505.19196).",
+        choices=["none", "coca"],
+    )
+    rwr_beta: float = _option(0.2, "Inverse temperature of rwr's weights, softmax(beta * reward).")
+    rwr_top_fraction: float = _option(0.0, "With rwr: train on this share of the best images alone; 0 weights all.")
+    rwr_per_prompt: bool = _option(False, "With rwr: weigh images against those of the same prompt.")
+    sample_group_size: int = _option(1, "Images of each drawn prompt; above 1, advantages are within such a group.")
+    sample_group_noise: str = _option(
+        "own", "The initial noise of a group's images: own (one each) or shared.", choices=["own", "shared"]
+    )
+    sample_redraws: int = _option(
+        0, "Times that groups whose rewards are all equal are replaced by groups of other prompts in an epoch."
+    )
+    ema_sampling: bool = _option(False, "Sample with the moving average of the weights; needs ema_decay.")
+
     sample_merge_batches: Optional[int] = _option(  # noqa: UP045
         None,
         "Sampling batches denoised together (default: enough to keep the device busy, as far as they fit in memory).",
@@ -195,10 +249,15 @@ class DDPOConfig:
             setattr(self, option.name, config_rules.plain(getattr(self, option.name)))
         if problem := config_rules.broken_rule(self):
             raise ValueError(problem)
+        if self.num_trainable_steps < 1:
+            raise ValueError(
+                f"train_skip_last_steps is {self.train_skip_last_steps!r}: of sample_num_steps={self.sample_num_steps} "
+                "it leaves no step to train on; use less"
+            )
         if self.num_train_timesteps < 1:
             raise ValueError(
-                f"train_timestep_fraction is {self.train_timestep_fraction!r}: of sample_num_steps="
-                f"{self.sample_num_steps} it leaves no timestep to train on; use at least {1 / self.sample_num_steps:g}"
+                f"train_timestep_fraction is {self.train_timestep_fraction!r}: of {self.num_trainable_steps} steps "
+                f"(sample_num_steps) it leaves no timestep to train on; use at least {1 / self.num_trainable_steps:g}"
             )
         remembered, needed = self.per_prompt_stat_tracking_buffer_size, self.per_prompt_stat_tracking_min_count
         if self.per_prompt_stat_tracking and needed > remembered:
@@ -236,9 +295,14 @@ class DDPOConfig:
         return self.zero > 0 or self.deepspeed is not None or self.launched_with_deepspeed
 
     @property
+    def num_trainable_steps(self) -> int:
+        """Denoising steps that may be trained: all but the last ones that `train_skip_last_steps` leaves out."""
+        return self.sample_num_steps - round(self.sample_num_steps * self.train_skip_last_steps)
+
+    @property
     def num_train_timesteps(self) -> int:
         """Timesteps of each image that an inner epoch trains on, rounded down."""
-        return int(self.sample_num_steps * self.train_timestep_fraction)
+        return int(self.num_trainable_steps * self.train_timestep_fraction)
 
     @property
     def guides_training(self) -> bool:

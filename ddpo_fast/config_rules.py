@@ -115,9 +115,10 @@ def _is_tracker(value: Any) -> bool:
 RULES: tuple[tuple[str, Predicate, str], ...] = (
     ("seed", _whole(0, 2**32 - 1), f"a whole number from 0 to {2**32 - 1}, as NumPy's generator takes no larger seed"),
     ("num_epochs", _whole(0, 10**9), f"a whole number from 0 to {10**9}"),
-    ("train_warmup_steps train_min_8bit_size", _whole(0), "a whole number of at least 0"),
+    ("train_warmup_steps train_min_8bit_size sample_redraws", _whole(0), "a whole number of at least 0"),
     ("zero", _whole(0, 3), "0, 1, 2 or 3"),
-    ("ema_decay", _number(lambda v: 0 <= v < 1), "at least 0 and below 1"),
+    ("ema_decay train_skip_last_steps", _number(lambda v: 0 <= v < 1), "at least 0 and below 1"),
+    ("rwr_top_fraction", _number(lambda v: 0 <= v <= 1), "from 0 to 1"),
     ("gpu_memory", _none_or(_number(lambda v: v > 0)), "None or a number above 0 (GB)"),
     ("deepspeed", _none_or(lambda v: v != "" and _is_path(v)), "None or the path of a JSON file"),
     ("output_dir", _none_or(_is_path), "None or the path of a folder"),
@@ -127,7 +128,7 @@ RULES: tuple[tuple[str, Predicate, str], ...] = (
     (
         "sample_num_steps sample_batch_size sample_num_batches_per_epoch train_batch_size "
         "train_gradient_accumulation_steps train_num_inner_epochs max_workers per_prompt_stat_tracking_buffer_size "
-        "per_prompt_stat_tracking_min_count",
+        "per_prompt_stat_tracking_min_count sample_group_size",
         _whole(1, MAX_SIZE),
         f"a whole number from 1 to {MAX_SIZE}",
     ),
@@ -144,7 +145,8 @@ RULES: tuple[tuple[str, Predicate, str], ...] = (
     ("train_timestep_fraction", _number(lambda v: 0 < v <= 1), "above 0 and at most 1"),
     ("train_adam_beta1 train_adam_beta2", _number(lambda v: 0 <= v < 1), "at least 0 and below 1"),
     (
-        "train_learning_rate train_adam_weight_decay sample_guidance_scale",
+        "train_learning_rate train_adam_weight_decay sample_guidance_scale train_target_update train_kl_weight "
+        "rwr_beta",
         _number(lambda v: v >= 0),
         "a number of at least 0",
     ),

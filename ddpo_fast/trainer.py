@@ -305,6 +305,7 @@ class DDPOTrainer(CheckpointMixin, HubModel):
     def _train_on(self, trajectory: Trajectory, epoch: int, global_step: int) -> int:
         """The inner epochs; returns the number of updates so far."""
         self.progress.is_updating = True
+        trajectory = trajectory.first_steps(self.config.num_trainable_steps)
         if self.config.train_recompute_log_probs:
             trajectory = self.ppo.score_again(trajectory)
         self.ppo.begin_epoch()

@@ -91,6 +91,13 @@ class Trajectory(_Keyed):
             has_advantage=None if differs.all() else differs,
         )
 
+    def first_steps(self, count: int) -> Trajectory:
+        """The trajectory without the steps after the first `count`; the tensors are views."""
+        if count == self.timesteps.shape[1]:
+            return self
+        timesteps, log_probs = self.timesteps[:, :count], self.log_probs[:, :count]
+        return replace(self, timesteps=timesteps, trail=self.trail[:, : count + 1], log_probs=log_probs)
+
     def training_batch(
         self, rows: torch.Tensor, steps: torch.Tensor, has_advantage: torch.Tensor | None
     ) -> TrainingBatch:
