@@ -138,7 +138,7 @@ class DDPOConfig:
     train_lr_scheduler: str = _option(
         "constant",
         "How the learning rate and train_target_update change over the run after train_warmup_steps.",
-        choices=["constant", "linear", "cosine"],
+        choices=["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"],
     )
     train_advantages: str = _option(
         "std",
@@ -340,6 +340,11 @@ class DDPOConfig:
         """Optimizer steps in one pass over an epoch's samples; the number of processes does not change it."""
         images = self.sample_batch_size * self.sample_num_batches_per_epoch
         return images // (self.train_batch_size * self.train_gradient_accumulation_steps)
+
+    @property
+    def num_updates(self) -> int:
+        """Optimizer steps of a run of `num_epochs` epochs."""
+        return self.num_epochs * self.train_num_inner_epochs * self.updates_per_inner_epoch
 
     @property
     def pairs_per_update(self) -> int:

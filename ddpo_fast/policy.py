@@ -73,6 +73,16 @@ class Policy:
         """(c_x, c_m, sigma) of the step from each timestep (see ddim.py): [num_train_timesteps, 3] on the device."""
         return DDIMCoefficients.of(self.pipeline.scheduler, self.config.sample_eta, self.device).table
 
+    def step_weights(self, timesteps: Tensor) -> Tensor:
+        """`credit * |c_m| / sigma` of the steps from `timesteps` [N]: [N].
+
+        How far a step's mean moves, in standard deviations of the step and times the step's credit, where the model's
+        output moves by 1. 0 for a step without noise, which has no density.
+        """
+        rows = self.noise_table[timesteps]
+        weights = rows[:, 1].abs() / rows[:, 2] * (rows[:, 3] if rows.shape[1] > 3 else 1.0)
+        return torch.where(rows[:, 2] > 0, weights, 0.0)
+
     @contextmanager
     def computing(self) -> Iterator[None]:
         """A context in which the networks compute in the run's precision.

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ddpo_fast import ops
 from ddpo_fast.batch_sizes import BatchSizes
+from ddpo_fast.bounded_update import MEASURED_PAIRS, BoundedUpdate
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.cuda_graphs import Recorded
 from ddpo_fast.device_memory import is_out_of_memory
@@ -59,15 +60,24 @@ class PPO:
 
     Args:
         sizes: says how many pairs a UNet call has.
+        bound: keeps updates near `train_target_update`; None to leave them alone.
 
     Raises `ValueError` where `optimizer_in_backward` is set and an update takes more than one UNet call.
     """
 
-    def __init__(self, config: DDPOConfig, policy: Policy, engine: Engine, sizes: BatchSizes) -> None:
+    def __init__(
+        self,
+        config: DDPOConfig,
+        policy: Policy,
+        engine: Engine,
+        sizes: BatchSizes,
+        bound: BoundedUpdate | None = None,
+    ) -> None:
         self.config = config
         self.policy = policy
         self.engine = engine
         self.sizes = sizes
+        self.bound = bound
         self.metrics = UpdateMetrics()
         calls = -(-config.pairs_per_update // sizes.micro_batch_size) if config.optimizer_in_backward else 1
         if calls > 1:
@@ -103,6 +113,8 @@ class PPO:
         Returns the update's metrics, [] each, on the device. Raises `RuntimeError` if memory runs out and the
         micro-batch cannot be made smaller.
         """
+        if self.bound is not None:
+            self.bound.begin(self._measured_calls(batches))
         while True:
             try:
                 self._add_gradients(batches, number, objective)
@@ -113,12 +125,21 @@ class PPO:
                 problem = str(error)
             # Outside of the `except`: while the error exists, its traceback keeps the failed call's tensors in memory.
             self._halve_micro_batch(problem)
-        found = {**self.metrics.means(), **self.engine.step()}
+        if self.bound is None:
+            found = {**self.metrics.means(), **self.engine.step()}
+        else:
+            found = {**self.metrics.means(), **self.engine.step(self.bound.settle), **self.bound.metrics}
         if number > 0:
             # Before the first update the weights are those that sampled, and a ratio other than 1 is a numerical error.
             # Later ratios differ from 1 because the weights do.
             found.pop("ratio_drift", None)
         return found
+
+    def _measured_calls(self, batches: Sequence[TrainingBatch]) -> list[Pairs]:
+        """Some pairs of an update, evenly spaced over its images and steps, in UNet calls of at most a micro-batch."""
+        index = pair_index(batches, self.config.num_train_timesteps)
+        chosen = index[np.linspace(0, len(index) - 1, min(MEASURED_PAIRS, len(index))).round().astype(int)]
+        return [pairs for pairs, _ in self._calls(batches, chosen, len(chosen))]
 
     @torch.no_grad()
     def score_again(self, trajectory: Trajectory) -> Trajectory:

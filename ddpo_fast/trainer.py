@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from ddpo_fast import ops, rewards
 from ddpo_fast.advantages import PerPromptStatTracker, batch_advantages
 from ddpo_fast.batch_sizes import BatchSizes
+from ddpo_fast.bounded_update import BoundedUpdate
 from ddpo_fast.checkpoint_mixin import CheckpointMixin
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.engine import make_engine, make_optimizer
@@ -131,7 +132,10 @@ class DDPOTrainer(CheckpointMixin, HubModel):
         self.stat_tracker = PerPromptStatTracker(
             config.per_prompt_stat_tracking_buffer_size, config.per_prompt_stat_tracking_min_count
         )
-        self.ppo = PPO(settings, self.policy, self.engine, self.sizes)
+        bound = None
+        if config.train_target_update:
+            bound = BoundedUpdate(settings, self.policy, self.engine, self.accelerator)
+        self.ppo = PPO(settings, self.policy, self.engine, self.sizes, bound)
 
         # The run's counters and, for a resumed run, the checkpoint's state.
         self.interruption = Interruption()

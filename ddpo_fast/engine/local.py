@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -17,7 +17,7 @@ from ddpo_fast.engine.ema import EMA
 from ddpo_fast.engine.loss_scale import LossScale
 from ddpo_fast.engine.master_weights import MasterWeights
 from ddpo_fast.engine.offload import Offload
-from ddpo_fast.engine.optimizers import Warmup, buckets, flat, step_in_buckets, step_in_place
+from ddpo_fast.engine.optimizers import LearningRate, buckets, flat, step_in_buckets, step_in_place
 from ddpo_fast.temporary_values import temporary_values
 
 
@@ -41,7 +41,7 @@ class LocalEngine:
         self.keeps_gradients = config.cuda_graphs
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.updates = 0
-        self._warmup = Warmup(optimizer, config.train_warmup_steps)
+        self.rate = LearningRate(optimizer, config)
         self._scale = LossScale(accelerator.device, config.mixed_precision == "fp16")
         self._generator = torch.Generator(accelerator.device)
         self._offload = Offload(optimizer, weights) if weights.exact_weights == "host" else None
@@ -53,7 +53,7 @@ class LocalEngine:
         self.ema = EMA(weights.masters, config.ema_decay, on_host) if config.ema_decay else None
         if config.optimizer_in_backward:
             self._update_in_backward()
-        self._warmup.set_rate(self.updates)
+        self.rate.set_for(self.updates)
 
     def computing(self) -> AbstractContextManager[None]:
         return self.weights.computing()
@@ -94,26 +94,33 @@ class LocalEngine:
 
     # one update
 
-    def step(self) -> dict[str, Tensor]:
+    def step(self, settle: Callable[[], float] | None = None) -> dict[str, Tensor]:
         self.updates += 1
         if self.config.optimizer_in_backward:
             # the hooks of the backward pass have updated the weights already
             self.weights.refresh()
+            if settle is not None:
+                settle()
             if self.ema is not None:
                 self.ema.update(self.weights.masters)
-            self._warmup.set_rate(self.updates)
+            self.rate.set_for(self.updates)
             return {}
         self._average_over_processes()
         norm, multiplier = self._clip()
         # If the norm is not finite, then some gradient is not. With a loss scale that means an overflow. Without one
         # the run itself has a fault, which health.py reports from the logged norm.
         overflowed = ~norm.isfinite() & self._scale.enabled
+        before = [master.detach().clone() for master in self.weights.masters] if settle is not None else []
         self._apply(multiplier, overflowed)
+        while settle is not None and (share := settle()) < 1:
+            self._move_back(before, share)
+        if self.ema is not None:
+            self.ema.update(self.weights.masters, overflowed if self._scale.enabled else None)
         logged = {"grad_norm": norm}
         if self._scale.enabled:
             logged |= {"skipped_step": overflowed.float(), "loss_scale": self._scale.value.clone()}
         self._scale.update(overflowed)
-        self._warmup.set_rate(self.updates)
+        self.rate.set_for(self.updates)
         return logged
 
     def _clip(self) -> tuple[Tensor, Tensor]:
@@ -129,7 +136,7 @@ class LocalEngine:
         return norm, multiplier
 
     def _apply(self, multiplier: Tensor, overflowed: Tensor) -> None:
-        """Runs the optimizer, discards the gradients, and updates the half-precision copies and the moving averages.
+        """Runs the optimizer, discards the gradients, and updates the half-precision copies.
 
         If a gradient overflowed, it discards the gradients and changes no weights.
         """
@@ -152,8 +159,21 @@ class LocalEngine:
             step_in_buckets(self.optimizer, self.weights, multiplier, self._rounding_generator())
             self.zero_gradients()
             self.weights.refresh()
-        if self.ema is not None:
-            self.ema.update(self.weights.masters, overflowed if self._scale.enabled else None)
+
+    @torch.no_grad()
+    def _move_back(self, before: Sequence[Tensor], share: float) -> None:
+        """Keeps only a `share` of an update: moves the weights towards those of `before` the update."""
+        masters = [master.detach() for master in self.weights.masters]
+        if self.weights.exact_weights != "none":
+            torch._foreach_lerp_(masters, list(before), 1 - share)
+        else:
+            # Weights in half precision alone: a part of a step may be too small to be stored. So each weight keeps its
+            # whole step with a probability of `share`, which is right on average.
+            generator = self._rounding_generator(len(masters))
+            for master, old in zip(masters, before, strict=True):
+                draws = torch.rand(master.shape, generator=generator, device=master.device)
+                master.copy_(torch.where(draws < share, master, old))
+        self.weights.refresh()
 
     @property
     def _steps_in_place(self) -> bool:
@@ -238,7 +258,11 @@ class LocalEngine:
             # All processes have the same state and only the main one writes it. Copying it elsewhere would waste
             # memory.
             return {}
-        state: dict[str, Any] = {"loss_scale": self._scale.state_dict(), "updates": self.updates}
+        state: dict[str, Any] = {
+            "loss_scale": self._scale.state_dict(),
+            "updates": self.updates,
+            "rate_factor": self.rate.factor,
+        }
         if moments.is_adam(self.optimizer):
             state["step"] = moments.step_of(self.optimizer)
             for moment in moments.MOMENTS:
@@ -253,7 +277,7 @@ class LocalEngine:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.updates = state["updates"]
+        self.updates, self.rate.factor = state["updates"], state.get("rate_factor", 1.0)
         self._scale.load_state_dict(state["loss_scale"])
         if "optimizer" in state:
             self.optimizer.load_state_dict(state["optimizer"])
@@ -265,7 +289,7 @@ class LocalEngine:
         if self.ema is not None:
             # the checkpoint of a run without a moving average has none: start from the weights
             self.ema.set(state.get("ema", self.weights.masters))
-        self._warmup.set_rate(self.updates)
+        self.rate.set_for(self.updates)
 
     def process_state(self) -> dict[str, Any]:
         # all processes have the same state

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from diffusers.optimization import get_scheduler
 from torch import Tensor
 
 from ddpo_fast.config import DDPOConfig
@@ -49,19 +50,36 @@ def make_optimizer(parameters: Iterable[torch.nn.Parameter], config: DDPOConfig)
     )
 
 
-class Warmup:
-    """Raises the learning rates linearly over `steps` updates to those that the optimizer was made with."""
+class LearningRate:
+    """The learning rate of each update: the one that the optimizer was made with, times `share` and `factor`.
 
-    def __init__(self, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    `factor` is 1 unless a bounded update changes it (ddpo_fast/bounded_update.py).
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, config: DDPOConfig) -> None:
         self.optimizer = optimizer
-        self.steps = steps
+        self.warmup = max(1, config.train_warmup_steps)
         self.peaks = [group["lr"] for group in optimizer.param_groups]
+        self.factor = 1.0
+        # The schedule is diffusers' function of the update's number; the optimizer that it wants is only read.
+        unused = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        after_warmup = max(1, config.num_updates - config.train_warmup_steps)
+        scheduler: Any = get_scheduler(
+            config.train_lr_scheduler, unused, num_warmup_steps=0, num_training_steps=after_warmup
+        )
+        self._schedule, self._last = scheduler.lr_lambdas[0], after_warmup - 1
 
-    def set_rate(self, updates: int) -> None:
-        """Sets the learning rates for the next update, after `updates` updates."""
+    def share(self, updates: int) -> float:
+        """What warm-up and schedule make of the learning rate in the update after `updates` updates, from 0 to 1."""
+        # updates + 1, so that the first update has a learning rate above zero
+        rising = min(1.0, (updates + 1) / self.warmup)
+        # a run may be continued beyond the `num_epochs` that it was planned for: it keeps the last rate
+        return rising * self._schedule(min(max(0, updates + 1 - self.warmup), self._last))
+
+    def set_for(self, updates: int) -> None:
+        """Sets the optimizer's learning rates for the update after `updates` updates."""
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-            # updates + 1, so that the first update has a learning rate above zero
-            group["lr"] = peak * min(1.0, (updates + 1) / max(1, self.steps))
+            group["lr"] = peak * self.share(updates) * self.factor
 
 
 def buckets(sizes: Iterable[int]) -> Iterator[list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ddpo_fast.engine.ema import EMA
+from ddpo_fast.engine.optimizers import LearningRate
 
 
 class Engine(Protocol):
@@ -20,6 +22,9 @@ class Engine(Protocol):
     """
 
     optimizer: torch.optim.Optimizer
+    rate: LearningRate
+    # updates so far
+    updates: int
     # the moving average of the trained weights, if the settings ask for one
     ema: EMA | None
 
@@ -69,8 +74,14 @@ class Engine(Protocol):
         process has to contribute its part of the weights to every pass of the others.
         """
 
-    def step(self) -> dict[str, Tensor]:
+    def step(self, settle: Callable[[], float] | None = None) -> dict[str, Tensor]:
         """Updates the weights from the gradients since the last update, and sets the next update's learning rate.
+
+        Args:
+            settle: called after the update, when the network computes with the new weights. It returns which share of
+                the update to keep. Below 1, the weights are moved back towards those before the update, of which a copy
+                is kept for it, and `settle` is called again. With `optimizer_in_backward` there is no such copy, and
+                `settle` must return 1.
 
         Returns scalars on the device: `grad_norm` before clipping and, for fp16, `loss_scale` and `skipped_step` (1 if
         a gradient overflowed and the weights stayed as they were).

@@ -24,7 +24,7 @@ from ddpo_fast.config import DDPOConfig
 from ddpo_fast.engine import moments
 from ddpo_fast.engine.ema import EMA
 from ddpo_fast.engine.master_weights import accumulate_into
-from ddpo_fast.engine.optimizers import Warmup, buckets
+from ddpo_fast.engine.optimizers import LearningRate, buckets
 from ddpo_fast.engine.zero_fragments import ZeroFragments
 from ddpo_fast.temporary_values import temporary_values
 
@@ -112,8 +112,8 @@ class ZeroEngine:
                 parameter.register_post_accumulate_grad_hook(accumulate_into(self._fp32_gradients, i, torch.float32))
         on_host = config.ema_device == "cpu"
         self.ema = EMA(self._flats, config.ema_decay, on_host) if config.ema_decay else None
-        self._warmup = Warmup(self.optimizer, config.train_warmup_steps)
-        self._warmup.set_rate(self.updates)
+        self.rate = LearningRate(self.optimizer, config)
+        self.rate.set_for(self.updates)
 
     @property
     def stage(self) -> int:
@@ -210,7 +210,7 @@ class ZeroEngine:
 
     # one update
 
-    def step(self) -> dict[str, Tensor]:
+    def step(self, settle: Callable[[], float] | None = None) -> dict[str, Tensor]:
         self._begin_accumulating()
         self._complete_gradients()
         # closing the context makes DeepSpeed reduce the gradients
@@ -218,17 +218,28 @@ class ZeroEngine:
         self._is_accumulating = False
         # read before the step, which changes the scale
         scale = self._zero.loss_scale
+        before = [flat.detach().clone() for flat in self._flats] if settle is not None else []
         # clips, updates and gathers the half-precision weights again
         self.deepspeed.step()
         self.updates += 1
+        while settle is not None and (share := settle()) < 1:
+            self._move_back(before, share)
         logged = {"grad_norm": self._scalar(self.deepspeed.get_global_grad_norm() or 0.0)}
         if self.deepspeed.fp16_enabled():
             skipped = not self.deepspeed.was_step_applied()
             logged |= {"skipped_step": self._scalar(skipped), "loss_scale": self._scalar(scale)}
         if self.ema is not None and self.deepspeed.was_step_applied():
             self.ema.update(self._flats)
-        self._warmup.set_rate(self.updates)
+        self.rate.set_for(self.updates)
         return logged
+
+    @torch.no_grad()
+    def _move_back(self, before: Sequence[Tensor], share: float) -> None:
+        """Keeps only a `share` of an update: moves the weights towards those of `before` the update."""
+        torch._foreach_lerp_([flat.detach() for flat in self._flats], list(before), 1 - share)
+        # the half-precision weights follow from the fp32 ones
+        whole = self._fragments.gather_all({id(flat): flat for flat in self._flats}, keep=True)
+        self._fragments.set_weights(whole)
 
     def _scalar(self, value: Any) -> Tensor:
         return torch.tensor(float(value), device=self.accelerator.device)
@@ -274,6 +285,7 @@ class ZeroEngine:
         # overflowed. A static loss scale has neither.
         since = getattr(scaler, "cur_iter", 0) - getattr(scaler, "last_overflow_iter", -1) - 1
         state: dict[str, Any] = {"updates": self.updates, "step": moments.step_of(self.optimizer)}
+        state["rate_factor"] = self.rate.factor
         state["loss_scale"] = {"scale": float(scaler.cur_scale), "good_updates": since}
         is_main = self.accelerator.is_main_process
         for moment in moments.MOMENTS:
@@ -289,7 +301,7 @@ class ZeroEngine:
             raise ValueError(
                 "the checkpoint's optimizer is not Adam, and its state cannot be split for ZeRO: resume without ZeRO"
             )
-        self.updates = state["updates"]
+        self.updates, self.rate.factor = state["updates"], state.get("rate_factor", 1.0)
         self._load_scale(state["loss_scale"])
         if state["step"]:
             parts = {moment: self._fragments.from_checkpoint(state[moment], moment) for moment in moments.MOMENTS}
@@ -301,7 +313,7 @@ class ZeroEngine:
             # split them. It uses the name of the moment only for quantised ones.
             averages = self._fragments.from_checkpoint(state["ema"], "exp_avg") if "ema" in state else {}
             self.ema.set([averages.get(id(flat), flat) for flat in self._flats])
-        self._warmup.set_rate(self.updates)
+        self.rate.set_for(self.updates)
 
     def process_state(self) -> dict[str, Any]:
         """The codes and scales of 8-bit moments, which a resumed run needs to have the same bits.
