@@ -4,7 +4,8 @@ Adam makes steps of about the learning rate whatever the gradient is worth. How 
 on the model, the batch and the time since the start: the first step, which is +- the learning rate in every weight,
 moves it several times further than later ones. PPO's clip does not bound an update either: the first one of an epoch
 begins at ratios of 1, where nothing is clipped. So the distance is measured after each update, on a few pairs, and an
-update that went too far is shortened.
+update that went too far is shortened, or lengthened if it hardly moved the policy: Adam's step is proportional to its
+learning rate, so this is the step with the right one.
 
 The distance of an update is the root mean square, over the measured pairs and the elements of a latent, of
 
@@ -35,14 +36,14 @@ from ddpo_fast.trajectory import Pairs
 # Pairs of each process to measure an update by: two forward passes of 8 pairs cost a thirtieth of an update of 160
 # pairs. A pair's mean square varies by about a half, so that the distance is known within a tenth.
 MEASURED_PAIRS = 8
-# An update is shortened if it went further than this many targets.
+# An update is left as it is if its distance is the target within this factor.
 TOLERANCE = 1.25
-# The learning rate falls at once to what the last update asks for, but rises by no more than this from update to
-# update, as an update may have been short because its pairs were clipped.
-FASTEST_RISE = 1.5
-# How often an update is shortened at most. The first time assumes that the distance is linear in the step, which is not
-# so for long steps: what is left of one is measured, and shortened again.
-SHORTENINGS = 3
+# Longer than the optimizer made it an update becomes at most by this factor, and so does the learning rate from update
+# to update: an update may be short because its gradient has little to say.
+FASTEST_RISE = 2.0
+# How often an update is changed at most. The first time assumes that the distance is linear in the step, which is not
+# so for long steps: the changed one is measured, and changed again.
+CHANGES = 3
 
 
 class BoundedUpdate:
@@ -55,33 +56,35 @@ class BoundedUpdate:
         self.accelerator = accelerator
         self._calls: list[Pairs] = []
         self._before: list[Tensor] = []
-        # the shares of the update that were kept so far
-        self._shares: list[float] = []
+        # what the update was multiplied by so far
+        self._changes: list[float] = []
         self.metrics: dict[str, Tensor] = {}
 
     def begin(self, calls: Sequence[Pairs]) -> None:
         """Keeps the model's output for some pairs of the update, given in UNet calls, under the present weights."""
         self._calls = list(calls)
         self._before = self._outputs()
-        self._shares = []
+        self._changes = []
 
     def settle(self) -> float:
-        """Measures the update and returns which share of it to keep, to be called again until that is 1.
+        """Measures the update and returns what to multiply it by, to be called again until that is 1.
 
         The last call sets the factor of the next learning rate.
         """
         distance = self._distance()
         target = self.config.train_target_update * self.engine.rate.share(self.engine.updates - 1)
-        # without a copy of the weights before it, an update cannot be shortened
-        if distance > TOLERANCE * target and len(self._shares) < SHORTENINGS and not self.config.optimizer_in_backward:
-            self._shares.append(target / distance)
-            return self._shares[-1]
-        share = math.prod(self._shares)
+        # Nothing moved where fp16 overflowed and the step was skipped, or where no pair had a gradient. The comparisons
+        # are false for a NaN too, which health.py reports.
+        wanted = target / distance if distance > 0 else 1.0
+        share = math.prod(self._changes)
+        change = min(wanted, FASTEST_RISE / share)
+        is_far = not 1 / TOLERANCE <= wanted <= TOLERANCE and change != 1
+        # without a copy of the weights before it, an update cannot be changed
+        if is_far and len(self._changes) < CHANGES and not self.config.optimizer_in_backward:
+            self._changes.append(change)
+            return change
         self._log(update_distance=distance, update_share=share, rate_factor=self.engine.rate.factor)
-        # Nothing moved where fp16 overflowed and the step was skipped, or where no pair had a gradient. The comparison
-        # is false for a NaN too, which health.py reports.
-        if distance > 0:
-            self.engine.rate.factor *= min(FASTEST_RISE, share * target / distance)
+        self.engine.rate.factor *= min(FASTEST_RISE, share * wanted)
         self._calls, self._before = [], []
         return 1.0
 

@@ -17,7 +17,14 @@ from ddpo_fast.engine.ema import EMA
 from ddpo_fast.engine.loss_scale import LossScale
 from ddpo_fast.engine.master_weights import MasterWeights
 from ddpo_fast.engine.offload import Offload
-from ddpo_fast.engine.optimizers import LearningRate, buckets, flat, step_in_buckets, step_in_place
+from ddpo_fast.engine.optimizers import (
+    LearningRate,
+    buckets,
+    flat,
+    rounded_stochastically,
+    step_in_buckets,
+    step_in_place,
+)
 from ddpo_fast.temporary_values import temporary_values
 
 
@@ -112,8 +119,8 @@ class LocalEngine:
         overflowed = ~norm.isfinite() & self._scale.enabled
         before = [master.detach().clone() for master in self.weights.masters] if settle is not None else []
         self._apply(multiplier, overflowed)
-        while settle is not None and (share := settle()) < 1:
-            self._move_back(before, share)
+        while settle is not None and (share := settle()) != 1:
+            self._scale_update(before, share)
         if self.ema is not None:
             self.ema.update(self.weights.masters, overflowed if self._scale.enabled else None)
         logged = {"grad_norm": norm}
@@ -161,18 +168,17 @@ class LocalEngine:
             self.weights.refresh()
 
     @torch.no_grad()
-    def _move_back(self, before: Sequence[Tensor], share: float) -> None:
-        """Keeps only a `share` of an update: moves the weights towards those of `before` the update."""
+    def _scale_update(self, before: Sequence[Tensor], share: float) -> None:
+        """Multiplies an update by `share`, given the weights `before` it: Adam's step with `share` times its rate."""
         masters = [master.detach() for master in self.weights.masters]
         if self.weights.exact_weights != "none":
             torch._foreach_lerp_(masters, list(before), 1 - share)
         else:
-            # Weights in half precision alone: a part of a step may be too small to be stored. So each weight keeps its
-            # whole step with a probability of `share`, which is right on average.
+            # weights in half precision alone: rounded at random, as a part of a step may be too small to be stored
             generator = self._rounding_generator(len(masters))
             for master, old in zip(masters, before, strict=True):
-                draws = torch.rand(master.shape, generator=generator, device=master.device)
-                master.copy_(torch.where(draws < share, master, old))
+                exact = torch.lerp(master.float(), old.float(), 1 - share)
+                flat(master).copy_(rounded_stochastically(flat(exact, like=master), generator))
         self.weights.refresh()
 
     @property

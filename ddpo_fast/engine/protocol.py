@@ -78,10 +78,10 @@ class Engine(Protocol):
         """Updates the weights from the gradients since the last update, and sets the next update's learning rate.
 
         Args:
-            settle: called after the update, when the network computes with the new weights. It returns which share of
-                the update to keep. Below 1, the weights are moved back towards those before the update, of which a copy
-                is kept for it, and `settle` is called again. With `optimizer_in_backward` there is no such copy, and
-                `settle` must return 1.
+            settle: called after the update, when the network computes with the new weights. It returns what to
+                multiply the update by. Unless that is 1, the weights are moved along the line from those before the
+                update, of which a copy is kept for it, and `settle` is called again. With `optimizer_in_backward` there
+                is no such copy, and `settle` must return 1.
 
         Returns scalars on the device: `grad_norm` before clipping and, for fp16, `loss_scale` and `skipped_step` (1 if
         a gradient overflowed and the weights stayed as they were).

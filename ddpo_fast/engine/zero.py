@@ -222,8 +222,8 @@ class ZeroEngine:
         # clips, updates and gathers the half-precision weights again
         self.deepspeed.step()
         self.updates += 1
-        while settle is not None and (share := settle()) < 1:
-            self._move_back(before, share)
+        while settle is not None and (share := settle()) != 1:
+            self._scale_update(before, share)
         logged = {"grad_norm": self._scalar(self.deepspeed.get_global_grad_norm() or 0.0)}
         if self.deepspeed.fp16_enabled():
             skipped = not self.deepspeed.was_step_applied()
@@ -234,8 +234,8 @@ class ZeroEngine:
         return logged
 
     @torch.no_grad()
-    def _move_back(self, before: Sequence[Tensor], share: float) -> None:
-        """Keeps only a `share` of an update: moves the weights towards those of `before` the update."""
+    def _scale_update(self, before: Sequence[Tensor], share: float) -> None:
+        """Multiplies an update by `share`, given the weights `before` it."""
         torch._foreach_lerp_([flat.detach() for flat in self._flats], list(before), 1 - share)
         # the half-precision weights follow from the fp32 ones
         whole = self._fragments.gather_all({id(flat): flat for flat in self._flats}, keep=True)
