@@ -310,7 +310,7 @@ class PPO:
             self.policy.noise_table,
             timesteps,
             self.config.sample_guidance_scale if self.config.guides_training else None,
-            clip_range=self.config.train_clip_range,
+            clip_range=self.policy.clip_range,
             advantage_limit=self.config.train_adv_clip_max,
             grad_scale=scale,
         )
@@ -323,9 +323,9 @@ class PPO:
         metrics are means over the `scored` pairs, which the UNet is called for. The pairs of the call after the first
         `count` are padding.
         """
-        clip_range = self.config.train_clip_range
+        clip_range = self.policy.clip_range
         new, old, advantages = call.log_probs[:count], pairs.log_probs[:count], pairs.advantages[:count]
-        ratio = torch.exp(new - old)
+        ratio = torch.exp(self.policy.credited(new - old, pairs.timesteps[:count]))
         without = ops.is_clipped(advantages, clip_range, ratio) | (advantages == 0)
         kl, clipfrac = call.approx_kl, call.clip_fraction
         # those of the call include the padding

@@ -36,6 +36,7 @@ test_batch_sizes.py::test_what_was_measured test_batch_sizes.py::test_a_run_that
 test_ppo.py::test_ratio test_ppo.py::test_the_fast_path test_ppo.py::test_golden
 test_readme.py::test_the_example
 test_rollout.py::test_sampling_ends test_scaling.py::test_command
+test_step_credit.py::test_the_fused
 test_trainer.py::test_a_compiled test_trainer.py::test_packed test_trainer.py::test_packing
 """.split()
 SLOW_S = 8.0
