@@ -175,5 +175,5 @@ class ScoringMixin:
         found = {"reward_spread": torch.tensor(variety.reward_spread(prompts, all_rewards.cpu().numpy()))}
         spread = variety.image_spread(scored.trajectory.prompts, [batch[0] for batch in scored.batches])
         if spread is not None:
-            found["image_spread"] = self.accelerator.reduce(spread, reduction="mean")
+            found["image_spread"] = self.accelerator.reduce(spread.to(self.accelerator.device), reduction="mean")
         return found
