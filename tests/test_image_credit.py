@@ -81,11 +81,12 @@ def test_sampling_collects_the_credit(make_trainer, tmp_path, prediction_type):
     hook = unet.register_forward_hook(lambda _module, _inputs, output: outputs.append(output[0]))
     samples, _ = trainer._generate_samples(2, 4)
     hook.remove()
+    # both batches are denoised together, after a call that measures how many fit in memory
     trail = torch.cat([sample.trail for sample in samples])
     alphas = pipe.scheduler.alphas_cumprod.double()
     expected = [
         predicted(prediction_type, output, trail[:, i], alphas[t])
-        for i, (t, output) in enumerate(zip(pipe.scheduler.timesteps, outputs, strict=True))
+        for i, (t, output) in enumerate(zip(pipe.scheduler.timesteps, outputs[-5:], strict=True))
     ]
     credit = step_credit(similarities(expected, trail[:, -1]))
     # the noise table is in fp32
