@@ -1,4 +1,20 @@
-"""Turns rewards into advantages: distances from the mean of the epoch, or of the prompt, in standard deviations."""
+"""Turns rewards into advantages: how far each reward is from those that it is compared with, in units of their spread.
+
+A reward is compared with all rewards of the epoch, with the last rewards of its prompt (`PerPromptStatTracker`), or
+with its group, the images of one drawn prompt (`group_advantages`). In each comparison the distance of a reward r from
+the rewards `others`, among which it is, is one of three (`train_advantages`):
+
+    std     (r - mean) / (std + epsilon), as in TRL and in GRPO (arXiv 2402.03300, section 4.1.1)
+    robust  (r - median) / (1.4826 MAD + epsilon), MAD = median|others - median|: outliers do not shrink the others'
+    rank    Phi^-1((rank - 1/2) / n): only the order of the rewards counts
+
+1.4826 times the median absolute deviation is the standard deviation of a normal distribution (Rousseeuw and
+Croux, 1993); where more than half of the rewards are equal it is 0, and the standard deviation takes its place. The
+quantiles of the normal distribution Phi are taken at Hazen's plotting positions, (rank - 1/2) / n; equal rewards share
+the average of their ranks. Rewards that are all equal have advantages of 0.
+
+Shapes: B images of all processes, S denoising steps.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +23,69 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
+
+# TRL's constants, of the epoch's comparison and of a prompt's
+EPSILON, EPSILON_OF_PROMPT = 1e-8, 1e-6
+NORMAL_STD_OVER_MAD = 1.4826
 
 
-def batch_advantages(rewards: np.ndarray) -> np.ndarray:
-    """`(r - mean) / (std + 1e-8)` over all rewards [B], with the population's std (divided by B), as in TRL."""
-    return (rewards - rewards.mean()) / (rewards.std() + 1e-8)
+def distances(rewards: np.ndarray, others: np.ndarray, kind: str = "std", epsilon: float = EPSILON) -> np.ndarray:
+    """How far `rewards` [n] are from `others` [m], in the unit that `kind` names (see the top of this module)."""
+    if kind == "std":
+        return (rewards - others.mean()) / (others.std() + epsilon)
+    wide, wide_others = rewards.astype(np.float64), others.astype(np.float64)
+    found = _ranks(wide, wide_others) if kind == "rank" else _robust(wide, wide_others, epsilon)
+    return found.astype(rewards.dtype)
+
+
+def _robust(rewards: np.ndarray, others: np.ndarray, epsilon: float) -> np.ndarray:
+    middle = np.median(others)
+    spread = NORMAL_STD_OVER_MAD * np.median(np.abs(others - middle))
+    return (rewards - middle) / ((spread if spread > 0 else others.std()) + epsilon)
+
+
+def _ranks(rewards: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Normal quantiles of the average ranks of `rewards` among `others`."""
+    ordered, count = np.sort(others), len(others)
+    below, not_above = (np.searchsorted(ordered, rewards, side) for side in ("left", "right"))
+    # (average rank - 1/2) / n, as the ranks of equal rewards are below + 1, ..., not_above
+    share = (below + not_above) / (2 * count)
+    # a reward that a short memory has dropped may be beyond all of the others
+    share = share.clip(0.5 / count, 1 - 0.5 / count)
+    return torch.special.ndtri(torch.from_numpy(share)).numpy()
+
+
+def batch_advantages(rewards: np.ndarray, kind: str = "std") -> np.ndarray:
+    """Advantages among all rewards [B]; for 'std' with the population's std (divided by B), as in TRL."""
+    return distances(rewards, rewards, kind)
+
+
+def group_advantages(rewards: np.ndarray, size: int, kind: str = "std") -> np.ndarray:
+    """Advantages [B] within groups of `size` consecutive rewards; exactly 0 in a group whose rewards are equal.
+
+    GRPO's (arXiv 2402.03300): the std of a group of few images is taken as it is, without shrinkage.
+    """
+    groups = rewards.reshape(-1, size)
+    found = np.stack([distances(group, group, kind) for group in groups])
+    # not left to the formula: the mean of equal numbers may be rounded to another number
+    found[np.ptp(groups, axis=1) == 0] = 0
+    return found.reshape(-1)
 
 
 class PerPromptStatTracker:
-    """Mean and std of each prompt's last rewards (arXiv 2305.13301, appendix D.4).
+    """Compares a prompt's rewards with its last ones (arXiv 2305.13301, appendix D.4).
 
     Args:
         buffer_size: rewards to remember for each prompt.
         min_count: rewards that a prompt needs before its own statistics replace the batch's.
+        kind: the unit of advantages, `train_advantages`.
     """
 
-    def __init__(self, buffer_size: int, min_count: int) -> None:
+    def __init__(self, buffer_size: int, min_count: int, kind: str = "std") -> None:
         self.buffer_size = buffer_size
         self.min_count = min_count
+        self.kind = kind
         self.stats: dict[str, deque[float]] = {}
 
     def update(self, prompts: Sequence[str], rewards: Any) -> np.ndarray:
@@ -36,9 +97,8 @@ class PerPromptStatTracker:
             mine = names == prompt
             seen = self.stats.setdefault(prompt, deque(maxlen=self.buffer_size))
             seen.extend(rewards[mine])
-            reference = rewards if len(seen) < self.min_count else np.array(seen, dtype=np.float32)
-            # TRL's constant here, which differs from the one of `batch_advantages`
-            advantages[mine] = (rewards[mine] - reference.mean()) / (reference.std() + 1e-6)
+            others = rewards if len(seen) < self.min_count else np.array(seen, dtype=np.float32)
+            advantages[mine] = distances(rewards[mine], others, self.kind, EPSILON_OF_PROMPT)
         return advantages
 
     def get_stats(self) -> dict[str, dict[str, Any]]:
@@ -52,3 +112,42 @@ class PerPromptStatTracker:
 
     def load_state_dict(self, state: dict[str, list[float]]) -> None:
         self.stats = {prompt: deque(seen, maxlen=self.buffer_size) for prompt, seen in state.items()}
+
+
+def step_advantages(advantages: np.ndarray, credit: np.ndarray, sets: Sequence[np.ndarray], steps: int) -> np.ndarray:
+    """Advantages of denoising steps [B, T] from those of images [B] and each step's `credit` [B, T].
+
+    The products are standardised over the images and the trained steps of each set of images that are compared: as the
+    credit differs from step to step, the advantages of a set would else be of another size than without it.
+
+    Args:
+        sets: which images belong to each set, [B] bool each.
+        steps: how many of the T steps, the first ones, are trained.
+    """
+    shared = advantages[:, None].astype(np.float64) * credit
+    found = np.zeros_like(shared)
+    for mine in sets:
+        trained = shared[mine, :steps]
+        # equal products, as of images whose advantages are all 0, stay 0
+        if trained.size and np.ptp(trained) > 0:
+            found[mine] = (shared[mine] - trained.mean()) / (trained.std() + EPSILON)
+    return found.astype(np.float32)
+
+
+def compared_sets(prompts: Sequence[str], group_size: int, min_count: int | None) -> list[np.ndarray]:
+    """The sets of images that are compared with each other, [B] bool each: groups, prompts, or all images.
+
+    Args:
+        prompts: of all images, B.
+        min_count: images that a prompt needs to be a set of its own, the others being one set together; None without
+            per-prompt statistics.
+    """
+    count, numbers = len(prompts), np.arange(len(prompts))
+    if group_size > 1:
+        return [numbers // group_size == group for group in range(count // group_size)]
+    if min_count is None:
+        return [np.ones(count, dtype=bool)]
+    names = np.asarray(prompts, dtype=object)
+    own = [mine for prompt in dict.fromkeys(prompts) if (mine := names == prompt).sum() >= min_count]
+    rest = ~np.any(own, axis=0) if own else np.ones(count, dtype=bool)
+    return [*own, rest] if rest.any() else own

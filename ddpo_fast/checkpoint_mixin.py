@@ -61,6 +61,7 @@ class CheckpointMixin:
             "metrics_bytes": self.run_log.metrics.size(),
             "trained": self._trained_part(),
             "healthy": self.run_log.health.good,
+            "first_spreads": self.run_log.health.first_spreads,
             **json.loads(json.dumps(self.run_settings, default=str)),
         }
         training = {

@@ -259,6 +259,12 @@ class DDPOConfig:
                 f"train_timestep_fraction is {self.train_timestep_fraction!r}: of {self.num_trainable_steps} steps "
                 f"(sample_num_steps) it leaves no timestep to train on; use at least {1 / self.num_trainable_steps:g}"
             )
+        images = self.sample_batch_size * self.sample_num_batches_per_epoch
+        if images % self.sample_group_size:
+            raise ValueError(
+                f"sample_group_size is {self.sample_group_size}, but a process samples {images} images an epoch "
+                "(sample_batch_size x sample_num_batches_per_epoch): use a divisor of that"
+            )
         remembered, needed = self.per_prompt_stat_tracking_buffer_size, self.per_prompt_stat_tracking_min_count
         if self.per_prompt_stat_tracking and needed > remembered:
             raise ValueError(

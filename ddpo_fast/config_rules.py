@@ -205,6 +205,23 @@ CONFLICTS: tuple[tuple[Callable[[Settings], bool], str], ...] = (
         "cuda_graphs",
     ),
     (
+        lambda c: c.sample_group_size > 1 and c.per_prompt_stat_tracking,
+        "sample_group_size is above 1, and per_prompt_stat_tracking is True: both say what a reward is compared with, "
+        "leave one out",
+    ),
+    (
+        lambda c: c.sample_group_noise == "shared" and c.sample_group_size == 1,
+        "sample_group_noise is 'shared', which needs groups: set sample_group_size above 1",
+    ),
+    (
+        lambda c: c.sample_redraws > 0 and c.sample_group_size == 1,
+        "sample_redraws is above 0, which needs groups to draw again: set sample_group_size above 1",
+    ),
+    (
+        lambda c: c.train_image_credit == "coca" and c.objective == "rwr",
+        "train_image_credit is 'coca', but objective 'rwr' weighs whole images: use 'none'",
+    ),
+    (
         lambda c: c.uses_deepspeed and (c.cuda_graphs or c.compile_unet),
         "cuda_graphs and compile_unet do not work with ZeRO: leave them out",
     ),

@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 LARGEST_LOG_RATIO = 20**2 / 2
 # A log-ratio of this root mean square means that a typical ratio is exp(0.5) or exp(-0.5). PPO assumes ratios near 1.
 FAR_LOG_RATIO = 0.5
+# Variety is lost where less than this share is left of what the first epochs had.
+LEAST_VARIETY = 1 / 3
+FIRST_EPOCHS = 2
 # the remedy in several messages
 HALF_PRECISION = "a higher mixed_precision ('bf16' or 'no')"
 
@@ -151,6 +154,8 @@ class Health:
         self.speaks = speaks
         self.clip_range = config.train_clip_range if clip_range is None else clip_range
         self.good = True
+        # `reward_spread` and `image_spread` of the first epochs, by name, which checkpoints keep
+        self.first_spreads: dict[str, list[float]] = {}
         self._warned: set[str] = set()
 
     def begin_epoch(self) -> None:
@@ -165,6 +170,22 @@ class Health:
                 f"all {len(values)} rewards of epoch {epoch + 1} are {float(values[0]):g}: without spread there is "
                 "nothing to learn; see what the reward function returns, and whether the images still differ",
             )
+
+    def variety(self, epoch: int, spreads: dict[str, float]) -> None:
+        """Warns if the spread of rewards or of images has fallen far below that of the first epochs."""
+        for name, spread in spreads.items():
+            first = self.first_spreads.setdefault(name, [])
+            if len(first) < FIRST_EPOCHS:
+                first.append(spread)
+            elif spread < LEAST_VARIETY * sum(first) / len(first):
+                what = "images" if name == "image_spread" else "rewards"
+                self._warn(
+                    name,
+                    f"the {what} of a prompt differ by {spread:.2g} in epoch {epoch + 1} ({name}), and by "
+                    f"{sum(first) / len(first):.2g} at the start: the policy loses its variety and may be collapsing; "
+                    "go on from an earlier checkpoint with a smaller train_target_update or train_learning_rate, or "
+                    "with train_kl_weight",
+                )
 
     def update(self, number: int, info: dict[str, float], folder: Any) -> None:
         """Raises `RunStopped` for an update whose numbers show a broken run, and warns of one that may lead there."""

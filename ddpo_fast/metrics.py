@@ -69,12 +69,19 @@ class EpochTimer:
         yield from items
         self.ends(stage)
 
-    def timings(self, rewards: Tensor) -> dict[str, float]:
-        """Seconds of each stage, and images a second of the whole epoch, one for each of all processes' `rewards`."""
+    def timings(self, images: int) -> dict[str, float]:
+        """How many images were scored, seconds of each stage, and images a second of the whole epoch.
+
+        A stage that ended several times (as in an epoch that draws groups again) is counted to its last end.
+
+        Args:
+            images: scored by all processes.
+        """
         sampled, scored, trained = (self._ended[stage] for stage in ("sampling", "scoring", "training"))
         return {
+            "images_scored": images,
             "sample_s": sampled - self._started,
             "reward_s": scored - sampled,
             "train_s": trained - scored,
-            "images_per_s": len(rewards) / (trained - self._started),
+            "images_per_s": images / (trained - self._started),
         }

@@ -6,6 +6,7 @@ Both have TRL's names and signatures, so that subclasses written for TRL work.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -270,11 +271,26 @@ def check_pipeline(pipeline: DDPOStableDiffusionPipeline, config: DDPOConfig) ->
         check_steps(pipeline.scheduler, config.sample_num_steps, config.sample_eta)
     if config.offload_frozen and kind.__call__ is not ours.__call__:
         raise ValueError("offload_frozen is True, but the pipeline's own __call__ wants its networks on the device")
+    if config.train_image_credit == "coca" and kind.__call__ is not ours.__call__:
+        raise ValueError(
+            "train_image_credit is 'coca', but the pipeline's own __call__ does not tell what each step predicts: use "
+            "'none'"
+        )
+    if config.sample_group_noise == "shared" and not _takes(kind.__call__, "latents"):
+        raise ValueError(
+            "sample_group_noise is 'shared', but the pipeline's own __call__ takes no latents to start from: add that "
+            "argument, or use 'own'"
+        )
     if config.cuda_graphs and pipeline.autocast is not None:
         raise ValueError(
             "cuda_graphs is True, but this pipeline has an autocast, whose casts are forgotten before a graph reads "
             "them: leave it out"
         )
+
+
+def _takes(function: Callable[..., Any], keyword: str) -> bool:
+    parameters = inspect.signature(function).parameters
+    return keyword in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def load_stable_diffusion(name: str, revision: str = "main") -> Any:

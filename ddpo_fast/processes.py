@@ -91,6 +91,11 @@ def all_reduce_min(accelerator: Accelerator, value: int) -> int:
     return int(smallest)
 
 
+def all_reduce_max(accelerator: Accelerator, value: int) -> int:
+    """The largest of the processes' values, in every process."""
+    return -all_reduce_min(accelerator, -value)
+
+
 def run_or_raise_on_all(accelerator: Accelerator, work: Callable[[], T]) -> T:
     """Returns `work()`. Every process calls it, and if `work` raises in one of them, it raises in all.
 

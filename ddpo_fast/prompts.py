@@ -6,7 +6,8 @@ import codecs
 import json
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -154,8 +155,24 @@ def draw_prompts(prompt_function: PromptFunction, count: int) -> tuple[tuple[str
 
     Raises `ValueError` if the function raises, or returns anything but a prompt and its metadata.
     """
-    prompts, metadata = zip(*(_draw(prompt_function) for _ in range(count)), strict=True)
-    return prompts, metadata
+    return PromptGroups(prompt_function, 1).draw(count)
+
+
+class PromptGroups:
+    """Draws prompts of which each is used `size` times in a row, also across calls of `draw`."""
+
+    def __init__(self, prompt_function: PromptFunction, size: int) -> None:
+        self._repeated = (pair for pair in _draws(prompt_function) for _ in range(size))
+
+    def draw(self, count: int) -> tuple[tuple[str, ...], tuple[Any, ...]]:
+        """The next `count` prompts as (prompts, metadata); raises what `draw_prompts` raises."""
+        prompts, metadata = zip(*islice(self._repeated, count), strict=True)
+        return prompts, metadata
+
+
+def _draws(prompt_function: PromptFunction) -> Iterator[tuple[str, Any]]:
+    while True:
+        yield _draw(prompt_function)
 
 
 def _draw(prompt_function: PromptFunction) -> tuple[str, Any]:

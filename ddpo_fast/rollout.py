@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import islice, repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +20,9 @@ from ddpo_fast import ops
 from ddpo_fast.batch_sizes import BatchSizes
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.cuda_graphs import Recorded
+from ddpo_fast.image_credit import predictions, similarities, step_credit
 from ddpo_fast.policy import Policy
-from ddpo_fast.prompts import PromptFunction, draw_prompts
+from ddpo_fast.prompts import PromptFunction, PromptGroups
 from ddpo_fast.sample_ahead import Stopped, ahead
 from ddpo_fast.sampler import DenoisingChain, decode
 from ddpo_fast.trajectory import Trajectory
@@ -65,8 +67,13 @@ class Rollout:
 
         A reward function may use the same random generators while later batches are sampled, and the prompt function
         may work only in the thread that calls the trainer.
+
+        Each `sample_group_size` consecutive images are of one draw of the prompt function; the last group may be cut.
         """
-        draws = [self.draw(prompt_function, batch_size) for _ in range(iterations)]
+        groups = PromptGroups(prompt_function, self.config.sample_group_size)
+        draws = [self.draw(groups, batch_size) for _ in range(iterations)]
+        if self.config.sample_group_noise == "shared":
+            _share_first_noise(draws, self.config.sample_group_size)
         if self.policy.embed_prompts.remembers:
             # All prompts are encoded here, before sampling is queued on the device: copying a batch's token ids to the
             # device later would wait for the batches before it.
@@ -87,9 +94,9 @@ class Rollout:
         """A context in which another thread samples the batches; see `sample_ahead`."""
         return ahead(batches, self.policy.device, self.stop)
 
-    def draw(self, prompt_function: PromptFunction, batch_size: int) -> Draw:
+    def draw(self, groups: PromptGroups, batch_size: int) -> Draw:
         """Draws for a batch what TRL draws, in its order: the prompts, the latents, the noise of each step."""
-        prompts, metadata = draw_prompts(prompt_function, batch_size)
+        prompts, metadata = groups.draw(batch_size)
         shape = (batch_size, *self.policy.latent_shape)
         noise = [randn_tensor(shape, device=self.policy.device) for _ in range(self.config.sample_num_steps + 1)]
         return Draw(prompts, metadata, noise)
@@ -111,7 +118,7 @@ class Rollout:
             draw.noise.clear()
         with self.policy.computing():
             ids, embeds = self.policy.embed_prompts(prompts)
-            trail, log_probs = self._denoise(noise, embeds)
+            trail, log_probs, credit = self._denoise(noise, embeds)
         return Trajectory(
             prompts=prompts,
             prompt_ids=ids,
@@ -120,12 +127,11 @@ class Rollout:
             timesteps=self.pipe.scheduler.timesteps.repeat(len(prompts), 1),
             trail=torch.stack(trail, dim=1),
             log_probs=torch.stack(log_probs, dim=1),
+            credit=credit,
         )
 
-    def _denoise(
-        self, noise: list[torch.Tensor], embeds: torch.Tensor
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """(T + 1 latents [B, C, H, W], T log-probs [B]) from `noise`, which is emptied, and `embeds` [B, L, D]."""
+    def _denoise(self, noise: list[torch.Tensor], embeds: torch.Tensor) -> Denoised:
+        """The trajectories from `noise`, a list that is emptied, and `embeds` [B, L, D]."""
         scheduler, device, steps = self.pipe.scheduler, self.policy.device, self.config.sample_num_steps
         if scheduler.num_inference_steps != steps or scheduler.timesteps.device.type != device.type:
             # only if they differ: `set_timesteps` copies the timesteps to the device, and the host waits for that
@@ -135,6 +141,22 @@ class Rollout:
         if key not in self._chains:
             self._chains[key] = RolloutChain(self.pipe, self.config, embeds, self.stop)
         return self._chains[key].sample(noise, embeds)
+
+
+def _share_first_noise(draws: Sequence[Draw], size: int) -> None:
+    """Gives each `size` consecutive images the initial latents of the first of them."""
+    own = torch.cat([draw.noise[0] for draw in draws])
+    shared = own[::size].repeat_interleave(size, dim=0)[: len(own)]
+    for draw, part in zip(draws, shared.split([len(draw.prompts) for draw in draws]), strict=True):
+        draw.noise[0] = part
+
+
+class Denoised(NamedTuple):
+    """What a `RolloutChain` returns."""
+
+    trail: list[torch.Tensor]  # T + 1 latents [B, C, H, W]
+    log_probs: list[torch.Tensor]  # T, [B] each
+    credit: torch.Tensor | None  # [B, T] with `train_image_credit`
 
 
 class RolloutChain(DenoisingChain):
@@ -155,20 +177,39 @@ class RolloutChain(DenoisingChain):
         uses_cache = config.sample_cache and not config.compile_unet and not cache_problem(pipe.unet)
         self.cache = UNetCache(pipe.unet) if uses_cache else None
         self.recorded = Recorded(self._step) if config.cuda_graphs else None
+        self.predictions = predictions(pipe.scheduler, config.sample_eta) if config.train_image_credit == "coca" else []
+        # The final latents that each step predicts. Together they are as large as the noise of the steps, which is
+        # freed meanwhile, so that keeping them does not raise the peak of memory.
+        self._predicted: list[torch.Tensor] = []
 
-    def sample(self, noise: list[torch.Tensor], embeds: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """(T + 1 latents [B, C, H, W], T log-probs [B]) from the `noise` of a `Draw`, a list that is emptied."""
+    def sample(self, noise: list[torch.Tensor], embeds: torch.Tensor) -> Denoised:
+        """The trajectories from the `noise` of a `Draw`, a list that is emptied, and `embeds`."""
         self.embeds.copy_(embeds)
+        self._predicted.clear()
         if self.cache is not None:
             self.cache.fill(self.embeds, self.pipe.scheduler.timesteps)
         # reversed to be taken from the end of the list: each step's noise is freed once it is used
         noise.reverse()
         with self.cache.in_use() if self.cache is not None else nullcontext():
-            return self.run(noise.pop(), noise.pop)
+            trail, log_probs = self.run(noise.pop(), noise.pop)
+        if not self.predictions:
+            return Denoised(trail, log_probs, None)
+        credit = step_credit(similarities(self._predicted, trail[-1]))
+        self._predicted.clear()
+        return Denoised(trail, log_probs, credit)
 
     def take_step(
         self, rows: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, i: int
     ) -> ops.Step:
+        step = self._cached_step(rows, latents, noise, t, i)
+        if self.predictions:
+            self._predicted.append(self.predictions[i].of(latents, step.latents, noise))
+        return step
+
+    def _cached_step(
+        self, rows: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, i: int
+    ) -> ops.Step:
+        """A step with the cached layers and as a CUDA graph, where these are on."""
         if self.stop.is_set():
             raise Stopped
         if self.cache is not None:
@@ -193,10 +234,15 @@ class PipelineRollout:
         self.policy = policy
 
     def batches(self, prompt_function: PromptFunction, iterations: int, batch_size: int) -> Iterator[SampledBatch]:
-        """`iterations` sampling batches, one after the other."""
+        """`iterations` sampling batches, one after the other, in groups as `Rollout.batches` has them."""
         pipeline = self.policy.pipeline
+        groups = PromptGroups(prompt_function, self.config.sample_group_size)
+        first_noise = self._first_noise()
         for _ in range(iterations):
-            prompts, metadata = draw_prompts(prompt_function, batch_size)
+            prompts, metadata = groups.draw(batch_size)
+            shared = {}
+            if self.config.sample_group_noise == "shared":
+                shared["latents"] = torch.cat(list(islice(first_noise, batch_size)))
             ids, embeds = self.policy.embed_prompts(prompts)
             negative_embeds = self.policy.negative_embeds.expand_as(embeds)
             with self.policy.computing():
@@ -207,6 +253,7 @@ class PipelineRollout:
                     guidance_scale=self.config.sample_guidance_scale,
                     eta=self.config.sample_eta,
                     output_type="pt",
+                    **shared,
                 )
             trajectory = Trajectory(
                 prompts=prompts,
@@ -222,3 +269,9 @@ class PipelineRollout:
                 # a reward function may convert them to NumPy, which has no bf16 and refuses a tensor with a graph
                 images = images.detach().float()
             yield SampledBatch(trajectory, images, metadata)
+
+    def _first_noise(self) -> Iterator[torch.Tensor]:
+        """Yields the initial latents of each image, [1, C, H, W], the same ones for all images of a group."""
+        while True:
+            latents = randn_tensor((1, *self.policy.latent_shape), device=self.policy.device)
+            yield from repeat(latents, self.config.sample_group_size)

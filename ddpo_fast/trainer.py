@@ -1,6 +1,6 @@
 """`DDPOTrainer`: denoising diffusion policy optimization (arXiv 2305.13301), with TRL's interface.
 
-Read `train` and `step` first; the methods below them are the stages of a step, in their order.
+Read `train` and `step` first: a step's first two stages are in `scoring_mixin.py`, the third is below them.
 
 Shapes: B images of an epoch or batch on a process, T denoising steps (S of them trained on), N (image, timestep) pairs.
 """
@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 
 from ddpo_fast import ops, rewards
-from ddpo_fast.advantages import PerPromptStatTracker, batch_advantages
+from ddpo_fast.advantages import PerPromptStatTracker
 from ddpo_fast.batch_sizes import BatchSizes
 from ddpo_fast.bounded_update import BoundedUpdate
 from ddpo_fast.checkpoint_mixin import CheckpointMixin
@@ -32,7 +32,7 @@ from ddpo_fast.pipeline import DDPOStableDiffusionPipeline, DefaultDDPOStableDif
 from ddpo_fast.placement import compute_precision, place_networks, trainable_parameters
 from ddpo_fast.policy import Policy, ratio_clip_range
 from ddpo_fast.ppo import PPO
-from ddpo_fast.processes import broadcast_from_main, make_accelerator, run_or_raise_on_all, with_launch_settings
+from ddpo_fast.processes import broadcast_from_main, make_accelerator, with_launch_settings
 from ddpo_fast.prompts import PromptFunction
 from ddpo_fast.rollout import PipelineRollout, Rollout
 from ddpo_fast.run_folder import checkpoint
@@ -41,6 +41,7 @@ from ddpo_fast.run_folder.progress import Progress
 from ddpo_fast.run_folder.resume_checks import base_digest, verify
 from ddpo_fast.run_folder.run_log import RunLog, agree_on_folder, output_folder
 from ddpo_fast.run_folder.trackers import first_tracker
+from ddpo_fast.scoring_mixin import ScoringMixin
 from ddpo_fast.trajectory import Trajectory, in_groups, training_batches
 from ddpo_fast.user_functions import require_function
 from ddpo_fast.worker_threads import WorkerThreads
@@ -48,7 +49,7 @@ from ddpo_fast.worker_threads import WorkerThreads
 logger = logging.getLogger(__name__)
 
 
-class DDPOTrainer(CheckpointMixin, HubModel):
+class DDPOTrainer(ScoringMixin, CheckpointMixin, HubModel):
     """Fine-tunes a Stable Diffusion pipeline on a reward (arXiv 2305.13301), with TRL 0.23.1's interface.
 
     Args:
@@ -130,7 +131,9 @@ class DDPOTrainer(CheckpointMixin, HubModel):
         self.executor = WorkerThreads(config.max_workers, rewards.WORKER_NAME)
         self.reward_random, self.sample_health = rewards.RewardRandom(), SampleHealth()
         self.stat_tracker = PerPromptStatTracker(
-            config.per_prompt_stat_tracking_buffer_size, config.per_prompt_stat_tracking_min_count
+            config.per_prompt_stat_tracking_buffer_size,
+            config.per_prompt_stat_tracking_min_count,
+            config.train_advantages,
         )
         bound = None
         if config.train_target_update:
@@ -190,119 +193,26 @@ class DDPOTrainer(CheckpointMixin, HubModel):
         """
         timer = EpochTimer(self.accelerator.device)
         # Sample images with the current weights, keeping the latents and log-prob of every denoising step; score them.
-        trajectory, scored = self._sample_and_score(timer)
+        scored, images = self._sample_and_score(timer)
         if self.image_samples_callback is not None:
-            self.image_samples_callback(scored, global_step, first_tracker(self.accelerator))
-        # An advantage is a reward's distance from the mean, in standard deviations, over the images of all processes.
-        all_rewards = self._gathered_rewards(scored)
+            self.image_samples_callback(scored.batches, global_step, first_tracker(self.accelerator))
+        # An advantage is a reward's distance from those that it is compared with, in units of their spread.
+        all_rewards, prompts = self._gathered_rewards(scored.batches), self._gathered_prompts(scored.trajectory.prompts)
         self.run_log.log_rewards(epoch, global_step, all_rewards)
-        trajectory = trajectory.with_advantages(self._advantages(trajectory.prompts, all_rewards))
+        variety = self._variety(scored, prompts, all_rewards)
+        advantages = self._advantages(scored.trajectory, prompts, all_rewards)
+        trajectory = scored.trajectory.with_advantages(advantages)
         timer.ends("scoring")
         # Updates make the steps of images with a positive advantage more likely, those with a negative one less likely.
         global_step = self._train_on(trajectory, epoch, global_step)
         timer.ends("training")
         # Log the epoch, then save a checkpoint: it records how much had been logged.
-        self.run_log.log_epoch(epoch, global_step, all_rewards, timer.timings(all_rewards))
+        timings = timer.timings(images * self.accelerator.num_processes)
+        self.run_log.log_epoch(epoch, global_step, all_rewards, timings, variety)
         self.progress.epoch_is_whole(epoch + 1, global_step)
         if (epoch + 1) % self.config.save_freq == 0:
             self._save(epoch + 1)
         return global_step
-
-    # stage 1: sample and score
-
-    def _sample_and_score(self, timer: EpochTimer) -> tuple[Trajectory, list[list[Any]]]:
-        """An epoch's trajectories, and each batch as `[images, prompts, metadata, rewards, reward metadata]`."""
-        sizes = self.config.sample_num_batches_per_epoch, self.config.sample_batch_size
-        is_async, alone = self.config.async_reward_computation, self.accelerator.num_processes == 1
-        try:
-            if self._overlaps_rewards:
-                # as in TRL, the reward function runs in the caller's thread unless worker threads are asked for
-                executor = self.executor if is_async else None
-                scoring = rewards.Scoring(self.reward_fn, executor, raises_early=alone)
-                samples, batches = self._generate_samples(*sizes, scoring, timer)
-                found = run_or_raise_on_all(self.accelerator, lambda: self._on_device(scoring.results(batches)))
-            else:
-                samples, batches = self._generate_samples(*sizes)
-                timer.ends("sampling")
-                self.reward_random.begin()
-                found = run_or_raise_on_all(self.accelerator, lambda: self.compute_rewards(batches, is_async))
-        except Exception:
-            # if the reward function failed because the images are not finite, raise that cause instead
-            self.sample_health.check()
-            raise
-        finally:
-            self.reward_random.end()
-        run_or_raise_on_all(self.accelerator, self.sample_health.check)
-        self.interruption.check()
-        # the old one would keep the trajectories, the largest tensors of an epoch, in memory
-        self.sample_health = SampleHealth()
-        for batch, *reward_and_metadata in zip(batches, *found, strict=True):
-            batch.extend(reward_and_metadata)
-        return Trajectory.cat(samples), batches
-
-    def _generate_samples(
-        self,
-        iterations: int,
-        batch_size: int,
-        scoring: rewards.Scoring | None = None,
-        timer: EpochTimer | None = None,
-    ) -> tuple[list[Trajectory], list[list[Any]]]:
-        """`iterations` batches of trajectories, and for each `[images, prompts, metadata]`.
-
-        With `scoring`, each batch is scored once its images are complete, while another thread samples the next one;
-        that thread also ends the `timer`'s sampling stage after the last batch.
-        """
-        self.policy.unet.eval()
-        self.sample_health = SampleHealth()
-        # prompts and noise are drawn here, in the thread that calls the trainer
-        batches = self.rollout.batches(self.prompt_fn, iterations, batch_size)
-        made: AbstractContextManager[Any] = nullcontext((batch, None) for batch in batches)
-        if scoring is not None and timer is not None:
-            assert isinstance(self.rollout, Rollout), "a thread can only sample what can be stopped between two steps"
-            made = self.rollout.ahead(timer.at_end_of(batches, "sampling"))
-        samples, prompt_image_pairs = [], []
-        with made as batches_and_events:
-            for (trajectory, images, metadata), ready in batches_and_events:
-                self.sample_health.add(trajectory, images)
-                samples.append(trajectory)
-                prompt_image_pairs.append([images, trajectory.prompts, metadata])
-                if scoring is not None:
-                    self.reward_random.begin()
-                    scoring.begin(prompt_image_pairs[-1], ready)
-        return samples, prompt_image_pairs
-
-    @property
-    def _overlaps_rewards(self) -> bool:
-        """Whether a batch is scored while the next is sampled: not if user code overrides how either is done."""
-        # by the class, as a profiler may wrap the methods of one trainer and must not change what it measures
-        kind, ours = type(self), DDPOTrainer
-        is_ours = kind.compute_rewards is ours.compute_rewards and kind._generate_samples is ours._generate_samples
-        return self.config.reward_overlap and is_ours and isinstance(self.rollout, Rollout)
-
-    def compute_rewards(self, prompt_image_pairs: Sequence[Sequence[Any]], is_async: bool = False) -> Any:
-        """An iterator of two tuples: rewards [B] and metadata of each batch; in worker threads if `is_async`."""
-        if is_async:
-            return self._on_device(rewards.Scoring(self.reward_fn, self.executor).results(prompt_image_pairs))
-        return self._on_device([rewards.score(self.reward_fn, *batch[:3]) for batch in prompt_image_pairs])
-
-    def _on_device(self, scores: list[tuple[torch.Tensor, Any]]) -> Any:
-        return zip(*[(reward.to(self.accelerator.device), metadata) for reward, metadata in scores], strict=True)
-
-    # stage 2: advantages
-
-    def _gathered_rewards(self, scored: list[list[Any]]) -> torch.Tensor:
-        """The rewards of all processes, in order of the process and then of its images."""
-        return self.accelerator.gather(torch.cat([batch[3] for batch in scored]))
-
-    def _advantages(self, prompts: tuple[str, ...], all_rewards: torch.Tensor) -> torch.Tensor:
-        """Advantages of this process's images [B] from the rewards of all processes, on the CPU."""
-        values = all_rewards.cpu().numpy()
-        if self.config.per_prompt_stat_tracking:
-            gathered = list(prompts) if self.accelerator.num_processes == 1 else gather_object(list(prompts))
-            advantages = self.stat_tracker.update(gathered, values)
-        else:
-            advantages = batch_advantages(values)
-        return torch.as_tensor(advantages).reshape(self.accelerator.num_processes, -1)[self.accelerator.process_index]
 
     # stage 3: train
 

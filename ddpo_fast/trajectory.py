@@ -50,10 +50,16 @@ class Trajectory(_Keyed):
     timesteps: torch.Tensor  # [B, T]
     trail: torch.Tensor  # [B, T + 1, C, H, W]
     log_probs: torch.Tensor  # [B, T]
-    advantages: torch.Tensor | None = None  # [B]
+    credit: torch.Tensor | None = None  # [B, T], see image_credit.py; None without `train_image_credit`
+    advantages: torch.Tensor | None = None  # [B], or [B, T] if each step has its own
     has_advantage: torch.Tensor | None = None  # [B] bool on the CPU, so that the host can read it; None: all have one
 
     _views = ("latents", "next_latents")
+
+    @property
+    def _tensors(self) -> list[str]:
+        """The names of the tensors that sampling makes, all with a row for each image."""
+        return _TENSORS if self.credit is None else [*_TENSORS, "credit"]
 
     @property
     def latents(self) -> torch.Tensor:
@@ -70,7 +76,7 @@ class Trajectory(_Keyed):
         """One trajectory batch from several, in order and without advantages (a single one is returned as it is)."""
         if len(parts) == 1:
             return parts[0]
-        joined = {name: torch.cat([part[name] for part in parts]) for name in _TENSORS}
+        joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]._tensors}
         return cls(prompts=tuple(p for part in parts for p in part.prompts), **joined)
 
     def split(self, sizes: Sequence[int]) -> Iterator[Trajectory]:
@@ -78,13 +84,23 @@ class Trajectory(_Keyed):
         start = 0
         for size in sizes:
             rows = slice(start, start + size)
-            parts = {name: getattr(self, name)[rows] for name in _TENSORS}
+            parts = {name: self[name][rows] for name in self._tensors}
             yield Trajectory(prompts=self.prompts[rows], **parts)
             start += size
 
+    def with_images(self, rows: Sequence[int], other: Trajectory, other_rows: Sequence[int]) -> Trajectory:
+        """A copy whose images `rows` are the images `other_rows` of another trajectory."""
+        prompts = list(self.prompts)
+        for row, other_row in zip(rows, other_rows, strict=True):
+            prompts[row] = other.prompts[other_row]
+        device = self.trail.device
+        at, source = (torch.tensor(numbers, device=device) for numbers in (rows, other_rows))
+        replaced = {name: self[name].index_copy(0, at, other[name][source]) for name in self._tensors}
+        return replace(self, prompts=tuple(prompts), **replaced)
+
     def with_advantages(self, advantages: torch.Tensor) -> Trajectory:
-        """A copy that has the advantages of its images, given as [B] on the CPU."""
-        differs = advantages != 0
+        """A copy that has the advantages of its images [B], or of their steps [B, T], given on the CPU."""
+        differs = (advantages != 0).flatten(1).any(1) if advantages.dim() > 1 else advantages != 0
         return replace(
             self,
             advantages=advantages.to(self.trail.device),
@@ -95,8 +111,11 @@ class Trajectory(_Keyed):
         """The trajectory without the steps after the first `count`; the tensors are views."""
         if count == self.timesteps.shape[1]:
             return self
-        timesteps, log_probs = self.timesteps[:, :count], self.log_probs[:, :count]
-        return replace(self, timesteps=timesteps, trail=self.trail[:, : count + 1], log_probs=log_probs)
+        fewer = {name: self[name][:, :count] for name in ("timesteps", "log_probs")}
+        for name in ("credit", "advantages"):
+            if self[name] is not None and self[name].dim() > 1:
+                fewer[name] = self[name][:, :count]
+        return replace(self, trail=self.trail[:, : count + 1], **fewer)
 
     def training_batch(
         self, rows: torch.Tensor, steps: torch.Tensor, has_advantage: torch.Tensor | None
@@ -111,7 +130,7 @@ class Trajectory(_Keyed):
             latents=self.latents[pick],
             next_latents=self.next_latents[pick],
             log_probs=self.log_probs[pick],
-            advantages=self.advantages[rows],
+            advantages=self.advantages[pick if self.advantages.dim() > 1 else rows],
             has_advantage=has_advantage,
         )
 
@@ -136,7 +155,7 @@ def training_batches(trajectory: Trajectory, batch_size: int, inner_epochs: int)
         yield (trajectory.training_batch(*part) for part in parts)
 
 
-_TENSORS = ("prompt_ids", "prompt_embeds", "negative_prompt_embeds", "timesteps", "trail", "log_probs")
+_TENSORS = ["prompt_ids", "prompt_embeds", "negative_prompt_embeds", "timesteps", "trail", "log_probs"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +168,7 @@ class TrainingBatch(_Keyed):
     latents: torch.Tensor  # [b, T, C, H, W]
     next_latents: torch.Tensor  # [b, T, C, H, W]
     log_probs: torch.Tensor  # [b, T]
-    advantages: torch.Tensor  # [b]
+    advantages: torch.Tensor  # [b] or, in the order of the steps, [b, T]
     has_advantage: torch.Tensor | None = None  # [b] on the CPU, as in `Trajectory`
 
     @classmethod
@@ -204,6 +223,9 @@ def pairs_of(batches: Sequence[TrainingBatch | Trajectory], index: np.ndarray, g
         mine = torch.from_numpy(index[index[:, 0] == i].T.copy())
         _, steps, rows = mine.to(batches[i].timesteps.device, non_blocking=True)
         per_step = {name: batches[i][name][rows, steps] for name in _PER_STEP}
+        advantages = batches[i].advantages
+        assert advantages is not None, "training needs advantages: call with_advantages first"
+        per_step["advantages"] = advantages[(rows, steps) if advantages.dim() > 1 else rows]
         parts.append({**per_step, **{name: batches[i][name][rows] for name in _PER_IMAGE}})
     found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     negative, prompts = found.pop("negative_prompt_embeds"), found.pop("prompt_embeds")
@@ -211,4 +233,4 @@ def pairs_of(batches: Sequence[TrainingBatch | Trajectory], index: np.ndarray, g
 
 
 _PER_STEP = ("latents", "timesteps", "next_latents", "log_probs")
-_PER_IMAGE = ("advantages", "prompt_embeds", "negative_prompt_embeds")
+_PER_IMAGE = ("prompt_embeds", "negative_prompt_embeds")

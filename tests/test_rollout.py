@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpo_fast import DefaultDDPOStableDiffusionPipeline, sampler
 from ddpo_fast.prompt_embeddings import ENCODED_AT_ONCE, PromptEmbeddings
+from ddpo_fast.prompts import PromptGroups
 from ddpo_fast.trajectory import training_batches
 from ddpo_fast.unet import UNetCache, cache_problem
 
@@ -388,7 +389,7 @@ class Waits(TorchDispatchMode):
 def test_the_host_never_waits_inside_sampling_and_training(make_trainer, monkeypatch, use_lora):
     trainer = make_trainer(use_lora=use_lora, prompts=Prompts(), train_micro_batch_size=3, sample_merge_batches=2)
     trainer.train(1)  # computes the step table and caches embeddings
-    draws = [trainer.rollout.draw(trainer.prompt_fn, 4) for _ in range(2)]
+    draws = [trainer.rollout.draw(PromptGroups(trainer.prompt_fn, 1), 4) for _ in range(2)]
     with Waits() as sampling:
         samples = [trajectory for trajectory, _ in trainer.rollout.sample(draws)]
     assert sampling.seen == []

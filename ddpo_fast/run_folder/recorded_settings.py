@@ -8,7 +8,7 @@ from typing import Any
 TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("epochs", "global_step", "metrics_bytes", "num_processes", "lora_rank"), (int,)),
     **dict.fromkeys(("elapsed_s", "lora_alpha"), (int, float)),
-    **dict.fromkeys(("trained", "config", "measured", "files", "import_folders"), (dict,)),
+    **dict.fromkeys(("trained", "config", "measured", "files", "import_folders", "first_spreads"), (dict,)),
     **dict.fromkeys(("use_lora", "healthy"), (bool,)),
     **dict.fromkeys(("pretrained_model", "pretrained_revision", "reward", "prompts", "base"), (str, type(None))),
     "lora_target_modules": (list,),
@@ -20,6 +20,9 @@ def problem_with(settings: dict[str, Any]) -> str:
     for name, types in TYPES.items():
         if name in settings and not _has_type(settings[name], types):
             return f"{name} is {settings[name]!r:.80}"
+    for spreads in settings.get("first_spreads", {}).values():
+        if not isinstance(spreads, list) or not all(_has_type(spread, (int, float)) for spread in spreads):
+            return f"first_spreads has {spreads!r:.80}"
     names = [
         *settings.get("lora_target_modules", []),
         *settings.get("files", {}).values(),

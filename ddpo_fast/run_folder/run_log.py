@@ -82,6 +82,9 @@ class RunLog:
     def resume(self, state: dict[str, Any], in_place: bool) -> None:
         """Continues after the records that the checkpoint's `state` counts; later ones are removed if `in_place`."""
         self._earlier_s = state.get("elapsed_s", 0.0)
+        if in_place:
+            # a run in a new folder may have another reward or other prompts, and so another variety
+            self.health.first_spreads = state.get("first_spreads", {})
         if in_place and self.accelerator.is_main_process:
             self.metrics.truncate(state.get("metrics_bytes", 0))
 
@@ -118,12 +121,21 @@ class RunLog:
             infos.append(info)
         return infos
 
-    def log_epoch(self, epoch: int, global_step: int, all_rewards: torch.Tensor, timings: dict[str, float]) -> None:
-        """Logs an epoch's mean reward and timings, and sets `summary` to one line about the epoch."""
+    def log_epoch(
+        self,
+        epoch: int,
+        global_step: int,
+        all_rewards: torch.Tensor,
+        timings: dict[str, float],
+        variety: dict[str, torch.Tensor],
+    ) -> None:
+        """Logs an epoch's mean reward, variety and timings, and sets `summary` to one line about the epoch."""
         means = {"reward_mean": all_rewards.mean().item(), "reward_std": all_rewards.std(correction=0).item()}
-        self.accelerator.log(timings, step=global_step - 1)
+        spreads = {name: value.item() for name, value in variety.items()}
+        self.health.variety(epoch, spreads)
+        self.accelerator.log({**timings, **spreads}, step=global_step - 1)
         counts = {"kind": "epoch", "epoch": epoch, "updates": global_step, "images": len(all_rewards)}
-        self._write({**counts, **means, **timings, "elapsed_s": self.elapsed_s()})
+        self._write({**counts, **means, **spreads, **timings, "elapsed_s": self.elapsed_s()})
         update = self._last_update
         # a user's own `_train_batched_samples` may log no updates
         of_update = f"kl {update['approx_kl']:.1e}, clipped {update['clipfrac']:.0%}, " if update else ""
