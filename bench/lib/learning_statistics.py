@@ -6,6 +6,7 @@ A curve is a list of epochs, each a dict with `images` and `seconds` so far and 
 from __future__ import annotations
 
 import math
+from functools import cache
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
@@ -92,6 +93,7 @@ def student_t_cdf(t: float, df: int) -> float:
     return 0.5 + (theta + (sin * total if df > 1 else 0.0)) / math.pi
 
 
+@cache
 def student_t_quantile(p: float, df: int) -> float:
     """The t with P(T <= t) = p, for p from 0.5 to below 1, by bisection."""
     low, high = 0.0, 1.0
