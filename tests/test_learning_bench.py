@@ -208,6 +208,22 @@ def test_contenders_by_name_and_by_settings(bench):
     assert [(c.name, c.use_lora) for c in only] == [("x", False), ("trl", True)]
 
 
+def test_recipes_are_contenders(bench):
+    pytest.importorskip("ddpo_fast.recipes")
+    module = bench("learning_contenders")
+    full, own, lora = module.contenders(["recipe"], ["name=own,base=recipe,ema_decay=0.9,kind=full"], module.KINDS, {})
+    assert (full.name, full.use_lora, lora.name, lora.use_lora) == ("recipe", False, "recipe", True)
+    assert full.settings != lora.settings
+    assert own.settings == {**full.settings, "ema_decay": 0.9}
+    # a recipe's name says its kind
+    named = module.contenders(["bundled-full", "bundled-lora"], [], module.KINDS, {})
+    assert [(c.name, c.settings) for c in named] == [("bundled-full", full.settings), ("bundled-lora", lora.settings)]
+    assert module.lora_settings({"lora_rank": 8, "lora_target_modules": "to_q, to_k", "seed": 1}) == {
+        "lora_rank": 8,
+        "lora_target_modules": ["to_q", "to_k"],
+    }
+
+
 @pytest.mark.parametrize(
     ("own", "said"),
     [

@@ -6,6 +6,7 @@ What it leaves out is as in `TASK`: the denoising steps, the guidance and the si
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Iterable
 from dataclasses import fields
@@ -92,13 +93,13 @@ def settings_of(name: str, kind: str) -> Settings:
     if name == BASELINE:
         return TRL_DEMO
     try:
-        from ddpo_fast import recipes
-    except ImportError:
+        recipes = importlib.import_module("ddpo_fast.recipes")
+    except ModuleNotFoundError:
         raise UnknownContender(f"contender {name!r} is not {BASELINE!r}, and this checkout has no recipes") from None
     try:
-        return {**TASK, **recipes.load(f"bundled-{kind}" if name == RECIPE else name)}
-    except (ValueError, OSError) as error:
-        raise UnknownContender(f"contender {name!r} is not {BASELINE!r}, and as a recipe: {error}") from None
+        return {**TASK, **recipes.load(f"bundled-{kind}" if name == RECIPE else name).settings}
+    except (ValueError, ImportError) as error:
+        raise UnknownContender(f"contender {name!r}: {error}") from None
 
 
 def _made(name: str, kind: str, settings: Settings, forced: Settings) -> Contender:
@@ -116,7 +117,11 @@ def config_settings(settings: Settings) -> Settings:
 
 
 def lora_settings(settings: Settings) -> Settings:
-    return {name: value for name, value in settings.items() if name in LORA_SETTINGS}
+    """The settings of the LoRA, as the pipeline's arguments: names of layers are a list there."""
+    given = {name: value for name, value in settings.items() if name in LORA_SETTINGS}
+    if isinstance(targets := given.get("lora_target_modules"), str):
+        given["lora_target_modules"] = [target.strip() for target in targets.split(",")]
+    return given
 
 
 def trl_settings(settings: Settings) -> Settings:
