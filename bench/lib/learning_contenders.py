@@ -13,14 +13,14 @@ from dataclasses import fields
 from typing import Any
 
 from ddpo_fast.config import DDPOConfig
-from lib.workloads import LEARNING, NEVER, OURS, TINY, Contender, Settings
+from lib.workloads import NEVER, OURS, TINY, TRL_DEMO, Contender, Settings
 
 KINDS = ("full", "lora")
 LORA_SETTINGS = ("lora_rank", "lora_alpha", "lora_target_modules")
-# what the demo of TRL's settings was before the recipes: git show af34cb4:Makefile
-TRL_DEMO: Settings = {**LEARNING, "train_warmup_steps": 10, "train_micro_batch_size": 40}
+# with the demo's settings that TRL lacks
+BASELINE_SETTINGS: Settings = {**TRL_DEMO, "train_warmup_steps": 10, "train_micro_batch_size": 40}
 TASK: Settings = {
-    name: TRL_DEMO[name]
+    name: BASELINE_SETTINGS[name]
     for name in (
         "mixed_precision",
         "sample_num_steps",
@@ -91,7 +91,7 @@ def _value(text: str) -> Any:
 def settings_of(name: str, kind: str) -> Settings:
     """TRL's settings, or a recipe's over those of the task."""
     if name == BASELINE:
-        return TRL_DEMO
+        return BASELINE_SETTINGS
     try:
         recipes = importlib.import_module("ddpo_fast.recipes")
     except ModuleNotFoundError:
