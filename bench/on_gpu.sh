@@ -12,11 +12,11 @@ python=${PYTHON:-python3} limit=${LIMIT:-170}
 mkdir -p "$OUT"
 size=full device=cuda quick=() kernels=() compiler=(--compile --rounds 9)
 # with TRL's 50 denoising steps a case takes minutes; with these, two rounds or more fit into a stage
-example=lora-fp16 few=(--steps 10) fewer=(--steps 4)
+example=lora-fp16 few=(--steps 10) fewer=(--steps 4) seeds=2
 if [[ ${DRY_RUN:-} ]]; then
     size=tiny device=cpu quick=(-k "determin or last_bit or refuse or unknown_names or replays or buckets") compiler=()
     kernels=(--only geglu --architectures 90)
-    example=lora few=() fewer=()
+    example=lora few=() fewer=() seeds=1
 fi
 # Kernels that Triton interprets can be neither timed nor compiled. Tests set this variable themselves where they find no
 # GPU.
@@ -86,6 +86,9 @@ if [[ -z ${DRY_RUN:-} ]]; then
     bars 5 compiled graphs
 fi
 speeds profile --profile $example
+# a few runs at a time, as the bundled model leaves most of a GPU idle; repeated after a timeout, it goes on
+stage learning learning.json "$python" bench/learning.py --device $device --size $size --jobs 4 --seeds $seeds \
+    --contenders trl recipe --records "$OUT/learning" --output "$OUT/learning.json.part" --plot "$OUT/learning.png"
 times step_logprob steps --op step_logprob
 times ppo_loss steps --op ppo_loss
 tests norms tests/test_groupnorm_silu.py

@@ -2,7 +2,6 @@
 
     python bench/throughput.py [--case NAME ...] [--rounds N] [--quick]    a table of speeds and ratios
     python bench/throughput.py --waterfall [--technique NAME ...]          what each of our techniques gains
-    python bench/throughput.py --learning [--seeds N]                      reward against wall-clock time
     python bench/throughput.py --profile CASE                              the ops of an epoch that take longest
     python bench/throughput.py --show FILE.jsonl ...                       print and draw records again
 
@@ -25,7 +24,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lib import compare_with_record, learning_curves, records, waterfall
+from lib import compare_with_record, records, waterfall
 from lib.command_line import add_device_and_size, new_parser, print_progress
 from lib.flops import flops_of, peak_tflops
 from lib.rounds import rates, speed_range, speed_ratio, summary, take_turns
@@ -37,7 +36,7 @@ Row = dict[str, Any]
 WORKAROUND = "trl: accelerate.PartialState(...) is called first; without it TRL 0.23.1 fails at its first log line"
 PACKAGES = ("trl", "diffusers", "transformers", "peft", "accelerate", "xformers", "bitsandbytes")
 # of rows that agree in all of these only the newest is shown
-SAME = ("bench", "case", "contender", "seed", "device", "model", "size")
+SAME = ("bench", "case", "contender", "device", "model", "size")
 # A profile of all of an epoch's 50 steps does not fit into memory, and the shares hardly depend on how many there are.
 PROFILED_STEPS = 5
 
@@ -50,8 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     # read before this run appends to what may be the same file
     earlier = records.read([options.against]) if options.against else []
     facts = {**records.facts(options.device), **records.versions(*PACKAGES), "size": options.size}
-    chosen = options.model or default_model(options.device, options.size)
-    options.model = BUNDLED if options.learning else chosen.resolve()
+    options.model = (options.model or default_model(options.device, options.size)).resolve()
     if options.output is None:
         options.output = records.default_file("throughput", facts["device"])
     rows = []
@@ -68,7 +66,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--waterfall", action="store_true", help="of the first of the cases")
-    modes.add_argument("--learning", action="store_true")
     modes.add_argument("--profile", metavar="CASE", help=f"of one epoch with {PROFILED_STEPS} denoising steps")
     modes.add_argument("--show", type=Path, nargs="+", metavar="FILE", help="measure nothing, and show these records")
     add_device_and_size(parser)
@@ -77,8 +74,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--technique", nargs="+", metavar="NAME", help="bars of the waterfall; each includes those before it")
     add("--quick", action="store_const", const="tiny", dest="size", help="the same as --size tiny")
     add("--rounds", type=int, help="default: 3, or 1 at tiny size")
-    add("--epochs", type=int, help="measured epochs of each run (default: 1; for --learning 10)")
-    add("--seeds", type=int, default=3, help="seeds of --learning")
+    add("--epochs", type=int, default=1, help="measured epochs of each run (default: 1)")
     add("--steps", type=int, help="denoising steps (default: 50, or 2 at tiny size)")
     add(
         "--model",
@@ -92,7 +88,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--plot", type=Path, help="default: beside the records")
     options = parser.parse_args(arguments)
     options.rounds = options.rounds or (1 if options.size == "tiny" else 3)
-    options.epochs = options.epochs or (10 if options.learning else 1)
     if options.profile and options.size == "full":
         options.steps = options.steps or PROFILED_STEPS
     check_names(parser, options)
@@ -111,7 +106,7 @@ def check_names(parser: argparse.ArgumentParser, options: argparse.Namespace) ->
 
 
 def newest(rows: list[Row]) -> list[Row]:
-    """The last row of each contender (and seed), in the order in which each came first.
+    """The last row of each contender, in the order in which each came first.
 
     A bar that begins a part of a waterfall has no gain over the bar before, so an earlier row that has one is kept.
     """
@@ -129,9 +124,6 @@ def measured(options: argparse.Namespace) -> Iterator[list[Row]]:
         yield profile(options)
         return
     print(WORKAROUND)
-    if options.learning:
-        yield learning_curves.measure(options.device, options.size, options.seeds, options.epochs)
-        return
     print(f"each run warms up for one epoch, which is not counted; epochs measured after it: {options.epochs}")
     if options.waterfall:
         yield waterfall_rows(options.cases[0], options)
@@ -156,7 +148,7 @@ def contender_rows(contenders: list[Contender], options: argparse.Namespace) -> 
     flops = {c.name: cached_flops(options.model, c.use_lora) for c in contenders}
 
     def run_one(contender: Contender, timeout_s: float | None) -> Figures:
-        spec = run_spec(contender, options.model, prompts(learning=False), 1, options.epochs)
+        spec = run_spec(contender, options.model, prompts(), 1, options.epochs)
         figures = rates(contender, run_in_process(spec, options.device, timeout_s), flops[contender.name])
         print_progress(
             f"  {contender.name}: {figures['images_per_s']:.3f} images/s, {figures['epoch_s']:.1f} s an epoch"
@@ -231,7 +223,7 @@ def waterfall_rows(case: Case, options: argparse.Namespace) -> list[Row]:
 
 def profile(options: argparse.Namespace) -> list[Row]:
     contender = options.cases[0].contenders[0]
-    spec = run_spec(contender, options.model, prompts(learning=False), 1, 1, profiled=True)
+    spec = run_spec(contender, options.model, prompts(), 1, 1, profiled=True)
     result = run_in_process(spec, options.device)
     epoch_s = result["epochs"][0]["epoch_s"]
     row = {"bench": "profile", "case": options.profile, **described(contender, options), "epoch_s": epoch_s}
@@ -259,10 +251,6 @@ def show(rows: list[Row], options: argparse.Namespace) -> None:
         found = [row for row in by_bench["waterfall"] if row["case"] == case]
         waterfall.print_bars(found)
         waterfall.draw(found, plot_path(options, f"waterfall-{case}"))
-    if found := by_bench.get("learning"):
-        compared = learning_curves.comparisons(found)
-        learning_curves.print_comparisons(compared)
-        learning_curves.draw(found, compared, plot_path(options, "learning"))
     for row in by_bench.get("profile", []):
         print_profile(row)
 

@@ -30,6 +30,8 @@ test_backends test_bad_folders test_bench test_cli test_cuda_graphs test_damage 
 test_differences_from_trl test_fused_layers test_groupnorm_silu test_health test_host_adamw test_optimizer test_plan
 test_quiet_start
 test_resumption test_stopping test_throughput test_trl_parity test_two_processes
+test_learning_bench.py::test_runs_are test_learning_bench.py::test_the_trl_package
+test_learning_bench.py::test_a_run_that_fails
 test_lora.py::test_an_adapter_beside
 test_adamw8bit.py::test_loops_and_avx512 test_adamw8bit.py::test_cpp_quantizes
 test_groups.py::test_two_processes

@@ -65,18 +65,6 @@ def test_the_waterfall_is_drawn_and_recorded(tmp_path):
 
 
 @pytest.mark.benchmark
-def test_learning_is_drawn_and_recorded(tmp_path):
-    rows, said = throughput(tmp_path / "curves.jsonl", "--learning", "--seeds", "1", "--epochs", "2")
-    ours, trl = rows
-    assert (ours["contender"], trl["contender"]) == ("ours", "trl")
-    # a quarter of the time is added for our trainer
-    assert (len(ours["seconds"]), len(trl["seconds"])) == (3, 2)
-    assert ours["reward"][0] == pytest.approx(trl["reward"][0], rel=0.02)
-    assert "ours" in said
-    assert (tmp_path / "curves-learning.png").stat().st_size > 1000
-
-
-@pytest.mark.benchmark
 def test_a_profile_lists_the_longest_ops(tmp_path):
     (row,), said = throughput(tmp_path / "profile.jsonl", "--profile", "lora")
     times = [op["self_s"] for op in row["profile"]]
@@ -142,16 +130,6 @@ def test_contenders_take_turns(bench):
     # a second round would end after the time limit
     results, _ = rounds.take_turns(contenders, lambda *_: {"images_per_s": 1.0}, 3, budget_s=1e-9)
     assert [len(found) for found in results.values()] == [1, 1]
-
-
-def test_seconds_to_the_same_reward(bench):
-    learning = bench("learning_curves")
-    trl = {"contender": "trl", "seed": 0, "seconds": [10.0, 20.0, 30.0], "reward": [-3.0, -2.0, -1.0]}
-    ours = {"contender": "ours", "seed": 0, "seconds": [5.0, 10.0, 15.0, 20.0], "reward": [-3.0, -2.0, -1.1, -0.5]}
-    (found,) = learning.comparisons([ours, trl])
-    assert found == {"seed": 0, "target": -1.5, "ours_s": 20.0, "trl_s": 30.0, "ratio": 1.5}
-    (found,) = learning.comparisons([{**ours, "reward": [-3.0] * 4}, trl])
-    assert found["ours_s"] is found["ratio"] is None
 
 
 def test_work_is_counted(bench):

@@ -101,15 +101,17 @@ class SeededPrompts:
         return self.random.choice(self.prompts), {}
 
 
-def make_ours(spec: dict[str, Any], folder: Path) -> tuple[Trainer, Callable[[], Figures]]:
+def make_ours(
+    spec: dict[str, Any], folder: Path, reward: Callable[..., Any] = jpeg_compressibility
+) -> tuple[Trainer, Callable[[], Figures]]:
     """(our trainer, a function that returns the last epoch's figures)."""
     from ddpo_fast.config import DDPOConfig
     from ddpo_fast.pipeline import DefaultDDPOStableDiffusionPipeline
     from ddpo_fast.trainer import DDPOTrainer
 
     config = DDPOConfig(output_dir=str(folder / "run"), **spec["settings"])
-    pipeline = DefaultDDPOStableDiffusionPipeline(spec["model"], use_lora=spec["use_lora"])
-    trainer = DDPOTrainer(config, jpeg_compressibility, SeededPrompts(spec["prompts"], config.seed), pipeline)
+    pipeline = DefaultDDPOStableDiffusionPipeline(spec["model"], use_lora=spec["use_lora"], **spec.get("lora", {}))
+    trainer = DDPOTrainer(config, reward, SeededPrompts(spec["prompts"], config.seed), pipeline)
 
     def epoch_figures() -> Figures:
         lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text("utf-8").splitlines()]
@@ -121,7 +123,9 @@ def make_ours(spec: dict[str, Any], folder: Path) -> tuple[Trainer, Callable[[],
     return trainer, epoch_figures
 
 
-def make_trl(spec: dict[str, Any], folder: Path) -> tuple[Trainer, Callable[[], Figures]]:
+def make_trl(
+    spec: dict[str, Any], folder: Path, reward: Callable[..., Any] = jpeg_compressibility
+) -> tuple[Trainer, Callable[[], Figures]]:
     """(TRL's trainer, a function that returns the last epoch's figures)."""
     from accelerate import PartialState
 
@@ -132,7 +136,7 @@ def make_trl(spec: dict[str, Any], folder: Path) -> tuple[Trainer, Callable[[], 
 
     config = trl.DDPOConfig(project_kwargs={"project_dir": str(folder)}, **spec["settings"])
     pipeline = trl.DefaultDDPOStableDiffusionPipeline(spec["model"], use_lora=spec["use_lora"])
-    trainer = trl.DDPOTrainer(config, jpeg_compressibility, SeededPrompts(spec["prompts"], config.seed), pipeline)
+    trainer = trl.DDPOTrainer(config, reward, SeededPrompts(spec["prompts"], config.seed), pipeline)
     seconds: dict[str, float] = defaultdict(float)
     time_method(trainer, "_generate_samples", "sample_s", seconds)
     time_method(trainer, "compute_rewards", "reward_s", seconds)

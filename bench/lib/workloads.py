@@ -1,4 +1,4 @@
-"""What the trainers run: TRL's example and its variants, our techniques one by one, and the learning task."""
+"""What the trainers run: TRL's example and its variants, our techniques one by one, and the demo's settings."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ TINY: Settings = {
 }
 # at TRL's own rate, training all weights of a random model makes the loss infinite
 FULL_RATE = 1e-5
-# the Makefile's demo, without the settings that TRL lacks (warm-up, a micro-batch size)
-LEARNING: Settings = {
+# the settings of TRL's that the demo had before there were recipes: git show af34cb4:Makefile
+TRL_DEMO: Settings = {
     "mixed_precision": "no",
     "sample_num_steps": 20,
     "sample_guidance_scale": 3.0,
@@ -111,8 +111,8 @@ class Technique:
         return sorted(set(self.settings) - OUR_FIELDS)
 
 
-def prompts(learning: bool) -> list[str]:
-    return PROMPT_LISTS["demo_animals" if learning else "animals"]
+def prompts() -> list[str]:
+    return PROMPT_LISTS["animals"]
 
 
 def cases(device: str, size: str, steps: int | None, ours: Settings) -> dict[str, Case]:
@@ -183,9 +183,3 @@ def techniques(device: str, case: Case) -> list[Technique]:
     if device == "cuda":
         listed.append(Technique("graphs", "+ CUDA graphs", {"cuda_graphs": True}))
     return listed
-
-
-def learners(size: str, seed: int) -> list[Contender]:
-    """Both trainers with the settings of the learning task."""
-    settings = {**LEARNING, "save_freq": NEVER, "seed": seed, **(TINY if size == "tiny" else {})}
-    return _pair(False, settings, settings)
