@@ -21,6 +21,6 @@ def run(name: str | None) -> None:
         print(f"{recipe.name}\n{textwrap.fill(recipe.description, 100, initial_indent='  ', subsequent_indent='  ')}")
     print(
         "\n`ddpo-fast train --recipe NAME` uses one, also by the path of a YAML file of your own. "
-        "`ddpo-fast recipes NAME`\nprints a recipe's file, with the reason for each setting: to change it, write it into "
-        "a file of your own."
+        "`ddpo-fast recipes NAME`\nprints a recipe's file, with the reason for each setting: to change it, write it "
+        "into a file of your own."
     )
