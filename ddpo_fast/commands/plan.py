@@ -145,10 +145,8 @@ def train_command(case: Case, choice: Choice) -> str:
 
 
 def _as_option(name: str, value: Any) -> list[str]:
-    # HfArgumentParser's form of a switch
-    if isinstance(value, bool):
-        return [f"--{name}" if value else f"--no_{name}"]
-    return [f"--{name}", str(value)]
+    # A switch that is on needs no value. Not every one that is off has the form --no_x.
+    return [f"--{name}"] if value is True else [f"--{name}", str(value)]
 
 
 def print_on_main(line: str) -> None:

@@ -55,7 +55,7 @@ class Recipe:
         lines = [f"recipe {self.name}: {self.description}", *(f"  known: {sentence}" for sentence in self.known)]
         used = [f"{name}={value}" for name, value in self.settings.items() if options.get(name) == value]
         # of the batch sizes also those that the recipe leaves at their defaults, as `fit` may have changed them
-        recipe = {**{name: DEFAULTS[name] for name in BATCH_SIZES}, **self.settings}
+        recipe = {**self.settings, **{name: DEFAULTS[name] for name in BATCH_SIZES if name not in self.settings}}
         other = {
             name: f"{name}={options[name]} (recipe: {value})"
             for name, value in recipe.items()
