@@ -25,18 +25,13 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[dev]'
 	touch $(READY)
 
-# All weights of the bundled model, towards smaller and then towards larger JPEG files. The clip range is larger than
-# TRL's 1e-4, because a log-prob is a mean over the latent's elements and varies more where there are fewer: 1,024 here,
-# 16,384 in Stable Diffusion.
-DEMO_OPTIONS := --full-finetune --prompts demo_animals --num_epochs 12 --save_freq 4 \
-	--sample_num_steps 20 --sample_guidance_scale 3 --sample_batch_size 16 --sample_num_batches_per_epoch 2 \
-	--train_batch_size 16 --train_micro_batch_size 40 --train_timestep_fraction 0.5 --train_learning_rate 4e-4 \
-	--train_adam_beta2 0.99 --train_warmup_steps 10 --train_clip_range 5e-3 --per_prompt_stat_tracking \
-	--per_prompt_stat_tracking_buffer_size 32 --per_prompt_stat_tracking_min_count 2
+# All weights of the bundled model, towards smaller and then towards larger JPEG files, with the recipe that the command
+# line chooses (ddpo_fast/recipes/bundled-full.yaml).
+DEMO_OPTIONS := --full-finetune --prompts demo_animals --num_epochs 12 --save_freq 4
 
 # argparse takes the last of two values
 DEMO_full := $(DEMO_OPTIONS)
-DEMO_quick := $(DEMO_OPTIONS) --num_epochs 2 --sample_num_steps 3 --sample_batch_size 4 --train_batch_size 4
+DEMO_quick := $(DEMO_OPTIONS) --num_epochs 2 --sample_num_steps 3 --sample_batch_size 4 --sample_num_batches_per_epoch 2
 
 ifeq ($(filter full quick,$(DEMO)),)
 $(error DEMO is '$(DEMO)' but must be full or quick)

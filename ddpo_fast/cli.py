@@ -1,4 +1,4 @@
-"""The command line: `ddpo-fast train`, `ddpo-fast plan`, `ddpo-fast sample` and `ddpo-fast info`.
+"""The command line: `ddpo-fast train`, `plan`, `sample`, `recipes` and `info`.
 
 A command is a function in `COMMANDS`: it reads its options, which needs no torch, and then imports and runs its module
 in `commands/`. So `--help` and a misspelt option are answered before the seconds that torch takes to import.
@@ -19,10 +19,11 @@ USAGE = """usage: ddpo-fast COMMAND [options]
 
 Fine-tune Stable Diffusion with reinforcement learning.
 
-  train   train a model on a reward, or go on with a run
-  sample  draw a trained run's images beside the base model's
-  plan    predict the memory that training takes, and choose settings that fit
-  info    print what runs on this machine, and why the rest does not
+  train    train a model on a reward, or go on with a run
+  sample   draw a trained run's images beside the base model's
+  plan     predict the memory that training takes, and choose settings that fit
+  recipes  list the named sets of settings that train uses, or print one
+  info     print what runs on this machine, and why the rest does not
 
 `ddpo-fast COMMAND --help` lists a command's options."""
 # an environment variable: set to anything, errors are shown with Python's traceback
@@ -126,7 +127,22 @@ def info(arguments: Sequence[str]) -> None:
     info.run()
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"train": train, "plan": plan, "sample": sample, "info": info}
+def recipes(arguments: Sequence[str]) -> None:
+    from ddpo_fast.commands.options import recipes_parser
+
+    options = recipes_parser().parse(arguments)
+    from ddpo_fast.commands import recipes
+
+    recipes.run(options.recipe)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "train": train,
+    "plan": plan,
+    "sample": sample,
+    "recipes": recipes,
+    "info": info,
+}
 
 
 if __name__ == "__main__":

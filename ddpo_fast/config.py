@@ -24,6 +24,8 @@ def _mapping(text: str) -> Any:
 
 # the fields that an image depends on, apart from weights, prompt and noise
 SAMPLING_FIELDS = ("sample_num_steps", "sample_guidance_scale", "sample_eta", "negative_prompts")
+# where a run reads and writes
+PLACE_FIELDS = ("resume_from", "output_dir", "logdir", "run_name", "exp_name")
 
 # A type checker sees the types that fields have after `__post_init__`, and of the precision the type that a run reads,
 # which is never None. HfArgumentParser sees the types that may be given: for a mapping also a string, which

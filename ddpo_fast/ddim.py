@@ -56,7 +56,10 @@ logger = logging.getLogger(__name__)
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 SPACINGS = ("leading", "trailing", "linspace")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
-STEP_CREDITS = ("none", "equal", "sqrt")
+STEP_CREDITS = ("none", "equal", "sqrt", "layout")
+# The variance of the components of the latents that step_credit='layout' is for, where their mean variance is 1. Most of
+# an image's variance is in its lowest frequencies: the colours and shapes of large parts.
+LAYOUT_VARIANCE = 30.0
 # The settings of the forward process and of the timesteps. Every diffusers scheduler with the forward process above has
 # them under these names, and DDIM can sample the models that were made for it.
 COPIED_SETTINGS = (
@@ -245,6 +248,8 @@ class DDIMCoefficients:
         c_x, c_m = _mean_coefficients(scheduler.config.prediction_type, a_t, a_s, direction)
         sigma = variance.sqrt()
         table = torch.stack([c_x, c_m, sigma, step_credits(c_m, sigma, sampled, credit)], dim=1)
+        if credit == "layout":
+            table[:, 3] *= _influence(a_t, a_s, direction, sigma, sampled)
         if not torch.isfinite(table[sampled]).all():
             at = int(sampled[~torch.isfinite(table[sampled]).all(dim=1)][0])
             raise ValueError(f"the step from timestep {at} is undefined: the latents there are pure noise")

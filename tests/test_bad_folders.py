@@ -18,6 +18,7 @@ from ddpo_fast import cli
 from ddpo_fast.pipeline import DefaultDDPOStableDiffusionPipeline
 
 OPTIONS = [f"--{name}={value}" for name, value in {**SETTINGS, "sample_num_steps": 2, "num_epochs": 1}.items()]
+OPTIONS.append("--recipe=trl")
 MORE = ["--num_epochs", "3"]
 
 # damage

@@ -23,7 +23,7 @@ from ddpo_fast.run_folder.run_log import output_folder
 from ddpo_fast.trainer import DDPOTrainer
 
 OPTIONS = (
-    "--num-epochs 1 --sample_num_steps 2 --sample_batch_size 2 --mixed_precision no --prompts animals "
+    "--recipe trl --num-epochs 1 --sample_num_steps 2 --sample_batch_size 2 --mixed_precision no --prompts animals "
     "--save_freq 1 --train_learning_rate 1e-3"
 ).split()
 CODE = (

@@ -401,7 +401,10 @@ def test_auto_memory_needs_a_gpu_or_a_size():
 
 def test_train_uses_the_settings_of_auto_memory(model_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    options = "--num_epochs 1 --sample_num_steps 2 --mixed_precision no --prompts animals --auto-memory --gpu_memory 1"
+    options = (
+        "--recipe trl --num_epochs 1 --sample_num_steps 2 --mixed_precision no --prompts animals --auto-memory "
+        "--gpu_memory 1"
+    )
     cli.main(["train", *options.split(), "--output_dir", "run", "--pretrained_model", model_dir])
     assert "auto_memory: train_micro_batch_size=2" in capsys.readouterr().out
     assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["train_micro_batch_size"] == 2

@@ -29,6 +29,8 @@ def run(code: str, **options) -> subprocess.CompletedProcess:
         ("from ddpo_fast import DDPOConfig", ("torch", "transformers", "diffusers", "accelerate", "matplotlib")),
         ("from ddpo_fast.cli import main; main(['train', '--help'])", ("torch", "diffusers", "accelerate")),
         ("from ddpo_fast.cli import main; main(['sample', '--help'])", ("torch", "diffusers", "accelerate")),
+        ("from ddpo_fast.cli import main; main(['recipes'])", ("torch", "diffusers", "accelerate")),
+        ("from ddpo_fast import recipes", ("torch", "transformers", "diffusers", "accelerate")),
         ("from ddpo_fast.cli import main; main(['plan', '--num_epoch', '3'])", ("torch", "diffusers", "accelerate")),
     ],
 )
@@ -81,6 +83,7 @@ def test_a_command_hides_messages_of_libraries(tmp_path, model_dir):
     # a folder of this name is imported in place of an optional package of Hugging Face
     (tmp_path / "kernels").mkdir()
     options = [
+        "--recipe=trl",
         "--num_epochs=1",
         "--sample_num_steps=2",
         "--mixed_precision=no",

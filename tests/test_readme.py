@@ -15,14 +15,20 @@ from diffusers import StableDiffusionPipeline
 from run_process import finish
 
 from ddpo_fast import DDPOConfig
-from ddpo_fast.commands.options import info_parser, plan_parser, sample_parser, train_parser
+from ddpo_fast.commands.options import info_parser, plan_parser, recipes_parser, sample_parser, train_parser
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [README, ROOT / "CONTRIBUTING.md", *DOCS]
 WORKFLOW = ROOT / ".github" / "workflows" / "ci.yml"
-PARSERS = {"train": train_parser, "plan": plan_parser, "sample": sample_parser, "info": info_parser}
+PARSERS = {
+    "train": train_parser,
+    "plan": plan_parser,
+    "sample": sample_parser,
+    "recipes": recipes_parser,
+    "info": info_parser,
+}
 # settings whose names begin so are `DDPOConfig`'s
 PREFIXES = ("train_", "sample_", "per_prompt_", "vae_", "ema_", "lora_")
 # files of a reader's own

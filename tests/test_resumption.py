@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from ddpo_fast.run_folder import checkpoint
 
 OPTIONS = (
-    "--full-finetune --prompts animals --num_epochs 3 --sample_num_steps 3 --sample_batch_size 4 --train_batch_size 2 "
+    "--recipe trl --full-finetune --prompts animals --num_epochs 3 --sample_num_steps 3 --sample_batch_size 4 "
+    "--train_batch_size 2 "
     "--train_num_inner_epochs 2 --train_learning_rate 1e-3 --per_prompt_stat_tracking "
     "--per_prompt_stat_tracking_min_count 2 --mixed_precision no"
 ).split()

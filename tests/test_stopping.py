@@ -206,7 +206,7 @@ def test_the_command_ends_at_once_and_without_a_traceback(model_dir, tmp_path):
     trial, one for the first images, and two for each epoch's batches."""
     (tmp_path / "slow.py").write_text(REWARD)
     options = ["--pretrained_model", model_dir, "--reward", "slow:reward", "--output_dir", "run", "--num_epochs", "3"]
-    options += ["--sample_num_steps", "2", "--mixed_precision", "no", "--reward_overlap", "True"]
+    options += ["--recipe", "trl", "--sample_num_steps", "2", "--mixed_precision", "no", "--reward_overlap", "True"]
     paths = os.pathsep.join([str(Path(checkpoint.__file__).parents[1]), str(tmp_path)])
     process = subprocess.Popen(
         [sys.executable, "-m", "ddpo_fast.cli", "train", *options],

@@ -22,13 +22,14 @@ from transformers import HfArgumentParser
 
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.config_rules import MAX_LORA_RANK, one_of
-from ddpo_fast.prompts import PROMPT_LISTS
+from ddpo_fast.prompts import PROMPT_LISTS, existing
+from ddpo_fast.recipes import LORA_SETTINGS, Recipe, choose, fit, load
+from ddpo_fast.tiny_sd import MODEL
 
 # the layers that TRL adapts
 TRL_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
 # the names in `rewards.REWARDS`, whose module imports torch
 BUILT_IN_REWARDS = ("jpeg_compressibility", "jpeg_incompressibility")
-LORA_OPTIONS = ("lora_rank", "lora_alpha", "lora_target_modules")
 
 
 @dataclass
@@ -69,6 +70,13 @@ class RunArguments:
     prompts: str = field(
         default="simple_animals",
         metadata={"help": f"{', '.join(PROMPT_LISTS)}, a text file with a prompt a line, or module:function."},
+    )
+    recipe: str = field(
+        default="",
+        metadata={
+            "help": "Settings for all options that are not given: a name that `ddpo-fast recipes` lists, or your own "
+            "YAML file (default: chosen by the model and --full-finetune; trl: the defaults below)."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -156,9 +164,26 @@ def check_no_lora_options(given: set[str], full_finetune: bool) -> None:
 
     Only the command line can tell: in `RunArguments` a given value and a default look alike.
     """
-    lora = [name for name in LORA_OPTIONS if name in given]
+    lora = [name for name in LORA_SETTINGS if name in given]
     if full_finetune and lora:
         raise ValueError(f"--full-finetune trains all weights, and --{lora[0]} is of a LoRA: leave out one of them")
+
+
+def apply_recipe(options: argparse.Namespace, given: set[str]) -> Recipe:
+    """Sets in `options` what a recipe says of those that are not `given`, and returns the recipe.
+
+    That is the one that the options name, else the one for their model and for a LoRA or all weights. `options` are
+    those of `train` or `plan`, with their defaults. Raises `ValueError` for a recipe that is missing or wrong.
+    """
+    model = existing(options.pretrained_model)
+    bundled = not options.pretrained_model or (model is not None and model.resolve() == MODEL.resolve())
+    recipe = load(options.recipe or choose(bundled, options.full_finetune))
+    options.recipe = recipe.name
+    config = {name: value for name, value in recipe.settings.items() if name not in LORA_SETTINGS}
+    lora = {name: value for name, value in recipe.settings.items() if name in LORA_SETTINGS and name not in given}
+    for name, value in {**fit(config, vars(options), given), **({} if options.full_finetune else lora)}.items():
+        setattr(options, name, value)
+    return recipe
 
 
 def precision_or_default(given: str | None, on_gpu: bool) -> str:
@@ -225,6 +250,14 @@ def sample_parser() -> Parser:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the file that --output names")
     parser.add_argument("--trust_run", "--trust-run", action="store_true", help="import the run's functions")
+    return parser
+
+
+def recipes_parser() -> Parser:
+    parser = Parser(
+        prog="ddpo-fast recipes", description="List the recipes of `ddpo-fast train`, or print the file of one."
+    )
+    parser.add_argument("recipe", nargs="?", help="name of a recipe, or a file of your own, which is checked")
     return parser
 
 

@@ -18,6 +18,7 @@ import torch
 
 from ddpo_fast.commands.options import (
     RunArguments,
+    apply_recipe,
     check_no_lora_options,
     from_options,
     given_options,
@@ -28,17 +29,38 @@ from ddpo_fast.device_memory import CUDA_CONTEXT, GB
 from ddpo_fast.engine import compute_dtype
 from ddpo_fast.model_configs import ModelConfigs, check_model
 from ddpo_fast.plan import CUDA_WORKSPACES, MARGIN, Adapter, Choice, Footprint, choose
+from ddpo_fast.recipes import LORA_SETTINGS
 
 
 def run(options: argparse.Namespace, arguments: Sequence[str]) -> None:
-    """Checks the options, then prints the memory that training takes and the fastest settings that fit."""
+    """Checks the options, then prints the memory that training takes and the fastest settings that fit.
+
+    That is of all weights if `full_finetune` is given, of a LoRA if one of its options is, and of both otherwise.
+    """
+    given = given_options(arguments)
     # The plan is for a GPU, also where it is made on a machine without one.
     options.mixed_precision = precision_or_default(options.mixed_precision, on_gpu=True)
-    run_arguments, config = from_options(RunArguments, options), from_options(DDPOConfig, options)
-    check_no_lora_options(given_options(arguments), run_arguments.full_finetune)
+    check_no_lora_options(given, options.full_finetune)
+    wants_lora = not given.isdisjoint(LORA_SETTINGS)
+    # of each plan, whether it trains all weights
+    kinds = [True] if options.full_finetune else [False] if wants_lora else [False, True]
+    cases = [Case(options, given, full) for full in kinds]
     if options.num_processes < 1:
         raise ValueError(f"num_processes is {options.num_processes} but must be a whole number of at least 1")
-    print_plans(run_arguments, config, arguments, options.num_processes)
+    print_plans(cases, options.num_processes)
+
+
+class Case:
+    """What is planned: the options of `plan` with the settings of a recipe, for all weights (`full`) or a LoRA.
+
+    Raises what `RunArguments` and `DDPOConfig` raise, and `ValueError` for a wrong recipe.
+    """
+
+    def __init__(self, options: argparse.Namespace, given: set[str], full: bool) -> None:
+        options = argparse.Namespace(**{**vars(options), "full_finetune": full})
+        self.names_recipe = bool(options.recipe)
+        self.recipe = apply_recipe(options, given)
+        self.run, self.config = from_options(RunArguments, options), from_options(DDPOConfig, options)
 
 
 def configs_of(run: RunArguments, config: DDPOConfig) -> ModelConfigs:
@@ -63,34 +85,35 @@ def footprint_of(
     )
 
 
-def print_plans(run: RunArguments, config: DDPOConfig, given: Sequence[str], num_processes: int = 1) -> None:
-    """Prints the plan for a LoRA, for all weights, or for both if the options `given` name neither.
+def print_plans(cases: Sequence[Case], num_processes: int = 1) -> None:
+    """Prints a plan for each case.
 
-    Raises `ValueError` where there is no GPU and no `gpu_memory`, and where nothing that was asked for fits.
+    Raises `ValueError` where there is no GPU and no `gpu_memory`, and where none of the cases fits.
     """
-    capacity = _capacity(config)
-    configs = configs_of(run, config)
-    wants_lora = any(option.startswith(("--lora_", "--lora-")) for option in given)
-    # of each plan, whether it trains all weights
-    kinds = [True] if run.full_finetune else [False] if wants_lora else [False, True]
+    capacity = _capacity(cases[0].config)
+    configs = configs_of(cases[0].run, cases[0].config)
     problems = []
-    for full in kinds:
-        print(f"== {'all weights' if full else f'a LoRA of rank {run.lora_rank}'} in {capacity / GB:g} GB\n")
+    for case in cases:
+        full = case.run.full_finetune
+        print(
+            f"== {'all weights' if full else f'a LoRA of rank {case.run.lora_rank}'} in {capacity / GB:g} GB, recipe "
+            f"{case.recipe.name}\n"
+        )
         try:
-            choice = choose(footprint_of(run, config, configs, full), config, capacity, num_processes)
+            choice = choose(footprint_of(case.run, case.config, configs, full), case.config, capacity, num_processes)
         except ValueError as error:
             problems.append(str(error))
             print(f"{error}\n")
             continue
         print(choice.plan.table())
         print("\n" + "\n".join(choice.reasons))
-        print(f"\n{train_command(run, config, choice, full)}\n")
+        print(f"\n{train_command(case, choice)}\n")
     print(
         f"{MARGIN:.0%} of the memory is left for fragmentation. Not measured but assumed: {CUDA_CONTEXT / GB:.1f} GB "
         f"for the CUDA context and {CUDA_WORKSPACES / GB:.1f} GB for workspaces. Networks of the reward function are "
         "not included."
     )
-    if len(problems) == len(kinds):
+    if len(problems) == len(cases):
         raise ValueError(problems[0])
 
 
@@ -103,36 +126,38 @@ def _capacity(config: DDPOConfig) -> float:
     return torch.cuda.get_device_properties(0).total_memory
 
 
-def train_command(run: Any, config: DDPOConfig, choice: Choice, full: bool) -> str:
+def train_command(case: Case, choice: Choice) -> str:
     """The `ddpo-fast train` command line with the chosen settings, as a shell takes it.
 
-    Options at their defaults are left out, except the precision, whose default depends on the machine.
+    Options that have the recipe's value, or the default where the recipe has none, are left out, except the precision,
+    whose default depends on the machine. So is the recipe that `train` chooses by itself.
     """
     words = ["ddpo-fast", "train"]
-    for arguments, changes in ((run, {"full_finetune": full}), (config, {**choice.settings, "gpu_memory": None})):
+    unsaid = {"exp_name", "output_dir", *(() if case.names_recipe else ("recipe",))}
+    for arguments, changes in ((case.run, {}), (case.config, {**choice.settings, "gpu_memory": None})):
         for option in fields(arguments):
             value = changes.get(option.name, getattr(arguments, option.name))
             default = option.default if option.default is not MISSING else {}
-            if option.name == "mixed_precision" or (value != default and option.name not in ("exp_name", "output_dir")):
+            default = case.recipe.settings.get(option.name, default)
+            if option.name == "mixed_precision" or (value != default and option.name not in unsaid):
                 words += _as_option(option.name, value)
     return shlex.join(words)
 
 
 def _as_option(name: str, value: Any) -> list[str]:
-    # HfArgumentParser's form of a switch
-    if isinstance(value, bool):
-        return [f"--{name}" if value else f"--no_{name}"]
-    return [f"--{name}", str(value)]
+    # A switch that is on needs no value. Not every one that is off has the form --no_x.
+    return [f"--{name}"] if value is True else [f"--{name}", str(value)]
 
 
-def _print_on_main(line: str) -> None:
+def print_on_main(line: str) -> None:
+    """Prints in one process of those that were launched together."""
     # the launcher sets RANK; there is no accelerator yet that could be asked which process this is
     if os.environ.get("RANK", "0") == "0":
         print(line)
 
 
 def apply_auto_memory(
-    run: RunArguments, config: DDPOConfig, device: torch.device | str, say: Callable[[str], Any] = _print_on_main
+    run: RunArguments, config: DDPOConfig, device: torch.device | str, say: Callable[[str], Any] = print_on_main
 ) -> dict[str, Any]:
     """Sets in `config` what `auto_memory` chooses for the device, prints why by `say`, and returns the settings.
 

@@ -15,17 +15,16 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ddpo_fast.commands.options import BUILT_IN_REWARDS, LORA_OPTIONS, TRL_TARGETS, RunArguments
-from ddpo_fast.config import DDPOConfig
+from ddpo_fast.commands.options import BUILT_IN_REWARDS, TRL_TARGETS, RunArguments
+from ddpo_fast.config import PLACE_FIELDS, DDPOConfig
 from ddpo_fast.prompts import existing
+from ddpo_fast.recipes import LORA_SETTINGS
 from ddpo_fast.run_folder import checkpoint, recorded_settings
 
 # options that may name a function to import
 FUNCTIONS = ("reward", "prompts")
 # settings of other programs, which can name files and addresses, and the one that sends the model to the Hub
 OTHER_PROGRAMS = ("accelerator_kwargs", "project_kwargs", "tracker_kwargs", "deepspeed", "push_to_hub")
-# A run's folder may have been moved or copied: where the resumed run writes is not taken from its files.
-NOT_TAKEN = ("resume_from", "output_dir", "logdir", "run_name", "exp_name")
 
 
 @dataclass
@@ -130,7 +129,8 @@ def read(named: str) -> RecordedRun:
     return RecordedRun(
         named,
         folder,
-        {name: options[name] for name in known.difference(NOT_TAKEN) if name in options},
+        # A run's folder may have been moved or copied: where the resumed run writes is not taken from its files.
+        {name: options[name] for name in known.difference(PLACE_FIELDS) if name in options},
         {name: str(folders[name]) for name in FUNCTIONS if name in folders},
     )
 
@@ -144,7 +144,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def check_trains_same_part(run: RecordedRun, given: Collection[str], options: RunArguments) -> None:
     """Raises `ValueError` for given options that would train other weights of the model than the run trained."""
-    for name in ("full_finetune", *LORA_OPTIONS):
+    for name in ("full_finetune", *LORA_SETTINGS):
         was, now = run.options.get(name), getattr(options, name)
         if name not in given or name not in run.options or was == now:
             continue
@@ -152,6 +152,18 @@ def check_trains_same_part(run: RecordedRun, given: Collection[str], options: Ru
             kind = "all weights" if was else "a LoRA adapter"
             raise ValueError(f"resume_from is {run.named!r}, a run that trained {kind}: leave out --full-finetune")
         raise ValueError(f"resume_from is {run.named!r}, a run with {name} {was}: leave out --{name} {now}")
+
+
+def check_same_recipe(run: RecordedRun, given: Collection[str], options: RunArguments) -> None:
+    """Raises `ValueError` for a `--recipe` that is not the recorded one: a resumed run has its recorded settings.
+
+    The recorded one may be given, as the command that began a run is then also the one that resumes it.
+    """
+    if "recipe" in given and options.recipe != run.options.get("recipe"):
+        raise ValueError(
+            f"resume_from is {run.named!r}, a run that goes on with its own settings: leave out --recipe "
+            f"{options.recipe}, or give single settings as options"
+        )
 
 
 def import_folder(spec: str) -> str | None:

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from ddpo_fast import rewards
+from ddpo_fast import recipes, rewards
 from ddpo_fast.commands import before_after, plan, recorded_run
 from ddpo_fast.commands.early_checks import check_before_loading, try_reward
 from ddpo_fast.commands.options import (
     RunArguments,
+    apply_recipe,
     check_no_lora_options,
     from_options,
     given_options,
@@ -48,13 +49,15 @@ def run(arguments: Sequence[str]) -> None:
     examples = distinct_prompts(prompt_function, EXAMPLE_PROMPTS)
     try_reward(reward_function, examples, configs.image_size)
 
+    for line in recipe_lines(options, config, given_options(arguments)):
+        plan.print_on_main(line)
     # Settings chosen by the predicted memory have to be in the config before the trainer reads it.
     if config.auto_memory:
         plan.apply_auto_memory(options, config, "cuda" if torch.cuda.is_available() else "cpu")
 
     # The weights are loaded here. config.json also records where the functions came from, for `--resume_from`.
     trainer = DDPOTrainer(config, reward_function, prompt_function, make_pipeline(options))
-    trainer.run_settings.update(function_settings(options))
+    trainer.run_settings.update(command_settings(options))
     trainer.run_log.write_config(trainer.run_settings)
 
     def say(line: str) -> None:
@@ -84,7 +87,7 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def read_options(arguments: Sequence[str]) -> tuple[RunArguments, DDPOConfig]:
-    """The options, with the settings of the run that `--resume_from` names as defaults.
+    """The options, with the settings of a recipe as defaults, or those of the run that `--resume_from` names.
 
     Raises `ValueError` for options that are wrong, that contradict each other, or that the resumed run cannot go on
     with.
@@ -98,12 +101,16 @@ def read_options(arguments: Sequence[str]) -> tuple[RunArguments, DDPOConfig]:
         parser.set_defaults(**resumed.options)
     namespace = parser.parse(arguments)
     namespace.mixed_precision = precision_or_default(namespace.mixed_precision, torch.cuda.is_available())
+    if resumed is None:
+        apply_recipe(namespace, given)
 
     options = from_options(RunArguments, namespace)
     if resumed is not None:
         recorded_run.check_trains_same_part(resumed, given, options)
     check_no_lora_options(given, options.full_finetune)
     make_absolute(options, namespace)
+    if resumed is not None:
+        recorded_run.check_same_recipe(resumed, given, options)
 
     config = from_options(DDPOConfig, namespace)
     if "exp_name" not in given:
@@ -122,17 +129,29 @@ def read_options(arguments: Sequence[str]) -> tuple[RunArguments, DDPOConfig]:
 
 def make_absolute(options: RunArguments, namespace: Any) -> None:
     """Makes the paths of files and folders absolute, so that the run can be resumed from any working directory."""
-    for holder, name in ((options, "pretrained_model"), (options, "prompts"), (namespace, "deepspeed")):
+    paths = [(options, "pretrained_model"), (options, "prompts"), (namespace, "deepspeed")]
+    # a file may have the name of a recipe
+    if options.recipe not in recipes.names():
+        paths.append((options, "recipe"))
+    for holder, name in paths:
         path = existing(getattr(holder, name) or "")
         if path is not None:
             setattr(holder, name, str(path.resolve()))
 
 
-def function_settings(options: RunArguments) -> dict[str, Any]:
-    """The names of the reward and the prompts, and the folders that their modules were imported from."""
+def recipe_lines(options: RunArguments, config: DDPOConfig, given: set[str]) -> list[str]:
+    """What is printed about the recipe at the start of a run."""
+    if not config.resume_from:
+        return recipes.load(options.recipe).describe({**vars(options), **vars(config)}, given)
+    return [f"recipe {options.recipe}, with the settings that the resumed run recorded"] if options.recipe else []
+
+
+def command_settings(options: RunArguments) -> dict[str, Any]:
+    """The names of recipe, reward and prompts, and the folders that the functions' modules were imported from."""
     specs = {"reward": options.reward, "prompts": options.prompts}
     folders = {name: recorded_run.import_folder(spec) for name, spec in specs.items()}
-    return {**specs, "import_folders": {name: folder for name, folder in folders.items() if folder}}
+    folders = {name: folder for name, folder in folders.items() if folder}
+    return {"recipe": options.recipe, **specs, "import_folders": folders}
 
 
 def make_pipeline(options: RunArguments) -> DefaultDDPOStableDiffusionPipeline:

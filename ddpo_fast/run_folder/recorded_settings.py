@@ -10,7 +10,8 @@ TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("elapsed_s", "lora_alpha"), (int, float)),
     **dict.fromkeys(("trained", "config", "measured", "files", "import_folders", "first_spreads"), (dict,)),
     **dict.fromkeys(("use_lora", "healthy"), (bool,)),
-    **dict.fromkeys(("pretrained_model", "pretrained_revision", "reward", "prompts", "base"), (str, type(None))),
+    **dict.fromkeys(("pretrained_model", "pretrained_revision", "base"), (str, type(None))),
+    **dict.fromkeys(("recipe", "reward", "prompts"), (str, type(None))),
     "lora_target_modules": (list,),
 }
 
