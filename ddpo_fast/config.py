@@ -121,9 +121,9 @@ class DDPOConfig:
     )
     step_credit: str = _option(
         "none",
-        "How much each denoising step says in the loss: none (as in TRL, where the last steps say most), equal, or "
-        "sqrt (half-way).",
-        choices=["none", "equal", "sqrt"],
+        "How much each denoising step says in the loss: none (as in TRL, where the last steps say most), equal, sqrt "
+        "(half-way), or layout (by how much of the image's layout the step's noise decides).",
+        choices=["none", "equal", "sqrt", "layout"],
     )
     train_skip_last_steps: float = _option(0.0, "Share of the denoising steps, the last ones, that are not trained.")
     train_clip_unit: str = _option(

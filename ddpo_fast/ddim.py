@@ -32,7 +32,7 @@ with `set_alpha_to_one`; then sigma is 0 and the step has no density. TRL clamps
 decides between `alphas_cumprod` and `final_alpha_cumprod`, so it never uses the latter: its last step ends at
 `alphas_cumprod[0]` and keeps a positive sigma. This module does the same.
 
-The step's credit is what the loss multiplies its log-ratio by (see `step_credits`).
+The step's credit is what the loss multiplies its log-ratio by (see step_credit.py).
 """
 
 from __future__ import annotations
@@ -51,15 +51,13 @@ import diffusers
 import torch
 from diffusers import DDIMScheduler
 
+from ddpo_fast.step_credit import step_credits
+
 logger = logging.getLogger(__name__)
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 SPACINGS = ("leading", "trailing", "linspace")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
-STEP_CREDITS = ("none", "equal", "sqrt", "layout")
-# The variance of the components of the latents that step_credit='layout' is for, where their mean variance is 1. Most of
-# an image's variance is in its lowest frequencies: the colours and shapes of large parts.
-LAYOUT_VARIANCE = 30.0
 # The settings of the forward process and of the timesteps. Every diffusers scheduler with the forward process above has
 # them under these names, and DDIM can sample the models that were made for it.
 COPIED_SETTINGS = (
@@ -247,9 +245,8 @@ class DDIMCoefficients:
         direction = (1 - a_s - variance).clamp(min=0).sqrt()
         c_x, c_m = _mean_coefficients(scheduler.config.prediction_type, a_t, a_s, direction)
         sigma = variance.sqrt()
-        table = torch.stack([c_x, c_m, sigma, step_credits(c_m, sigma, sampled, credit)], dim=1)
-        if credit == "layout":
-            table[:, 3] *= _influence(a_t, a_s, direction, sigma, sampled)
+        credits = step_credits(credit, c_m, sigma, sampled, a_t, a_s, direction)
+        table = torch.stack([c_x, c_m, sigma, credits], dim=1)
         if not torch.isfinite(table[sampled]).all():
             at = int(sampled[~torch.isfinite(table[sampled]).all(dim=1)][0])
             raise ValueError(f"the step from timestep {at} is undefined: the latents there are pure noise")
@@ -261,33 +258,6 @@ class DDIMCoefficients:
                 "'leading' with steps_offset 1, or 'trailing', and fewer steps (sample_num_steps)"
             )
         return cls(table.to(device, torch.float32))
-
-
-def step_credits(c_m: torch.Tensor, sigma: torch.Tensor, sampled: torch.Tensor, credit: str) -> torch.Tensor:
-    """What the loss multiplies each step's log-ratio by, [K], from `c_m` and `sigma` [K] and the `sampled` timesteps.
-
-    If the model's output changes by u, the mean of the step changes by w u standard deviations, w = |c_m| / sigma, and
-    so does the step's log-prob and its gradient. w is several times its median in the last steps, whose gradients are
-    then most of the sum. With the mean of w over the sampled steps the credit is
-
-        none: 1 (TRL)       equal: mean(w) / w       sqrt: sqrt(mean(w) / w)
-
-    With 'equal' the same change of the output counts the same in every step, and the sum of the weights stays. 'sqrt'
-    is half-way between the two.
-
-    Every credit is finite. It is 0 where c_m is 0, as such a step has no gradient, and 1 where w is not finite: with
-    eta = 0, and in steps that are not sampled and have no noise.
-
-    Raises `ValueError` for a `credit` that is none of `STEP_CREDITS`.
-    """
-    if credit not in STEP_CREDITS:
-        raise ValueError(f"step_credit is {credit!r} but must be one of {STEP_CREDITS}")
-    weight = (c_m / sigma).abs()
-    if credit == "none":
-        return torch.ones_like(weight)
-    found = (weight[sampled].mean() / weight).pow(1.0 if credit == "equal" else 0.5)
-    found = torch.where(weight == 0, 0.0, found)
-    return torch.where(weight.isfinite() & found.isfinite(), found, 1.0)
 
 
 # by scheduler; an entry goes when its scheduler does
