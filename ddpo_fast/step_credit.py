@@ -2,17 +2,17 @@
 
 If the model's output changes by u, the mean of a step changes by w u standard deviations, w = |c_m| / sigma (see
 ddim.py), and the step's log-prob changes in proportion: its gradient is A z w du, with the step's noise z and the
-advantage A. The noise table makes w several times its median in the last steps, whose gradients are then most of the sum
-(SD1.5 with 20 steps: 5.4 against 0.70). With the mean of w over the sampled steps, and in 'layout' also the mean of s, the
-credits are
+advantage A. The noise table makes w several times its median in the last steps, whose gradients are then most of the
+sum (SD1.5 with 20 steps: 5.4 against 0.70). With the mean of w over the sampled steps, and in 'layout' also the mean of
+s, the credits are
 
     none:    1 (TRL)
     sqrt:    sqrt(mean(w) / w), half-way to equal
     equal:   mean(w) / w: the same change of the output counts the same in every step
     layout:  mean(w) / w * s / mean(s), where s is how much of the image's layout the step's noise decides
 
-Why s: once w is divided out, the gradients of all steps have the same noise, as A and z have unit variance. Their signal
-differs: it is the part of A that z explains, and with a reward that depends on what the image shows, that is in
+Why s: once w is divided out, the gradients of all steps have the same noise, as A and z have unit variance. Their
+signal differs: it is the part of A that z explains, and with a reward that depends on what the image shows, that is in
 proportion to the part of the final image that z explains. A sum of estimates with equal noise is best with weights in
 proportion to their signals. For s take components of the latents with variance v, where the mean over all components is
 1, as if they were Gaussian. The best estimates for them are linear in x_t:
@@ -21,10 +21,10 @@ proportion to their signals. For s take components of the latents with variance 
 
 so a step multiplies what came before it by j_t = sqrt(a_s) x_0 / x_t + d eps / x_t, and the noise of step t reaches the
 final image as s_t = sigma_t times the product of j over all later steps. This holds for every prediction type and eta.
-Most of an image's variance is in its lowest frequencies, the colours and shapes of large parts, which early steps decide:
-`LAYOUT_VARIANCE` is theirs. On the bundled model, 256 images and JPEG compressibility, the squared signal-to-noise ratio
-of the gradient of 128 images was 0.09 with none, 0.26 with equal and 0.78 with layout, of which the first half of the
-steps alone gave 0.76.
+Most of an image's variance is in its lowest frequencies, the colours and shapes of large parts, which early steps
+decide: `LAYOUT_VARIANCE` is theirs. On the bundled model, 256 images and JPEG compressibility, the squared
+signal-to-noise ratio of the gradient of 128 images was 0.09 with none, 0.26 with equal and 0.78 with layout, of which
+the first half of the steps alone gave 0.76.
 """
 
 from __future__ import annotations
