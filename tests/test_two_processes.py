@@ -33,6 +33,9 @@ TWO = {
     "zero-3-offload": EPOCH | {"zero": 3, "offload": "all"},
     "bf16": EPOCH | {"mixed_precision": "bf16"},
     "zero-3-bf16": EPOCH | {"zero": 3, "mixed_precision": "bf16"},
+    "bound": EPOCH | {"train_target_update": 1e-3},
+    "bound-zero-2": EPOCH | {"train_target_update": 1e-3, "zero": 2},
+    "bound-zero-3": EPOCH | {"train_target_update": 1e-3, "zero": 3},
     "lora": LORA,
     "lora-zero-2": LORA | {"zero": 2, "offload": "optimizer"},
     "lora-zero-3": LORA | {"zero": 3},
@@ -100,7 +103,8 @@ def apart(results: dict, name: str, other: str, start: dict[str, torch.Tensor]) 
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in TWO | ONE if n not in ("ddp", "lora") and "from" not in n and "bf16" not in n]
+    "name",
+    [n for n in TWO | ONE if n not in ("ddp", "lora") and not any(part in n for part in ("from", "bf16", "bound"))],
 )
 def test_every_setting_ends_at_the_same_weights(runs, start, name):
     """Settings change the number of rows of a UNet call and the layout of weights, and so the rounding of sums: in fp32
@@ -114,6 +118,18 @@ def test_every_setting_ends_at_the_same_weights(runs, start, name):
     torch.testing.assert_close(one, two, rtol=0, atol=1e-4)
     assert results[name]["prompts"] == results[other]["prompts"] > 2
     assert apart(results, name, other, start) < 3e-3
+
+
+@pytest.mark.parametrize("name", ["bound-zero-2", "bound-zero-3"])
+def test_zero_shortens_an_update_as_one_engine_does(runs, start, name):
+    """All processes keep the same share, which they find from the pairs of all: to the accuracy of the test above."""
+    folder, results = runs
+    assert apart(results, name, "bound", start) < 3e-3
+    shares = [metrics_of(folder / run, "update")[0]["update_share"] for run in ("bound", name)]
+    assert shares[0] < 0.5
+    assert shares[0] == pytest.approx(shares[1], rel=1e-3)
+    # the weights that the network computes with were shortened too, or the distance would not have changed
+    assert metrics_of(folder / name, "update")[0]["update_distance"] < 1.25e-3
 
 
 def test_stage_3_in_half_precision_is_as_good_as_without(runs, start):
