@@ -179,12 +179,13 @@ class Health:
                 first.append(spread)
             elif spread < LEAST_VARIETY * sum(first) / len(first):
                 what = "images" if name == "image_spread" else "rewards"
+                bounded = self.config.train_target_update > 0
+                slower = "a smaller train_target_update" if bounded else "a smaller train_learning_rate"
                 self._warn(
                     name,
                     f"the {what} of a prompt differ by {spread:.2g} in epoch {epoch + 1} ({name}), and by "
                     f"{sum(first) / len(first):.2g} at the start: the policy loses its variety and may be collapsing; "
-                    "go on from an earlier checkpoint with a smaller train_target_update or train_learning_rate, or "
-                    "with train_kl_weight",
+                    f"go on from an earlier checkpoint with {slower}, or with train_kl_weight",
                 )
 
     def update(self, number: int, info: dict[str, float], folder: Any) -> None:

@@ -66,10 +66,17 @@ def test_lost_variety_is_warned_of_once(caplog):
         health.variety(epoch, {"reward_spread": 0.9, "image_spread": 0.1})
     assert len(caplog.records) == 1
     assert "rewards of a prompt differ by 0.9 in epoch 4" in caplog.text
-    assert "train_target_update" in caplog.text
+    assert "a smaller train_learning_rate, or with train_kl_weight" in caplog.text
     assert not health.good
     health.variety(5, {"reward_spread": 0.9, "image_spread": 0.01})
     assert "images of a prompt differ by 0.01 in epoch 6" in caplog.text
+
+
+def test_the_remedy_is_the_setting_that_is_on(caplog):
+    health = Health(DDPOConfig(train_target_update=0.1))
+    for epoch, spread in enumerate([1.0, 1.0, 0.1]):
+        health.variety(epoch, {"image_spread": spread})
+    assert "with a smaller train_target_update, or" in caplog.text
 
 
 def test_variety_is_logged_and_its_baseline_resumed(make_trainer, tmp_path):
