@@ -197,7 +197,7 @@ def test_the_last_steps_are_not_trained(make_trainer, rescores, fraction, traine
         train_skip_last_steps=0.4,
         train_timestep_fraction=fraction,
         train_recompute_log_probs=rescores,
-        # else the trainer finds sizes by calls at timestep 0
+        # otherwise the trainer measures sizes by calls at timestep 0
         train_micro_batch_size=4,
         sample_merge_batches=1,
         num_epochs=1,
