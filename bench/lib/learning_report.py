@@ -170,7 +170,7 @@ def print_tables(found: list[Row], baseline: str) -> None:
         print(f"\n{key[0]}, {'all weights' if key[1] == 'full' else 'LoRA'}, {key[2]} images")
         print(
             f"{'contender':<22}{'seeds':>5}{'reward':>9}{'difference':>25}{'p':>7}{'fewer images':>22}{'never':>6}"
-            f"{'fewer seconds':>22}{'s':>7}{'diversity':>15}{'held out':>9}{'difference':>25}{'coll.':>6}"
+            f"{'fewer seconds':>22}{'s':>7}{'diversity':>16}{'held out':>10}{'difference':>25}{'coll.':>6}"
         )
         for row in sorted(rows, key=lambda row: row["contender"] != baseline):
             print(line(row))
@@ -187,11 +187,17 @@ def line(row: Row) -> str:
     seconds = "" if row["seconds"] is None else f"{row['seconds']:.0f}"
     return (
         f"{row['contender']:<22}{len(row['seeds']):>5}{ends['training']['mean']:>9.3f}"
-        f"{spread(differences.get('training'), '+.3f'):>25}{'' if p is None else f'{p:.3f}':>7}"
+        f"{spread(differences.get('training'), '+.3f'):>25}{p_value(p):>7}"
         f"{spread(row.get('images_ratio'), '.2f', bound):>22}{row.get('never', ''):>6}"
-        f"{spread(row.get('seconds_ratio'), '.2f', bound):>22}{seconds:>7}{diversity:>15}{held_out:>9}"
+        f"{spread(row.get('seconds_ratio'), '.2f', bound):>22}{seconds:>7}{diversity:>16}{held_out:>10}"
         f"{spread(differences.get('held_out'), '+.3f'):>25}{row['collapsed']:>6}"
     )
+
+
+def p_value(p: float | None) -> str:
+    if p is None:
+        return ""
+    return "<.001" if p < 0.001 else f"{p:.3f}"
 
 
 def spread(interval: Row | None, digits: str, bound: str = "") -> str:
