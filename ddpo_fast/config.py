@@ -265,6 +265,14 @@ class DDPOConfig:
                 f"per_prompt_stat_tracking_min_count is {needed}, and with per_prompt_stat_tracking_buffer_size="
                 f"{remembered} no prompt ever has so many rewards: lower it, or remember more"
             )
+        updates = self.updates_per_inner_epoch * self.train_num_inner_epochs
+        if self.objective == "ddpo_sf" and updates > 1:
+            batches = self.sample_batch_size * self.sample_num_batches_per_epoch // self.train_batch_size
+            raise ValueError(
+                f"objective is 'ddpo_sf', which holds for the policy that sampled, but an epoch has {updates} updates: "
+                f"set train_gradient_accumulation_steps={batches} and train_num_inner_epochs=1, or use "
+                "objective='ddpo_is'"
+            )
         for applies, problem in config_rules.CONFLICTS:
             if applies(self):
                 raise ValueError(problem)

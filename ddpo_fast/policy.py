@@ -8,7 +8,7 @@ Shapes: R rows of a UNet call, B images, N (image, timestep) pairs, C H W latent
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -81,6 +81,10 @@ class Policy:
         """
         with self.engine.computing(), (self.pipeline.autocast or nullcontext)():
             yield
+
+    def sampling(self) -> AbstractContextManager[None]:
+        """A context in which the UNet has the weights to sample with: with `ema_sampling` their moving average."""
+        return self.engine.computing_averages() if self.config.ema_sampling else nullcontext()
 
     @torch.no_grad()
     def embeds_for_sampling(self, embeds: Tensor) -> Tensor:
