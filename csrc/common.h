@@ -94,7 +94,7 @@ inline void check_step(const Tensor& latents, const Tensor& table, const Tensor&
   CHECK_CONTIGUOUS(latents);
   CHECK_DTYPE(table, Float);
   CHECK_CONTIGUOUS(table);
-  CHECK_SHAPE(table, table.size(0), 3);
+  CHECK_SHAPE(table, table.size(0), 4);
   CHECK_DTYPE(timesteps, Long);
   CHECK_CONTIGUOUS(timesteps);
   if (timesteps.dim() > 0) CHECK_SHAPE(timesteps, latents.size(0));

@@ -138,11 +138,12 @@ struct Coefficients {
   float c_x;
   float c_m;
   float sigma;
+  float credit;
 };
 
 __device__ inline Coefficients coefficients(const float* table, const int64_t* timesteps, bool per_image) {
-  const float* entry = table + timesteps[per_image ? blockIdx.x : 0] * 3;
-  return {entry[0], entry[1], entry[2]};
+  const float* entry = table + timesteps[per_image ? blockIdx.x : 0] * 4;
+  return {entry[0], entry[1], entry[2], entry[3]};
 }
 
 // Replaces the model's output in `mean` by the step's mean, c_m * output + c_x * latents.

@@ -89,12 +89,13 @@ struct Coefficients {
   float c_x;
   float c_m;
   float sigma;
+  float credit;
 };
 
 inline Coefficients coefficients(const Tensor& table, const Tensor& timesteps, int64_t image) {
   const int64_t row = timesteps.const_data_ptr<int64_t>()[timesteps.dim() > 0 ? image : 0];
-  const float* entry = table.const_data_ptr<float>() + row * 3;
-  return {entry[0], entry[1], entry[2]};
+  const float* entry = table.const_data_ptr<float>() + row * 4;
+  return {entry[0], entry[1], entry[2], entry[3]};
 }
 
 // Replaces the model's output in `mean` by the step's mean, c_m * output + c_x * latents.

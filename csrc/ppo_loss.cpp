@@ -12,7 +12,7 @@ struct Terms {
   float change;
   float moved;
   float reference_kl;
-  // d term / d log_prob: -A r, and 0 where the ratio is clipped
+  // d term / d log_prob: -A r credit, and 0 where the ratio is clipped
   float slope;
 };
 
@@ -20,15 +20,17 @@ struct Terms {
 // the loss.
 float clamp(float value, float low, float high) { return value < low ? low : (value > high ? high : value); }
 
-Terms settle_pair(float log_prob, float old_log_prob, float advantage, float reference_kl, const Bounds& bounds) {
+Terms settle_pair(
+    float log_prob, float old_log_prob, float advantage, float reference_kl, float credit, const Bounds& bounds) {
   advantage = clamp(advantage, -bounds.advantage_limit, bounds.advantage_limit);
   const float change = log_prob - old_log_prob;
-  const float ratio = static_cast<float>(std::exp(static_cast<double>(change)));
+  const float ratio = static_cast<float>(std::exp(static_cast<double>(credit) * change));
   const float plain = -advantage * ratio;
   const float clipped = -advantage * clamp(ratio, bounds.low, bounds.high);
   const bool beyond = (advantage > 0 && ratio > bounds.high) || (advantage < 0 && ratio < bounds.low);
   const float term = plain < clipped ? clipped : plain;
-  return {term + bounds.reference_weight * reference_kl, change, std::abs(ratio - 1), reference_kl, beyond ? 0 : plain};
+  const float slope = beyond ? 0 : plain * credit;
+  return {term + bounds.reference_weight * reference_kl, change, std::abs(ratio - 1), reference_kl, slope};
 }
 
 // Means over the pairs, added up in fp64 and in the order of the pairs, so that they do not depend on the number of
@@ -109,16 +111,18 @@ void ppo_loss(
           sum += sum_of_squares(&difference[start], n);
         });
         const double variance = static_cast<double>(c.sigma) * c.sigma;
+        // the KL's share of a step of this credit
+        const double credit_squared = static_cast<double>(c.credit) * c.credit;
         const float log_prob = log_density(sum, rows.elements, c.sigma);
         log_probs.mutable_data_ptr<float>()[pair] = log_prob;
         pairs[pair] = settle_pair(
             log_prob, old_log_probs.const_data_ptr<float>()[pair], advantages.const_data_ptr<float>()[pair],
-            static_cast<float>(apart_sum / rows.elements / (2 * variance)), bounds);
+            static_cast<float>(apart_sum / rows.elements / (2 * variance) * credit_squared), c.credit, bounds);
         // both terms of the gradient have this factor: d mean / d guided = c_m, 1 / sigma^2, and the means over D and
         // pairs
         const double share = scale * c.c_m / variance / latents.numel();
         const float slope = static_cast<float>(share * pairs[pair].slope);
-        const float reference_slope = static_cast<float>(share * bounds.reference_weight);
+        const float reference_slope = static_cast<float>(share * credit_squared * bounds.reference_weight);
         for_tiles(rows, [&](int64_t start, int64_t n) {
           alignas(64) float tile[TILE];
           for (int64_t i = 0; i < n; ++i) {

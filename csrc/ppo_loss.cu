@@ -29,11 +29,16 @@ __device__ float clamp(float value, float low, float high) { return value < low 
 
 // Stores a pair's log-prob and its terms of the averages (in one thread); returns d term / d log_prob in every thread.
 __device__ float settle_pair(
-    float log_prob, float reference_kl, const Pairs& pairs, const Bounds& bounds, const Results& results) {
+    float log_prob,
+    float reference_kl,
+    float credit,
+    const Pairs& pairs,
+    const Bounds& bounds,
+    const Results& results) {
   const int64_t pair = blockIdx.x, count = gridDim.x;
   const float advantage = clamp(pairs.advantages[pair], -bounds.advantage_limit, bounds.advantage_limit);
   const float change = log_prob - pairs.old_log_probs[pair];
-  const float ratio = expf(change);
+  const float ratio = expf(credit * change);
   const float moved = fabsf(ratio - 1.0f);
   const float plain = -advantage * ratio;
   const float clipped = -advantage * clamp(ratio, bounds.low, bounds.high);
@@ -46,7 +51,7 @@ __device__ float settle_pair(
     results.scratch[3 * count + pair] = moved;
     results.scratch[4 * count + pair] = reference_kl;
   }
-  return beyond ? 0.0f : plain;
+  return beyond ? 0.0f : plain * credit;
 }
 
 // The sum of `count` values in a fixed order. They are volatile because other blocks wrote them during the launch, so
@@ -123,12 +128,15 @@ __global__ void __launch_bounds__(THREADS) ppo_loss_fwd_kernel(
   });
   const float elements = static_cast<float>(layout.elements);
   const float log_prob = log_density(block_sum(squares), layout.elements, c.sigma);
-  const float reference_kl = reference ? block_sum(apart_squares) / elements / (2.0f * c.sigma * c.sigma) : 0.0f;
+  // the KL's share of a step of this credit
+  const float credit_squared = c.credit * c.credit;
+  const float reference_kl =
+      reference ? block_sum(apart_squares) / elements / (2.0f * c.sigma * c.sigma) * credit_squared : 0.0f;
   // both terms of the gradient have this factor: d mean / d guided = c_m, 1 / sigma^2, and the means over D and pairs
   float share = c.c_m / (c.sigma * c.sigma) / (elements * static_cast<float>(gridDim.x));
   if (pairs.grad_scale) share *= *pairs.grad_scale;
-  const float slope = share * settle_pair(log_prob, reference_kl, pairs, bounds, results);
-  const float reference_slope = share * bounds.reference_weight;
+  const float slope = share * settle_pair(log_prob, reference_kl, c.credit, pairs, bounds, results);
+  const float reference_slope = share * credit_squared * bounds.reference_weight;
   // The second pass loads everything again, because a whole image does not fit in registers. The data is still cached.
   for_fours(layout.elements, [&](int64_t d) {
     float guided[4], mean[4], x[4], following[4], other[4], grads[4];

@@ -1,4 +1,4 @@
-"""DDIM's denoising step as three numbers for each timestep: `c_x`, `c_m` and `sigma`.
+"""DDIM's denoising step as three numbers for each timestep, `c_x`, `c_m` and `sigma`, and the step's credit.
 
 The step from timestep t to an earlier timestep s draws
 
@@ -31,6 +31,8 @@ The last step differs between libraries. diffusers' `DDIMScheduler` lets it end 
 with `set_alpha_to_one`; then sigma is 0 and the step has no density. TRL clamps the earlier timestep to 0 before it
 decides between `alphas_cumprod` and `final_alpha_cumprod`, so it never uses the latter: its last step ends at
 `alphas_cumprod[0]` and keeps a positive sigma. This module does the same.
+
+The step's credit is what the loss multiplies its log-ratio by (see `step_credits`).
 """
 
 from __future__ import annotations
@@ -54,6 +56,7 @@ logger = logging.getLogger(__name__)
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 SPACINGS = ("leading", "trailing", "linspace")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+STEP_CREDITS = ("none", "equal", "sqrt")
 # The settings of the forward process and of the timesteps. Every diffusers scheduler with the forward process above has
 # them under these names, and DDIM can sample the models that were made for it.
 COPIED_SETTINGS = (
@@ -177,7 +180,7 @@ def _too_many(steps: int, most: int) -> str:
 
 @dataclass(frozen=True)
 class DDIMCoefficients:
-    """(c_x, c_m, sigma) of every timestep: `table` is [num_train_timesteps, 3], fp32, on the device.
+    """(c_x, c_m, sigma, credit) of every timestep: `table` is [num_train_timesteps, 4], fp32, on the device.
 
     The table has a row for each training timestep and not only for those that are sampled, so that a timestep is its
     own row number and looking it up is a gather on the device, without a copy to the host.
@@ -193,8 +196,8 @@ class DDIMCoefficients:
         return c_x, c_m, sigma
 
     @classmethod
-    def of(cls, scheduler: Any, eta: float, device: torch.device) -> DDIMCoefficients:
-        """The same as `from_scheduler`, computed once for each eta and each state of a scheduler.
+    def of(cls, scheduler: Any, eta: float, device: torch.device, credit: str = "none") -> DDIMCoefficients:
+        """The same as `from_scheduler`, computed once for each eta, credit and state of a scheduler.
 
         A scheduler is mutable: `set_timesteps` and assignments to its config change its steps, so the key holds
         everything that the table depends on.
@@ -208,21 +211,26 @@ class DDIMCoefficients:
             (config.prediction_type, config.get("clip_sample"), config.get("thresholding")),
             eta,
             device,
+            credit,
         )
         if key not in tables:
-            tables[key] = cls.from_scheduler(scheduler, eta, device)
+            tables[key] = cls.from_scheduler(scheduler, eta, device, credit)
         return tables[key]
 
     @classmethod
-    def from_scheduler(cls, scheduler: Any, eta: float, device: torch.device | str) -> DDIMCoefficients:
+    def from_scheduler(
+        cls, scheduler: Any, eta: float, device: torch.device | str, credit: str = "none"
+    ) -> DDIMCoefficients:
         """The steps (see the top of this module) of a diffusers scheduler after `set_timesteps`.
 
         A step leads from a sampled timestep to the next one that is sampled, and the last step leads to timestep 0.
         Timesteps that are not sampled have rows too, for callers of `scheduler_step` with a timestep of their own:
         their step is `num_train_timesteps // num_inference_steps` long, as all steps are in TRL.
 
-        Raises `ValueError` for a scheduler whose step is not linear in the latents and the model's output, and where
-        a sampled step has no noise although `eta` is above 0.
+        `credit` is the config's `step_credit`.
+
+        Raises `ValueError` for a scheduler whose step is not linear in the latents and the model's output, where a
+        sampled step has no noise although `eta` is above 0, and for an unknown `credit`.
         """
         _check_linear(scheduler)
         # fp64: c_m is a difference of two nearly equal numbers when steps are short
@@ -235,7 +243,8 @@ class DDIMCoefficients:
         # d^2, which is 0 where a_t is 0 (zero terminal SNR) and eta is 1: rounding may make it negative there
         direction = (1 - a_s - variance).clamp(min=0).sqrt()
         c_x, c_m = _mean_coefficients(scheduler.config.prediction_type, a_t, a_s, direction)
-        table = torch.stack([c_x, c_m, variance.sqrt()], dim=1)
+        sigma = variance.sqrt()
+        table = torch.stack([c_x, c_m, sigma, step_credits(c_m, sigma, sampled, credit)], dim=1)
         if not torch.isfinite(table[sampled]).all():
             at = int(sampled[~torch.isfinite(table[sampled]).all(dim=1)][0])
             raise ValueError(f"the step from timestep {at} is undefined: the latents there are pure noise")
@@ -247,6 +256,33 @@ class DDIMCoefficients:
                 "'leading' with steps_offset 1, or 'trailing', and fewer steps (sample_num_steps)"
             )
         return cls(table.to(device, torch.float32))
+
+
+def step_credits(c_m: torch.Tensor, sigma: torch.Tensor, sampled: torch.Tensor, credit: str) -> torch.Tensor:
+    """What the loss multiplies each step's log-ratio by, [K], from `c_m` and `sigma` [K] and the `sampled` timesteps.
+
+    If the model's output changes by u, the mean of the step changes by w u standard deviations, w = |c_m| / sigma, and
+    so does the step's log-prob and its gradient. w is several times its median in the last steps, whose gradients are
+    then most of the sum. With the mean of w over the sampled steps the credit is
+
+        none: 1 (TRL)       equal: mean(w) / w       sqrt: sqrt(mean(w) / w)
+
+    With 'equal' the same change of the output counts the same in every step, and the sum of the weights stays. 'sqrt'
+    is half-way between the two.
+
+    Every credit is finite. It is 0 where c_m is 0, as such a step has no gradient, and 1 where w is not finite: with
+    eta = 0, and in steps that are not sampled and have no noise.
+
+    Raises `ValueError` for a `credit` that is none of `STEP_CREDITS`.
+    """
+    if credit not in STEP_CREDITS:
+        raise ValueError(f"step_credit is {credit!r} but must be one of {STEP_CREDITS}")
+    weight = (c_m / sigma).abs()
+    if credit == "none":
+        return torch.ones_like(weight)
+    found = (weight[sampled].mean() / weight).pow(1.0 if credit == "equal" else 0.5)
+    found = torch.where(weight == 0, 0.0, found)
+    return torch.where(weight.isfinite() & found.isfinite(), found, 1.0)
 
 
 # by scheduler; an entry goes when its scheduler does

@@ -143,11 +143,13 @@ class Health:
 
     Args:
         speaks: whether this process logs warnings, each kind of problem once.
+        clip_range: range of the ratio's clip (default: the config's `train_clip_range`).
     """
 
-    def __init__(self, config: DDPOConfig, speaks: bool = True) -> None:
+    def __init__(self, config: DDPOConfig, speaks: bool = True, clip_range: float | None = None) -> None:
         self.config = config
         self.speaks = speaks
+        self.clip_range = config.train_clip_range if clip_range is None else clip_range
         self.good = True
         self._warned: set[str] = set()
 
@@ -188,17 +190,17 @@ class Health:
                 f"before update {number} the policy has diverged from the one that sampled (approx_kl "
                 f"{info['approx_kl']:.1e}): {rescue}"
             )
-        if log_ratio > max(FAR_LOG_RATIO, 10 * self.config.train_clip_range):
+        if log_ratio > max(FAR_LOG_RATIO, 10 * self.clip_range):
             self._warn(
                 "kl",
                 f"before update {number} the policy is far from the one that sampled (approx_kl "
-                f"{info['approx_kl']:.1e}; the clip range is {self.config.train_clip_range:g}): lower "
+                f"{info['approx_kl']:.1e}; the clip range is {self.clip_range:g}): lower "
                 "train_learning_rate or train_num_inner_epochs",
             )
         elif info.get("clipfrac", 0.0) > 0.999:
             self._warn(
                 "clip",
-                f"in update {number} all ratios are outside of the clip range of {self.config.train_clip_range:g}, so "
+                f"in update {number} all ratios are outside of the clip range of {self.clip_range:g}, so "
                 "that hardly anything is learned: lower train_learning_rate, or raise train_clip_range",
                 good=True,
             )

@@ -111,7 +111,7 @@ class ImportanceSampling(Objective):
             self.policy.noise_table,
             pairs.timesteps,
             self.guidance_scale,
-            clip_range=self.config.train_clip_range,
+            clip_range=self.policy.clip_range,
             advantage_limit=self.config.train_adv_clip_max,
             reference_output=reference,
             reference_weight=self.config.train_kl_weight,
@@ -126,25 +126,26 @@ class ImportanceSampling(Objective):
         return Scored(found.gradient, found.loss, found.log_probs, {name: metrics[name] for name in self.metrics})
 
     def without_gradient(self, pairs: Pairs, log_probs: Tensor) -> Tensor:
-        ratio = torch.exp(log_probs - pairs.log_probs)
-        clipped = ops.is_clipped(pairs.advantages, self.config.train_clip_range, ratio)
+        clipped = ops.is_clipped(pairs.advantages, self.policy.clip_range, self._ratio(pairs, log_probs))
         return (clipped | (pairs.advantages == 0)) & (self.reference is None)
 
     def means_of(self, pairs: Pairs, log_probs: Tensor) -> dict[str, Tensor]:
-        ratio = torch.exp(log_probs - pairs.log_probs)
         return {
             "approx_kl": approx_kl(log_probs, pairs.log_probs),
-            "clipfrac": clip_fraction(ratio, self.config.train_clip_range),
+            "clipfrac": clip_fraction(self._ratio(pairs, log_probs), self.policy.clip_range),
         }
+
+    def _ratio(self, pairs: Pairs, log_probs: Tensor) -> Tensor:
+        return torch.exp(self.policy.credited(log_probs - pairs.log_probs, pairs.timesteps))
 
 
 class ScoreFunction(Objective):
-    """`ddpo_sf`: `mean(-A k log_prob)`, with a step's credit k; to it `train_kl_weight` adds `k^2 KL`.
+    """`ddpo_sf`: `mean(-A k log_prob)` with the step's credit k, and `train_kl_weight` times KL.
 
     With the step's mean `mu = c_x x + c_m g` of the (guided) output g, and the distance `e = x' - mu`,
 
         log_prob = mean_d(-e^2 / (2 sigma^2)) + const        so  d log_prob / d g = c_m e / (sigma^2 D)
-        KL = mean_d((mu - mu_ref)^2) / (2 sigma^2)           so  d KL / d g = c_m (mu - mu_ref) / (sigma^2 D)
+        KL = k^2 mean_d((mu - mu_ref)^2) / (2 sigma^2)       so  d KL / d g = k^2 c_m (mu - mu_ref) / (sigma^2 D)
 
     as in `ops.ppo_loss`, whose gradient this is where every ratio is 1. There is no ratio, so nothing is clipped.
     """
@@ -153,9 +154,7 @@ class ScoreFunction(Objective):
 
     def score(self, output: Tensor, reference: Tensor | None, pairs: Pairs, scale: Tensor | None) -> Scored:
         latents, guidance = pairs.latents, self.guidance_scale
-        table = self.policy.noise_table
-        c_x, c_m, sigma = table_rows(table, pairs.timesteps, latents)[:3]
-        credit = _credit(table, pairs.timesteps, latents)
+        c_x, c_m, sigma, credit = table_rows(self.policy.noise_table, pairs.timesteps, latents)
         combined = _combined(output, guidance, latents)
         difference = pairs.next_latents.to(latents.dtype) - step_mean(combined, latents, c_x, c_m)
         log_probs = log_density(difference, sigma)
@@ -167,10 +166,10 @@ class ScoreFunction(Objective):
         metrics = {"approx_kl": approx_kl(log_probs, pairs.log_probs)}
         if reference is not None:
             apart = per_image(c_m, latents) * (combined - _combined(reference, guidance, latents))
-            kl = (apart.square() / per_image(2 * sigma.square(), latents)).flatten(1).mean(1)
-            weight = self.config.train_kl_weight * credit.square()
+            kl = credit.square() * (apart.square() / per_image(2 * sigma.square(), latents)).flatten(1).mean(1)
+            weight = self.config.train_kl_weight
             terms = terms + weight * kl
-            gradient = gradient + per_image(weight * slope, latents) * apart
+            gradient = gradient + per_image(weight * credit.square() * slope, latents) * apart
             metrics["reference_kl"] = kl.mean()
         return Scored(_by_output(gradient, output, guidance, scale), terms.mean(), log_probs, metrics)
 
@@ -195,13 +194,6 @@ class RewardWeightedRegression(Objective):
         loss = (weights * apart.square().flatten(1).mean(1)).mean()
         gradient = _by_output(per_image(2 * weights, latents) * apart, output, guidance, scale)
         return Scored(gradient, loss, pairs.log_probs, {})
-
-
-def _credit(table: Tensor, timesteps: Tensor, like: Tensor) -> Tensor:
-    """The credit of each pair's step, [N] (see `DDIMCoefficients`)."""
-    if table.shape[1] == 3:
-        return like.new_ones(len(like))
-    return table[:, 3].index_select(0, timesteps).to(like.dtype)
 
 
 def _combined(output: Tensor, guidance_scale: float | None, like: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ Shapes: R rows of a UNet call, B images, N (image, timestep) pairs, C H W latent
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -40,6 +41,19 @@ def latent_shape(unet: Any) -> tuple[int, int, int]:
     return unet.config.in_channels, height, width
 
 
+def ratio_clip_range(config: DDPOConfig, unet: Any) -> float:
+    """`train_clip_range` in units of the ratio, which is what the loss clips.
+
+    With `train_clip_unit='step'` it is set in standard deviations of a step. A log-prob is a mean over a latent's D
+    elements: if the step's mean moves by `delta` standard deviations (root mean square), then the log-ratio is nearly
+    normal with a standard deviation of `delta / sqrt(D)`. So a range of `train_clip_range / sqrt(D)` clips the same
+    share of the ratios for latents of any size.
+    """
+    if config.train_clip_unit == "ratio":
+        return config.train_clip_range
+    return config.train_clip_range / math.sqrt(math.prod(latent_shape(unet)))
+
+
 class Policy:
     """A pipeline's UNet as a run calls it: with the run's negative prompt, guidance, noise table and precision.
 
@@ -70,8 +84,20 @@ class Policy:
 
     @property
     def noise_table(self) -> Tensor:
-        """(c_x, c_m, sigma) of the step from each timestep (see ddim.py): [num_train_timesteps, 3] on the device."""
-        return DDIMCoefficients.of(self.pipeline.scheduler, self.config.sample_eta, self.device).table
+        """(c_x, c_m, sigma, credit) of the step from each timestep (see ddim.py): [num_train_timesteps, 4]."""
+        config = self.config
+        return DDIMCoefficients.of(self.pipeline.scheduler, config.sample_eta, self.device, config.step_credit).table
+
+    @property
+    def clip_range(self) -> float:
+        """The range of the ratio's clip, in units of the ratio."""
+        return ratio_clip_range(self.config, self.unet)
+
+    def credited(self, log_ratios: Tensor, timesteps: Tensor) -> Tensor:
+        """Log-ratios [N] times the credit of their steps, as `ops.ppo_loss` takes them; `timesteps` are [N]."""
+        if self.config.step_credit == "none":
+            return log_ratios
+        return self.noise_table[:, 3].take(timesteps) * log_ratios
 
     @contextmanager
     def computing(self) -> Iterator[None]:
@@ -110,7 +136,8 @@ class Policy:
     def log_prob(self, latents: Tensor, timesteps: Tensor, next_latents: Tensor, embeds: Tensor) -> Tensor:
         """Log-density of the steps from `latents` to `next_latents` [N, C, H, W] by the pipeline's own step, [N].
 
-        Averaged over the elements of a latent, as in TRL, and not summed. Carries a gradient to the UNet's weights.
+        Averaged over the elements of a latent, as in TRL, and not summed, and without the step's credit. Carries a
+        gradient to the UNet's weights.
         """
         output = self.output(latents, timesteps, embeds)
         if self.config.guides_training:

@@ -30,7 +30,7 @@ from ddpo_fast.metrics import EpochTimer, approx_kl, clip_fraction
 from ddpo_fast.objectives import make_objective, refuse_own_loss
 from ddpo_fast.pipeline import DDPOStableDiffusionPipeline, DefaultDDPOStableDiffusionPipeline, check_pipeline
 from ddpo_fast.placement import compute_precision, place_networks, trainable_parameters
-from ddpo_fast.policy import Policy
+from ddpo_fast.policy import Policy, ratio_clip_range
 from ddpo_fast.ppo import PPO
 from ddpo_fast.processes import broadcast_from_main, make_accelerator, run_or_raise_on_all, with_launch_settings
 from ddpo_fast.prompts import PromptFunction
@@ -100,7 +100,7 @@ class DDPOTrainer(CheckpointMixin, HubModel):
 
         # The output folder, created and locked so that no other run can write to it.
         self.output_dir = agree_on_folder(config, self.accelerator, folder)
-        self.run_log = RunLog(config, self.accelerator, self.output_dir)
+        self.run_log = RunLog(config, self.accelerator, self.output_dir, ratio_clip_range(config, sd_pipeline.unet))
         self.run_log.lock_folder(not checkpoint.continues_in(self.output_dir, config.resume_from))
         self.run_log.start_trackers(state.get("global_step"))
         set_seed(config.seed, device_specific=True)
@@ -365,8 +365,8 @@ class DDPOTrainer(CheckpointMixin, HubModel):
         prompts first if training is guided, else [N, L, D].
         """
         log_prob = self.policy.log_prob(latents, timesteps, next_latents, embeds)
-        limit, clip_range = self.config.train_adv_clip_max, self.config.train_clip_range
-        ratio = torch.exp(log_prob - log_probs)
+        limit, clip_range = self.config.train_adv_clip_max, self.policy.clip_range
+        ratio = torch.exp(self.policy.credited(log_prob - log_probs, timesteps))
         self.ppo.metrics.add_maximum("ratio_drift", (ratio - 1).detach().abs().max())
         loss = self.loss(advantages.clamp(-limit, limit), clip_range, ratio)
         return loss, approx_kl(log_prob, log_probs), clip_fraction(ratio, clip_range)

@@ -36,20 +36,28 @@ class StepExample:
         return self.model_output, self.latents, self.noise, self.table, self.timesteps, self.guidance_scale
 
 
-def scheduler_table(prediction_type: str = "epsilon", steps: int = 50) -> tuple[torch.Tensor, torch.Tensor]:
+def scheduler_table(
+    prediction_type: str = "epsilon", steps: int = 50, credit: str = "none"
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Stable Diffusion's coefficients, and the timesteps of a chain from noise to image."""
     scheduler = DDIMScheduler(**{**SCHEDULER, "prediction_type": prediction_type})
     scheduler.set_timesteps(steps)
-    return DDIMCoefficients.from_scheduler(scheduler, 1.0, DEVICE).table, scheduler.timesteps.to(DEVICE)
+    return DDIMCoefficients.from_scheduler(scheduler, 1.0, DEVICE, credit).table, scheduler.timesteps.to(DEVICE)
 
 
 def step_example(
-    shape=(2, 4, 9, 7), dtype=torch.float32, guided=True, channels_last=False, seed=0, prediction_type="epsilon"
+    shape=(2, 4, 9, 7),
+    dtype=torch.float32,
+    guided=True,
+    channels_last=False,
+    seed=0,
+    prediction_type="epsilon",
+    credit="none",
 ) -> StepExample:
     """Random latents at timesteps that include the first and the last of the chain."""
     generator = torch.Generator().manual_seed(seed)
     count = shape[0]
-    table, chain = scheduler_table(prediction_type)
+    table, chain = scheduler_table(prediction_type, credit=credit)
     output = torch.randn(count * (2 if guided else 1), *shape[1:], generator=generator).to(DEVICE, dtype)
     latents, noise = torch.randn(2, *shape, generator=generator).to(DEVICE)
     timesteps = chain[torch.linspace(0, len(chain) - 1, max(count, 1)).long()[:count].to(DEVICE)]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import statistics
+
 import diffusers
 import pytest
 import torch
 from diffusers import DDIMScheduler
 
 from ddpo_fast import ops
-from ddpo_fast.ddim import PREDICTION_TYPES, DDIMCoefficients, check_steps, ddim_scheduler
+from ddpo_fast.ddim import PREDICTION_TYPES, DDIMCoefficients, check_steps, ddim_scheduler, step_credits
 from ddpo_fast.tiny_sd.build import SCHEDULER
 
 
@@ -108,7 +111,7 @@ def test_leading_steps_are_trls_to_the_bit():
     c_x = previous.sqrt() / alpha.sqrt()
     c_m = direction - previous.sqrt() * (1 - alpha).sqrt() / alpha.sqrt()
     table = DDIMCoefficients.from_scheduler(scheduler, 1.0, "cpu").table
-    assert torch.equal(table, torch.stack([c_x, c_m, variance.sqrt()], 1).float())
+    assert torch.equal(table, torch.stack([c_x, c_m, variance.sqrt(), torch.ones(1000)], 1).float())
 
 
 @pytest.mark.parametrize(
@@ -144,11 +147,88 @@ def test_a_table_is_computed_again_only_for_other_inputs():
     scheduler.timesteps[-1] = 2
     moved = DDIMCoefficients.of(scheduler, 1.0, cpu)
     assert not torch.equal(moved.table, first.table)
+    credited = DDIMCoefficients.of(scheduler, 1.0, cpu, "equal")
+    assert torch.equal(credited.table[:, :3], moved.table[:, :3])
+    assert not torch.equal(credited.table, moved.table)
+    assert DDIMCoefficients.of(scheduler, 1.0, cpu) is moved
     scheduler.alphas_cumprod = scheduler.alphas_cumprod * 0.9
     assert DDIMCoefficients.of(scheduler, 1.0, cpu) is not moved
     scheduler.register_to_config(clip_sample=True)
     with pytest.raises(ValueError, match="clip_sample"):
         DDIMCoefficients.of(scheduler, 1.0, cpu)
+
+
+def weight_of(a_t: float, a_s: float, eta: float, prediction_type: str) -> float:
+    """By how many standard deviations a step's mean moves for each unit of the model's output."""
+    sigma = eta * math.sqrt((1 - a_s) / (1 - a_t) * (1 - a_t / a_s))
+    # how the estimates of the image and of the noise change with the output: at given latents, one follows from the
+    # other by x_t = sqrt(a_t) image + sqrt(1 - a_t) noise
+    image, noise = {
+        "epsilon": (-math.sqrt((1 - a_t) / a_t), 1.0),
+        "sample": (1.0, -math.sqrt(a_t / (1 - a_t))),
+        "v_prediction": (-math.sqrt(1 - a_t), math.sqrt(a_t)),
+    }[prediction_type]
+    return abs(math.sqrt(a_s) * image + math.sqrt(1 - a_s - sigma**2) * noise) / sigma
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("steps", [20, 50])
+@pytest.mark.parametrize("eta", [1.0, 0.5])
+def test_credits_are_the_formula(prediction_type, spacing, steps, eta):
+    scheduler = make_scheduler(steps, prediction_type=prediction_type, timestep_spacing=spacing)
+    alphas = scheduler.alphas_cumprod.tolist()
+    sampled = scheduler.timesteps.tolist()
+    following = {**{t: t - 1000 // steps for t in range(1000)}, **dict(zip(sampled, [*sampled[1:], 0], strict=True))}
+    weights = {t: weight_of(alphas[t], alphas[max(s, 0)], eta, prediction_type) for t, s in following.items() if t}
+    mean = statistics.fmean(weights[t] for t in sampled)
+    rows = list(weights)
+    none, equal, sqrt = (
+        DDIMCoefficients.from_scheduler(scheduler, eta, "cpu", credit).table[rows, 3].double()
+        for credit in ("none", "equal", "sqrt")
+    )
+    expected = torch.tensor([mean / weight for weight in weights.values()], dtype=torch.float64)
+    # the table is in fp32, and the weights are differences of nearly equal numbers in fp64
+    torch.testing.assert_close(equal, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(sqrt, expected.sqrt(), rtol=1e-6, atol=0)
+    assert (none == 1).all()
+    # each step's weight times its credit is the mean: all say the same, and together what they said before
+    said = torch.tensor([weights[t] for t in sampled]) * equal[[rows.index(t) for t in sampled]]
+    assert said.tolist() == pytest.approx([mean] * steps, rel=1e-6)
+
+
+@pytest.mark.parametrize(("steps", "largest", "median"), [(20, 5.4, 0.70), (50, 3.3, 0.42)])
+def test_the_weights_that_docs_learning_states(steps, largest, median):
+    scheduler = make_scheduler(steps)
+    _, c_m, sigma = DDIMCoefficients.from_scheduler(scheduler, 1.0, "cpu").at(scheduler.timesteps)
+    weights = (c_m.abs() / sigma).tolist()
+    assert max(weights) == pytest.approx(largest, abs=0.05)
+    assert statistics.median(weights) == pytest.approx(median, abs=0.005)
+
+
+@pytest.mark.parametrize("credit", ["equal", "sqrt"])
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_every_credit_is_finite(credit, prediction_type, eta):
+    """Also of timestep 0, whose step has no noise, of steps from pure noise, and without any noise."""
+    zero_snr = prediction_type != "epsilon"
+    scheduler = make_scheduler(
+        20, prediction_type=prediction_type, timestep_spacing="trailing", rescale_betas_zero_snr=zero_snr
+    )
+    credits = DDIMCoefficients.from_scheduler(scheduler, eta, "cpu", credit).table[:, 3]
+    assert credits.isfinite().all()
+    assert (credits == 1).all() if eta == 0 else (credits[1:] > 0).all()
+
+
+def test_a_step_without_a_gradient_has_no_credit():
+    c_m, sigma = torch.tensor([[0.0, 0.2, 0.4, 0.4, 0.0, 0.1], [0.1, 0.1, 0.1, 0.0, 0.0, 0.1]], dtype=torch.float64)
+    sampled = torch.tensor([2, 1, 0])
+    # weights of 0, 2 and 4 are sampled; a step without noise, or without anything, has TRL's credit
+    expected = [0.0, 1.0, 0.5, 1.0, 1.0, 2.0]
+    assert step_credits(-c_m, sigma, sampled, "equal").tolist() == pytest.approx(expected)
+    assert step_credits(c_m, sigma, sampled, "sqrt").tolist() == pytest.approx([v**0.5 for v in expected])
+    with pytest.raises(ValueError, match="step_credit is 'half' but must be one of"):
+        step_credits(c_m, sigma, sampled, "half")
 
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

@@ -9,9 +9,10 @@ import torch
 from ddpo_fast_kernels import ppo_loss as kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_checks import DEVICE, DTYPES, assert_as_exact_as_plain, largest, name_of
+from op_checks import DEVICE, DTYPES, HALVES, assert_as_exact_as_plain, largest, name_of
 from step_example import SHAPES, step_example
 
+from ddpo_fast.ddim import PREDICTION_TYPES
 from ddpo_fast.ops import BACKENDS, clipped_surrogate, force_backend, guided, ppo_loss, score_step, step_logprob
 from ddpo_fast.ops.gaussian import per_image, step_mean, table_rows
 
@@ -22,13 +23,17 @@ SETTINGS = {"clip_range": CLIP, "advantage_limit": 5.0}
 class LossExample:
     """A sampled step with slightly different old log-probs and advantages of both signs."""
 
-    def __init__(self, shape=(5, 4, 9, 7), dtype=torch.float32, guided=True, channels_last=False, reference=False):
-        self.step = step_example(shape, dtype, guided, channels_last)
+    def __init__(
+        self, shape=(5, 4, 9, 7), dtype=torch.float32, guided=True, channels_last=False, reference=False, **of_step
+    ):
+        self.step = step_example(shape, dtype, guided, channels_last, **of_step)
         sampled = step_logprob(*self.step.arguments())
         generator = torch.Generator().manual_seed(2)
         count = shape[0]
         self.next_latents = sampled.latents
-        self.old = sampled.log_probs + (0.1 * torch.randn(count, generator=generator)).to(DEVICE)
+        # the credited log-ratio is the same with every credit: the clip leaves about half of the pairs
+        changes = (0.1 * torch.randn(count, generator=generator)).to(DEVICE)
+        self.old = sampled.log_probs + changes / self.credit
         self.advantages = (3 * torch.randn(count, generator=generator)).to(DEVICE)
         self.reference = None
         self.weight = 0.0
@@ -36,6 +41,10 @@ class LossExample:
             shift = torch.randn(self.step.model_output.shape, generator=generator).to(DEVICE, dtype)
             self.reference = (self.step.model_output + shift).detach()
             self.weight = 0.3
+
+    @property
+    def credit(self):
+        return self.step.table[self.step.timesteps, 3]
 
     def in_double(self):
         self.step = self.step.in_double()
@@ -62,18 +71,20 @@ class LossExample:
         )
 
     def plain(self):
-        """The loss from PyTorch's functions, as TRL computes it."""
+        """The loss from PyTorch's functions: TRL's, but for the credit and the KL to the reference."""
         m, x, _, table, t, scale = self.step.arguments()
-        rows = table_rows(table, t, x)
+        *rows, credit = table_rows(table, t, x)
         combined = guided(m, scale) if self.step.guided else m
         log_probs = score_step(combined, x, self.next_latents, *rows)
-        ratio = torch.exp(log_probs - self.old)
+        ratio = torch.exp(credit * (log_probs - self.old))
         loss = clipped_surrogate(self.advantages.clamp(-5.0, 5.0), CLIP, ratio)
         kl = torch.zeros((), dtype=x.dtype, device=DEVICE)
         if self.reference is not None:
             other = guided(self.reference, scale) if self.step.guided else self.reference
             apart = step_mean(combined, x, *rows[:2]) - step_mean(other, x, *rows[:2])
-            kl = (apart.square() / (2 * per_image(rows[2], x).square())).mean()
+            # credit times how far the mean moved, in standard deviations of the step
+            moved = per_image(credit / rows[2], x) * apart
+            kl = 0.5 * moved.square().mean()
             loss = loss + self.weight * kl
         moved = (ratio - 1).abs()
         approx_kl = 0.5 * (log_probs - self.old).square().mean()
@@ -95,7 +106,8 @@ def assert_matches(backend, make):
         got, grad = with_gradient(make(), LossExample.fused)
     # An absolute error of a log-prob becomes a relative error of its ratio, and the loss and the clip fraction are
     # means over ratios: the smallest error that is allowed is a rounding of the largest log-prob.
-    floor = 4 * torch.finfo(torch.float32).eps * max(1.0, largest(exact[5]))
+    # The ratio is the exponential of the log-ratio times the credit, which multiplies that error.
+    floor = 4 * torch.finfo(torch.float32).eps * max(1.0, largest(exact[5])) * max(1.0, largest(make().credit))
     for i in (0, 1, 2, 3, 4):
         allowed = 2 * largest(usual[i] - exact[i]) + floor * max(1.0, largest(exact[i]))
         assert largest(got[i].double() - exact[i]) <= allowed, f"output {i}: {got[i]} for {exact[i]}"
@@ -116,18 +128,100 @@ def test_against_autograd_in_fp64(backend, dtype, channels_last, guided, referen
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("credit", ["equal", "sqrt"])
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
+@pytest.mark.parametrize("reference", [False, True], ids=["alone", "reference"])
+@pytest.mark.parametrize("grad_scale", [None, 2.0**10], ids=["unscaled", "scaled"])
+def test_credit_against_autograd_in_fp64(
+    backend, credit, prediction_type, guided, reference, grad_scale, poisoned_empty
+):
+    """Of every step's pair by itself: the gradients of the last steps are many times those of the others."""
+
+    def make(dtype=torch.float32):
+        of_step = {"prediction_type": prediction_type, "credit": credit}
+        return LossExample((6, 4, 5, 6), dtype, guided, reference=reference, **of_step)
+
+    assert_matches(backend, make)
+    _, exact = with_gradient(make().in_double(), LossExample.plain)
+    _, usual = with_gradient(make(), LossExample.plain)
+    scale = None if grad_scale is None else torch.tensor(grad_scale, device=DEVICE)
+    with force_backend(backend):
+        got, grad = with_gradient(make(), lambda example: example.fused(scale))
+    assert torch.equal(got[6], grad * (grad_scale or 1.0)), "the scale is a power of two"
+    each = exact.flatten(1).norm(dim=1)
+    errors, usual_errors = ((g.double() - exact).flatten(1).norm(dim=1) for g in (grad, usual))
+    # as above: the ratio's relative error
+    credits = make().credit.repeat(len(exact) // 6).double()
+    floor = 4 * torch.finfo(torch.float32).eps * max(1.0, largest(got[5])) * credits.clamp(min=1.0)
+    assert (each > 0).sum() > 2, "the clip leaves pairs that have a gradient"
+    assert (errors <= 2 * usual_errors + floor * each).all(), errors / each
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", HALVES, ids=name_of)
+@pytest.mark.parametrize("credit", ["equal", "sqrt"])
+def test_credit_in_half_precision(backend, dtype, credit):
+    assert_matches(backend, lambda: LossExample((5, 4, 9, 7), dtype, channels_last=True, reference=True, credit=credit))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_credit_multiplies_the_log_ratio_and_its_square_the_kl(backend):
+    """A credit of 2 does what a credit of 1 does at twice the log-ratio, and a credit of 0 leaves nothing."""
+    found = []
+    for credit, change in ((2.0, 0.0078125), (1.0, 0.015625), (0.0, 0.5)):
+        example = LossExample((1, 4, 8, 8), reference=True)
+        example.step.table = example.step.table.clone()
+        example.step.table[:, 3] = credit
+        example.advantages = torch.ones(1, device=DEVICE)
+        with force_backend(backend):
+            # rounded: the log-ratio is `change` to within 1e-4 of it
+            example.old = example.fused().log_probs - change
+            got, grad = with_gradient(example, LossExample.fused)
+        found.append((got, grad))
+    (twice, _), (once, _), (none, none_grad) = found
+    torch.testing.assert_close(twice[3], once[3], rtol=1e-4, atol=0)
+    torch.testing.assert_close(once[1], 4 * twice[1], rtol=1e-4, atol=0)  # TRL's approx_kl has no credit
+    assert torch.equal(twice[4], 4 * once[4])
+    assert none[3].item() == none[4].item() == 0.0
+    assert none[0].item() == -1.0
+    assert not none_grad.any()
+
+
+@pytest.mark.parametrize("reference", [False, True], ids=["alone", "reference"])
+def test_a_credit_of_one_has_the_bits_of_ppos_loss(reference):
+    example = LossExample(reference=reference)
+    _, x, _, table, t, scale = example.step.arguments()
+    rows = table_rows(table, t, x)[:3]
+    with force_backend("reference"):
+        got = example.fused()
+    log_probs = score_step(guided(example.step.model_output, scale), x, example.next_latents, *rows)
+    assert torch.equal(got.log_probs, log_probs)
+    ratio = torch.exp(log_probs - example.old)
+    assert torch.equal(got.ratio_drift, (ratio - 1).abs().max())
+    if not reference:
+        assert torch.equal(got.loss, clipped_surrogate(example.advantages.clamp(-5.0, 5.0), CLIP, ratio))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [*SHAPES, (2, 4, 64, 64)], ids=str)
 def test_several_shapes(backend, shape, poisoned_empty):
     assert_matches(backend, lambda: LossExample(shape, torch.float16))
 
 
 @settings(max_examples=10, deadline=None, derandomize=True)
-@given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 12), st.integers(1, 12), st.booleans())
-def test_any_shape(pairs, channels, height, width, channels_last):
+@given(
+    st.integers(1, 5),
+    st.integers(1, 5),
+    st.integers(1, 12),
+    st.integers(1, 12),
+    st.booleans(),
+    st.sampled_from(["none", "equal", "sqrt"]),
+)
+def test_any_shape(pairs, channels, height, width, channels_last, credit):
+    shape = (pairs, channels, height, width)
     for backend in BACKENDS:
-        assert_matches(
-            backend, lambda: LossExample((pairs, channels, height, width), channels_last=channels_last, reference=True)
-        )
+        assert_matches(backend, lambda: LossExample(shape, channels_last=channels_last, reference=True, credit=credit))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -306,8 +400,9 @@ def test_the_atomic_counter_is_zero_after_each_launch(monkeypatch):
     assert torch.equal(first.loss, second.loss)
 
 
-def test_gradient_in_fp64():
-    example = LossExample((3, 4, 3, 2), reference=True).in_double()
+@pytest.mark.parametrize("credit", ["none", "equal"])
+def test_gradient_in_fp64(credit):
+    example = LossExample((3, 4, 3, 2), reference=True, credit=credit).in_double()
     m = example.step.model_output.requires_grad_()
 
     def loss(m):

@@ -18,7 +18,7 @@ def plain(example):
     """The step from PyTorch's functions, which the op fuses; autograd gives its gradients."""
     m, x, z, table, t, scale = example.arguments()
     combined = guided(m, scale) if example.guided else m
-    rows = table_rows(table, t, x)
+    rows = table_rows(table, t, x)[:3]
     following = take_step(combined, x, z, *rows)
     scores = score_step(combined, x, following, *rows)
     return following, scores, torch.cat([following] * (2 if example.guided else 1)).to(m.dtype)
@@ -132,6 +132,19 @@ def test_with_sigma_zero_the_step_is_the_mean(backend):
     assert not torch.isfinite(got.log_probs).any()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_credit_changes_no_bit(backend):
+    """Log-probs are stored without credit: only the loss uses it."""
+    plain_example, credited = step_example(), step_example(credit="equal")
+    assert not torch.equal(plain_example.table, credited.table)
+    with force_backend(backend):
+        outputs = [
+            with_gradients(lambda e: step_logprob(*e.arguments()), e, weights_of(e)) for e in (plain_example, credited)
+        ]
+    for a, b in zip(*([*values, *grads] for values, grads in outputs), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_gradient_in_fp64():
     example = step_example((2, 4, 3, 2)).in_double()
     m, x = example.model_output.requires_grad_(), example.latents.requires_grad_()
@@ -169,7 +182,7 @@ def test_compiles_without_a_graph_break():
         ({"guidance_scale": None}, r"model_output has shape \(4, 4, 9, 7\) but must have \(2, 4, 9, 7\)"),
         ({"noise": torch.zeros(2, 4, 9, 8)}, "noise has shape"),
         ({"latents": torch.zeros(2, 4, 9, 7, dtype=torch.float16)}, "latents are torch.float16"),
-        ({"table": torch.zeros(10, 2)}, "table is"),
+        ({"table": torch.zeros(10, 3)}, r"table is torch.float32 \(10, 3\) but must be float32 \[K, 4\]"),
         ({"timesteps": torch.zeros(3, dtype=torch.int64)}, "timesteps are"),
         ({"timesteps": torch.zeros(2, dtype=torch.int32)}, "timesteps are"),
     ],

@@ -71,7 +71,7 @@ def _step_inputs(device: str, size: str) -> Iterator[tuple[str, torch.dtype, Ten
         output = normal(2 * images, *shape[1:], dtype=dtype, device=device, channels_last=channels_last)
         latents = normal(*shape, dtype=FULL, device=device)
         noise = latents.flip(0)
-        table = torch.tensor([[1.0, -0.05, 0.05]], device=device).expand(50, 3).contiguous()
+        table = torch.tensor([[1.0, -0.05, 0.05, 1.0]], device=device).expand(50, 4).contiguous()
         timesteps = torch.arange(images, device=device)
         name = f"{images} x 4 x {edge} x {edge} {'channels_last' if channels_last else 'contiguous'}"
         yield name, dtype, output.requires_grad_(), latents, noise, table, timesteps
@@ -80,7 +80,7 @@ def _step_inputs(device: str, size: str) -> Iterator[tuple[str, torch.dtype, Ten
 def step_logprob_cases(device: str, size: str) -> Iterator[Case]:
     def eager(output: Tensor, latents: Tensor, noise: Tensor, table: Tensor, timesteps: Tensor) -> tuple[Tensor, ...]:
         combined = guided(output, GUIDANCE)
-        rows = table_rows(table, timesteps, latents)
+        rows = table_rows(table, timesteps, latents)[:3]
         following = take_step(combined, latents, noise, *rows)
         log_probs = score_step(combined, latents, following, *rows)
         return following, log_probs, torch.cat([following] * 2).to(output.dtype)
@@ -102,7 +102,7 @@ def ppo_loss_cases(device: str, size: str) -> Iterator[Case]:
     def eager(
         output: Tensor, latents: Tensor, following: Tensor, old: Tensor, advantages: Tensor, table: Tensor, t: Tensor
     ) -> Tensor:
-        log_probs = score_step(guided(output, GUIDANCE), latents, following, *table_rows(table, t, latents))
+        log_probs = score_step(guided(output, GUIDANCE), latents, following, *table_rows(table, t, latents)[:3])
         ratio = torch.exp(log_probs - old)
         with torch.no_grad():
             moved = (ratio - 1).abs()
@@ -114,7 +114,7 @@ def ppo_loss_cases(device: str, size: str) -> Iterator[Case]:
 
     for name, dtype, output, latents, noise, table, timesteps in _step_inputs(device, size):
         with torch.no_grad():
-            rows = table_rows(table, timesteps, latents)
+            rows = table_rows(table, timesteps, latents)[:3]
             combined = guided(output, GUIDANCE)
             following = take_step(combined, latents, noise, *rows)
             old = score_step(combined, latents, following, *rows)

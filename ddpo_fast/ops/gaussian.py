@@ -73,13 +73,13 @@ def per_image(coefficient: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 def table_rows(
     table: torch.Tensor, timesteps: torch.Tensor, like: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Looks up (c_x, c_m, sigma), each [B], for `timesteps`, [B] or [] (one for all), in the dtype of `like`."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Looks up (c_x, c_m, sigma, credit), [B] each, for `timesteps`, [B] or [] (for all), in the dtype of `like`."""
     # `index_select` and not `[]`: indexing by a 0-dimensional tensor copies its value to the host, which makes the host
     # wait for all work that is queued on the device
-    rows = table.index_select(0, timesteps.reshape(-1)).to(like.dtype).expand(len(like), 3)
-    c_x, c_m, sigma = rows.unbind(1)
-    return c_x, c_m, sigma
+    rows = table.index_select(0, timesteps.reshape(-1)).to(like.dtype).expand(len(like), 4)
+    c_x, c_m, sigma, credit = rows.unbind(1)
+    return c_x, c_m, sigma, credit
 
 
 def check_step(name: str, model_output: torch.Tensor, latents: torch.Tensor, guidance_scale: float | None) -> None:
@@ -96,8 +96,8 @@ def check_step(name: str, model_output: torch.Tensor, latents: torch.Tensor, gui
 
 def check_table(table: torch.Tensor, timesteps: torch.Tensor, latents: torch.Tensor) -> None:
     """Raises `ValueError` unless the shapes and dtypes of the table and the timesteps fit the latents."""
-    if table.ndim != 2 or table.shape[1] != 3 or table.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"table is {table.dtype} {tuple(table.shape)} but must be float32 [K, 3]")
+    if table.ndim != 2 or table.shape[1] != 4 or table.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"table is {table.dtype} {tuple(table.shape)} but must be float32 [K, 4]")
     if timesteps.shape not in ((), (len(latents),)) or timesteps.dtype != torch.int64:
         raise ValueError(
             f"timesteps are {timesteps.dtype} {tuple(timesteps.shape)} but must be int64 [] or [{len(latents)}]"

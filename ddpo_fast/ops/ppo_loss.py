@@ -2,11 +2,18 @@
 
 The loss is equation 7 of PPO (arXiv 1707.06347) with the step's log-prob of DDPO (arXiv 2305.13301). Its gradient with
 respect to the UNet's output has a closed form, so no autograd graph is recorded for what follows the UNet. For a pair
-with the guided output g, `mu = c_x x + c_m g`, `e = x' - mu`, D elements and `r = exp(log_prob - old_log_prob)`:
+with the guided output g, `mu = c_x x + c_m g`, `e = x' - mu`, D elements, the step's credit k, and the ratio
+`r = exp(k (log_prob - old_log_prob))`:
 
     log_prob = mean_d(-e^2 / (2 sigma^2)) + const        so  d log_prob / d g = c_m e / (sigma^2 D)
-    term = max(-A r, -A clip(r, 1 - c, 1 + c))           so  d term / d log_prob = -A r, and 0 where clipped
-    KL = mean_d((mu - mu_ref)^2) / (2 sigma^2)           so  d KL / d g = c_m (mu - mu_ref) / (sigma^2 D)
+    term = max(-A r, -A clip(r, 1 - c, 1 + c))           so  d term / d log_prob = -A r k, and 0 where clipped
+    KL = k^2 mean_d((mu - mu_ref)^2) / (2 sigma^2)       so  d KL / d g = k^2 c_m (mu - mu_ref) / (sigma^2 D)
+
+The credit is the table's fourth column (`step_credits` in ddim.py says which there are); 1 gives PPO's loss. If the
+mean moves by `delta` standard deviations of the step (root mean square over d), then to first order the log-ratio is
+normal with a standard deviation of `k delta / sqrt(D)`, as `e / sigma` is standard normal, and the KL is
+`(k delta)^2 / 2`. So the ratio, its clip and the KL see a step of credit k as one that moved k times as far. Stored
+log-probs are those of the step, without credit.
 
 The second argument of the maximum is the larger one, and does not depend on r, where A > 0 and r > 1 + c, or A < 0 and
 r < 1 - c. With guidance, `g = u + s (t - u)`: the gradient for u is (1 - s) times that for g, and that for t is s
@@ -66,24 +73,25 @@ def ppo_loss(
     reference_weight: float = 0.0,
     grad_scale: Tensor | None = None,
 ) -> PPOLoss:
-    """The mean over N pairs of `max(-A r, -A clip(r, 1 - c, 1 + c)) + w KL`, with `r = exp(log_prob - old_log_prob)`.
+    """The mean over N pairs of `max(-A r, -A clip(r, 1 - c, 1 + c)) + w KL`, `r = exp(k (log_prob - old_log_prob))`.
 
     Args:
         model_output: [N, C, H, W], or [2N, C, H, W] with guidance, unconditional rows first; fp16, bf16 or fp32,
             contiguous or channels_last. Its gradient is computed in the forward pass.
         latents, next_latents: [N, C, H, W] fp32 (fp64: everything is fp64), without gradient.
         old_log_probs, advantages: [N]; advantages are clipped to +- `advantage_limit`.
-        table, timesteps, guidance_scale: as for `step_logprob`; timesteps are [N].
+        table, timesteps, guidance_scale: as for `step_logprob`; timesteps are [N]. The table's last column is the
+            credit k.
         clip_range: c, in units of the ratio.
         reference_output: a frozen reference UNet's output for the same pairs, of the shape of `model_output`. It adds
-            `reference_weight` times the KL divergence between the two steps, divided by D:
-            `mean_d((mu - mu_ref)^2) / (2 sigma^2)`.
+            `reference_weight` times the KL divergence between the two steps, divided by D, times k^2:
+            `k^2 mean_d((mu - mu_ref)^2) / (2 sigma^2)`.
         grad_scale: [] fp32, the loss scale of fp16 training. The gradient is multiplied by this scale before it is
             stored in the output's dtype, so that small values do not underflow; `loss.backward()` divides by the scale
             again.
 
-    `approx_kl` is `mean((log_prob - old_log_prob)^2) / 2`, `clip_fraction` the share of pairs with |r - 1| > c,
-    `ratio_drift` the largest |r - 1|, `reference_kl` the mean KL.
+    `approx_kl` is `mean((log_prob - old_log_prob)^2) / 2` without credit, as in TRL, `clip_fraction` the share of pairs
+    with |r - 1| > c, `ratio_drift` the largest |r - 1|, `reference_kl` the mean KL.
 
     Raises `ValueError` for shapes and dtypes that do not fit.
     """
@@ -154,15 +162,15 @@ def _reference(
     advantage_limit: float,
     reference_weight: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    c_x, c_m, sigma = table_rows(table, timesteps, latents)
+    c_x, c_m, sigma, credit = table_rows(table, timesteps, latents)
     combined = model_output if guidance_scale is None else guided(model_output, guidance_scale)
     difference = next_latents - step_mean(combined, latents, c_x, c_m)
     # the same function that sampling uses, so that a policy that has not changed has ratios of 1
     log_probs = log_density(difference, sigma)
     advantages = advantages.clamp(-advantage_limit, advantage_limit)
-    ratio = torch.exp(log_probs - old_log_probs)
+    ratio = torch.exp(credit * (log_probs - old_log_probs))
     terms = _clipped(advantages, clip_range, ratio)
-    slope = torch.where(is_clipped(advantages, clip_range, ratio), 0.0, -advantages * ratio)
+    slope = torch.where(is_clipped(advantages, clip_range, ratio), 0.0, -advantages * ratio * credit)
     variance = sigma.square()
     # the closed form at the top of this module; the division by D and by N follows for all terms at once
     grad = per_image(slope * c_m / variance, latents) * difference
@@ -170,9 +178,9 @@ def _reference(
     if reference_output is not None:
         other = reference_output if guidance_scale is None else guided(reference_output, guidance_scale)
         apart = per_image(c_m, latents) * (combined.to(latents.dtype) - other.to(latents.dtype))
-        reference_kl = (apart.square() / per_image(2 * variance, latents)).flatten(1).mean(1)
+        reference_kl = credit.square() * (apart.square() / per_image(2 * variance, latents)).flatten(1).mean(1)
         terms = terms + reference_weight * reference_kl
-        grad = grad + per_image(reference_weight * c_m / variance, latents) * apart
+        grad = grad + per_image(reference_weight * credit.square() * c_m / variance, latents) * apart
     # N D elements: the mean over d in each log-prob and the mean over pairs in the loss
     grad = grad / latents.numel()
     if grad_scale is not None:

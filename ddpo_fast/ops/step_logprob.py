@@ -46,7 +46,7 @@ def step_logprob(
         model_output: [B, C, H, W], or [2B, C, H, W] with guidance, unconditional rows first; fp16, bf16 or fp32,
             contiguous or channels_last.
         latents, noise: [B, C, H, W] fp32 (fp64: everything is fp64).
-        table: [K, 3] fp32, (c_x, c_m, sigma) of every timestep.
+        table: [K, 4] fp32, (c_x, c_m, sigma, credit) of every timestep; only the loss uses the credit.
         timesteps: [B] or [] int64 on the device, rows of `table`.
         guidance_scale: s in `m = u + s (t - u)`, None for no guidance.
 
@@ -78,7 +78,7 @@ def step_logprob(
 def _reference(
     model_output: Tensor, latents: Tensor, noise: Tensor, table: Tensor, timesteps: Tensor, guidance_scale: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    c_x, c_m, sigma = table_rows(table, timesteps, latents)
+    c_x, c_m, sigma, _ = table_rows(table, timesteps, latents)
     combined = model_output if guidance_scale is None else guided(model_output, guidance_scale)
     mean = step_mean(combined, latents, c_x, c_m)
     following = mean + per_image(sigma, latents) * noise
@@ -97,7 +97,7 @@ def _reference_backward(
     grad_log_probs: Tensor,
     grad_next_input: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    c_x, c_m, sigma = table_rows(table, timesteps, latents)
+    c_x, c_m, sigma, _ = table_rows(table, timesteps, latents)
     combined = model_output if guidance_scale is None else guided(model_output, guidance_scale)
     difference = next_latents - step_mean(combined, latents, c_x, c_m)
     # d log_prob / d mean = difference / (sigma^2 D), from the mean over d of -difference^2 / (2 sigma^2)

@@ -23,14 +23,19 @@ logger = logging.getLogger(__name__)
 
 
 class RunLog:
-    """The records of one run in `folder`. Every process calls it; only the main process writes."""
+    """The records of one run in `folder`. Every process calls it; only the main process writes.
 
-    def __init__(self, config: DDPOConfig, accelerator: Accelerator, folder: Path) -> None:
+    Args:
+        clip_range: range of the ratio's clip, which warnings compare the policy's changes with.
+    """
+
+    def __init__(self, config: DDPOConfig, accelerator: Accelerator, folder: Path, clip_range: float) -> None:
         self.config = config
         self.accelerator = accelerator
         self.folder = folder
+        self.clip_range = clip_range
         self.metrics = MetricsFile(folder / "metrics.jsonl")
-        self.health = Health(config, accelerator.is_main_process)
+        self.health = Health(config, accelerator.is_main_process, clip_range)
         self.summary = ""
         # seconds of training before this process resumed the run, and `time.monotonic()` when this process started
         self._earlier_s, self._started = 0.0, time.monotonic()
@@ -142,14 +147,14 @@ class RunLog:
         """
         if self.config.ema_sampling:
             return
-        if drift > 0.5 * self.config.train_clip_range and not self._warned_of_drift:
+        if drift > 0.5 * self.clip_range and not self._warned_of_drift:
             self._warned_of_drift = True
             logger.warning(
                 "before the first update the ratio is already %.1e away from 1, and the clip range is %.1e: set "
                 "train_recompute_log_probs, use a higher mixed_precision, or use guidance in training as in sampling "
                 "(train_cfg)",
                 drift,
-                self.config.train_clip_range,
+                self.clip_range,
             )
 
 

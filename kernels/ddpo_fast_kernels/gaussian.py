@@ -56,10 +56,10 @@ def store_guided(rows, image, images, D, at, mask, grad, guidance, GUIDED: tl.co
 
 @triton.jit
 def coefficients(table, timesteps, image, PER_IMAGE: tl.constexpr):
-    """(c_x, c_m, sigma) of an image's timestep; without PER_IMAGE there is one timestep for all."""
+    """(c_x, c_m, sigma, credit) of an image's timestep; without PER_IMAGE there is one timestep for all."""
     row = tl.load(timesteps + image) if PER_IMAGE else tl.load(timesteps)
-    entry = table + row.to(tl.int64) * 3
-    return tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+    entry = table + row.to(tl.int64) * 4
+    return tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3)
 
 
 @triton.jit

@@ -18,7 +18,7 @@ from ddpo_fast_kernels.launch import block_and_warps, is_last, row_layout, ticke
 
 
 class Pairs(NamedTuple):
-    """The data of N pairs: latents [N, ...], the others [N]; and the table of coefficients [K, 3]."""
+    """The data of N pairs: latents [N, ...], the others [N]; and the table of coefficients [K, 4]."""
 
     latents: Any
     next_latents: Any
@@ -69,7 +69,7 @@ def ppo_loss_fwd_kernel(
     # int64: pair * D may exceed what an int32 counts
     pair = tl.program_id(0).to(tl.int64)
     count = tl.num_programs(0)
-    c_x, c_m, sigma = coefficients(pairs.table, pairs.timesteps, pair, True)
+    c_x, c_m, sigma, credit = coefficients(pairs.table, pairs.timesteps, pair, True)
     # Each lane adds up every BLOCK-th element, and at the end the lanes are added, in the same order as in
     # `step_logprob`.
     squares = tl.zeros([BLOCK], tl.float32)
@@ -86,14 +86,16 @@ def ppo_loss_fwd_kernel(
             apart = c_m * (guided - load_guided(reference, pair, count, D, at, mask, guidance, GUIDED))
             apart_squares = tl.fma(apart, apart, apart_squares)
     log_prob = log_density(tl.sum(squares, axis=0), D, sigma)
-    reference_kl = tl.sum(apart_squares, axis=0) / D / (2.0 * sigma * sigma)
-    slope = settle_pair(pair, count, log_prob, reference_kl, pairs, bounds, results)
+    # the KL's share of a step of this credit
+    credit_squared = credit * credit
+    reference_kl = tl.sum(apart_squares, axis=0) / D / (2.0 * sigma * sigma) * credit_squared
+    slope = settle_pair(pair, count, log_prob, reference_kl, credit, pairs, bounds, results)
     # both terms of the gradient have this factor: d mean / d guided = c_m, 1 / sigma^2, and the means over D and pairs
     share = c_m / (sigma * sigma) / (D * count.to(tl.float32))
     if SCALED:
         share *= tl.load(grad_scale)
     slope *= share
-    reference_slope = bounds.reference_weight * share
+    reference_slope = share * credit_squared * bounds.reference_weight
     # The second pass loads everything again, because a whole image does not fit in registers. The data is still cached.
     for start in range(0, D, BLOCK):
         d = start + tl.arange(0, BLOCK)
@@ -111,14 +113,14 @@ def ppo_loss_fwd_kernel(
 
 
 @triton.jit
-def settle_pair(pair, count, log_prob, reference_kl, pairs, bounds, results):
+def settle_pair(pair, count, log_prob, reference_kl, credit, pairs, bounds, results):
     """Stores a pair's log-prob and its terms of the averages; returns d term / d log_prob."""
     advantage = tl.load(pairs.advantages + pair)
     # tl.minimum and tl.maximum drop a NaN by default, but a NaN advantage or ratio must reach the loss
     advantage = tl.minimum(advantage, bounds.advantage_limit, propagate_nan=tl.PropagateNan.ALL)
     advantage = tl.maximum(advantage, -bounds.advantage_limit, propagate_nan=tl.PropagateNan.ALL)
     change = log_prob - tl.load(pairs.old_log_probs + pair)
-    ratio = tl.exp(change)
+    ratio = tl.exp(credit * change)
     moved = tl.abs(ratio - 1.0)
     clipped = tl.minimum(ratio, bounds.high, propagate_nan=tl.PropagateNan.ALL)
     clipped = tl.maximum(clipped, bounds.low, propagate_nan=tl.PropagateNan.ALL)
@@ -130,7 +132,7 @@ def settle_pair(pair, count, log_prob, reference_kl, pairs, bounds, results):
     tl.store(results.scratch + 2 * count + pair, tl.where(moved > bounds.clip_range, 1.0, 0.0))
     tl.store(results.scratch + 3 * count + pair, moved)
     tl.store(results.scratch + 4 * count + pair, reference_kl)
-    return tl.where(beyond, 0.0, -advantage * ratio)
+    return tl.where(beyond, 0.0, -advantage * ratio * credit)
 
 
 @triton.jit

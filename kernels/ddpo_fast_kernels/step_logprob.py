@@ -33,7 +33,7 @@ def step_logprob_fwd_kernel(
 ):
     image = tl.program_id(0).to(tl.int64)
     images = tl.num_programs(0)
-    c_x, c_m, sigma = coefficients(table, timesteps, image, PER_IMAGE)
+    c_x, c_m, sigma, _ = coefficients(table, timesteps, image, PER_IMAGE)
     squares = tl.zeros([BLOCK], tl.float32)
     for start in range(0, D, BLOCK):
         d = start + tl.arange(0, BLOCK)
@@ -74,7 +74,7 @@ def step_logprob_bwd_kernel(
     grad_next_latents, grad_log_probs, grad_next_input = grads
     image = tl.program_id(0).to(tl.int64)
     images = tl.num_programs(0)
-    c_x, c_m, sigma = coefficients(table, timesteps, image, PER_IMAGE)
+    c_x, c_m, sigma, _ = coefficients(table, timesteps, image, PER_IMAGE)
     # d log_prob / d mean = difference / (sigma^2 D), at fixed next latents
     slope = tl.load(grad_log_probs + image) / (sigma * sigma * D)
     for start in range(0, D, BLOCK):
