@@ -262,7 +262,7 @@ def test_kl_is_to_the_model_before_training(make, tmp_path, use_lora):
         trainer = make(
             use_lora=use_lora,
             train_kl_weight=weight,
-            num_epochs=2,
+            num_epochs=3,
             output_dir=tmp_path / f"{weight}",
             **ONE_UPDATE | {"train_num_inner_epochs": 2},
             **RANKS,
