@@ -45,9 +45,11 @@ def ratio_clip_range(config: DDPOConfig, unet: Any) -> float:
     """`train_clip_range` in units of the ratio, which is what the loss clips.
 
     With `train_clip_unit='step'` it is set in standard deviations of a step. A log-prob is a mean over a latent's D
-    elements: if the step's mean moves by `delta` standard deviations (root mean square), then the log-ratio is nearly
-    normal with a standard deviation of `delta / sqrt(D)`. So a range of `train_clip_range / sqrt(D)` clips the same
-    share of the ratios for latents of any size.
+    elements: if the step's mean moves by `delta` standard deviations (root mean square), in a direction that does not
+    depend on the step's noise, then the log-ratio is normal with a standard deviation of `delta / sqrt(D)` and a mean
+    of `-delta^2 / 2`. The mean is the smaller of the two up to `delta = 2 / sqrt(D)`; there a range of
+    `train_clip_range / sqrt(D)` clips the same share of the ratios for latents of any size. Further moves are clipped
+    sooner in larger latents, by the mean.
     """
     if config.train_clip_unit == "ratio":
         return config.train_clip_range

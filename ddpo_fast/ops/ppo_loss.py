@@ -10,8 +10,8 @@ with the guided output g, `mu = c_x x + c_m g`, `e = x' - mu`, D elements, the s
     KL = k^2 mean_d((mu - mu_ref)^2) / (2 sigma^2)       so  d KL / d g = k^2 c_m (mu - mu_ref) / (sigma^2 D)
 
 The credit is the table's fourth column (`step_credits` in ddim.py says which there are); 1 gives PPO's loss. If the
-mean moves by `delta` standard deviations of the step (root mean square over d), then to first order the log-ratio is
-normal with a standard deviation of `k delta / sqrt(D)`, as `e / sigma` is standard normal, and the KL is
+mean moves by `delta` standard deviations of the step (root mean square over d), then to first order in delta the
+log-ratio is normal with a standard deviation of `k delta / sqrt(D)`, as `e / sigma` is standard normal, and the KL is
 `(k delta)^2 / 2`. So the ratio, its clip and the KL see a step of credit k as one that moved k times as far. Stored
 log-probs are those of the step, without credit.
 
