@@ -125,6 +125,11 @@ class DDPOConfig:
         "(half-way), or layout (by how much of the image's layout the step's noise decides).",
         choices=["none", "equal", "sqrt", "layout"],
     )
+    train_pool_latents: int = _option(
+        1,
+        "Side of the squares of latent pixels whose means the loss looks at, 1 for every pixel (TRL). What early steps "
+        "decide is larger than a pixel, and the noise of single pixels only blurs the gradient.",
+    )
     train_skip_last_steps: float = _option(0.0, "Share of the denoising steps, the last ones, that are not trained.")
     train_clip_unit: str = _option(
         "ratio",
@@ -272,6 +277,14 @@ class DDPOConfig:
             raise ValueError(
                 f"per_prompt_stat_tracking_min_count is {needed}, and with per_prompt_stat_tracking_buffer_size="
                 f"{remembered} no prompt ever has so many rewards: lower it, or remember more"
+            )
+        updates = self.updates_per_inner_epoch * self.train_num_inner_epochs
+        if self.objective == "ddpo_sf" and updates > 1:
+            batches = self.sample_batch_size * self.sample_num_batches_per_epoch // self.train_batch_size
+            raise ValueError(
+                f"objective is 'ddpo_sf', which holds for the policy that sampled, but an epoch has {updates} updates: "
+                f"set train_gradient_accumulation_steps={batches} and train_num_inner_epochs=1, or use "
+                "objective='ddpo_is'"
             )
         for applies, problem in config_rules.CONFLICTS:
             if applies(self):

@@ -128,7 +128,7 @@ RULES: tuple[tuple[str, Predicate, str], ...] = (
     (
         "sample_num_steps sample_batch_size sample_num_batches_per_epoch train_batch_size "
         "train_gradient_accumulation_steps train_num_inner_epochs max_workers per_prompt_stat_tracking_buffer_size "
-        "per_prompt_stat_tracking_min_count sample_group_size",
+        "per_prompt_stat_tracking_min_count sample_group_size train_pool_latents",
         _whole(1, MAX_SIZE),
         f"a whole number from 1 to {MAX_SIZE}",
     ),
@@ -224,6 +224,59 @@ CONFLICTS: tuple[tuple[Callable[[Settings], bool], str], ...] = (
     (
         lambda c: c.uses_deepspeed and (c.cuda_graphs or c.compile_unet),
         "cuda_graphs and compile_unet do not work with ZeRO: leave them out",
+    ),
+    (
+        lambda c: c.ema_sampling and not c.ema_decay,
+        "ema_sampling is True, which needs a moving average of the weights: set ema_decay (0.99, for instance)",
+    ),
+    (
+        lambda c: c.uses_deepspeed and (c.ema_sampling or c.train_kl_weight > 0),
+        "ema_sampling and train_kl_weight exchange whole weights, which ZeRO splits among processes: leave them out, "
+        "or train without ZeRO",
+    ),
+    (
+        lambda c: c.objective == "ddpo_sf" and (c.ema_sampling or c.train_recompute_log_probs),
+        "objective is 'ddpo_sf', which holds for samples of the trained weights and reads no log-probs of the sampler: "
+        "leave out ema_sampling and train_recompute_log_probs, or use objective='ddpo_is'",
+    ),
+    (
+        lambda c: c.objective != "ddpo_is" and c.train_clip_unit != "ratio",
+        "train_clip_unit is for objective='ddpo_is', the only one that clips: leave it out",
+    ),
+    (
+        lambda c: c.objective == "rwr" and (c.per_prompt_stat_tracking or c.train_advantages != "std"),
+        "objective is 'rwr', which weighs images by their rewards and has no advantages: leave out "
+        "per_prompt_stat_tracking and train_advantages, or set rwr_per_prompt",
+    ),
+    (
+        lambda c: c.objective == "rwr" and c.sample_group_size > 1 and not c.rwr_per_prompt,
+        "sample_group_size compares the images of a group with each other, and objective='rwr' all images: set "
+        "rwr_per_prompt, or leave out sample_group_size",
+    ),
+    (
+        lambda c: (
+            c.objective == "rwr"
+            and (
+                c.step_credit != "none"
+                or c.train_image_credit != "none"
+                or c.train_skip_last_steps > 0
+                or c.train_pool_latents > 1
+            )
+        ),
+        "objective is 'rwr', which trains on noised images and on no denoising steps: leave out step_credit, "
+        "train_image_credit, train_skip_last_steps and train_pool_latents",
+    ),
+    (
+        lambda c: c.objective == "rwr" and (c.train_kl_weight > 0 or c.train_recompute_log_probs),
+        "objective is 'rwr', which knows no log-probs: leave out train_kl_weight and train_recompute_log_probs",
+    ),
+    (
+        lambda c: c.objective != "rwr" and (c.rwr_beta != 0.2 or c.rwr_top_fraction > 0 or c.rwr_per_prompt),
+        "rwr_beta, rwr_top_fraction and rwr_per_prompt are for objective='rwr': set that, or leave them out",
+    ),
+    (
+        lambda c: c.rwr_top_fraction > 0 and c.rwr_beta != 0.2,
+        "rwr_top_fraction gives all images that it keeps the same weight: leave out rwr_beta",
     ),
 )
 

@@ -200,6 +200,11 @@ class Health:
             )
         if not math.isfinite(info.get("grad_norm", 0.0)) and not info.get("skipped_step"):
             raise RunStopped(f"the gradient of update {number} is {info['grad_norm']}: {rescue}")
+        if "approx_kl" in info:
+            self._ratios(number, info, rescue)
+
+    def _ratios(self, number: int, info: dict[str, float], rescue: str) -> None:
+        """Raises or warns where the policy is too far from the one that sampled; only some objectives measure it."""
         # approx_kl is half the mean square of the log-ratio, so this is the log-ratio's root mean square
         log_ratio = math.sqrt(2 * info["approx_kl"]) if info["approx_kl"] >= 0 else math.inf
         if not log_ratio < LARGEST_LOG_RATIO:
@@ -214,7 +219,7 @@ class Health:
                 f"{info['approx_kl']:.1e}; the clip range is {self.clip_range:g}): lower "
                 "train_learning_rate or train_num_inner_epochs",
             )
-        elif info["clipfrac"] > 0.999:
+        elif info.get("clipfrac", 0.0) > 0.999:
             self._warn(
                 "clip",
                 f"in update {number} all ratios are outside of the clip range of {self.clip_range:g}, so "

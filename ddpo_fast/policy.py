@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from ddpo_fast import ops
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.ddim import DDIMCoefficients
 from ddpo_fast.engine import Engine
+from ddpo_fast.ops.gaussian import LOG_SQRT_2PI, table_rows
 from ddpo_fast.prompt_embeddings import PromptEmbeddings
 
 
@@ -53,7 +55,9 @@ def ratio_clip_range(config: DDPOConfig, unet: Any) -> float:
     """
     if config.train_clip_unit == "ratio":
         return config.train_clip_range
-    return config.train_clip_range / math.sqrt(math.prod(latent_shape(unet)))
+    channels, height, width = latent_shape(unet)
+    pool = config.train_pool_latents
+    return config.train_clip_range / math.sqrt(channels * (height // pool) * (width // pool))
 
 
 class Policy:
@@ -101,6 +105,31 @@ class Policy:
             return log_ratios
         return self.noise_table[:, 3].take(timesteps) * log_ratios
 
+    @property
+    def loss_table(self) -> Tensor:
+        """`noise_table` for pooled latents: their noise is a mean of k^2 independent values, so sigma / k."""
+        pool = self.config.train_pool_latents
+        if pool == 1:
+            return self.noise_table
+        return self.noise_table / self.noise_table.new_tensor([1.0, 1.0, pool, 1.0])
+
+    def pooled(self, latents: Tensor) -> Tensor:
+        """Means over squares of `train_pool_latents` pixels: [R, C, H, W] -> [R, C, H / k, W / k].
+
+        A denoising step is linear, so pooled latents take the same step with the pooled output, and the step's density
+        is again a Gaussian (`loss_table`): the marginal of the step's for these means.
+        """
+        pool = self.config.train_pool_latents
+        return latents if pool == 1 else avg_pool2d(latents, pool)
+
+    def log_probs_of_noise(self, pooled_noise: Sequence[Tensor], timesteps: Tensor) -> Tensor:
+        """Log-probs of pooled steps, [B, T], from their noise, T tensors [B, C, H / k, W / k], at `timesteps` [T]."""
+        # a mean of k^2 standard normal values has the standard deviation 1 / k
+        pool = self.config.train_pool_latents
+        squares = [(pool * noise).square().flatten(1).mean(1) for noise in pooled_noise]
+        sigma = self.loss_table[timesteps, 2]
+        return -torch.stack(squares, dim=1) / 2 - sigma.log() - LOG_SQRT_2PI
+
     def step_weights(self, timesteps: Tensor) -> Tensor:
         """`credit * |c_m| / sigma` of the steps from `timesteps` [N]: [N].
 
@@ -119,6 +148,10 @@ class Policy:
         """
         with self.engine.computing(), (self.pipeline.autocast or nullcontext)():
             yield
+
+    def sampling(self) -> AbstractContextManager[None]:
+        """A context in which the UNet has the weights to sample with: with `ema_sampling` their moving average."""
+        return self.engine.computing_averages() if self.config.ema_sampling else nullcontext()
 
     @torch.no_grad()
     def embeds_for_sampling(self, embeds: Tensor) -> Tensor:
@@ -150,6 +183,10 @@ class Policy:
         output = self.output(latents, timesteps, embeds)
         if self.config.guides_training:
             output = ops.guided(output, self.config.sample_guidance_scale)
+        if self.config.train_pool_latents > 1:
+            output, latents, next_latents = self.pooled(output), self.pooled(latents), self.pooled(next_latents)
+            c_x, c_m, sigma, _ = table_rows(self.loss_table, timesteps, latents)
+            return ops.score_step(output, latents, next_latents, c_x, c_m, sigma)
         scored = self.pipeline.scheduler_step(
             output, timesteps, latents, eta=self.config.sample_eta, prev_sample=next_latents
         )

@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpo_fast import ops
 from ddpo_fast.batch_sizes import BatchSizes
 from ddpo_fast.bounded_update import MEASURED_PAIRS, BoundedUpdate
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.cuda_graphs import Recorded
 from ddpo_fast.device_memory import is_out_of_memory
 from ddpo_fast.engine import Engine
-from ddpo_fast.metrics import UpdateMetrics, approx_kl, clip_fraction
+from ddpo_fast.metrics import UpdateMetrics
+from ddpo_fast.objectives import Objective, Scored
 from ddpo_fast.policy import Policy
 from ddpo_fast.trajectory import Pairs, TrainingBatch, Trajectory, pair_index, pairs_of
 
@@ -35,31 +35,28 @@ logger = logging.getLogger(__name__)
 SCORING_FIRST_PAYS = 0.5
 
 # takes the fields of `Pairs` in order, returns the scalars (loss, approximate KL, clip fraction)
-Objective = Callable[..., tuple[Tensor, Tensor, Tensor]]
+OwnLoss = Callable[..., tuple[Tensor, Tensor, Tensor]]
+# metrics that are maxima over pairs and not means
+MAXIMA = frozenset({"ratio_drift"})
 
 
-class CallMetrics(NamedTuple):
-    """The metrics of the pairs of one UNet call: scalars [], and `log_probs` [N]."""
+class Call(NamedTuple):
+    """What is kept of a UNet call of N pairs: scalars [], and `log_probs` [N]."""
 
     loss: Tensor
-    approx_kl: Tensor
-    clip_fraction: Tensor
-    ratio_drift: Tensor
     log_probs: Tensor
-
-    @classmethod
-    def of(cls, scored: ops.PPOLoss) -> CallMetrics:
-        return cls(scored.loss, scored.approx_kl, scored.clip_fraction, scored.ratio_drift, scored.log_probs)
+    metrics: tuple[Tensor, ...]  # in the order of `Objective.metrics`
 
 
 class PPO:
-    """Updates the weights by the clipped loss of `ops.ppo_loss`.
+    """Updates the weights by the gradient of an objective.
 
-    The loss's gradient with respect to the UNet's output is known in closed form. `ops.ppo_loss` returns it, and the
-    UNet's backward pass starts from it, so that there is no autograd graph between the output and the loss.
+    The gradient of its loss with respect to the UNet's output is known in closed form. The UNet's backward pass starts
+    from it, so that there is no autograd graph between the output and the loss.
 
     Args:
         sizes: says how many pairs a UNet call has.
+        objective: what is minimised.
         bound: keeps updates near `train_target_update`; None to leave them alone.
 
     Raises `ValueError` where `optimizer_in_backward` is set and an update takes more than one UNet call.
@@ -71,12 +68,14 @@ class PPO:
         policy: Policy,
         engine: Engine,
         sizes: BatchSizes,
+        objective: Objective,
         bound: BoundedUpdate | None = None,
     ) -> None:
         self.config = config
         self.policy = policy
         self.engine = engine
         self.sizes = sizes
+        self.objective = objective
         self.bound = bound
         self.metrics = UpdateMetrics()
         calls = -(-config.pairs_per_update // sizes.micro_batch_size) if config.optimizer_in_backward else 1
@@ -103,12 +102,12 @@ class PPO:
         """
         self.zero_gradient_shares += shares
 
-    def update(self, batches: Sequence[TrainingBatch], number: int, objective: Objective | None) -> dict[str, Tensor]:
+    def update(self, batches: Sequence[TrainingBatch], number: int, own_loss: OwnLoss | None) -> dict[str, Tensor]:
         """Takes one optimizer step on the first `num_train_timesteps` steps of the images of training batches.
 
         Args:
             number: the update's number in its epoch, from 0.
-            objective: the user's own loss; None for `ops.ppo_loss`.
+            own_loss: the user's own loss; None for the objective's.
 
         Returns the update's metrics, [] each, on the device. Raises `RuntimeError` if memory runs out and the
         micro-batch cannot be made smaller.
@@ -117,7 +116,7 @@ class PPO:
             self.bound.begin(self._measured_calls(batches))
         while True:
             try:
-                self._add_gradients(batches, number, objective)
+                self._add_gradients(batches, number, own_loss)
                 break
             except RuntimeError as error:
                 if not is_out_of_memory(error):
@@ -177,42 +176,43 @@ class PPO:
 
     # the gradient of an update
 
-    def _add_gradients(self, batches: Sequence[TrainingBatch], number: int, objective: Objective | None) -> None:
+    def _add_gradients(self, batches: Sequence[TrainingBatch], number: int, own_loss: OwnLoss | None) -> None:
         """Adds an update's gradient in UNet calls of micro-batches, and collects its metrics."""
         self.metrics = UpdateMetrics()
         index = pair_index(batches, self.config.num_train_timesteps)
-        if objective is None:
-            self._add_clipped(batches, index, number)
+        if own_loss is None:
+            self._add_objective(batches, index, number)
         else:
-            self._add_objective(batches, index, objective)
+            self._add_own(batches, index, own_loss)
 
-    def _add_clipped(self, batches: Sequence[TrainingBatch], index: np.ndarray, number: int) -> None:
-        """Adds the gradient of the clipped loss. Pairs that are known to have none are left out of the UNet calls."""
+    def _add_objective(self, batches: Sequence[TrainingBatch], index: np.ndarray, number: int) -> None:
+        """Adds the objective's gradient. Pairs that are known to have none are left out of the UNet calls."""
         total, size = len(index), self.sizes.micro_batch_size
         # Pairs of images whose advantage is 0 have neither loss nor gradient. The host knows them without asking the
         # device.
-        if self.config.train_skip_dead_pairs:
+        if self.objective.skips:
             index = _with_advantage(batches, index)
         scored = len(index)
         # Metrics are averaged over processes: each needs all of them, also one that has no pair left.
         nothing = torch.zeros((), device=self.policy.device)
-        self.metrics.add(1.0, loss=nothing, approx_kl=nothing, clipfrac=nothing, zero_gradient=nothing)
-        self.metrics.add_maximum("ratio_drift", nothing)
-        # Which pairs PPO's clip leaves without a gradient is known only from their ratio: a forward pass, without an
+        self.metrics.add(1.0, loss=nothing)
+        self._add_metrics(1.0, dict.fromkeys(self.objective.metrics, nothing))
+        self.metrics.add(1.0, zero_gradient=nothing)
+        # Which pairs the clip leaves without a gradient is known only from their ratio: a forward pass, without an
         # autograd graph, computes it.
         scores_first = self._scores_first(number)
         if scores_first:
             index = index[self._has_gradient(batches, index, total)]
         for pairs, count in self._calls(batches, index, total):
-            # `ppo_loss` is a mean over a call's pairs, and the update's loss one over all `total` pairs. The loss scale
-            # keeps gradients in fp16 from underflow; it is 1 in other precisions.
+            # The objective's loss is a mean over a call's pairs, and the update's loss one over all `total` pairs. The
+            # loss scale keeps gradients in fp16 from underflow; it is 1 in other precisions.
             scale = self.engine.loss_scale().to(pairs.latents.dtype) * (pairs.number / total)
             add: Callable[..., Any] = self._add_gradient
             if self._recorded is not None and pairs.number == size:
                 add = self._recorded
-            call = CallMetrics(*add(*pairs, scale))
+            loss, log_probs, *metrics = add(*pairs, scale)
             if not scores_first:
-                self._measure(pairs, count, total, scored, call)
+                self._measure(pairs, count, total, scored, Call(loss, log_probs, tuple(metrics)))
         # Under ZeRO stage 3 a pass gathers weights from all processes, so all must make as many passes as the one with
         # the most pairs. A gradient of zero changes nothing.
         for output in self._passes_for_others(batches, index):
@@ -220,11 +220,11 @@ class PPO:
             self.engine.backward_from(output, torch.zeros_like(output))
         self.metrics.add(1.0, skipped=nothing + (1 - len(index) / total))
 
-    def _add_objective(self, batches: Sequence[TrainingBatch], index: np.ndarray, objective: Objective) -> None:
+    def _add_own(self, batches: Sequence[TrainingBatch], index: np.ndarray, own_loss: OwnLoss) -> None:
         """Adds the gradient of the user's own loss, from all pairs: it may have one where the advantage is 0."""
         for pairs, _ in self._calls(batches, index, len(index)):
             share = pairs.number / len(index)
-            loss, kl, clipfrac = objective(*pairs)
+            loss, kl, clipfrac = own_loss(*pairs)
             self.engine.backward(loss * share)
             self.metrics.add(share, loss=loss, approx_kl=kl, clipfrac=clipfrac)
 
@@ -234,15 +234,16 @@ class PPO:
         Decided by the share of pairs without one in the update of the same number of the epoch before.
         """
         shares = self._shares_before[number : number + 1]
-        return self.config.train_skip_dead_pairs and any(share > SCORING_FIRST_PAYS for share in shares)
+        return self.objective.skips and any(share > SCORING_FIRST_PAYS for share in shares)
 
     @torch.no_grad()
     def _has_gradient(self, batches: Sequence[TrainingBatch], index: np.ndarray, total: int) -> np.ndarray:
         """Which pairs of `index` have a gradient, [M] bool, by forward passes; the host waits for the device once."""
         without = []
         for pairs, count in self._calls(batches, index, total):
-            _, scored = self._score(*pairs)
-            without.append(self._measure(pairs, count, total, len(index), CallMetrics.of(scored)))
+            _, scored = self._score(pairs)
+            call = Call(scored.loss, scored.log_probs, tuple(scored.metrics.values()))
+            without.append(self._measure(pairs, count, total, len(index), call))
         for _ in self._passes_for_others(batches, index):
             pass
         return ~torch.cat(without).cpu().numpy() if without else np.zeros(0, dtype=bool)
@@ -283,58 +284,55 @@ class PPO:
 
     # one UNet call
 
-    def _add_gradient(self, *pairs_and_scale: Tensor) -> CallMetrics:
-        """Adds the gradient of `Pairs`, times a scale []. A CUDA graph may replay it, so all arguments are tensors."""
-        output, scored = self._score(*pairs_and_scale)
+    def _add_gradient(self, *pairs_and_scale: Tensor) -> tuple[Tensor, ...]:
+        """Adds the gradient of `Pairs`, times a scale []. A CUDA graph may replay it, so it takes and returns tensors.
+
+        Returns the fields of a `Call`, its metrics one by one.
+        """
+        *pairs, scale = pairs_and_scale
+        output, scored = self._score(Pairs(*pairs), scale)
         self.engine.backward_from(output, scored.gradient)
-        return CallMetrics.of(scored)
+        return scored.loss, scored.log_probs, *scored.metrics.values()
 
-    def _score(
-        self,
-        latents: Tensor,
-        timesteps: Tensor,
-        next_latents: Tensor,
-        log_probs: Tensor,
-        advantages: Tensor,
-        embeds: Tensor,
-        scale: Tensor | None = None,
-    ) -> tuple[Tensor, ops.PPOLoss]:
+    def _score(self, pairs: Pairs, scale: Tensor | None = None) -> tuple[Tensor, Scored]:
         """The UNet's output for pairs, with its autograd graph, and the loss with its gradient by that output."""
-        output = self.policy.output(latents, timesteps, embeds)
-        scored = ops.ppo_loss(
-            output.detach(),
-            latents,
-            next_latents,
-            log_probs,
-            advantages,
-            self.policy.noise_table,
-            timesteps,
-            self.config.sample_guidance_scale if self.config.guides_training else None,
-            clip_range=self.policy.clip_range,
-            advantage_limit=self.config.train_adv_clip_max,
-            grad_scale=scale,
-        )
-        return output, scored
+        operands = pairs.latents, pairs.timesteps, pairs.embeds
+        # before the policy's own call, see `Reference.output`
+        reference = None if self.objective.reference is None else self.objective.reference.output(*operands)
+        output = self.policy.output(*operands)
+        if self.config.train_pool_latents > 1:
+            # the gradient by the pooled output; autograd spreads it over the pixels
+            pooled = self.policy.pooled
+            output, reference = pooled(output), None if reference is None else pooled(reference)
+            pairs = pairs._replace(latents=pooled(pairs.latents), next_latents=pooled(pairs.next_latents))
+        return output, self.objective.score(output.detach(), reference, pairs, scale)
 
-    def _measure(self, pairs: Pairs, count: int, total: int, scored: int, call: CallMetrics) -> Tensor:
+    def _measure(self, pairs: Pairs, count: int, total: int, scored: int, call: Call) -> Tensor:
         """Adds a UNet call to the metrics; returns which of its pairs have no gradient, [count] bool.
 
         The loss is a mean over the update's `total` pairs, as pairs without an advantage have a loss of zero. The other
         metrics are means over the `scored` pairs, which the UNet is called for. The pairs of the call after the first
         `count` are padding.
         """
-        clip_range = self.policy.clip_range
-        new, old, advantages = call.log_probs[:count], pairs.log_probs[:count], pairs.advantages[:count]
-        ratio = torch.exp(self.policy.credited(new - old, pairs.timesteps[:count]))
-        without = ops.is_clipped(advantages, clip_range, ratio) | (advantages == 0)
-        kl, clipfrac = call.approx_kl, call.clip_fraction
-        # those of the call include the padding
+        timesteps, old, advantages = (part[:count] for part in (pairs.timesteps, pairs.log_probs, pairs.advantages))
+        real = pairs._replace(timesteps=timesteps, log_probs=old, advantages=advantages)
+        log_probs = call.log_probs[:count]
+        without = self.objective.without_gradient(real, log_probs)
+        metrics = dict(zip(self.objective.metrics, call.metrics, strict=True))
         if count < pairs.number:
-            kl, clipfrac = approx_kl(new, old), clip_fraction(ratio, clip_range)
+            # the means of the call include the padding; its maxima may, as padding repeats a pair
+            metrics |= self.objective.means_of(real, log_probs)
         self.metrics.add(pairs.number / total, loss=call.loss)
-        self.metrics.add(count / scored, approx_kl=kl, clipfrac=clipfrac, zero_gradient=without.float().mean())
-        self.metrics.add_maximum("ratio_drift", call.ratio_drift)
+        self._add_metrics(count / scored, metrics)
+        self.metrics.add(count / scored, zero_gradient=without.float().mean())
         return without
+
+    def _add_metrics(self, share: float, metrics: dict[str, Tensor]) -> None:
+        for name, value in metrics.items():
+            if name in MAXIMA:
+                self.metrics.add_maximum(name, value)
+            else:
+                self.metrics.add(share, **{name: value})
 
 
 def _with_advantage(batches: Sequence[TrainingBatch], index: np.ndarray) -> np.ndarray:

@@ -116,9 +116,15 @@ class Rollout:
         for draw in draws:
             # freed, as `torch.cat` has copied it: it is as large as all latents of the rollout
             draw.noise.clear()
+        # sampling empties `noise`; pooled, it is small enough to be kept until the steps' log-probs are made of it
+        pools = self.config.train_pool_latents > 1
+        pooled_noise = [self.policy.pooled(step) for step in noise[1:]] if pools else []
         with self.policy.computing():
             ids, embeds = self.policy.embed_prompts(prompts)
             trail, log_probs, credit = self._denoise(noise, embeds)
+        by_step = torch.stack(log_probs, dim=1)
+        if pools:
+            by_step = self.policy.log_probs_of_noise(pooled_noise, self.pipe.scheduler.timesteps)
         return Trajectory(
             prompts=prompts,
             prompt_ids=ids,
@@ -126,7 +132,7 @@ class Rollout:
             negative_prompt_embeds=self.policy.negative_embeds.expand_as(embeds),
             timesteps=self.pipe.scheduler.timesteps.repeat(len(prompts), 1),
             trail=torch.stack(trail, dim=1),
-            log_probs=torch.stack(log_probs, dim=1),
+            log_probs=by_step,
             credit=credit,
         )
 

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from ddpo_fast import rewards, variety
+from ddpo_fast import rewards, rwr, variety
 from ddpo_fast.advantages import batch_advantages, compared_sets, group_advantages, step_advantages
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.groups import Scored
@@ -156,7 +156,9 @@ class ScoringMixin:
             prompts, all_rewards: of all processes.
         """
         config, values = self.config, all_rewards.cpu().numpy()
-        if config.per_prompt_stat_tracking:
+        if config.objective == "rwr":
+            found = rwr.image_weights(prompts, values, config)
+        elif config.per_prompt_stat_tracking:
             found = self.stat_tracker.update(prompts, values)
         elif config.sample_group_size > 1:
             found = group_advantages(values, config.sample_group_size, config.train_advantages)

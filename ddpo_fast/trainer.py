@@ -28,6 +28,7 @@ from ddpo_fast.health import SampleHealth, check_images
 from ddpo_fast.interruption import Interruption
 from ddpo_fast.measured import Measured
 from ddpo_fast.metrics import EpochTimer, approx_kl, clip_fraction
+from ddpo_fast.objectives import make_objective, refuse_own_loss
 from ddpo_fast.pipeline import DDPOStableDiffusionPipeline, DefaultDDPOStableDiffusionPipeline, check_pipeline
 from ddpo_fast.placement import compute_precision, place_networks, trainable_parameters
 from ddpo_fast.policy import Policy, ratio_clip_range
@@ -42,7 +43,7 @@ from ddpo_fast.run_folder.resume_checks import base_digest, verify
 from ddpo_fast.run_folder.run_log import RunLog, agree_on_folder, output_folder
 from ddpo_fast.run_folder.trackers import first_tracker
 from ddpo_fast.scoring_mixin import ScoringMixin
-from ddpo_fast.trajectory import Trajectory, in_groups, training_batches
+from ddpo_fast.trajectory import Trajectory, in_groups
 from ddpo_fast.user_functions import require_function
 from ddpo_fast.worker_threads import WorkerThreads
 
@@ -81,6 +82,7 @@ class DDPOTrainer(ScoringMixin, CheckpointMixin, HubModel):
         self.reward_fn, self.prompt_fn = reward_function, prompt_function
         self.image_samples_callback = image_samples_hook
         self.sd_pipeline, self.num_train_timesteps = sd_pipeline, config.num_train_timesteps
+        self._own_loss()
 
         # The run's processes, and the checkpoint to resume from, verified before anything is written.
         resume = checkpoint.find(config.resume_from) if config.resume_from else None
@@ -135,10 +137,11 @@ class DDPOTrainer(ScoringMixin, CheckpointMixin, HubModel):
             config.per_prompt_stat_tracking_min_count,
             config.train_advantages,
         )
+        objective = make_objective(settings, self.policy, self.trainable_parameters(self.trainable_layers))
         bound = None
         if config.train_target_update:
             bound = BoundedUpdate(settings, self.policy, self.engine, self.accelerator)
-        self.ppo = PPO(settings, self.policy, self.engine, self.sizes, bound)
+        self.ppo = PPO(settings, self.policy, self.engine, self.sizes, objective, bound)
 
         # The run's counters and, for a resumed run, the checkpoint's state.
         self.interruption = Interruption()
@@ -193,7 +196,8 @@ class DDPOTrainer(ScoringMixin, CheckpointMixin, HubModel):
         """
         timer = EpochTimer(self.accelerator.device)
         # Sample images with the current weights, keeping the latents and log-prob of every denoising step; score them.
-        scored, images = self._sample_and_score(timer)
+        with self.policy.sampling():
+            scored, images = self._sample_and_score(timer)
         if self.image_samples_callback is not None:
             self.image_samples_callback(scored.batches, global_step, first_tracker(self.accelerator))
         # An advantage is a reward's distance from those that it is compared with, in units of their spread.
@@ -220,10 +224,11 @@ class DDPOTrainer(ScoringMixin, CheckpointMixin, HubModel):
         """The inner epochs; returns the number of updates so far."""
         self.progress.is_updating = True
         trajectory = trajectory.first_steps(self.config.num_trainable_steps)
-        if self.config.train_recompute_log_probs:
-            trajectory = self.ppo.score_again(trajectory)
+        if self.config.train_recompute_log_probs or self._lacks_pooled_log_probs:
+            with self.policy.sampling():
+                trajectory = self.ppo.score_again(trajectory)
         self.ppo.begin_epoch()
-        inner_epochs = training_batches(trajectory, self.config.train_batch_size, self.config.train_num_inner_epochs)
+        inner_epochs = self.ppo.objective.training_batches(trajectory)
         # a reward's module may have turned gradients off for the whole process
         with torch.enable_grad(), self.engine.computing():
             for inner_epoch, batches in enumerate(inner_epochs):
@@ -240,13 +245,13 @@ class DDPOTrainer(ScoringMixin, CheckpointMixin, HubModel):
         `train_gradient_accumulation_steps` of them make one update, from the first S steps of each image.
         """
         per_epoch = self.config.updates_per_inner_epoch
-        objective = self.calculate_loss if self._has_own_objective() else None
+        own_loss = self._own_loss()
         updates = []
         groups = in_groups(batched_samples, self.config.train_gradient_accumulation_steps)
         bar = tqdm(groups, total=per_epoch, desc="Training", position=1, leave=False, disable=self._hides_bars)
         with self.engine.computing():
             for number, batches in enumerate(bar, start=inner_epoch * per_epoch):
-                updates.append(self.ppo.update(batches, number, objective))
+                updates.append(self.ppo.update(batches, number, own_loss))
                 self.interruption.check()
         # reading the metrics makes the host wait for the device, so it is done once an inner epoch
         logged = self.run_log.log_updates(updates, epoch, inner_epoch, global_step)
@@ -281,10 +286,23 @@ class DDPOTrainer(ScoringMixin, CheckpointMixin, HubModel):
         """The clipped PPO loss of N pairs, a scalar; override it for another objective."""
         return ops.clipped_surrogate(advantages, clip_range, ratio)
 
-    def _has_own_objective(self) -> bool:
-        """Whether the loss or the pipeline's step is overridden, so that `ops.ppo_loss` would compute another loss."""
-        pipeline, ours = self.sd_pipeline, DefaultDDPOStableDiffusionPipeline
-        return _overrides(self, DDPOTrainer, "loss", "calculate_loss") or _overrides(pipeline, ours, "scheduler_step")
+    @property
+    def _lacks_pooled_log_probs(self) -> bool:
+        """Whether sampling gives log-probs of every pixel where training needs those of pooled latents."""
+        return self.config.train_pool_latents > 1 and not isinstance(self.rollout, Rollout)
+
+    def _own_loss(self) -> Callable[..., Any] | None:
+        """`calculate_loss` if the loss or the pipeline's step is overridden, so that the objective would be another.
+
+        Raises `ValueError` if settings ask for a loss that `calculate_loss` is not.
+        """
+        is_own = _overrides(self, DDPOTrainer, "loss", "calculate_loss")
+        # regression trains on noised images and on no step
+        if self.config.objective != "rwr":
+            is_own |= _overrides(self.sd_pipeline, DefaultDDPOStableDiffusionPipeline, "scheduler_step")
+        if is_own:
+            refuse_own_loss(self.config)
+        return self.calculate_loss if is_own else None
 
     # images of fixed prompts and noise
 

@@ -84,12 +84,18 @@ def test_weights_are_counted(footprints):
         ({"ema_decay": 0.99, "ema_device": "cpu"}, 2 + 4 + 4 + 8, 4),
         ({"offload": "optimizer", "train_gradient_dtype": "half"}, 2 + 2, 4 + 8),
         ({"offload": "optimizer", "ema_decay": 0.99}, 2 + 4, 4 + 8 + 4),
+        # the model before training, in half precision
+        ({"train_kl_weight": 0.1}, 2 + 4 + 4 + 8 + 2, 0),
+        # averages to sample with take the place of the half-precision copy, unless that is all there is
+        ({"ema_decay": 0.99, "ema_sampling": True}, 2 + 4 + 4 + 8 + 4, 0),
+        ({"ema_decay": 0.99, "ema_sampling": True, "stochastic_rounding": True}, 2 + 4 + 8 + 4 + 2, 0),
     ],
 )
 def test_bytes_of_a_trained_weight(footprints, settings, gpu, host):
     plan = predict(footprints["full"], config(train_micro_batch_size=1, **settings))
     parts = plan.phases["training"]
     of_weights = ("UNet", "fp32 weights", "gradients", "optimizer states", "moving average")
+    of_weights += ("reference weights", "averages to sample with")
     assert sum(parts.get(name, 0) for name in of_weights) == gpu * SD15_WEIGHTS
     assert sum(plan.host.get(name, 0) for name in of_weights) == host * SD15_WEIGHTS
 

@@ -75,6 +75,10 @@ class LocalEngine:
         with temporary_values(self.weights.parameters, self.ema.averages):
             yield
 
+    def computing_averages(self) -> AbstractContextManager[None]:
+        assert self.ema is not None
+        return self.weights.computing_with(self.ema.averages)
+
     @property
     def can_begin_again(self) -> bool:
         # if the optimizer runs in the backward pass, weights have changed already before the backward pass fails

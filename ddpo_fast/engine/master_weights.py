@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ddpo_fast.temporary_values import temporary_values
+
 # Where the fp32 weights that the optimizer trains are kept. "none": there are none, and the optimizer's updates are
 # rounded stochastically into the half-precision weights that the network computes with.
 ExactWeights = Literal["device", "host", "none"]
@@ -55,6 +57,8 @@ class MasterWeights:
         # gradients with respect to the copies, added up since the last update
         self._gradients: list[Tensor | None] = []
         self._is_computing = False
+        # what `computing_with` computes with where it can overwrite nothing
+        self._stand_ins: list[Tensor] = []
         # PyTorch's version counters of the parameters, which every write in place increases
         self._versions: list[int] = []
         if dtype == torch.float32 and exact_weights == "device":
@@ -100,6 +104,32 @@ class MasterWeights:
         finally:
             self._is_computing = False
             self._point_parameters_at([master.data for master in self.masters])
+
+    @contextmanager
+    def computing_with(self, values: Sequence[Tensor]) -> Iterator[None]:
+        """Like `computing`, with `values` in the place of the weights, rounded to the dtype and on the device of these.
+
+        Neither the masters nor the values may change inside. From call to call the network's parameters are at the same
+        addresses, as a recorded CUDA graph reads them there.
+        """
+        with self.computing():
+            if self.has_copies and self.exact_weights != "none":
+                # the copies can be made again, so this takes no memory
+                torch._foreach_copy_(self.copies, [value.detach() for value in values])
+                try:
+                    yield
+                finally:
+                    self.refresh()
+                return
+            weights = self.weights
+            if any(
+                (value.dtype, value.device) != (w.dtype, w.device) for value, w in zip(values, weights, strict=True)
+            ):
+                self._stand_ins = self._stand_ins or [torch.empty_like(weight) for weight in weights]
+                torch._foreach_copy_(self._stand_ins, [value.detach() for value in values])
+                values = self._stand_ins
+            with temporary_values(self.parameters, values):
+                yield
 
     def refresh(self) -> None:
         """Rounds the masters into the copies."""

@@ -44,6 +44,9 @@ class Engine(Protocol):
     def averaged(self) -> AbstractContextManager[None]:
         """Like `exact`, to read only, with the weights' moving averages in their place. Needs `ema`."""
 
+    def computing_averages(self) -> AbstractContextManager[None]:
+        """Like `computing`, with the weights' moving averages, rounded, in their place. Needs `ema`."""
+
     @property
     def can_begin_again(self) -> bool:
         """Whether an update can be repeated after a failed backward pass, as only gradients have changed by then."""

@@ -143,6 +143,10 @@ class ZeroEngine:
         with self._gathered_network(self._averages(), self.accelerator.is_main_process):
             yield
 
+    def computing_averages(self) -> AbstractContextManager[None]:
+        """Not supported, and refused by the config: the averages are split over processes."""
+        raise NotImplementedError
+
     def _averages(self) -> dict[int, Tensor]:
         """The moving average of each flat tensor, by its `id`."""
         assert self.ema is not None

@@ -191,6 +191,12 @@ def _weight_bytes(footprint: Footprint, config: DDPOConfig, num_processes: int) 
     ema = FP32_BYTES * trained if config.ema_decay > 0 else 0
 
     gpu: Bytes = {"UNet": unet}
+    if config.train_kl_weight > 0:
+        # of the weights that are trained, in the compute precision (see reference.py)
+        gpu["reference weights"] = size * trained
+    if config.ema_sampling and (config.stochastic_rounding or (not has_masters and config.ema_device == "cpu")):
+        # elsewhere the averages take the place of weights that exist anyway (see `MasterWeights.computing_with`)
+        gpu["averages to sample with"] = size * trained
     host: Bytes = {}
     for name, size_of_part, is_on_host in (
         ("fp32 weights", masters, offloads),

@@ -136,9 +136,11 @@ class RunLog:
         self.accelerator.log({**timings, **spreads}, step=global_step - 1)
         counts = {"kind": "epoch", "epoch": epoch, "updates": global_step, "images": len(all_rewards)}
         self._write({**counts, **means, **spreads, **timings, "elapsed_s": self.elapsed_s()})
-        update = self._last_update
-        # a user's own `_train_batched_samples` may log no updates
-        of_update = f"kl {update['approx_kl']:.1e}, clipped {update['clipfrac']:.0%}, " if update else ""
+        # an objective measures some of these, and a user's own `_train_batched_samples` may log no updates
+        formats = {"approx_kl": "kl {:.1e}, ", "clipfrac": "clipped {:.0%}, "}
+        of_update = "".join(
+            text.format(self._last_update[name]) for name, text in formats.items() if name in self._last_update
+        )
         self.summary = f"reward {means['reward_mean']:.3f}, {of_update}{timings['images_per_s']:.2f} images/s"
 
     def draw_reward_curve(self) -> None:
@@ -151,7 +153,12 @@ class RunLog:
             self.metrics.append(record)
 
     def _watch_drift(self, drift: float) -> None:
-        """Warns once if the ratio before the first update, which should be 1, has used up half of the clip range."""
+        """Warns once if the ratio before the first update, which should be 1, has used up half of the clip range.
+
+        With `ema_sampling` other weights have sampled, and it should not be 1.
+        """
+        if self.config.ema_sampling:
+            return
         if drift > 0.5 * self.clip_range and not self._warned_of_drift:
             self._warned_of_drift = True
             logger.warning(
