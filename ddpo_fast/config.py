@@ -142,6 +142,10 @@ class DDPOConfig:
         "How far an update moves the mean of a denoising step, in standard deviations of the step: the learning rate "
         "follows this, and an update that goes too far is shortened. 0 leaves the learning rate alone.",
     )
+    train_return_to_best: bool = _option(
+        False,
+        "Go back to the weights of the best epoch, and halve the step, when the mean reward falls far below its best.",
+    )
     train_lr_scheduler: str = _option(
         "constant",
         "How the learning rate and train_target_update change over the run after train_warmup_steps.",

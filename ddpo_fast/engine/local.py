@@ -253,6 +253,9 @@ class LocalEngine:
 
     # checkpoints
 
+    def forget_direction(self) -> None:
+        moments.forget_direction(self.optimizer)
+
     def bytes_before_first_step(self) -> int:
         weights = sum(parameter.numel() for parameter in self.weights.parameters)
         gradients = 0 if self.keeps_gradients or self.config.optimizer_in_backward else self._gradient_dtype.itemsize
@@ -272,6 +275,7 @@ class LocalEngine:
             "loss_scale": self._scale.state_dict(),
             "updates": self.updates,
             "rate_factor": self.rate.factor,
+            "rate_shrunk": self.rate.shrunk,
         }
         if moments.is_adam(self.optimizer):
             state["step"] = moments.step_of(self.optimizer)
@@ -288,6 +292,7 @@ class LocalEngine:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.updates, self.rate.factor = state["updates"], state.get("rate_factor", 1.0)
+        self.rate.shrunk = state.get("rate_shrunk", 1.0)
         self._scale.load_state_dict(state["loss_scale"])
         if "optimizer" in state:
             self.optimizer.load_state_dict(state["optimizer"])

@@ -42,6 +42,16 @@ def step_of(optimizer: torch.optim.Optimizer) -> int:
     return max((int(state["step"]) for state in optimizer.state.values() if "step" in state), default=0)
 
 
+def forget_direction(optimizer: torch.optim.Optimizer) -> None:
+    """Sets the mean of earlier gradients to zero, so that the next step goes where the next gradient points."""
+    values, scales = BITSANDBYTES_NAMES["exp_avg"]
+    for state in optimizer.state.values():
+        # 8-bit codes are multiplied by their scales, so zero scales are enough
+        for name in ("exp_avg", scales) if scales in state else ("exp_avg", values):
+            if name in state:
+                state[name].zero_()
+
+
 def read(optimizer: torch.optim.Optimizer, parameter: Tensor, moment: str) -> Tensor:
     """A parameter's moment in fp32, [N], in the order of the parameter's memory; zeros before the first step."""
     state = optimizer.state.get(parameter, {})

@@ -53,14 +53,15 @@ def make_optimizer(parameters: Iterable[torch.nn.Parameter], config: DDPOConfig)
 class LearningRate:
     """The learning rate of each update: the one that the optimizer was made with, times `share` and `factor`.
 
-    `factor` is 1 unless a bounded update changes it (ddpo_fast/bounded_update.py).
+    `factor` is 1 unless a bounded update changes it (ddpo_fast/bounded_update.py), and `shrunk` unless the reward fell
+    (ddpo_fast/best_weights.py).
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, config: DDPOConfig) -> None:
         self.optimizer = optimizer
         self.warmup = max(1, config.train_warmup_steps)
         self.peaks = [group["lr"] for group in optimizer.param_groups]
-        self.factor = 1.0
+        self.factor = self.shrunk = 1.0
         # The schedule is diffusers' function of the update's number; the optimizer that it wants is only read.
         unused = torch.optim.SGD([torch.zeros(1)], lr=1.0)
         after_warmup = max(1, config.num_updates - config.train_warmup_steps)
@@ -70,11 +71,17 @@ class LearningRate:
         self._schedule, self._last = scheduler.lr_lambdas[0], after_warmup - 1
 
     def share(self, updates: int) -> float:
-        """What warm-up and schedule make of the learning rate in the update after `updates` updates, from 0 to 1."""
+        """What warm-up, schedule and `shrunk` make of the rate in the update after `updates` updates, from 0 to 1."""
         # updates + 1, so that the first update has a learning rate above zero
         rising = min(1.0, (updates + 1) / self.warmup)
         # a run may be continued beyond the `num_epochs` that it was planned for: it keeps the last rate
-        return rising * self._schedule(min(max(0, updates + 1 - self.warmup), self._last))
+        return rising * self._schedule(min(max(0, updates + 1 - self.warmup), self._last)) * self.shrunk
+
+    def shrink(self, share: float) -> None:
+        """Multiplies the learning rates, and the targets of bounded updates, from the next update on."""
+        self.shrunk *= share
+        for group in self.optimizer.param_groups:
+            group["lr"] *= share
 
     def set_for(self, updates: int) -> None:
         """Sets the optimizer's learning rates for the update after `updates` updates."""

@@ -90,6 +90,9 @@ class Engine(Protocol):
         a gradient overflowed and the weights stayed as they were).
         """
 
+    def forget_direction(self) -> None:
+        """Forgets the mean of earlier gradients, if the optimizer is Adam: to be called when weights are replaced."""
+
     def bytes_before_first_step(self) -> int:
         """Bytes that the first update will allocate on the device: gradients, and the optimizer's states."""
 

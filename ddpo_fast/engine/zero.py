@@ -248,6 +248,9 @@ class ZeroEngine:
     def _scalar(self, value: Any) -> Tensor:
         return torch.tensor(float(value), device=self.accelerator.device)
 
+    def forget_direction(self) -> None:
+        moments.forget_direction(self.optimizer)
+
     def bytes_before_first_step(self) -> int:
         # each process has whole gradients until the step, and its part of Adam's two fp32 moments (8 bytes a weight)
         weights = sum(shape.numel() for shape in self._fragments.shapes)
@@ -289,7 +292,7 @@ class ZeroEngine:
         # overflowed. A static loss scale has neither.
         since = getattr(scaler, "cur_iter", 0) - getattr(scaler, "last_overflow_iter", -1) - 1
         state: dict[str, Any] = {"updates": self.updates, "step": moments.step_of(self.optimizer)}
-        state["rate_factor"] = self.rate.factor
+        state |= {"rate_factor": self.rate.factor, "rate_shrunk": self.rate.shrunk}
         state["loss_scale"] = {"scale": float(scaler.cur_scale), "good_updates": since}
         is_main = self.accelerator.is_main_process
         for moment in moments.MOMENTS:
@@ -306,6 +309,7 @@ class ZeroEngine:
                 "the checkpoint's optimizer is not Adam, and its state cannot be split for ZeRO: resume without ZeRO"
             )
         self.updates, self.rate.factor = state["updates"], state.get("rate_factor", 1.0)
+        self.rate.shrunk = state.get("rate_shrunk", 1.0)
         self._load_scale(state["loss_scale"])
         if state["step"]:
             parts = {moment: self._fragments.from_checkpoint(state[moment], moment) for moment in moments.MOMENTS}

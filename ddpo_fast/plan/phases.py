@@ -20,6 +20,7 @@ from ddpo_fast.plan.update_bytes import (
     fp32_gradient_bytes,
     gradient_bytes,
     gradient_itemsize,
+    kept_weight_bytes,
     staged_weights,
     state_bytes,
     step_bytes,
@@ -206,6 +207,10 @@ def _weight_bytes(footprint: Footprint, config: DDPOConfig, num_processes: int) 
         if size_of_part:
             (host if is_on_host else gpu)[name] = size_of_part
 
+    if offloads and (kept := kept_weight_bytes(footprint, config, num_processes)):
+        host["weights before an update"] = kept
+    if config.train_return_to_best:
+        host["best weights"] = (size if config.stochastic_rounding else FP32_BYTES) * trained
     # an offloaded step needs more host memory than the weights and states
     if offloads and config.zero:
         # DeepSpeed keeps this process's part of the gradients there, in fp32

@@ -62,7 +62,17 @@ def update_bytes(footprint: Footprint, config: DDPOConfig, num_processes: int) -
     # PyTorch's fused AdamW on fp32 gradients copies nothing, and an offloaded step copies on the host
 
     # before the step, processes average their gradients, and each message is a copy of a bucket
-    return max(copies, largest * gradient if num_processes > 1 else 0)
+    messages = largest * gradient if num_processes > 1 else 0
+    kept = 0 if config.offload != "none" else kept_weight_bytes(footprint, config, num_processes)
+    return max(copies, messages) + kept
+
+
+def kept_weight_bytes(footprint: Footprint, config: DDPOConfig, num_processes: int) -> int:
+    """The copy of the weights before an update, which a bounded update keeps; it is where the fp32 weights are."""
+    if not config.train_target_update or config.optimizer_in_backward:
+        return 0
+    itemsize = footprint.itemsize if config.stochastic_rounding else FP32_BYTES
+    return itemsize * footprint.trained_weights // (num_processes if config.zero else 1)
 
 
 def step_bytes(footprint: Footprint, config: DDPOConfig) -> int:

@@ -1,0 +1,109 @@
+"""Returns to the weights of the best epoch when the reward falls far below it.
+
+A bounded update cannot run away, but many of them can wander: where the gradient is mostly noise, each moves the policy
+as far as a good one would. The mean reward of an epoch's images shows it, at no cost. It is noisy, so two epochs are
+averaged, and a fall counts if it is larger than a fifth of what was gained, and than 2.5 times its standard error.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpo_fast.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+# Two epochs are averaged: one alone, of 32 images, is often a standard error away from its expected reward.
+AVERAGED_EPOCHS = 2
+# A fall is at least this share of the reward gained since the start, and as many standard errors of the difference.
+SHARE_OF_GAIN = 0.2
+STANDARD_ERRORS = 2.5
+# What the target of a bounded update (and the learning rate) is multiplied by at each return.
+SHRINKS_BY = 0.5
+
+
+class BestWeights:
+    """Keeps the trained weights of the epoch with the best mean reward, in host memory.
+
+    Args:
+        parameters: the trained ones.
+    """
+
+    def __init__(self, engine: Engine, parameters: Sequence[Tensor]) -> None:
+        self.engine = engine
+        self.parameters = list(parameters)
+        # (mean, squared standard error) of the last epochs
+        self._recent: list[tuple[float, float]] = []
+        self._first: float | None = None
+        self._best: tuple[float, float] | None = None
+        self._weights: list[Tensor] = []
+        self.returns = 0
+
+    def watch(self, rewards: Tensor) -> bool:
+        """Looks at an epoch's rewards [images] of all processes; returns whether the weights went back to the best.
+
+        The weights must be those that the images were sampled with. Every process must call it, outside of
+        `engine.computing`.
+        """
+        values = rewards.double()
+        error = values.var(correction=1).item() / len(values) if len(values) > 1 else 0.0
+        self._recent = [*self._recent, (values.mean().item(), error)][-AVERAGED_EPOCHS:]
+        if len(self._recent) < AVERAGED_EPOCHS:
+            return False
+        means, errors = zip(*self._recent, strict=True)
+        mean, error = sum(means) / len(means), sum(errors) / len(errors) ** 2
+        if self._first is None:
+            self._first = mean
+        if self._best is None or mean > self._best[0]:
+            self._best = mean, error
+            self._keep()
+            return False
+        best, best_error = self._best
+        least = max(SHARE_OF_GAIN * (best - self._first), STANDARD_ERRORS * math.sqrt(error + best_error))
+        if best - mean <= least:
+            return False
+        self._return(mean)
+        return True
+
+    def _keep(self) -> None:
+        with self.engine.exact(write=True):
+            self._weights = [parameter.detach().to("cpu", copy=True) for parameter in self.parameters]
+
+    @torch.no_grad()
+    def _return(self, mean: float) -> None:
+        assert self._best is not None
+        with self.engine.exact(write=True):
+            for parameter, kept in zip(self.parameters, self._weights, strict=True):
+                parameter.copy_(kept)
+        self.engine.forget_direction()
+        self.engine.rate.shrink(SHRINKS_BY)
+        self.returns += 1
+        logger.warning(
+            "the mean reward of two epochs fell from %.3f to %.3f: training goes on from the best weights, with half "
+            "the step",
+            self._best[0],
+            mean,
+        )
+        # The largest of many noisy means is likely too large. The next epochs measure the same weights again.
+        self._recent, self._best = [], None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "recent": [list(epoch) for epoch in self._recent],
+            "first": self._first,
+            "best": None if self._best is None else list(self._best),
+            "weights": self._weights,
+            "returns": self.returns,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._recent = [(mean, error) for mean, error in state["recent"]]
+        self._first, self.returns = state["first"], state["returns"]
+        self._best = None if state["best"] is None else (state["best"][0], state["best"][1])
+        self._weights = list(state["weights"])

@@ -1,0 +1,102 @@
+"""The weights of the best epoch come back when the reward falls, and only then."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compare_runs import metrics_of, same_bits, trained_weights
+
+from ddpo_fast.best_weights import AVERAGED_EPOCHS, SHRINKS_BY
+
+SETTINGS = {"sample_batch_size": 8, "sample_num_batches_per_epoch": 1, "train_batch_size": 8}
+SETTINGS |= {"train_gradient_accumulation_steps": 1, "train_return_to_best": True}
+
+
+class Script:
+    """A reward that follows a script: the mean of each epoch, with a spread of 0.1 that is the same in all."""
+
+    def __init__(self, means: list[float]) -> None:
+        self.means, self.calls = means, 0
+
+    def __call__(self, images, prompts, metadata):
+        mean = self.means[self.calls]
+        self.calls += 1
+        return mean + 0.1 * torch.linspace(-1, 1, len(images)), {}
+
+
+def run(make_trainer, means: list[float], **settings):
+    """A trainer after as many epochs as there are `means`, and its weights when each epoch was sampled."""
+    trainer = make_trainer(reward=Script(means), num_epochs=len(means), **{**SETTINGS, **settings})
+    sampled, watch = [], trainer.best_weights.watch
+
+    def watched(rewards):
+        sampled.append({name: value.clone() for name, value in trained_weights(trainer).items()})
+        return watch(rewards)
+
+    trainer.best_weights.watch = watched
+    trainer.train()
+    return trainer, sampled
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"mixed_precision": "bf16"}, {"mixed_precision": "bf16", "offload": "optimizer"}, {"use_lora": True}],
+    ids=str,
+)
+def test_a_fall_brings_the_best_weights_back(make_trainer, settings, caplog):
+    # the best pair of epochs is (1, 2): its later weights are those that sampled epoch 2
+    trainer, sampled = run(make_trainer, [0.0, 1.0, 1.1, 0.2, 0.2], **settings)
+    assert trainer.best_weights.returns == 1
+    assert "fell from 1.050 to 0.650" in caplog.text
+    # epoch 3 was given up without an update, so that epoch 4 was sampled by the best weights
+    assert same_bits(sampled[4], sampled[2])
+    assert not same_bits(sampled[3], sampled[2])
+    assert [info["epoch"] for info in metrics_of(trainer, "update")] == [0, 1, 2, 4]
+    assert trainer.engine.rate.shrunk == SHRINKS_BY
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(SHRINKS_BY * trainer.config.train_learning_rate)
+
+
+def test_noise_is_no_fall(make_trainer, tmp_path):
+    """The standard error of an epoch's mean of 8 rewards in +-0.1 is 0.023, and 2.5 of two pairs' difference 0.058."""
+    means = [0.0, 0.2, 0.25, 0.2, 0.22, 0.18, 0.2]
+    trainer, _ = run(make_trainer, means)
+    assert trainer.best_weights.returns == 0
+    assert trainer.engine.rate.shrunk == 1
+    trainer, _ = run(make_trainer, [0.0, 0.2, 0.25, 0.1, 0.1], output_dir=tmp_path / "fall")
+    assert trainer.best_weights.returns == 1
+
+
+def test_after_a_return_the_best_is_measured_again(make_trainer):
+    """Else one lucky epoch would be the best for ever, and each pair of epochs after it a fall."""
+    trainer, _ = run(make_trainer, [0.0, 1.0, 1.1, 0.4, 0.5, 0.5, 0.5, 0.5])
+    assert trainer.best_weights.returns == 1
+
+
+def test_adam_forgets_where_it_went(make_trainer):
+    trainer = make_trainer(num_epochs=1, **SETTINGS)
+    trainer.train()
+    state = next(iter(trainer.optimizer.state.values()))
+    assert state["exp_avg"].any()
+    trainer.engine.forget_direction()
+    assert not state["exp_avg"].any()
+    assert state["exp_avg_sq"].any()
+
+
+def test_a_resumed_run_has_the_same_bits(make_trainer, tmp_path):
+    means = [0.0, 1.0, 1.1, 0.9, 0.2, 0.2]
+    settings = {"prompts": lambda: ("a cat", {}), "num_epochs": len(means), **SETTINGS}
+    whole = make_trainer(output_dir=tmp_path / "whole", reward=Script(means), **settings)
+    whole.train()
+    assert whole.best_weights.returns == 1
+    make_trainer(output_dir=tmp_path / "parts", reward=Script(means), **settings).train(epochs=4)
+    settings["resume_from"] = str(tmp_path / "parts")
+    resumed = make_trainer(output_dir=tmp_path / "parts", reward=Script(means[4:]), **settings)
+    resumed.train()
+    assert resumed.best_weights.returns == 1
+    assert same_bits(trained_weights(whole), trained_weights(resumed))
+
+
+def test_without_the_setting_nothing_is_kept(make_trainer):
+    assert AVERAGED_EPOCHS == 2
+    trainer = make_trainer(num_epochs=1, **{**SETTINGS, "train_return_to_best": False})
+    assert trainer.best_weights is None
