@@ -114,13 +114,16 @@ class Policy:
         return self.noise_table / self.noise_table.new_tensor([1.0, 1.0, pool, 1.0])
 
     def pooled(self, latents: Tensor) -> Tensor:
-        """Means over squares of `train_pool_latents` pixels: [R, C, H, W] -> [R, C, H / k, W / k].
+        """Means over squares of `train_pool_latents` pixels: [R, C, H, W] -> [R, C, H / k, W / k] in fp32 or fp64.
 
         A denoising step is linear, so pooled latents take the same step with the pooled output, and the step's density
         is again a Gaussian (`loss_table`): the marginal of the step's for these means.
         """
         pool = self.config.train_pool_latents
-        return latents if pool == 1 else avg_pool2d(latents, pool)
+        if pool == 1:
+            return latents
+        # a mean that is rounded to half precision would be the largest error of the log-ratio
+        return avg_pool2d(latents if latents.dtype == torch.float64 else latents.float(), pool)
 
     def log_probs_of_noise(self, pooled_noise: Sequence[Tensor], timesteps: Tensor) -> Tensor:
         """Log-probs of pooled steps, [B, T], from their noise, T tensors [B, C, H / k, W / k], at `timesteps` [T]."""

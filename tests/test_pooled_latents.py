@@ -44,12 +44,15 @@ def test_log_probs_are_those_of_the_pooled_step(make_trainer, prediction, k):
         torch.testing.assert_close(sample.log_probs[:, i].double(), expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize(("precision", "largest"), [("no", 1e-4), ("bf16", 2e-3)])
 @pytest.mark.parametrize("rescored", [False, True])
-def test_the_ratio_before_the_first_update_is_one(make_trainer, rescored):
-    trainer = make_trainer(train_pool_latents=4, train_recompute_log_probs=rescored, **ONE_UPDATE)
+def test_the_ratio_before_the_first_update_is_one(make_trainer, rescored, precision, largest):
+    """In bf16 the UNet's output differs between calls of different sizes, in the last of its 8 bits at most."""
+    settings = {"train_recompute_log_probs": rescored, "mixed_precision": precision, **ONE_UPDATE}
+    trainer = make_trainer(train_pool_latents=4, **settings)
     trainer.train()
     (update,) = metrics_of(trainer, "update")
-    assert update["ratio_drift"] < 1e-4
+    assert update["ratio_drift"] < largest
     assert update["grad_norm"] > 0
 
 
