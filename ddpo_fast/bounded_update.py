@@ -12,7 +12,8 @@ The distance of an update is the root mean square, over the measured pairs and t
     credit * c_m (m_after - m_before) / sigma,
 
 the distance that the step's mean has moved in standard deviations of the step (see ddim.py), times the step's credit.
-For one step this is sqrt(2 KL / D) times the credit. It depends neither on the reward nor on the number D of a latent's
+For one step this is sqrt(2 KL / D) times the credit. Where the loss looks at pooled latents (`train_pool_latents`), it
+is the distance of the pooled step, in standard deviations of that. It depends neither on the reward nor on the number D of a latent's
 elements, so one target serves models of all sizes.
 
 Shapes: N (image, timestep) pairs, C H W latent.
@@ -90,10 +91,11 @@ class BoundedUpdate:
 
     @torch.no_grad()
     def _outputs(self) -> list[Tensor]:
-        """The model's output for the pairs, guided where training is, [N, C, H, W] in fp32 for each call."""
+        """The model's output for the pairs, guided where training is and pooled as in the loss, in fp32, by call."""
         guidance = self.config.sample_guidance_scale
         outputs = [self.policy.output(pairs.latents, pairs.timesteps, pairs.embeds) for pairs in self._calls]
-        return [ops.guided(out, guidance) if self.config.guides_training else out.float() for out in outputs]
+        combined = [ops.guided(out, guidance) if self.config.guides_training else out.float() for out in outputs]
+        return [self.policy.pooled(output) for output in combined]
 
     def _distance(self) -> float:
         """The distance of the update, over the pairs of all processes."""

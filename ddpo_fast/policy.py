@@ -134,12 +134,12 @@ class Policy:
         return -torch.stack(squares, dim=1) / 2 - sigma.log() - LOG_SQRT_2PI
 
     def step_weights(self, timesteps: Tensor) -> Tensor:
-        """`credit * |c_m| / sigma` of the steps from `timesteps` [N]: [N].
+        """`credit * |c_m| / sigma` of the steps from `timesteps` [N], pooled as in the loss: [N].
 
-        How far a step's mean moves, in standard deviations of the step and times the step's credit, where the model's
+        How far a step's mean moves, in standard deviations of the step and times the step's credit, where the (pooled)
         output moves by 1. 0 for a step without noise, which has no density.
         """
-        rows = self.noise_table[timesteps]
+        rows = self.loss_table[timesteps]
         weights = rows[:, 1].abs() / rows[:, 2] * (rows[:, 3] if rows.shape[1] > 3 else 1.0)
         return torch.where(rows[:, 2] > 0, weights, 0.0)
 
