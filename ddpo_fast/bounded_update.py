@@ -13,8 +13,8 @@ The distance of an update is the root mean square, over the measured pairs and t
 
 the distance that the step's mean has moved in standard deviations of the step (see ddim.py), times the step's credit.
 For one step this is sqrt(2 KL / D) times the credit. Where the loss looks at pooled latents (`train_pool_latents`), it
-is the distance of the pooled step, in standard deviations of that. It depends neither on the reward nor on the number D of a latent's
-elements, so one target serves models of all sizes.
+is the distance of the pooled step, in standard deviations of that. It depends neither on the reward nor on the number D
+of a latent's elements, so one target serves models of all sizes.
 
 Shapes: N (image, timestep) pairs, C H W latent.
 """

@@ -140,7 +140,7 @@ class Policy:
         output moves by 1. 0 for a step without noise, which has no density.
         """
         rows = self.loss_table[timesteps]
-        weights = rows[:, 1].abs() / rows[:, 2] * (rows[:, 3] if rows.shape[1] > 3 else 1.0)
+        weights = rows[:, 3] * rows[:, 1].abs() / rows[:, 2]
         return torch.where(rows[:, 2] > 0, weights, 0.0)
 
     @contextmanager

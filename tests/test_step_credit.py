@@ -7,12 +7,16 @@ import math
 import pytest
 import torch
 from compare_runs import metrics_of, relative_distance, same_bits, trained_weights
+from diffusers import DDIMScheduler
 from rounding import RUNS_APART_IN_FP64, in_fp64
 from test_ppo import ONE_UPDATE, REWARDS, Watched, with_ratios
 from tiny_run import build_pipeline
 
 from ddpo_fast import DDPOTrainer, ops
+from ddpo_fast.ddim import PREDICTION_TYPES, DDIMCoefficients
 from ddpo_fast.policy import ratio_clip_range
+from ddpo_fast.step_credit import LAYOUT_VARIANCE
+from ddpo_fast.tiny_sd.build import SCHEDULER
 
 
 class OwnLoss(DDPOTrainer):
@@ -224,3 +228,35 @@ def test_the_arithmetic_names_the_pairs_that_are_left(make_trainer):
     assert "5 denoising steps each" in told
     assert "8 (image, timestep) pairs per update (4 images x 2 timesteps)" in told
     assert "20 (image, timestep) pairs per update (4 images x 5 timesteps)" in make_trainer().config.batch_arithmetic()
+
+
+@pytest.mark.parametrize("steps", [20, 50])
+@pytest.mark.parametrize("eta", [1.0, 0.5])
+@pytest.mark.parametrize("prediction", PREDICTION_TYPES)
+def test_layout_is_how_much_a_steps_noise_changes_the_image(prediction, eta, steps):
+    """Against a chain of one number with the best estimates for Gaussian data, one step of which gets other noise."""
+    scheduler = DDIMScheduler(**SCHEDULER, prediction_type=prediction)
+    scheduler.set_timesteps(steps)
+    table = DDIMCoefficients.of(scheduler, eta, torch.device("cpu"), "layout").table.double()
+    a = scheduler.alphas_cumprod.double()
+
+    def output(x: torch.Tensor, t: int) -> torch.Tensor:
+        total = LAYOUT_VARIANCE * a[t] + 1 - a[t]
+        x_0, eps = LAYOUT_VARIANCE * a[t].sqrt() * x / total, (1 - a[t]).sqrt() * x / total
+        v = a[t].sqrt() * eps - (1 - a[t]).sqrt() * x_0
+        return {"epsilon": eps, "sample": x_0, "v_prediction": v}[prediction]
+
+    def image(noise: torch.Tensor) -> torch.Tensor:
+        x = torch.zeros((), dtype=torch.float64)
+        for z, t in zip(noise, scheduler.timesteps.tolist(), strict=True):
+            c_x, c_m, sigma, _ = table[t]
+            x = c_x * x + c_m * output(x, t) + sigma * z
+        return x
+
+    # the chain is linear, so the image's change by a unit of one step's noise is that noise's share of it
+    influence = torch.stack([image(row) for row in torch.eye(steps, dtype=torch.float64)])
+    _, c_m, sigma, credit = table[scheduler.timesteps].unbind(1)
+    weight = c_m.abs() / sigma
+    expected = weight.mean() / weight * influence / influence.mean()
+    # the table is in fp32
+    torch.testing.assert_close(credit, expected, rtol=1e-4, atol=1e-6)
