@@ -11,6 +11,7 @@ from lib.learning_contenders import KINDS
 from lib.learning_statistics import (
     Epochs,
     Interval,
+    Point,
     collapse,
     geometric_interval,
     smoothed,
@@ -118,6 +119,8 @@ def compared(pairs: list[tuple[Row, Row]], window: int) -> Row:
     curves = [[smoothed(row["epochs"], "reward", window) for row in pair] for pair in pairs]
     speeds = [speed_up(theirs, mine) if theirs and mine else None for theirs, mine in curves]
     known = [speed for speed in speeds if speed is not None]
+    drawn = [[evaluated(row) for row in pair] for pair in pairs]
+    evaluations = [speed_up(theirs, mine) for theirs, mine in drawn if theirs and mine]
     differences = {
         end: _intervals([_difference(*(end_of(row, end, window) for row in pair)) for pair in pairs]) for end in ENDS
     }
@@ -126,9 +129,21 @@ def compared(pairs: list[tuple[Row, Row]], window: int) -> Row:
         "images_ratio": _ratio([speed["images_ratio"] for speed in known]),
         "images_ratio_of_whole_run": _ratio([speed["images_ratio_of_whole_run"] for speed in known]),
         "seconds_ratio": _ratio([speed["seconds_ratio"] for speed in known]),
+        "evaluated": evaluations,
+        "evaluated_ratio": _ratio([speed["images_ratio_of_whole_run"] for speed in evaluations]),
+        "evaluated_never": sum(speed["never"] for speed in evaluations),
         "never": sum(speed["never"] for speed in known),
         "differences": {end: figures for end, figures in differences.items() if figures},
     }
+
+
+def evaluated(row: Row) -> list[Point]:
+    """The evaluations of a run after its first images: fixed prompts that are trained on, and fixed noise.
+
+    An evaluation is of the weights after so many images. The smoothed curve of training lags behind by the window, as
+    it averages images that earlier weights drew.
+    """
+    return [Point(e["images"], e["seconds"], e["trained"]["reward"]) for e in row["evaluations"] if e["images"]]
 
 
 def _difference(theirs: float | None, mine: float | None) -> float | None:
@@ -163,13 +178,15 @@ def print_tables(found: list[Row], baseline: str) -> None:
         "seeds, with its 95 % interval (Student's t) and p-value\n"
         f"fewer images, fewer seconds: how many times, to {baseline}'s last reward; geometric mean with its 95 % "
         "interval. A seed that never reaches it counts as if it did with its last image, so the mean is at most (<=) "
-        "that\nlast column: seeds with a collapse of reward or diversity, or stopped by an error"
+        "that; by evaluation: the same, of fixed prompts and noise drawn by the weights after so many images\n"
+        "last column: seeds with a collapse of reward or diversity, or stopped by an error"
     )
     for key in dict.fromkeys((row["reward"], row["kind"], row["images"]) for row in found):
         rows = [row for row in found if (row["reward"], row["kind"], row["images"]) == key]
         print(f"\n{key[0]}, {'all weights' if key[1] == 'full' else 'LoRA'}, {key[2]} images")
         print(
             f"{'contender':<22}{'seeds':>5}{'reward':>9}{'difference':>25}{'p':>7}{'fewer images':>22}{'never':>6}"
+            f"{'by evaluation':>22}{'never':>6}"
             f"{'fewer seconds':>22}{'s':>7}{'diversity':>16}{'held out':>10}{'difference':>25}{'coll.':>6}"
         )
         for row in sorted(rows, key=lambda row: row["contender"] != baseline):
@@ -183,12 +200,13 @@ def line(row: Row) -> str:
     diversity = "" if first is None or last is None else f"{first:.3f} > {last:.3f}"
     held_out = f"{ends['held_out']['mean']:.3f}" if "held_out" in ends else ""
     p = differences.get("training", {}).get("p")
-    bound = "<=" if row.get("never") else ""
+    bound, by_evaluation = ("<=" if row.get(name) else "" for name in ("never", "evaluated_never"))
     seconds = "" if row["seconds"] is None else f"{row['seconds']:.0f}"
     return (
         f"{row['contender']:<22}{len(row['seeds']):>5}{ends['training']['mean']:>9.3f}"
         f"{spread(differences.get('training'), '+.3f'):>25}{p_value(p):>7}"
         f"{spread(row.get('images_ratio'), '.2f', bound):>22}{row.get('never', ''):>6}"
+        f"{spread(row.get('evaluated_ratio'), '.2f', by_evaluation):>22}{row.get('evaluated_never', ''):>6}"
         f"{spread(row.get('seconds_ratio'), '.2f', bound):>22}{seconds:>7}{diversity:>16}{held_out:>10}"
         f"{spread(differences.get('held_out'), '+.3f'):>25}{row['collapsed']:>6}"
     )
