@@ -12,8 +12,8 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from ddpo_fast.best_weights import BestWeights
 from ddpo_fast.config import DDPOConfig
+from ddpo_fast.guard import Guard
 from ddpo_fast.health import check_weights
 from ddpo_fast.run_folder import checkpoint
 from ddpo_fast.run_folder.progress import Progress
@@ -31,7 +31,7 @@ class CheckpointMixin:
 
     accelerator: Accelerator
     base: str
-    best_weights: BestWeights | None
+    guard: Guard | None
     config: DDPOConfig
     engine: Any
     interruption: Any
@@ -69,7 +69,7 @@ class CheckpointMixin:
         training = {
             "engine": self.engine.state_dict(),
             "dead_shares": self.ppo.zero_gradient_shares,
-            **({} if self.best_weights is None else {"best_weights": self.best_weights.state_dict()}),
+            **({} if self.guard is None else {"guard": self.guard.state_dict()}),
             **checkpoint.function_states({"stat_tracker": self.stat_tracker, **self._stateful_functions()}),
         }
         limit = self.config.project_kwargs.get("total_limit") or self.config.num_checkpoint_limit
@@ -109,8 +109,8 @@ class CheckpointMixin:
         self.stat_tracker.load_state_dict(training["stat_tracker"])
         self.ppo.zero_gradient_shares = training["dead_shares"]
         # a checkpoint of a run without the setting has none: the best is found from here on
-        if self.best_weights is not None and "best_weights" in training:
-            self.best_weights.load_state_dict(training["best_weights"])
+        if self.guard is not None and "guard" in training:
+            self.guard.load_state_dict(training["guard"])
         checkpoint.load_function_states(self._stateful_functions(), training)
         self.progress.epochs, self.progress.global_step = state["epochs"], state["global_step"]
         random_state = checkpoint.read_random_state(folder, self.accelerator.process_index)

@@ -142,9 +142,10 @@ class DDPOConfig:
         "How far an update moves the mean of a denoising step, in standard deviations of the step: the learning rate "
         "follows this, and an update that goes too far is shortened. 0 leaves the learning rate alone.",
     )
-    train_return_to_best: bool = _option(
+    train_guard: bool = _option(
         False,
-        "Go back to the weights of the best epoch, and halve the step, when the mean reward falls far below its best.",
+        "Watch rewards and images: go back to the weights of the best epoch when the mean reward falls far below its "
+        "best, and halve the step there and where a prompt's images lose their variety.",
     )
     train_lr_scheduler: str = _option(
         "constant",

@@ -23,6 +23,7 @@ from ddpo_fast.config import DDPOConfig
 from ddpo_fast.ddim import DDIMCoefficients, check_steps
 from ddpo_fast.lora import ADAPTER, LORA_WEIGHTS, TRL_RANK, TRL_TARGETS
 from ddpo_fast.model_configs import check_model, first_line, model_folder, pickle_problem, variant_of
+from ddpo_fast.policy import latent_shape
 from ddpo_fast.run_folder.files import follow_umask
 from ddpo_fast.sampler import DDPOPipelineOutput, DDPOSchedulerOutput
 
@@ -275,6 +276,12 @@ def check_pipeline(pipeline: DDPOStableDiffusionPipeline, config: DDPOConfig) ->
         raise ValueError(
             "train_image_credit is 'coca', but the pipeline's own __call__ does not tell what each step predicts: use "
             "'none'"
+        )
+    _, *sides = latent_shape(pipeline.unet)
+    if config.train_pool_latents > min(sides):
+        raise ValueError(
+            f"train_pool_latents is {config.train_pool_latents}, but the model's latents have {sides[0]} x {sides[1]} "
+            f"pixels: use at most {min(sides)}"
         )
     if config.sample_group_noise == "shared" and not _takes(kind.__call__, "latents"):
         raise ValueError(

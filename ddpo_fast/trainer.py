@@ -20,11 +20,11 @@ from tqdm.auto import tqdm
 from ddpo_fast import ops, rewards
 from ddpo_fast.advantages import PerPromptStatTracker
 from ddpo_fast.batch_sizes import BatchSizes
-from ddpo_fast.best_weights import BestWeights
 from ddpo_fast.bounded_update import BoundedUpdate
 from ddpo_fast.checkpoint_mixin import CheckpointMixin
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.engine import make_engine, make_optimizer
+from ddpo_fast.guard import Guard
 from ddpo_fast.health import SampleHealth, check_images
 from ddpo_fast.interruption import Interruption
 from ddpo_fast.measured import Measured
@@ -144,9 +144,9 @@ class DDPOTrainer(ScoringMixin, CheckpointMixin, HubModel):
             bound = BoundedUpdate(settings, self.policy, self.engine, self.accelerator)
         self.ppo = PPO(settings, self.policy, self.engine, self.sizes, objective, bound)
 
-        self.best_weights = None
-        if config.train_return_to_best:
-            self.best_weights = BestWeights(self.engine, list(self.trainable_parameters(self.trainable_layers)))
+        self.guard = None
+        if config.train_guard:
+            self.guard = Guard(self.engine, list(self.trainable_parameters(self.trainable_layers)))
 
         # The run's counters and, for a resumed run, the checkpoint's state.
         self.interruption = Interruption()
@@ -214,7 +214,7 @@ class DDPOTrainer(ScoringMixin, CheckpointMixin, HubModel):
         timer.ends("scoring")
         # Updates make the steps of images with a positive advantage more likely, those with a negative one less likely.
         # Images of weights that have been given up are not trained on.
-        if self.best_weights is None or not self.best_weights.watch(all_rewards):
+        if self.guard is None or not self.guard.watch(all_rewards, variety.get("image_spread")):
             global_step = self._train_on(trajectory, epoch, global_step)
         timer.ends("training")
         # Log the epoch, then save a checkpoint: it records how much had been logged.

@@ -116,6 +116,23 @@ def test_eight_bits_are_for_large_tensors():
     assert state_bytes([256], every) == 2 * 256 + 8
 
 
+def test_a_bounded_update_keeps_the_weights_before_it(footprints):
+    def updating(**settings):
+        return predict(footprints["full"], config(train_micro_batch_size=1, **settings), 4 if "zero" in settings else 1)
+
+    def copy_on_gpu(**settings):
+        bounded, plain = updating(train_target_update=0.1, **settings), updating(**settings)
+        return bounded.phases["updating"]["activations, buffers"] - plain.phases["updating"]["activations, buffers"]
+
+    # in fp32 beside the fp32 weights, in bf16 where there are no others, and this process's part with ZeRO
+    assert copy_on_gpu() == 4 * SD15_WEIGHTS
+    assert copy_on_gpu(mixed_precision="bf16", stochastic_rounding=True) == 2 * SD15_WEIGHTS
+    assert copy_on_gpu(zero=2) == SD15_WEIGHTS
+    assert copy_on_gpu(offload="optimizer") == 0
+    away = updating(train_target_update=0.1, train_guard=True, offload="optimizer")
+    assert away.host["weights before an update"] == away.host["best weights"] == 4 * SD15_WEIGHTS
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_zero_splits_states_over_processes(footprints, stage):
     plan = predict(footprints["full"], config(train_micro_batch_size=1, zero=stage), num_processes=4)

@@ -92,6 +92,11 @@ def test_a_pipeline_of_the_users_is_scored_again(make_trainer, model_dir):
     assert update["ratio_drift"] < 1e-4
 
 
+def test_squares_larger_than_the_latents_are_refused(make_trainer):
+    with pytest.raises(ValueError, match="train_pool_latents is 9, but the model's latents have 8 x 8 pixels"):
+        make_trainer(train_pool_latents=9)
+
+
 def test_the_clip_range_in_steps_is_of_the_pooled_elements(make_trainer):
     trainer = make_trainer(train_pool_latents=4, train_clip_unit="step", train_clip_range=0.8)
     # latents of 4 x 8 x 8

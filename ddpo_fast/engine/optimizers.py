@@ -54,7 +54,7 @@ class LearningRate:
     """The learning rate of each update: the one that the optimizer was made with, times `share` and `factor`.
 
     `factor` is 1 unless a bounded update changes it (ddpo_fast/bounded_update.py), and `shrunk` unless the reward fell
-    (ddpo_fast/best_weights.py).
+    (ddpo_fast/guard.py).
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, config: DDPOConfig) -> None:

@@ -209,7 +209,7 @@ def _weight_bytes(footprint: Footprint, config: DDPOConfig, num_processes: int) 
 
     if offloads and (kept := kept_weight_bytes(footprint, config, num_processes)):
         host["weights before an update"] = kept
-    if config.train_return_to_best:
+    if config.train_guard:
         host["best weights"] = (size if config.stochastic_rounding else FP32_BYTES) * trained
     # an offloaded step needs more host memory than the weights and states
     if offloads and config.zero:

@@ -6,10 +6,10 @@ import pytest
 import torch
 from compare_runs import metrics_of, same_bits, trained_weights
 
-from ddpo_fast.best_weights import AVERAGED_EPOCHS, SHRINKS_BY
+from ddpo_fast.guard import AVERAGED_EPOCHS, SHRINKS_BY
 
 SETTINGS = {"sample_batch_size": 8, "sample_num_batches_per_epoch": 1, "train_batch_size": 8}
-SETTINGS |= {"train_gradient_accumulation_steps": 1, "train_return_to_best": True}
+SETTINGS |= {"train_gradient_accumulation_steps": 1, "train_guard": True}
 
 
 class Script:
@@ -27,13 +27,13 @@ class Script:
 def run(make_trainer, means: list[float], **settings):
     """A trainer after as many epochs as there are `means`, and its weights when each epoch was sampled."""
     trainer = make_trainer(reward=Script(means), num_epochs=len(means), **{**SETTINGS, **settings})
-    sampled, watch = [], trainer.best_weights.watch
+    sampled, watch = [], trainer.guard.watch
 
-    def watched(rewards):
+    def watched(rewards, spread):
         sampled.append({name: value.clone() for name, value in trained_weights(trainer).items()})
-        return watch(rewards)
+        return watch(rewards, spread)
 
-    trainer.best_weights.watch = watched
+    trainer.guard.watch = watched
     trainer.train()
     return trainer, sampled
 
@@ -43,10 +43,10 @@ def run(make_trainer, means: list[float], **settings):
     [{}, {"mixed_precision": "bf16"}, {"mixed_precision": "bf16", "offload": "optimizer"}, {"use_lora": True}],
     ids=str,
 )
-def test_a_fall_brings_the_best_weights_back(make_trainer, settings, caplog):
+def test_a_fall_brings_the_guard_back(make_trainer, settings, caplog):
     # the best pair of epochs is (1, 2): its later weights are those that sampled epoch 2
     trainer, sampled = run(make_trainer, [0.0, 1.0, 1.1, 0.2, 0.2], **settings)
-    assert trainer.best_weights.returns == 1
+    assert trainer.guard.returns == 1
     assert "fell from 1.050 to 0.650" in caplog.text
     # epoch 3 was given up without an update, so that epoch 4 was sampled by the best weights
     assert same_bits(sampled[4], sampled[2])
@@ -60,16 +60,28 @@ def test_noise_is_no_fall(make_trainer, tmp_path):
     """The standard error of an epoch's mean of 8 rewards in +-0.1 is 0.023, and 2.5 of two pairs' difference 0.058."""
     means = [0.0, 0.2, 0.25, 0.2, 0.22, 0.18, 0.2]
     trainer, _ = run(make_trainer, means)
-    assert trainer.best_weights.returns == 0
+    assert trainer.guard.returns == 0
     assert trainer.engine.rate.shrunk == 1
     trainer, _ = run(make_trainer, [0.0, 0.2, 0.25, 0.1, 0.1], output_dir=tmp_path / "fall")
-    assert trainer.best_weights.returns == 1
+    assert trainer.guard.returns == 1
 
 
 def test_after_a_return_the_best_is_measured_again(make_trainer):
     """Else one lucky epoch would be the best for ever, and each pair of epochs after it a fall."""
     trainer, _ = run(make_trainer, [0.0, 1.0, 1.1, 0.4, 0.5, 0.5, 0.5, 0.5])
-    assert trainer.best_weights.returns == 1
+    assert trainer.guard.returns == 1
+
+
+def test_the_step_shrinks_as_variety_is_lost(make_trainer):
+    guard = make_trainer(**SETTINGS).guard
+    # the first two epochs differ by 0.4, so the step shrinks below 0.2, then below nine tenths of what it shrank at
+    seen = []
+    for spread in (0.5, 0.3, 0.21, 0.19, 0.18, 0.16, 0.3, 0.15, 0.1):
+        guard.watch(torch.zeros(8), torch.tensor(spread))
+        seen.append(guard.engine.rate.shrunk)
+    assert seen == [1, 1, 1, 0.5, 0.5, 0.25, 0.25, 0.25, 0.125]
+    guard.watch(torch.zeros(8), None)
+    assert guard.engine.rate.shrunk == 0.125
 
 
 def test_adam_forgets_where_it_went(make_trainer):
@@ -87,16 +99,16 @@ def test_a_resumed_run_has_the_same_bits(make_trainer, tmp_path):
     settings = {"prompts": lambda: ("a cat", {}), "num_epochs": len(means), **SETTINGS}
     whole = make_trainer(output_dir=tmp_path / "whole", reward=Script(means), **settings)
     whole.train()
-    assert whole.best_weights.returns == 1
+    assert whole.guard.returns == 1
     make_trainer(output_dir=tmp_path / "parts", reward=Script(means), **settings).train(epochs=4)
     settings["resume_from"] = str(tmp_path / "parts")
     resumed = make_trainer(output_dir=tmp_path / "parts", reward=Script(means[4:]), **settings)
     resumed.train()
-    assert resumed.best_weights.returns == 1
+    assert resumed.guard.returns == 1
     assert same_bits(trained_weights(whole), trained_weights(resumed))
 
 
 def test_without_the_setting_nothing_is_kept(make_trainer):
     assert AVERAGED_EPOCHS == 2
-    trainer = make_trainer(num_epochs=1, **{**SETTINGS, "train_return_to_best": False})
-    assert trainer.best_weights is None
+    trainer = make_trainer(num_epochs=1, **{**SETTINGS, "train_guard": False})
+    assert trainer.guard is None

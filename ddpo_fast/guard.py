@@ -1,4 +1,4 @@
-"""Returns to the weights of the best epoch when the reward falls far below it.
+"""Watches an epoch's rewards and images: goes back when the reward falls, and steps less where variety is lost.
 
 A bounded update cannot run away, but many of them can wander: where the gradient is mostly noise, each moves the policy
 as far as a good one would. The mean reward of an epoch's images shows it, at no cost. It is noisy, so two epochs are
@@ -26,10 +26,14 @@ SHARE_OF_GAIN = 0.2
 STANDARD_ERRORS = 2.5
 # What the target of a bounded update (and the learning rate) is multiplied by at each return.
 SHRINKS_BY = 0.5
+# Below this share of the start's, the variety of images is being lost: the step shrinks, and again whenever the spread
+# has fallen by a tenth, so that it comes to rest before a third.
+LEAST_VARIETY = 0.5
+FURTHER_LOSS = 0.9
 
 
-class BestWeights:
-    """Keeps the trained weights of the epoch with the best mean reward, in host memory.
+class Guard:
+    """Keeps the trained weights of the epoch with the best mean reward, in host memory, and the variety to be kept.
 
     Args:
         parameters: the trained ones.
@@ -44,13 +48,20 @@ class BestWeights:
         self._best: tuple[float, float] | None = None
         self._weights: list[Tensor] = []
         self.returns = 0
+        # the image spreads of the first epochs, and the one at which the step shrinks next
+        self._first_spreads: list[float] = []
+        self._least_spread = 0.0
 
-    def watch(self, rewards: Tensor) -> bool:
+    def watch(self, rewards: Tensor, image_spread: Tensor | None = None) -> bool:
         """Looks at an epoch's rewards [images] of all processes; returns whether the weights went back to the best.
 
         The weights must be those that the images were sampled with. Every process must call it, outside of
         `engine.computing`.
+
+        Args:
+            image_spread: [], how much the images of a prompt differ (variety.py); None where that is not known.
         """
+        self._watch_variety(image_spread)
         values = rewards.double()
         error = values.var(correction=1).item() / len(values) if len(values) > 1 else 0.0
         self._recent = [*self._recent, (values.mean().item(), error)][-AVERAGED_EPOCHS:]
@@ -70,6 +81,17 @@ class BestWeights:
             return False
         self._return(mean)
         return True
+
+    def _watch_variety(self, image_spread: Tensor | None) -> None:
+        if image_spread is None:
+            return
+        spread = image_spread.item()
+        if len(self._first_spreads) < AVERAGED_EPOCHS:
+            self._first_spreads.append(spread)
+            self._least_spread = LEAST_VARIETY * sum(self._first_spreads) / len(self._first_spreads)
+        elif spread < self._least_spread:
+            self._least_spread = FURTHER_LOSS * spread
+            self.engine.rate.shrink(SHRINKS_BY)
 
     def _keep(self) -> None:
         with self.engine.exact(write=True):
@@ -100,6 +122,8 @@ class BestWeights:
             "best": None if self._best is None else list(self._best),
             "weights": self._weights,
             "returns": self.returns,
+            "first_spreads": self._first_spreads,
+            "least_spread": self._least_spread,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -107,3 +131,4 @@ class BestWeights:
         self._first, self.returns = state["first"], state["returns"]
         self._best = None if state["best"] is None else (state["best"][0], state["best"][1])
         self._weights = list(state["weights"])
+        self._first_spreads, self._least_spread = list(state["first_spreads"]), state["least_spread"]
