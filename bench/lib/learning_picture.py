@@ -24,12 +24,12 @@ POINTS = 200
 
 def draw(rows: list[Row], path: Path) -> None:
     """Means over seeds of the smoothed curves, in bands from the least to the most of all seeds."""
-    groups = grouped(rows)
+    groups = columns(rows)
     names = sorted({row["contender"] for row in rows}, key=lambda name: (name != BASELINE, name))
     colours = {name: "C7" if name == BASELINE else f"C{(i - 1) % 7}" for i, name in enumerate(names)}
     figure = Figure(figsize=(4.4 * len(groups), 3.1 * len(PANELS)), layout="constrained")
     axes = figure.subplots(len(PANELS), len(groups), squeeze=False)
-    for column, ((reward, kind, images), by_contender) in enumerate(groups.items()):
+    for column, ((reward, kind), by_contender) in enumerate(groups.items()):
         window = window_of(by_contender.get(BASELINE, next(iter(by_contender.values())))[0])
         for axis, (value, over, below, left) in zip(axes[:, column], PANELS, strict=True):
             for name in (name for name in names if name in by_contender):
@@ -39,10 +39,19 @@ def draw(rows: list[Row], path: Path) -> None:
             axis.tick_params(labelsize=7)
         seeds = max(len(found) for found in by_contender.values())
         weights = "all weights" if kind == "full" else "LoRA"
-        axes[0, column].set_title(f"{reward}, {weights}, {images} images, {seeds} seeds", fontsize=9)
+        axes[0, column].set_title(f"{reward}, {weights}, {seeds} seeds", fontsize=9)
         axes[0, column].legend(fontsize=7)
     figure.suptitle(f"mean over seeds of the mean over {window} images, and the range over seeds", fontsize=9)
     figure.savefig(path, dpi=130)
+
+
+def columns(rows: list[Row]) -> dict[tuple[str, str], dict[str, list[Row]]]:
+    """Records by (reward, kind), then by contender: those of its longest runs, as contenders may score fewer images."""
+    found: dict[tuple[str, str], dict[str, list[Row]]] = {}
+    # ordered by the number of images, so that longer runs take the place of shorter ones
+    for (reward, kind, _), by_contender in grouped(rows).items():
+        found.setdefault((reward, kind), {}).update(by_contender)
+    return found
 
 
 def draw_contender(axis: Any, rows: list[Row], value: str, over: str, window: int, colour: str) -> None:

@@ -71,7 +71,7 @@ def summaries(rows: list[Row], baseline: str) -> list[Row]:
     name, _, kind_of_baseline = baseline.partition("@")
     groups, found = grouped(rows), []
     for (reward, kind, images), by_contender in groups.items():
-        theirs = groups.get((reward, kind_of_baseline or kind, images), {}).get(name, [])
+        theirs = baseline_rows(groups, name, (reward, kind_of_baseline or kind, images))
         by_seed = {row["seed"]: row for row in theirs}
         for contender, mine in by_contender.items():
             window = window_of((theirs or mine)[0])
@@ -84,6 +84,14 @@ def summaries(rows: list[Row], baseline: str) -> list[Row]:
                 row |= {"against": baseline, **compared(pairs, window)}
             found.append(row)
     return found
+
+
+def baseline_rows(groups: dict[Any, dict[str, list[Row]]], name: str, key: tuple[str, str, int]) -> list[Row]:
+    """The baseline's records with as many images, or else with the most: contenders may be given fewer."""
+    reward, kind, images = key
+    others = {count for r, k, count in groups if (r, k) == (reward, kind) and name in groups[r, k, count]}
+    chosen = images if images in others else max(others, default=None)
+    return groups[reward, kind, chosen][name] if chosen is not None else []
 
 
 def alone(rows: list[Row], window: int) -> Row:
