@@ -186,6 +186,25 @@ def test_another_kind_can_be_the_baseline(bench):
     assert "differences" not in lora
 
 
+def test_a_contender_may_have_fewer_images_than_the_baseline(bench):
+    report, picture = bench("learning_report"), bench("learning_picture")
+    slow, fast = record([0.0, 0.2, 0.4, 0.6, 0.8, 1.0], "trl", 0), record([0.0, 1.0, 1.0], "mine", 0)
+    for row, count in ((slow, 6), (fast, 3)):
+        rewards = row["epochs"][-1]["reward"]
+        drawn = {"images": 32 * count, "seconds": None, "trained": {"reward": rewards}, "held_out": {"reward": rewards}}
+        row["evaluations"] = [{**drawn, "images": 0}, drawn]
+    mine = next(row for row in report.summaries([slow, fast], "trl") if row["contender"] == "mine")
+    # the mean of 64 images reaches TRL's last 0.9 after 96 of its 192 images
+    assert mine["speed_ups"][0]["images"] == 96
+    assert mine["images_ratio"]["mean"] == 2
+    assert mine["evaluated_ratio"]["mean"] == 2
+    assert list(picture.columns([slow, fast])[("colour", "full")]) == ["mine", "trl"]
+    # of runs of several lengths the one of the same length is the baseline
+    same = record([0.0, 0.0, 0.5], "trl", 0)
+    mine = next(row for row in report.summaries([slow, same, fast], "trl") if row["contender"] == "mine")
+    assert mine["speed_ups"][0]["target"] == 0.25
+
+
 def test_contenders_by_name_and_by_settings(bench):
     module = bench("learning_contenders")
     (trl,) = module.contenders(["trl"], [], ["full"], {})
