@@ -26,9 +26,9 @@ SHARE_OF_GAIN = 0.2
 STANDARD_ERRORS = 2.5
 # What the target of a bounded update (and the learning rate) is multiplied by at each return.
 SHRINKS_BY = 0.5
-# Below this share of the start's, the variety of images is being lost: the step shrinks, and again whenever the spread
-# has fallen by a tenth, so that it comes to rest before a third.
-LEAST_VARIETY = 0.5
+# Below this share of the start's, the variety of images is being lost: the step shrinks, and again for each further
+# tenth that is lost, so that it comes to rest before a third: 0.9^5 of 0.6 is 0.35, after five halvings.
+LEAST_VARIETY = 0.6
 FURTHER_LOSS = 0.9
 
 
@@ -89,8 +89,8 @@ class Guard:
         if len(self._first_spreads) < AVERAGED_EPOCHS:
             self._first_spreads.append(spread)
             self._least_spread = LEAST_VARIETY * sum(self._first_spreads) / len(self._first_spreads)
-        elif spread < self._least_spread:
-            self._least_spread = FURTHER_LOSS * spread
+        while spread < self._least_spread:
+            self._least_spread *= FURTHER_LOSS
             self.engine.rate.shrink(SHRINKS_BY)
 
     def _keep(self) -> None:

@@ -74,14 +74,15 @@ def test_after_a_return_the_best_is_measured_again(make_trainer):
 
 def test_the_step_shrinks_as_variety_is_lost(make_trainer):
     guard = make_trainer(**SETTINGS).guard
-    # the first two epochs differ by 0.4, so the step shrinks below 0.2, then below nine tenths of what it shrank at
+    # the mean of the first two epochs is 0.5, so the step shrinks at 0.3, 0.27, 0.243, 0.2187, ...
     seen = []
-    for spread in (0.5, 0.3, 0.21, 0.19, 0.18, 0.16, 0.3, 0.15, 0.1):
+    for spread in (0.6, 0.4, 0.31, 0.29, 0.28, 0.26, 0.4, 0.26, 0.22):
         guard.watch(torch.zeros(8), torch.tensor(spread))
         seen.append(guard.engine.rate.shrunk)
     assert seen == [1, 1, 1, 0.5, 0.5, 0.25, 0.25, 0.25, 0.125]
+    guard.watch(torch.zeros(8), torch.tensor(0.21))
     guard.watch(torch.zeros(8), None)
-    assert guard.engine.rate.shrunk == 0.125
+    assert guard.engine.rate.shrunk == 0.0625
 
 
 def test_adam_forgets_where_it_went(make_trainer):

@@ -111,9 +111,9 @@ def test_the_recipe_trl_has_the_defaults_of_the_api():
 def test_options_of_the_user_come_before_the_recipe():
     assert recipes.load("bundled-full").settings["train_learning_rate"] != 7e-6
     for options in (["--train_learning_rate", "7e-6"], ["--train-learning-rate=7e-6"]):
-        config = read("--full-finetune", *options, "--per_prompt_stat_tracking", "False")
+        config = read("--full-finetune", *options, "--train_guard", "False")
         assert config.train_learning_rate == 7e-6
-        assert not config.per_prompt_stat_tracking
+        assert not config.train_guard
         assert config.step_credit == recipes.load("bundled-full").settings["step_credit"]
     # also where the given value is the command's default
     assert read("--full-finetune", "--sample_num_steps", "50").sample_num_steps == 50
@@ -195,10 +195,9 @@ def test_a_clip_range_of_the_user_is_in_the_unit_that_help_names():
 @pytest.mark.parametrize(
     ("options", "kept", "left_out"),
     [
-        ("--per_prompt_stat_tracking_buffer_size 4", {"per_prompt_stat_tracking_min_count": 2}, {}),
-        ("--per_prompt_stat_tracking_buffer_size 1", {"step_credit": "equal"}, {"per_prompt_stat_tracking": False}),
-        ("--per_prompt_stat_tracking_min_count 64", {"step_credit": "equal"}, {"per_prompt_stat_tracking": False}),
-        ("--objective rwr", {"per_prompt_stat_tracking": True}, {"step_credit": "none"}),
+        ("--per_prompt_stat_tracking_buffer_size 16", {"sample_group_size": 8}, {}),
+        ("--per_prompt_stat_tracking", {"step_credit": "equal"}, {"sample_group_size": 1}),
+        ("--objective rwr", {"sample_group_size": 8}, {"step_credit": "none"}),
         ("--zero 3 --offload all", {"step_credit": "equal"}, {"train_target_update": 0.0}),
         ("--objective rwr --zero 2", {"sample_num_steps": 20}, {"step_credit": "none", "train_target_update": 0.0}),
     ],
@@ -207,6 +206,7 @@ def test_a_setting_that_contradicts_an_option_is_left_out(options, kept, left_ou
     """With rules of the test's own, so that it does not depend on which the package has."""
     rules = (
         (lambda c: c.objective == "rwr" and c.step_credit != "none", "step_credit does not work with rwr"),
+        (lambda c: c.per_prompt_stat_tracking and c.sample_group_size > 1, "groups do not work with statistics"),
         (lambda c: c.zero > 0 and c.train_target_update > 0, "train_target_update does not work with ZeRO"),
     )
     monkeypatch.setattr(config_rules, "CONFLICTS", rules)
@@ -391,7 +391,7 @@ CHOICE = SimpleNamespace(plan=Table(), reasons=[], settings={"train_micro_batch_
 
 
 @pytest.mark.parametrize(
-    "given", ["", "--sample_batch_size 4 --train_clip_range 1e-4 --per_prompt_stat_tracking False", "--recipe trl"]
+    "given", ["", "--sample_batch_size 4 --train_clip_range 1e-4 --train_guard False", "--recipe trl"]
 )
 def test_the_command_of_a_plan_has_the_settings_that_were_planned(given, monkeypatch, capsys):
     """The plan itself is replaced, as it is slow and does not depend on the recipe."""
