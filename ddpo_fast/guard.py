@@ -30,6 +30,8 @@ SHRINKS_BY = 0.5
 # tenth that is lost, so that it comes to rest before a third: 0.9^5 of 0.6 is 0.35, after five halvings.
 LEAST_VARIETY = 0.6
 FURTHER_LOSS = 0.9
+# For lost variety the step shrinks no further than this: a run whose images are all alike must be able to leave them.
+LEAST_STEP = 1 / 64
 
 
 class Guard:
@@ -89,7 +91,7 @@ class Guard:
         if len(self._first_spreads) < AVERAGED_EPOCHS:
             self._first_spreads.append(spread)
             self._least_spread = LEAST_VARIETY * sum(self._first_spreads) / len(self._first_spreads)
-        while spread < self._least_spread:
+        while spread < self._least_spread and self.engine.rate.shrunk > LEAST_STEP:
             self._least_spread *= FURTHER_LOSS
             self.engine.rate.shrink(SHRINKS_BY)
 

@@ -83,6 +83,8 @@ def test_the_step_shrinks_as_variety_is_lost(make_trainer):
     guard.watch(torch.zeros(8), torch.tensor(0.21))
     guard.watch(torch.zeros(8), None)
     assert guard.engine.rate.shrunk == 0.0625
+    guard.watch(torch.zeros(8), torch.tensor(0.0))
+    assert guard.engine.rate.shrunk == 1 / 64
 
 
 def test_adam_forgets_where_it_went(make_trainer):
