@@ -220,7 +220,7 @@ def trainer_of(config: DDPOConfig, model: Path, use_lora: bool) -> Any:
     from ddpo_fast.unet import set_gradient_checkpointing
 
     pipeline = DefaultDDPOStableDiffusionPipeline(str(model), use_lora=use_lora)
-    trainer = DDPOTrainer(config, jpeg_compressibility, SeededPrompts(prompts(False), config.seed), pipeline)
+    trainer = DDPOTrainer(config, jpeg_compressibility, SeededPrompts(prompts(), config.seed), pipeline)
     set_gradient_checkpointing(trainer.sd_pipeline.unet, config.gradient_checkpointing)
     (trainer.sd_pipeline.vae.enable_slicing if config.vae_slicing else trainer.sd_pipeline.vae.disable_slicing)()
     return trainer

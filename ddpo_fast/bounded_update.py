@@ -77,7 +77,8 @@ class BoundedUpdate:
         # Nothing moved where fp16 overflowed and the step was skipped, or where no pair had a gradient. The comparisons
         # are false for a NaN too, which health.py reports.
         wanted = target / distance if distance > 0 else 1.0
-        share = math.prod(self._changes)
+        # 1.0, so that it is a float without changes, too: an integer tensor cannot be averaged over processes
+        share = math.prod(self._changes, start=1.0)
         change = min(wanted, FASTEST_RISE / share)
         is_far = not 1 / TOLERANCE <= wanted <= TOLERANCE and change != 1
         # without a copy of the weights before it, an update cannot be changed

@@ -277,8 +277,7 @@ def check_pipeline(pipeline: DDPOStableDiffusionPipeline, config: DDPOConfig) ->
             "train_image_credit is 'coca', but the pipeline's own __call__ does not tell what each step predicts: use "
             "'none'"
         )
-    _, *sides = latent_shape(pipeline.unet)
-    if config.train_pool_latents > min(sides):
+    if config.train_pool_latents > 1 and config.train_pool_latents > min(sides := latent_shape(pipeline.unet)[1:]):
         raise ValueError(
             f"train_pool_latents is {config.train_pool_latents}, but the model's latents have {sides[0]} x {sides[1]} "
             f"pixels: use at most {min(sides)}"

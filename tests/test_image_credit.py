@@ -37,7 +37,7 @@ def test_the_prediction_follows_from_a_steps_latents_and_noise(kind, steps, eta)
     assert len(found) == steps
     for t, prediction in zip(scheduler.timesteps, found, strict=True):
         output, latents, noise = torch.randn(3, 2, 4, 8, 8, generator=generator, dtype=torch.float64)
-        c_x, c_m, sigma = table[t]
+        c_x, c_m, sigma, _ = table[t]
         following = c_x * latents + c_m * output + sigma * noise
         expected = predicted(kind, output, latents, scheduler.alphas_cumprod[t].double())
         # the table is in fp32, 6e-8, and the last steps divide what they change by a small number

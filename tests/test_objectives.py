@@ -71,7 +71,7 @@ def scored_and_defined(name, guidance, reference, dtype=torch.float64, scale=Non
     loss = terms.mean()
     loss.backward()
 
-    policy = SimpleNamespace(noise_table=table.to(kept), clip_range=0.05)
+    policy = SimpleNamespace(loss_table=table.to(kept), clip_range=0.05)
     objective = OBJECTIVES[name](config, policy, object() if reference else None)
     pairs = Pairs(latents, timesteps, after, old.to(kept), advantages, torch.empty(0))
     return objective.score(output, other if reference else None, pairs, scale), loss.detach(), wide.grad
@@ -347,7 +347,8 @@ def test_samples_are_of_the_averages(make):
         ({"objective": "rwr", "train_advantages": "rank"}, "leave out per_prompt_stat_tracking and train_advantages"),
         ({"objective": "rwr", "sample_group_size": 2}, "set rwr_per_prompt"),
         ({"objective": "rwr", "step_credit": "equal"}, "leave out step_credit"),
-        ({"objective": "rwr", "train_image_credit": "coca"}, "leave out step_credit, train_image_credit"),
+        ({"objective": "rwr", "train_image_credit": "coca"}, "weighs whole images: use .none."),
+        ({"objective": "rwr", "train_pool_latents": 2}, "train_skip_last_steps and train_pool_latents"),
         ({"objective": "rwr", "train_skip_last_steps": 0.2}, "train_skip_last_steps"),
         ({"objective": "rwr", "train_kl_weight": 0.1}, "leave out train_kl_weight"),
         ({"objective": "rwr", "train_recompute_log_probs": True}, "train_recompute_log_probs"),
