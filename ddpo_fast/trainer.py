@@ -83,7 +83,6 @@ class DDPOTrainer(ScoringMixin, CheckpointMixin, HubModel):
         self.reward_fn, self.prompt_fn = reward_function, prompt_function
         self.image_samples_callback = image_samples_hook
         self.sd_pipeline, self.num_train_timesteps = sd_pipeline, config.num_train_timesteps
-        self._own_loss()
 
         # The run's processes, and the checkpoint to resume from, verified before anything is written.
         resume = checkpoint.find(config.resume_from) if config.resume_from else None
@@ -93,6 +92,8 @@ class DDPOTrainer(ScoringMixin, CheckpointMixin, HubModel):
         self.accelerator = make_accelerator(config, folder)
         ops.require_backend(config.kernel_backend, self.accelerator.device.type)
         settings = with_launch_settings(config, self.accelerator)
+        # raises if settings ask for a loss that an override of the user's is not
+        self._own_loss()
         self.base = base_digest(sd_pipeline)
         self.measured = Measured(broadcast_from_main(self.accelerator, Measured.of_run(state, self._run_settings())))
         self.measured.keep_threads()

@@ -240,9 +240,12 @@ def test_the_deepspeed_command(model_dir, tmp_path):
     train = Path(__file__).parents[1] / "ddpo_fast" / "train.py"
     options = ["--full-finetune", "--zero", "2", "--offload", "optimizer", "--pretrained_model", model_dir]
     sizes = ["--num_epochs", "1", "--sample_num_steps", "2", "--output_dir", str(tmp_path / "run")]
+    # beside the recipe of the command line
+    sizes += ["--sample_batch_size", "8", "--sample_num_batches_per_epoch", "1"]
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2"]
     done = finish([*launcher, str(train), *options, *sizes], env=environment())
-    assert "4 images per epoch (2 batches of 1 x 2 processes)" in done.stdout
+    assert "16 images per epoch (1 batches of 8 x 2 processes)" in done.stdout
+    assert "train_target_update=0.1" in done.stdout
     assert "ninja" not in done.stdout + done.stderr, "something was compiled"
     assert json.loads((tmp_path / "run" / "config.json").read_text())["num_processes"] == 2
     StableDiffusionPipeline.from_pretrained(tmp_path / "run" / "final")
