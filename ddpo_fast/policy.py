@@ -111,7 +111,10 @@ class Policy:
         pool = self.config.train_pool_latents
         if pool == 1:
             return self.noise_table
-        return self.noise_table / self.noise_table.new_tensor([1.0, 1.0, pool, 1.0])
+        # A tensor made of Python's numbers would be copied from the host at each UNet call, and no CUDA graph could
+        # record that.
+        c_x, c_m, sigma, credit = self.noise_table.unbind(1)
+        return torch.stack([c_x, c_m, sigma / pool, credit], dim=1)
 
     def pooled(self, latents: Tensor) -> Tensor:
         """Means over squares of `train_pool_latents` pixels: [R, C, H, W] -> [R, C, H / k, W / k] in fp32 or fp64.
