@@ -240,11 +240,8 @@ class DDIMCoefficients:
         s = (torch.arange(len(a_t)) - len(a_t) // scheduler.num_inference_steps).clamp(min=0)
         s[sampled] = torch.cat([sampled[1:], sampled.new_zeros(1)])
         a_s = a_t[s]
-        variance = eta**2 * (1 - a_s) / (1 - a_t) * (1 - a_t / a_s)
-        # d^2, which is 0 where a_t is 0 (zero terminal SNR) and eta is 1: rounding may make it negative there
-        direction = (1 - a_s - variance).clamp(min=0).sqrt()
+        sigma, direction = sigma_and_direction(a_t, a_s, eta)
         c_x, c_m = _mean_coefficients(scheduler.config.prediction_type, a_t, a_s, direction)
-        sigma = variance.sqrt()
         credits = step_credits(credit, c_m, sigma, sampled, a_t, a_s, direction)
         table = torch.stack([c_x, c_m, sigma, credits], dim=1)
         if not torch.isfinite(table[sampled]).all():
@@ -298,6 +295,13 @@ def _check_linear(scheduler: Any) -> None:
             f"timestep_spacing {config.timestep_spacing!r} has no {scheduler.num_inference_steps} timesteps that fall "
             f"from step to step ({len(sampled)} from {sampled[0]} to {sampled[-1]}): use another number of steps"
         )
+
+
+def sigma_and_direction(a_t: torch.Tensor, a_s: torch.Tensor, eta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sigma, d) of steps by the formulas at the top of this module; all tensors have one shape."""
+    variance = eta**2 * (1 - a_s) / (1 - a_t) * (1 - a_t / a_s)
+    # d^2, which is 0 where a_t is 0 (zero terminal SNR) and eta is 1: rounding may make it negative there
+    return variance.sqrt(), (1 - a_s - variance).clamp(min=0).sqrt()
 
 
 def _mean_coefficients(

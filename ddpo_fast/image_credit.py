@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from ddpo_fast.ddim import sigma_and_direction
+
 WINDOWS = 10
 # a cosine similarity in fp32 is right to about this
 SMALLEST_GAIN = 1e-6
@@ -53,10 +55,9 @@ def predictions(scheduler: Any, eta: float) -> list[Prediction]:
     t = scheduler.timesteps.cpu()
     # the last step leads to timestep 0, see ddim.py
     a_t, a_s = alphas[t], alphas[torch.cat([t[1:], t.new_zeros(1)])]
-    variance = eta**2 * (1 - a_s) / (1 - a_t) * (1 - a_t / a_s)
-    d = (1 - a_s - variance).clamp(min=0).sqrt()
+    sigma, d = sigma_and_direction(a_t, a_s, eta)
     determinant = a_s.sqrt() * (1 - a_t).sqrt() - d * a_t.sqrt()
-    rows = torch.stack([-d / determinant, (1 - a_t).sqrt() / determinant, variance.sqrt()], dim=1)
+    rows = torch.stack([-d / determinant, (1 - a_t).sqrt() / determinant, sigma], dim=1)
     return [Prediction(*row) for row in rows.tolist()]
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from ddpo_fast import ops, rwr
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.metrics import approx_kl, clip_fraction
-from ddpo_fast.ops.gaussian import guided, log_density, per_image, step_mean, table_rows
+from ddpo_fast.ops.gaussian import guided, guided_backward, log_density, per_image, step_mean, table_rows
 from ddpo_fast.ops.operands import laid_out_as
 from ddpo_fast.policy import Policy
 from ddpo_fast.reference import Reference
@@ -207,10 +207,7 @@ def _by_output(gradient: Tensor, output: Tensor, guidance_scale: float | None, s
     gradient = gradient / gradient.numel()
     if scale is not None:
         gradient = gradient * scale
-    if guidance_scale is not None:
-        # g = u + s (t - u)
-        gradient = torch.cat([(1 - guidance_scale) * gradient, guidance_scale * gradient])
-    return laid_out_as(output, gradient)
+    return laid_out_as(output, guided_backward(gradient, guidance_scale))
 
 
 OBJECTIVES: dict[str, type[Objective]] = {

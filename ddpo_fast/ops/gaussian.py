@@ -23,6 +23,16 @@ def guided(model_output: torch.Tensor, guidance_scale: float) -> torch.Tensor:
     return uncond + guidance_scale * (text - uncond)
 
 
+def guided_backward(grad: torch.Tensor, guidance_scale: float | None) -> torch.Tensor:
+    """The gradient by the model's output, [2B, ...] with guidance, from that by the guided output, [B, ...].
+
+    `g = u + s (t - u)`, so that u's is (1 - s) times and t's is s times the gradient by g.
+    """
+    if guidance_scale is None:
+        return grad
+    return torch.cat([(1 - guidance_scale) * grad, guidance_scale * grad])
+
+
 def step_mean(model_output: torch.Tensor, latents: torch.Tensor, c_x: torch.Tensor, c_m: torch.Tensor) -> torch.Tensor:
     """`c_x * latents + c_m * model_output`, [B, C, H, W]; the coefficients are [B]."""
     return per_image(c_x, latents) * latents + per_image(c_m, latents) * model_output.to(latents.dtype)

@@ -9,7 +9,7 @@ with the guided output g, `mu = c_x x + c_m g`, `e = x' - mu`, D elements, the s
     term = max(-A r, -A clip(r, 1 - c, 1 + c))           so  d term / d log_prob = -A r k, and 0 where clipped
     KL = k^2 mean_d((mu - mu_ref)^2) / (2 sigma^2)       so  d KL / d g = k^2 c_m (mu - mu_ref) / (sigma^2 D)
 
-The credit is the table's fourth column (`step_credits` in ddim.py says which there are); 1 gives PPO's loss. If the
+The credit is the table's fourth column (step_credit.py says which there are); 1 gives PPO's loss. If the
 mean moves by `delta` standard deviations of the step (root mean square over d), then to first order in delta the
 log-ratio is normal with a standard deviation of `k delta / sqrt(D)`, as `e / sigma` is standard normal, and the KL is
 `(k delta)^2 / 2`. So the ratio, its clip and the KL see a step of credit k as one that moved k times as far. Stored
@@ -32,6 +32,7 @@ from ddpo_fast.ops.gaussian import (
     check_step,
     check_table,
     guided,
+    guided_backward,
     log_density,
     per_image,
     step_mean,
@@ -185,8 +186,7 @@ def _reference(
     grad = grad / latents.numel()
     if grad_scale is not None:
         grad = grad * grad_scale
-    if guidance_scale is not None:
-        grad = torch.cat([(1 - guidance_scale) * grad, guidance_scale * grad])
+    grad = guided_backward(grad, guidance_scale)
     moved = (ratio - 1).abs()
     drift = moved.max() if len(moved) else moved.sum()
     metrics = torch.stack(

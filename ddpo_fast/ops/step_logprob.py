@@ -12,6 +12,7 @@ from ddpo_fast.ops.gaussian import (
     check_step,
     check_table,
     guided,
+    guided_backward,
     log_density,
     per_image,
     step_mean,
@@ -108,9 +109,7 @@ def _reference_backward(
         uncond, text = grad_input.chunk(2)
         grad_input = uncond + text
     grad_mean = grad_next_latents + per_image(slope, latents) * difference + grad_input
-    grad_output = per_image(c_m, latents) * grad_mean
-    if guidance_scale is not None:
-        grad_output = torch.cat([(1 - guidance_scale) * grad_output, guidance_scale * grad_output])
+    grad_output = guided_backward(per_image(c_m, latents) * grad_mean, guidance_scale)
     grad_latents = per_image(c_x, latents) * grad_mean
     return laid_out_as(model_output, grad_output), grad_latents
 
