@@ -228,7 +228,6 @@ def test_contenders_by_name_and_by_settings(bench):
 
 
 def test_recipes_are_contenders(bench):
-    pytest.importorskip("ddpo_fast.recipes")
     module = bench("learning_contenders")
     full, own, lora = module.contenders(["recipe"], ["name=own,base=recipe,ema_decay=0.9,kind=full"], module.KINDS, {})
     assert (full.name, full.use_lora, lora.name, lora.use_lora) == ("recipe", False, "recipe", True)

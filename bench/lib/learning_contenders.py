@@ -6,17 +6,17 @@ What it leaves out is as in `TASK`: the denoising steps, the guidance and the si
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
+from ddpo_fast import recipes
 from ddpo_fast.config import DDPOConfig
+from ddpo_fast.recipes import LORA_SETTINGS
 from lib.workloads import NEVER, OURS, TINY, TRL_DEMO, Contender, Settings
 
 KINDS = ("full", "lora")
-LORA_SETTINGS = ("lora_rank", "lora_alpha", "lora_target_modules")
 # with the demo's settings that TRL lacks
 BASELINE_SETTINGS: Settings = {**TRL_DEMO, "train_warmup_steps": 10, "train_micro_batch_size": 40}
 TASK: Settings = {
@@ -92,10 +92,6 @@ def settings_of(name: str, kind: str) -> Settings:
     """TRL's settings, or a recipe's over those of the task."""
     if name == BASELINE:
         return BASELINE_SETTINGS
-    try:
-        recipes = importlib.import_module("ddpo_fast.recipes")
-    except ModuleNotFoundError:
-        raise UnknownContender(f"contender {name!r} is not {BASELINE!r}, and this checkout has no recipes") from None
     try:
         return {**TASK, **recipes.load(f"bundled-{kind}" if name == RECIPE else name).settings}
     except (ValueError, ImportError) as error:
