@@ -15,7 +15,7 @@ import torch
 from ddpo_fast.trajectory import Trajectory
 
 
-class Scored(NamedTuple):
+class ScoredImages(NamedTuple):
     """Sampled and scored images of a process."""
 
     trajectory: Trajectory
@@ -35,7 +35,7 @@ class Scored(NamedTuple):
         groups = rewards[: len(rewards) // size * size].reshape(-1, size)
         return np.ptp(groups, axis=1) > 0
 
-    def with_groups_of(self, other: Scored, size: int) -> Scored:
+    def with_groups_of(self, other: ScoredImages, size: int) -> ScoredImages:
         """A copy in which groups without spread are replaced by those with spread of `other`, as far as these go."""
         flat, useful = np.flatnonzero(~self.has_spread(size)), np.flatnonzero(other.has_spread(size))
         count = min(len(flat), len(useful))
@@ -45,7 +45,7 @@ class Scored(NamedTuple):
         if not rows:
             return self
         batches = _with_images(self.batches, rows, other.batches, sources)
-        return Scored(self.trajectory.with_images(rows, other.trajectory, sources), batches)
+        return ScoredImages(self.trajectory.with_images(rows, other.trajectory, sources), batches)
 
 
 def _with_images(

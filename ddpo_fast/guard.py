@@ -28,7 +28,7 @@ STANDARD_ERRORS = 2.5
 SHRINKS_BY = 0.5
 # Below this share of the start's, the variety of images is being lost: the step shrinks, and again for each further
 # tenth that is lost, so that it comes to rest before a third: 0.9^5 of 0.6 is 0.35, after five halvings.
-LEAST_VARIETY = 0.6
+VARIETY_TO_KEEP = 0.6
 FURTHER_LOSS = 0.9
 # For lost variety the step shrinks no further than this: a run whose images are all alike must be able to leave them.
 LEAST_STEP = 1 / 64
@@ -90,7 +90,7 @@ class Guard:
         spread = image_spread.item()
         if len(self._first_spreads) < AVERAGED_EPOCHS:
             self._first_spreads.append(spread)
-            self._least_spread = LEAST_VARIETY * sum(self._first_spreads) / len(self._first_spreads)
+            self._least_spread = VARIETY_TO_KEEP * sum(self._first_spreads) / len(self._first_spreads)
         while spread < self._least_spread and self.engine.rate.shrunk > LEAST_STEP:
             self._least_spread *= FURTHER_LOSS
             self.engine.rate.shrink(SHRINKS_BY)

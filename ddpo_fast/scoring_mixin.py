@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 from ddpo_fast import rewards, rwr, variety
 from ddpo_fast.advantages import batch_advantages, compared_sets, group_advantages, step_advantages
 from ddpo_fast.config import DDPOConfig
-from ddpo_fast.groups import Scored
+from ddpo_fast.groups import ScoredImages
 from ddpo_fast.health import SampleHealth
 from ddpo_fast.metrics import EpochTimer
 from ddpo_fast.processes import all_reduce_max, run_or_raise_on_all
@@ -42,7 +42,7 @@ class ScoringMixin:
 
     # stage 1: sample and score
 
-    def _sample_and_score(self, timer: EpochTimer) -> tuple[Scored, int]:
+    def _sample_and_score(self, timer: EpochTimer) -> tuple[ScoredImages, int]:
         """An epoch's images of this process, and how many were scored for them.
 
         With `sample_redraws`, groups without spread are replaced by further ones. All processes sample the same number
@@ -61,7 +61,7 @@ class ScoringMixin:
             found = found.with_groups_of(further, size)
         return found, images
 
-    def _sampled_and_scored(self, iterations: int, timer: EpochTimer) -> Scored:
+    def _sampled_and_scored(self, iterations: int, timer: EpochTimer) -> ScoredImages:
         """`iterations` batches; each is `[images, prompts, metadata, rewards, reward metadata]`."""
         sizes = iterations, self.config.sample_batch_size
         is_async, alone = self.config.async_reward_computation, self.accelerator.num_processes == 1
@@ -89,7 +89,7 @@ class ScoringMixin:
         self.sample_health = SampleHealth()
         for batch, *reward_and_metadata in zip(batches, *found, strict=True):
             batch.extend(reward_and_metadata)
-        return Scored(Trajectory.cat(samples), batches)
+        return ScoredImages(Trajectory.cat(samples), batches)
 
     def _generate_samples(
         self,
@@ -172,7 +172,7 @@ class ScoringMixin:
         of_processes = np.split(np.ascontiguousarray(found), self.accelerator.num_processes)
         return torch.as_tensor(of_processes[self.accelerator.process_index])
 
-    def _variety(self, scored: Scored, prompts: list[str], all_rewards: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _variety(self, scored: ScoredImages, prompts: list[str], all_rewards: torch.Tensor) -> dict[str, torch.Tensor]:
         """`reward_spread` over all processes, and `image_spread` within each process, averaged over them."""
         found = {"reward_spread": torch.tensor(variety.reward_spread(prompts, all_rewards.cpu().numpy()))}
         spread = variety.image_spread(scored.trajectory.prompts, [batch[0] for batch in scored.batches])

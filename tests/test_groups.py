@@ -16,7 +16,7 @@ from tiny_run import Prompts, brightness, build_trainer
 
 from ddpo_fast import DefaultDDPOStableDiffusionPipeline
 from ddpo_fast.advantages import group_advantages
-from ddpo_fast.groups import Scored
+from ddpo_fast.groups import ScoredImages
 from ddpo_fast.prompts import PromptGroups
 from ddpo_fast.trajectory import Trajectory
 
@@ -110,7 +110,7 @@ def test_advantages_are_within_the_group(make_trainer, settings):
     assert epoch["images_scored"] == epoch["images"] == 8
 
 
-def scored(first: int, rewards: list[float], batch_size: int = 2) -> Scored:
+def scored(first: int, rewards: list[float], batch_size: int = 2) -> ScoredImages:
     """Images numbered from `first`, with these rewards."""
     numbers = torch.arange(first, first + len(rewards))
     names = [f"image {number}" for number in numbers.tolist()]
@@ -128,7 +128,7 @@ def scored(first: int, rewards: list[float], batch_size: int = 2) -> Scored:
         ]
         for at in range(0, len(names), batch_size)
     ]  # fmt: skip
-    return Scored(trajectory, batches)
+    return ScoredImages(trajectory, batches)
 
 
 def test_groups_without_spread_are_replaced():

@@ -185,6 +185,9 @@ class LocalEngine:
                 flat(master).copy_(rounded_stochastically(flat(exact, like=master), generator))
         self.weights.refresh()
 
+    def forget_direction(self) -> None:
+        moments.forget_direction(self.optimizer)
+
     @property
     def _steps_in_place(self) -> bool:
         """Whether one call of the optimizer can update all weights in place, see `step_in_place`."""
@@ -252,9 +255,6 @@ class LocalEngine:
             torch._foreach_copy_(members, [part.view(g.shape) for part, g in zip(parts, members, strict=True)])
 
     # checkpoints
-
-    def forget_direction(self) -> None:
-        moments.forget_direction(self.optimizer)
 
     def bytes_before_first_step(self) -> int:
         weights = sum(parameter.numel() for parameter in self.weights.parameters)

@@ -237,6 +237,9 @@ class ZeroEngine:
         self.rate.set_for(self.updates)
         return logged
 
+    def forget_direction(self) -> None:
+        moments.forget_direction(self.optimizer)
+
     @torch.no_grad()
     def _scale_update(self, before: Sequence[Tensor], share: float) -> None:
         """Multiplies an update by `share`, given the weights `before` it."""
@@ -247,9 +250,6 @@ class ZeroEngine:
 
     def _scalar(self, value: Any) -> Tensor:
         return torch.tensor(float(value), device=self.accelerator.device)
-
-    def forget_direction(self) -> None:
-        moments.forget_direction(self.optimizer)
 
     def bytes_before_first_step(self) -> int:
         # each process has whole gradients until the step, and its part of Adam's two fp32 moments (8 bytes a weight)
