@@ -56,6 +56,8 @@ def drift_limit(trainer, trajectory) -> float:
     transition `next = mean + sigma z` then changes by `a mean_D(z d) - a^2 mean_D(d^2) / 2` with `a = c_m / sigma`. The
     noise z does not depend on the network, so the first term is normal with a standard deviation of
     `a rms(d) / sqrt(D)`; one pair in 10^9 exceeds six of them. `exp` and the subtraction add a few roundings.
+
+    A loss of means over k x k pixels sees the mean of d over them, D / k^2 elements, and noise of sigma / k.
     """
     guided = trainer.config.guides_training
     few = slice(0, 2)  # two images are enough, as the error is a mean over D elements
@@ -73,9 +75,11 @@ def drift_limit(trainer, trajectory) -> float:
             rounded = unet(rows, *operands).sample.double()
             error = rounded - exact(rows.double(), operands[0], operands[1].double()).sample
             error = ops.guided(error, trainer.config.sample_guidance_scale) if guided else error
+            side = trainer.config.train_pool_latents
+            error = side * torch.nn.functional.avg_pool2d(error, side)
             rms = error.square().mean((1, 2, 3)).sqrt()
             noise = max(noise, float((2 * rms * mean_per_sigma(trainer, timesteps)).max()))
-    elements = trajectory.trail[0, 0].numel()
+    elements = error[0].numel()
     return 6 * noise / elements**0.5 + noise**2 / 2 + 8 * torch.finfo(torch.float32).eps
 
 

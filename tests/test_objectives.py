@@ -9,6 +9,7 @@ import pytest
 import torch
 from compare_runs import metrics_of, same_bits, trained_weights
 from diffusers import DDIMScheduler
+from rounding import drift_limits
 from tiny_run import SETTINGS
 from torch import nn
 
@@ -312,6 +313,7 @@ def test_computing_with_other_values(kind):
 def test_samples_are_of_the_averages(make):
     """Log-probs are those of the averaged policy; training begins from the weights, with ratios that are not 1."""
     trainer = make(ema_sampling=True, ema_decay=0.9, train_learning_rate=1e-2, **ONE_UPDATE, **RANKS)
+    limits = drift_limits(trainer)
     kept, generate = [], trainer._generate_samples
 
     def watched(*arguments, **keywords):
@@ -323,11 +325,11 @@ def test_samples_are_of_the_averages(make):
 
     trainer._generate_samples = watched
     trainer.train(2)
-    for sampled, scored in kept:
+    for (sampled, scored), limit in zip(kept, limits, strict=True):
         # the log-probs of two calls with other numbers of rows differ by rounding
-        torch.testing.assert_close(sampled, scored, rtol=0, atol=1e-5)
+        torch.testing.assert_close(sampled, scored, rtol=0, atol=limit)
     first, second = metrics_of(trainer, "update")
-    assert first["ratio_drift"] < 1e-5
+    assert first["ratio_drift"] < limits[0]
     assert second["ratio_drift"] > 1e-3
     assert not trainer.run_log._warned_of_drift
 

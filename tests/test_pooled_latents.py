@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from compare_runs import metrics_of, relative_distance, trained_weights
+from rounding import drift_limit, drift_limits
 
 from ddpo_fast.ddim import DDIMCoefficients
 from ddpo_fast.pipeline import DefaultDDPOStableDiffusionPipeline
@@ -29,6 +30,7 @@ def test_log_probs_are_those_of_the_pooled_step(make_trainer, prediction, k):
     trainer = make_trainer(train_pool_latents=k, sample_guidance_scale=1.0)
     trainer.sd_pipeline.scheduler.register_to_config(prediction_type=prediction)
     (sample, *_), _ = trainer._generate_samples(1, 4)
+    rounding = drift_limit(trainer, sample)
     steps = trainer.sd_pipeline.scheduler.timesteps
     table = DDIMCoefficients.of(trainer.sd_pipeline.scheduler, 1.0, torch.device("cpu")).table.double()
     for i, t in enumerate(steps):
@@ -40,20 +42,29 @@ def test_log_probs_are_those_of_the_pooled_step(make_trainer, prediction, k):
         z = (squares(after.double(), k) - mean) / std
         expected = -z.square().flatten(1).mean(1) / 2 - std.log() - math.log(2 * math.pi) / 2
         # Latents are stored in fp32, of size up to 10 and with steps of sigma down to 0.06: z is known to 1e-5 of a
-        # value of about 1, and training's call of the UNet adds up in another order than sampling's.
-        torch.testing.assert_close(sample.log_probs[:, i].double(), expected, rtol=0, atol=1e-4)
+        # value of about 1. On some processors training's call of the UNet adds up in another order than sampling's.
+        torch.testing.assert_close(sample.log_probs[:, i].double(), expected, rtol=0, atol=1e-4 + rounding)
 
 
-@pytest.mark.parametrize(("precision", "largest"), [("no", 1e-4), ("bf16", 2e-3)])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("rescored", [False, True])
-def test_the_ratio_before_the_first_update_is_one(make_trainer, rescored, precision, largest):
-    """In bf16 the UNet's output differs between calls of different sizes, in the last of its 8 bits at most."""
+def test_the_ratio_before_the_first_update_is_one(make_trainer, rescored, precision):
     settings = {"train_recompute_log_probs": rescored, "mixed_precision": precision, **ONE_UPDATE}
     trainer = make_trainer(train_pool_latents=4, **settings)
+    limits = drift_limits(trainer)
     trainer.train()
     (update,) = metrics_of(trainer, "update")
-    assert update["ratio_drift"] < largest
+    # sampling's log-probs are of the noise, training's of latents that were rounded to fp32: see the test above
+    assert update["ratio_drift"] < limits[0] + 1e-4
     assert update["grad_norm"] > 0
+
+
+def test_half_precision_is_pooled_without_rounding(make_trainer):
+    """A mean of 16 numbers that is rounded to bf16 would be 2^-9 of itself away, and that is most of a drift."""
+    output = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    pooled = make_trainer(train_pool_latents=4).policy.pooled(output)
+    # a sum of 16 numbers of size 1 in fp32 is rounded 16 times, by 2^-24 each
+    torch.testing.assert_close(pooled, squares(output.double(), 4).float(), rtol=0, atol=16 * 2**-24)
 
 
 class OwnLoss(DDPOTrainer):
@@ -87,9 +98,10 @@ class OwnCall(DefaultDDPOStableDiffusionPipeline):
 
 def test_a_pipeline_of_the_users_is_scored_again(make_trainer, model_dir):
     trainer = make_trainer(pipeline=OwnCall(model_dir, use_lora=False), train_pool_latents=2, **ONE_UPDATE)
+    limits = drift_limits(trainer)
     trainer.train()
     (update,) = metrics_of(trainer, "update")
-    assert update["ratio_drift"] < 1e-4
+    assert update["ratio_drift"] < limits[0]
 
 
 def test_squares_larger_than_the_latents_are_refused(make_trainer):
