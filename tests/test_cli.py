@@ -14,7 +14,7 @@ from one_sentence import error_of_command
 from PIL import Image
 from run_process import ROOT, finish
 
-from ddpo_fast import DDPOConfig, cli, rewards
+from ddpo_fast import DDPOConfig, cli
 from ddpo_fast.commands import early_checks
 from ddpo_fast.commands import options as command_options
 from ddpo_fast.commands import train as train_command
@@ -76,10 +76,6 @@ def test_help_lists_every_field(command):
     done = finish([*command, "--help"], cwd=ROOT)
     for name in [f.name for f in fields(DDPOConfig)] + [f.name for f in fields(command_options.RunArguments)]:
         assert f"--{name}" in done.stdout
-
-
-def test_the_options_know_the_names_of_all_rewards():
-    assert tuple(rewards.REWARDS) == command_options.BUILT_IN_REWARDS
 
 
 def test_options_with_dashes_underscores_and_json():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddpo_fast.rewards import jpeg_compressibility, jpeg_incompressibility, load_reward, score
+from ddpo_fast.rewards import jpeg_compressibility, jpeg_incompressibility, load, score
 
 
 def test_jpeg_rewards_are_the_sizes_of_files():
@@ -71,11 +71,11 @@ def test_bad_rewards_are_named(function, error, words):
 @pytest.mark.parametrize("spec", ["nothing", "no_such_module:f", "math:no_such_function", ":", "math:"])
 def test_an_unknown_reward_is_named(spec):
     with pytest.raises(ValueError, match="reward"):
-        load_reward(spec)
+        load(spec)
 
 
 def test_a_reward_is_a_function_of_a_module():
-    assert load_reward("math:sqrt")(4) == 2
+    assert load("math:sqrt")(4) == 2
 
 
 def test_a_reward_that_runs_an_event_loop_in_a_notebook():

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.nn.functional import adaptive_avg_pool2d
 
-from ddpo_fast.rewards import REWARDS, load_reward
+from ddpo_fast import rewards
 from ddpo_fast.tiny_sd import MODEL
 from lib import records
 from lib.colour_reward import colour
@@ -31,7 +31,11 @@ from lib.workloads import OURS, TRL
 
 Row = dict[str, Any]
 Images = torch.Tensor
-LOGGED = {**REWARDS, "colour": colour}
+LOGGED = {
+    "jpeg_compressibility": rewards.jpeg_compressibility,
+    "jpeg_incompressibility": rewards.jpeg_incompressibility,
+    "colour": colour,
+}
 # of the noise of evaluations, the same for every seed and contender
 EVALUATION_SEED = 12_345
 # images are averaged down to so many pixels a side before they are compared
@@ -53,7 +57,7 @@ class RecordedReward:
     """A reward function that keeps the images it has scored, until `take`. Evaluations are not kept."""
 
     def __init__(self, name: str) -> None:
-        self.reward = LOGGED.get(name) or load_reward(name)
+        self.reward = LOGGED.get(name) or rewards.load(name)
         self.keeps = True
         self.kept: list[tuple[Images, tuple[str, ...], Any]] = []
 

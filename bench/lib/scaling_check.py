@@ -57,7 +57,7 @@ def worker(folder: Path) -> None:
     # what libraries print must not be read as an answer
     answers, sys.stdout = sys.stdout, sys.stderr
     config = DDPOConfig(**CHECKED, mixed_precision="no", output_dir=str(folder))
-    pipeline, reward = make_pipeline(RunArguments(full_finetune=True)), rewards.load_reward("jpeg_compressibility")
+    pipeline, reward = make_pipeline(RunArguments(full_finetune=True)), rewards.load("jpeg_compressibility")
     trainer = DDPOTrainer(config, reward, load_prompts("simple_animals"), pipeline)
     figures, reduced, step = {"weights": sum(p.numel() for p in pipeline.unet.parameters())}, AllReduces(), 0
     for epoch, _ in enumerate(sys.stdin):

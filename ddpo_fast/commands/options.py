@@ -24,12 +24,11 @@ from ddpo_fast.config import DDPOConfig
 from ddpo_fast.config_rules import MAX_LORA_RANK, one_of
 from ddpo_fast.prompts import PROMPT_LISTS, existing
 from ddpo_fast.recipes import LORA_SETTINGS, Recipe, choose, fit, load
+from ddpo_fast.rewards import REWARDS
 from ddpo_fast.tiny_sd import MODEL
 
 # the layers that TRL adapts
 TRL_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
-# the names in `rewards.REWARDS`, whose module imports torch
-BUILT_IN_REWARDS = ("jpeg_compressibility", "jpeg_incompressibility")
 
 
 @dataclass
@@ -65,7 +64,7 @@ class RunArguments:
     )
     reward: str = field(
         default="jpeg_compressibility",
-        metadata={"help": f"{', '.join(BUILT_IN_REWARDS)}, or your own function as module:function."},
+        metadata={"help": f"{', '.join(REWARDS)}, or your own function as module:function."},
     )
     prompts: str = field(
         default="simple_animals",

@@ -15,10 +15,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ddpo_fast.commands.options import BUILT_IN_REWARDS, TRL_TARGETS, RunArguments
+from ddpo_fast.commands.options import TRL_TARGETS, RunArguments
 from ddpo_fast.config import PLACE_FIELDS, DDPOConfig
 from ddpo_fast.prompts import existing
 from ddpo_fast.recipes import LORA_SETTINGS
+from ddpo_fast.rewards import REWARDS
 from ddpo_fast.run_folder import checkpoint, recorded_settings
 
 # options that may name a function to import
@@ -77,7 +78,7 @@ class RecordedRun:
 
     def _is_harmless(self, name: str, value: Any) -> bool:
         if name == "reward":
-            return value in BUILT_IN_REWARDS
+            return value in REWARDS
         if name == "prompts":
             return isinstance(value, str) and (":" not in value or existing(value) is not None)
         if name == "project_kwargs":

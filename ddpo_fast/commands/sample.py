@@ -106,7 +106,7 @@ def reward_of(recorded: recorded_run.RecordedRun, options: argparse.Namespace, g
         )
         return None
     spec = options.reward or recorded.options.get("reward")
-    return rewards.load_reward(spec) if spec else None
+    return rewards.load(spec) if spec else None
 
 
 def draw(pipeline: Any, prompts: tuple[str, ...], saved: dict[str, Any], seed: int) -> torch.Tensor:

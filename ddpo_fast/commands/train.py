@@ -44,7 +44,7 @@ def run(arguments: Sequence[str]) -> None:
     # Everything that can be found wrong without the model's weights: folders, backends, the model's config files, the
     # user's functions. The examples are drawn from the run's seed, so that a resumed run compares the same prompts.
     configs = check_before_loading(options, config)
-    reward_function, prompt_function = rewards.load_reward(options.reward), load_prompts(options.prompts)
+    reward_function, prompt_function = rewards.load(options.reward), load_prompts(options.prompts)
     random.seed(config.seed)
     examples = distinct_prompts(prompt_function, EXAMPLE_PROMPTS)
     try_reward(reward_function, examples, configs.image_size)

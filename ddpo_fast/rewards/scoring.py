@@ -1,12 +1,7 @@
-"""Rewards of images: the built-in ones, checked calls of the user's function, and scoring in worker threads.
-
-A reward function takes (images [B, 3, H, W] in fp32 in [0, 1], prompts, metadata), the last two as tuples of length B,
-and returns (rewards of length B, metadata).
-"""
+"""Checked calls of a reward function, and scoring in worker threads while the next images are sampled."""
 
 from __future__ import annotations
 
-import io
 import logging
 import numbers
 import random
@@ -18,10 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from ddpo_fast.interruption import Signalled
-from ddpo_fast.user_functions import describe_value, error_line, function_name, load_function, where_raised
+from ddpo_fast.user_functions import describe_value, error_line, function_name, where_raised
 
 logger = logging.getLogger(__name__)
 
@@ -29,39 +23,6 @@ logger = logging.getLogger(__name__)
 WORKER_NAME = "reward"
 
 RewardFunction = Callable[[torch.Tensor, tuple[str, ...], tuple[Any, ...]], tuple[Any, Any]]
-
-
-def jpeg_incompressibility(images: torch.Tensor, prompts: Any, metadata: Any) -> tuple[torch.Tensor, dict]:
-    """The size of each image as a JPEG of quality 95, in kilobytes (arXiv 2305.13301, section 5.1)."""
-    pixels = (images.detach().float() * 255).round().clamp(0, 255).to("cpu", torch.uint8).permute(0, 2, 3, 1).numpy()
-    return torch.tensor([_jpeg_bytes(image) / 1000 for image in pixels]), {}
-
-
-def jpeg_compressibility(images: torch.Tensor, prompts: Any, metadata: Any) -> tuple[torch.Tensor, dict]:
-    """The negative of `jpeg_incompressibility`."""
-    rewards, info = jpeg_incompressibility(images, prompts, metadata)
-    return -rewards, info
-
-
-def _jpeg_bytes(pixels: Any) -> int:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="JPEG", quality=95)
-    return buffer.tell()
-
-
-REWARDS: dict[str, RewardFunction] = {
-    "jpeg_compressibility": jpeg_compressibility,
-    "jpeg_incompressibility": jpeg_incompressibility,
-}
-
-
-def load_reward(spec: str) -> RewardFunction:
-    """A built-in reward by name, or the user's 'module:function'. Raises `ValueError` if there is none."""
-    if spec in REWARDS:
-        return REWARDS[spec]
-    if ":" not in spec:
-        raise ValueError(f"reward is {spec!r}, which is neither 'module:function' nor one of {', '.join(REWARDS)}")
-    return load_function("reward", spec)
 
 
 def score(
