@@ -74,7 +74,9 @@ def target_texts(prompt: str, metadata: Any) -> list[str]:
         given = metadata["text"]
         texts = [given] if isinstance(given, str) else given
         if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) and text.strip() for text in texts):
-            raise ValueError(f'the metadata\'s "text" is {given!r} but must be a text or a list of texts ({prompt!r:.200})')
+            raise ValueError(
+                f'the metadata\'s "text" is {given!r} but must be a text or a list of texts ({prompt!r:.200})'
+            )
     else:
         parts = re.split(f"[{QUOTES}]", prompt)
         # parts outside and inside of quotes take turns, and the last is outside

@@ -175,14 +175,17 @@ class VlmJudge:
 
     def _sent(self, request: Callable[[], str]) -> str:
         """The body of the response to a request. Raises `RuntimeError` if the client has given up."""
-        from openai import OpenAIError
+        from openai import APIStatusError, OpenAIError
 
+        # not raised from the client's errors, which may repeat the key
         try:
             return request()
+        except APIStatusError as error:
+            shown = beginning(error.response.text, self._api_key)
+            raise self._error(f"answered with status {error.status_code}: {shown!r}") from None
         except OpenAIError as error:
             cause = f" ({error_line(error.__cause__)})" if error.__cause__ else ""
             shown = beginning(error_line(error) + cause, self._api_key)
-            # not from the client's error, which may repeat the key
             raise self._error(f"failed in up to {self.retries + 1} tries: {shown}") from None
 
     def _error(self, what: str) -> RuntimeError:

@@ -23,7 +23,9 @@ def questions_of(prompt: str, metadata: Any) -> list[tuple[str, str]] | None:
     pairs = [(str(question), str(answer)) for question, answer in zip(questions, answers, strict=True)]
     empty = [answer for _, answer in pairs if not _words(answer)]
     if empty:
-        raise ValueError(f"an answer in the metadata is {empty[0]!r} but must have words in it, for prompt {prompt!r:.200}")
+        raise ValueError(
+            f"an answer in the metadata is {empty[0]!r} but must have words in it, for prompt {prompt!r:.200}"
+        )
     return pairs
 
 
