@@ -103,8 +103,8 @@ class VlmJudge:
         if None in exams and any(exams):
             missing = prompts[exams.index(None)]
             raise ValueError(f"reward 'vlm' needs questions for all prompts or for none: {missing!r:.200} has none")
-        self._connect()
         items = list(zip(as_uint8(images), prompts, exams, strict=True))
+        self._connect()
         judged = in_parallel(lambda item: self._judge(*item), items, self.concurrency)
         return torch.tensor([score for score, _ in judged]), {"answers": [answer for _, answer in judged]}
 
@@ -124,7 +124,7 @@ class VlmJudge:
                 self.model = self._only_model()
 
     def _only_model(self) -> str:
-        listed = self._sent(lambda: self._client.with_raw_response.models.list().text)
+        listed = self._sent(lambda: self._client.models.with_raw_response.list().text)
         try:
             names = [str(model["id"]) for model in json.loads(listed)["data"]]
         except (ValueError, LookupError, TypeError):
