@@ -16,13 +16,13 @@ def reward() -> NsfwPenalty:
 
 
 def test_the_score_is_the_negative_of_the_packages_probability(reward, tmp_path):
-    # skin is far from safe, and would be safe if red and blue were exchanged
-    colours = torch.tensor([[0.9, 0.6, 0.5], [0.5, 0.6, 0.9], [0.1, 0.4, 0.1]])
-    noise = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 0.1
-    images = colours.view(3, 3, 1, 1) + noise
+    # the colour of skin is less safe than the same with red and blue exchanged
+    colours = torch.tensor([[0.85, 0.65, 0.55], [0.55, 0.65, 0.85], [0.1, 0.4, 0.1]])
+    images = colours.view(3, 3, 1, 1).repeat(1, 1, 64, 64)
+    images[2] += torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0)) / 2
     scores, info = reward(images, ("",) * 3, ({},) * 3)
     assert info == {}
-    assert scores[0] < scores[1] - 0.05
+    assert scores[0] < scores[1] - 0.1
     for image, score in zip(images, scores, strict=True):
         pixels = (image.permute(1, 2, 0) * 255).round().numpy().astype(np.uint8)
         Image.fromarray(pixels).save(tmp_path / "image.png")

@@ -45,7 +45,7 @@ def test_text_that_is_shown_scores_one(reward, size, text, height, background):
 
 
 def test_a_part_of_the_text_scores_its_share(reward):
-    images = torch.stack([drawn(text, 256, 40) for text in ("SUMMER", "SUMMER SALE", "SUMMER SALE 50")])
+    images = torch.stack([drawn(text, 256, 28) for text in ("SUMMER", "SUMMER SALE", "SUMMER SALE 50")])
     scores, _ = reward(images, ("“Summer Sale”",) * 3, ({},) * 3)
     torch.testing.assert_close(scores, torch.tensor([0.6, 1.0, 0.8]))
 
