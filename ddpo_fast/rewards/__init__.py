@@ -12,7 +12,7 @@ and returns (rewards of length B, metadata): TRL's protocol.
     remote.py       http: scores that a server computes
     servers.py      what rewards behind servers share
     pixels.py       images as bytes
-    optional_packages.py  whether they are installed
+    optional_packages.py    checks that the packages of a reward are installed
 """
 
 from __future__ import annotations
