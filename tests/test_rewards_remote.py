@@ -116,7 +116,6 @@ def test_a_request_that_fails_is_repeated(trouble):
 @pytest.mark.parametrize(
     ("trouble", "words", "requests"),
     [
-        (NEVER, "failed in up to 2 tries: ReadTimeoutError.*timed out", 2),
         (Answer({"scores": [1]}, cut_at=5), "failed in up to 2 tries: ProtocolError.*IncompleteRead", 2),
         (Answer("busy", status=503), "answered with status 503: 'busy'", 2),
         (Answer("no such page", status=404), "answered with status 404: 'no such page'", 1),
@@ -125,9 +124,14 @@ def test_a_request_that_fails_is_repeated(trouble):
 )
 def test_a_request_that_always_fails_is_an_error(trouble, words, requests):
     with serving(trouble) as server, pytest.raises(RuntimeError, match=words) as raised:
-        remote(server, timeout=0.2, retries=1)(GRAY, ("a cat",), ({},))
+        remote(server, retries=1)(GRAY, ("a cat",), ({},))
     assert len(server.requests) == requests
     assert f"the reward server {server.url} " in str(raised.value)
+
+
+def test_a_server_that_never_answers_is_an_error():
+    with serving(NEVER) as server, pytest.raises(RuntimeError, match=r"failed in up to 2 tries: ReadTimeoutError"):
+        remote(server, timeout=0.2, retries=1)(GRAY, ("a cat",), ({},))
 
 
 def test_a_server_that_does_not_run_is_an_error():

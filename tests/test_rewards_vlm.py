@@ -166,7 +166,6 @@ def test_a_request_that_fails_is_repeated(trouble):
 @pytest.mark.parametrize(
     ("trouble", "words", "requests"),
     [
-        (NEVER, "failed in up to 2 tries: APITimeoutError", 2),
         (Answer("too many", status=429, headers={"Retry-After": "0.01"}), "answered with status 429: 'too many'", 2),
         (Answer({"error": "no such model"}, status=404), "answered with status 404: .*no such model", 1),
         (Answer(said("Score: 3").content, cut_at=20), "APIConnectionError.*peer closed connection", 2),
@@ -174,9 +173,14 @@ def test_a_request_that_fails_is_repeated(trouble):
 )
 def test_a_request_that_always_fails_is_an_error(trouble, words, requests):
     with serving(trouble) as server, pytest.raises(RuntimeError, match=words) as raised:
-        judge(server, timeout=0.2, retries=1)(GRAY, ("a cat",), ({},))
+        judge(server, retries=1)(GRAY, ("a cat",), ({},))
     assert len(server.requests) == requests
     assert f"the judge at {server.url}/v1 (model 'llava')" in str(raised.value)
+
+
+def test_a_server_that_never_answers_is_an_error():
+    with serving(NEVER) as server, pytest.raises(RuntimeError, match=r"failed in up to 2 tries: APITimeoutError"):
+        judge(server, timeout=0.2, retries=1)(GRAY, ("a cat",), ({},))
 
 
 def test_a_server_that_does_not_run_is_an_error():
