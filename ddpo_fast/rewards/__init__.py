@@ -6,6 +6,13 @@ and returns (rewards of length B, metadata): TRL's protocol.
     named.py        rewards by name; `load` gives the function
     scoring.py      checked calls, and scoring while the next images are sampled
     jpeg.py         jpeg_compressibility, jpeg_incompressibility
+    ocr.py          ocr: the prompt's quoted text in the image
+    nsfw.py         nsfw: a penalty for images that are not safe for work
+    vlm.py          vlm: a vision-language model behind a server; vlm_answers.py reads its answers
+    remote.py       http: scores that a server computes
+    servers.py      what rewards behind servers share
+    pixels.py       images as bytes
+    optional_packages.py    checks that the packages of a reward are installed
 """
 
 from __future__ import annotations

@@ -12,6 +12,10 @@ from ddpo_fast.user_functions import load_function
 REWARDS = {
     "jpeg_compressibility": "jpeg:jpeg_compressibility",
     "jpeg_incompressibility": "jpeg:jpeg_incompressibility",
+    "ocr": "ocr:TextShown",
+    "nsfw": "nsfw:NsfwPenalty",
+    "vlm": "vlm:VlmJudge",
+    "http": "remote:RemoteReward",
 }
 
 
