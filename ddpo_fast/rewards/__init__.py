@@ -6,6 +6,14 @@ and returns (rewards of length B, metadata): TRL's protocol.
     named.py        rewards by name; `load` gives the function
     scoring.py      checked calls, and scoring while the next images are sampled
     jpeg.py         jpeg_compressibility, jpeg_incompressibility
+    clip_score.py   clip_score: how well an image fits its prompt
+    pickscore.py    pickscore: which image of a prompt people prefer
+    hps_v2.py       hps_v2, hps_v2.1: the same, trained on other ratings
+    aesthetic.py    aesthetic: how much people like an image; its last layers are in head.py
+    clip.py         a CLIP in transformers' format, which these are made of; open_clip.py reads the other layout
+    clip_images.py  images as a CLIP takes them
+    network.py      weights that are loaded once and move between host memory and the device
+    weight_files.py their files, found in a folder or on the Hub and read as nothing but data
 """
 
 from __future__ import annotations

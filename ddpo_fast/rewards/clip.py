@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from ddpo_fast.rewards.weight_files import fetch, local_path, read_weights
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 IMAGE_FORMATS = ("preprocessor_config.json", "processor_config.json")
 TOKENIZERS = ("tokenizer.json", "vocab.json")
+# the CLIP that PickScore and HPS v2 were trained on
+VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 # the end token of configs before transformers 4.31, which stands for the highest id
 _OLD_END = 2
 
@@ -152,7 +155,7 @@ class ClipNetwork:
                 f"{self.option} is {self.model!r}, whose weights do not fit its config ({len(wrong)} do not, such as "
                 f"{min(wrong)}): copy or download it again"
             )
-        self._formats = self._image_format()
+        self._format = self._image_format()
         self._tokenizer: Any = self._load_tokenizer(config) if self.text else None
         self._logit_scale = clip.logit_scale.item()
         return self._without_unused(clip)
@@ -184,7 +187,7 @@ class ClipNetwork:
     def _embed_images(self, clip: Any, images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         # looked at before the image is cut: what lies outside would not be noticed
         is_finite = images.isfinite().flatten(1).all(1, keepdim=True)
-        pooled = clip.vision_model(pixel_values=self._formats.pixels(images).to(dtype)).pooler_output
+        pooled = clip.vision_model(pixel_values=self._format.pixels(images).to(dtype)).pooler_output
         embeds = functional.normalize(clip.visual_projection(pooled).float(), dim=-1)
         return embeds.where(is_finite, torch.nan)
 
@@ -195,3 +198,10 @@ class ClipNetwork:
         # no mask: attention only looks back, and the padding comes after the end token
         pooled = clip.text_model(input_ids=ids.to(device)).pooler_output
         return functional.normalize(clip.text_projection(pooled).float(), dim=-1)
+
+
+def processor_beside(model: str, otherwise: str) -> str:
+    """The local folder of `model`, itself or the one that the file is in, if it has a tokenizer; else `otherwise`."""
+    path = Path(model).expanduser()
+    folder = path.parent if path.is_file() else path
+    return str(folder) if any((folder / file).is_file() for file in TOKENIZERS) else otherwise

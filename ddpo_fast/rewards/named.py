@@ -10,8 +10,13 @@ from ddpo_fast.user_functions import load_function
 
 # the module of each reward, in this package, and the function in it, or the class whose objects are reward functions
 REWARDS = {
+    "aesthetic": "aesthetic:AestheticScore",
+    "clip_score": "clip_score:ClipScore",
+    "hps_v2": "hps_v2:HpsV2",
+    "hps_v2.1": "hps_v2:HpsV21",
     "jpeg_compressibility": "jpeg:jpeg_compressibility",
     "jpeg_incompressibility": "jpeg:jpeg_incompressibility",
+    "pickscore": "pickscore:PickScore",
 }
 
 

@@ -54,6 +54,12 @@ def fetch(option: str, name: str, *files: str) -> Path:
     raise ValueError(f"{option} {name!r} on the Hub has no {' or '.join(files)}: give another repository or a folder")
 
 
+def file_of(option: str, name: str, *files: str) -> Path:
+    """`name` if it is a local file, else the first of `files` in it, as `fetch` finds it."""
+    path = local_path(option, name)
+    return path if path is not None and path.is_file() else fetch(option, name, *files)
+
+
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a file in host memory, from safetensors or from a pickle that holds nothing but data.
 
