@@ -42,7 +42,7 @@ class AestheticScore:
         model: str = "trl-lib/ddpo-aesthetic-predictor",
         clip: str | None = None,
         device: str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         offload: bool = False,
         batch_size: int = 32,
     ) -> None:

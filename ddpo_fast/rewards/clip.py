@@ -49,7 +49,7 @@ class ClipNetwork:
         processor: str | None = None,
         text: bool = True,
         device: str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         offload: bool = False,
         batch_size: int = 32,
         option: str = "model",

@@ -28,7 +28,7 @@ class ClipScore:
         model: str = "openai/clip-vit-large-patch14",
         scale: float = 100.0,
         device: str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         offload: bool = False,
         batch_size: int = 32,
     ) -> None:

@@ -33,7 +33,7 @@ class HpsV2:
         model: str = "xswu/HPSv2",
         processor: str | None = None,
         device: str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         offload: bool = False,
         batch_size: int = 32,
     ) -> None:

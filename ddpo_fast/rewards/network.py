@@ -12,7 +12,8 @@ from torch import nn
 
 from ddpo_fast.offload_frozen import offload, on_device
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# by the names of the setting `mixed_precision`, with which options in text give them
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Network:
@@ -24,17 +25,16 @@ class Network:
     Args:
         load: makes the network in host memory, in fp32.
         device: where it computes (default: where the images are).
-        dtype: of the weights (default: fp16 on a GPU, which the published CLIPs are used in, and fp32 on a CPU).
+        dtype: of the weights, or its name in `DTYPES` (default: fp16 on a GPU, which the published CLIPs are used in,
+            and fp32 on a CPU).
         offload: whether the weights wait in host memory between uses; each use then copies them to the device.
     """
 
     def __init__(
-        self, load: Callable[[], nn.Module], device: str | None, dtype: torch.dtype | None, offload: bool
+        self, load: Callable[[], nn.Module], device: str | None, dtype: torch.dtype | str | None, offload: bool
     ) -> None:
         self.device = None if device is None else checked_device(device)
-        if dtype not in (None, *DTYPES):
-            raise ValueError(f"dtype is {dtype!r} but must be one of {', '.join(map(str, DTYPES))}")
-        self.dtype = dtype
+        self.dtype = None if dtype is None else checked_dtype(dtype)
         self.offload = offload
         self._load = load
         self._lock = threading.RLock()
@@ -65,6 +65,8 @@ class Network:
     def _placed(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         module = self.load()
         if self._place != (device, dtype):
+            # a move that fails half-way is made again
+            self._place = None
             if self.offload:
                 offload(module, dtype)
             else:
@@ -85,6 +87,14 @@ def checked_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device is {name!r}, and torch sees {torch.cuda.device_count()} GPUs here: give 'cpu'")
     return device
+
+
+def checked_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """The dtype, also of its name. Raises `ValueError` for one that networks are not used in."""
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found is None or found not in DTYPES.values():
+        raise ValueError(f"dtype is {dtype!r} but must be one of {', '.join(DTYPES)}, or torch's dtype of these")
+    return found
 
 
 def checked_batch_size(batch_size: int) -> int:

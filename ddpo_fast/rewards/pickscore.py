@@ -31,7 +31,7 @@ class PickScore:
         model: str = "yuvalkirstain/PickScore_v1",
         processor: str | None = None,
         device: str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         offload: bool = False,
         batch_size: int = 32,
     ) -> None:
