@@ -76,6 +76,11 @@ class AestheticScore:
                 )
             return self._networks
 
+    @property
+    def network(self) -> Network:
+        """Where the weights of the CLIP are and their type."""
+        return self.networks()[0].network
+
     def memory_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of the weights, the CLIP's in `dtype`, from its config alone."""
         clip, head = self.networks()

@@ -200,6 +200,21 @@ class ClipNetwork:
         return functional.normalize(clip.text_projection(pooled).float(), dim=-1)
 
 
+class ClipReward:
+    """A reward whose networks are those of `clip`."""
+
+    clip: ClipNetwork
+
+    @property
+    def network(self) -> Network:
+        """Where the weights are and their type."""
+        return self.clip.network
+
+    def memory_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of the weights in `dtype`, without loading them."""
+        return self.clip.memory_bytes(dtype)
+
+
 def processor_beside(model: str, otherwise: str) -> str:
     """The local folder of `model`, itself or the one that the file is in, if it has a tokenizer; else `otherwise`."""
     path = Path(model).expanduser()

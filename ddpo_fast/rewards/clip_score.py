@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from ddpo_fast.rewards.clip import ClipNetwork
+from ddpo_fast.rewards.clip import ClipNetwork, ClipReward
 
 
-class ClipScore:
+class ClipScore(ClipReward):
     """The cosine of a CLIP's embeddings of an image and of its prompt, times 100.
 
     Range -100 to 100; photographs with their own captions have 20 to 35. Source: CLIPScore (arXiv 2104.08718), whose
@@ -37,7 +37,3 @@ class ClipScore:
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str], metadata: Any) -> tuple[torch.Tensor, dict]:
         return self.scale * self.clip.cosines(images, prompts), {}
-
-    def memory_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of the weights in `dtype`, from the config alone."""
-        return self.clip.memory_bytes(dtype)

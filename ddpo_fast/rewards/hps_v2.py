@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from ddpo_fast.rewards.clip import VIT_H, processor_beside
+from ddpo_fast.rewards.clip import VIT_H, ClipReward, processor_beside
 from ddpo_fast.rewards.open_clip import OpenClipNetwork
 
 
-class HpsV2:
+class HpsV2(ClipReward):
     """HPS v2: the cosine of a CLIP's embeddings of an image and of its prompt.
 
     Range -1 to 1; images of Stable Diffusion 1.4 have about 0.27. Publications often show it times 100. Source:
@@ -49,10 +49,6 @@ class HpsV2:
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str], metadata: Any) -> tuple[torch.Tensor, dict]:
         return self.clip.cosines(images, prompts), {}
-
-    def memory_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of the weights in `dtype`, from the shapes in a local file, else those of ViT-H/14."""
-        return self.clip.memory_bytes(dtype)
 
 
 class HpsV21(HpsV2):

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from ddpo_fast.rewards.clip import VIT_H, ClipNetwork, processor_beside
+from ddpo_fast.rewards.clip import VIT_H, ClipNetwork, ClipReward, processor_beside
 
 
-class PickScore:
+class PickScore(ClipReward):
     """A CLIP's cosine of an image with its prompt times the factor of its training, about 100.
 
     Range -100 to 100; images of Stable Diffusion 1.5 have about 21. Some publications divide it by 26. Source:
@@ -46,7 +46,3 @@ class PickScore:
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str], metadata: Any) -> tuple[torch.Tensor, dict]:
         return math.exp(self.clip.logit_scale) * self.clip.cosines(images, prompts), {}
-
-    def memory_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of the weights in `dtype`, from the config alone."""
-        return self.clip.memory_bytes(dtype)
