@@ -22,8 +22,9 @@ from ddpo_fast.commands.options import (
     train_parser,
 )
 from ddpo_fast.config import DDPOConfig
+from ddpo_fast.evaluation import distinct_prompts
 from ddpo_fast.pipeline import DefaultDDPOStableDiffusionPipeline
-from ddpo_fast.prompts import PromptFunction, draw_prompts, existing, load_prompts
+from ddpo_fast.prompts import existing, load_prompts
 from ddpo_fast.run_folder import checkpoint, pictures
 from ddpo_fast.run_folder.resume_checks import refuse_changes
 from ddpo_fast.run_folder.run_log import default_folder, output_folder
@@ -163,13 +164,3 @@ def make_pipeline(options: RunArguments) -> DefaultDDPOStableDiffusionPipeline:
         lora_alpha=options.lora_alpha,
         lora_target_modules=options.target_modules,
     )
-
-
-def distinct_prompts(prompt_function: PromptFunction, count: int) -> tuple[tuple[str, ...], tuple[Any, ...]]:
-    """Up to `count` different prompts with their metadata: the first of 8 times as many draws, in the order drawn."""
-    # A dict keeps a key's first position but its last value. Built in reverse order of the draws, it has each prompt's
-    # first metadata; the order is then reversed back.
-    drawn = dict(reversed(list(zip(*draw_prompts(prompt_function, 8 * count), strict=True))))
-    chosen = list(reversed(drawn.items()))[:count]
-    prompts, metadata = zip(*chosen, strict=True)
-    return prompts, metadata
