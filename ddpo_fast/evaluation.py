@@ -28,8 +28,7 @@ class Evaluation:
     All processes draw all images, as a network whose weights they share needs all of them. The main process scores.
 
     Args:
-        reward_function: of `SeveralRewards` each part is logged by its own name, and the weights play no role.
-        name: what the scores of any other function are logged as.
+        reward_function: each of its parts is logged by its name, and the weights play no role.
     """
 
     def __init__(
@@ -37,12 +36,11 @@ class Evaluation:
         config: DDPOConfig,
         accelerator: Accelerator,
         policy: Policy,
-        reward_function: rewards.RewardFunction,
+        reward_function: rewards.SeveralRewards,
         prompt_function: PromptFunction,
-        name: str,
     ) -> None:
         self.config, self.accelerator, self.policy = config, accelerator, policy
-        self.reward_function, self.name = reward_function, name
+        self.reward_function = reward_function
         # drawn from the run's seed, so that a resumed run has the same
         random_state = checkpoint.random_state()
         random.seed(config.seed)
@@ -82,10 +80,9 @@ class Evaluation:
             return {}
         found: dict[str, list[np.ndarray]] = {}
         for images, prompts, metadata in batches:
-            scores, info = rewards.score(self.reward_function, images, prompts, metadata, called="the eval reward")
-            several = isinstance(self.reward_function, rewards.SeveralRewards)
-            for name, part in (info["components"] if several else {self.name: scores}).items():
-                found.setdefault(name, []).append(part.cpu().numpy())
+            _, info = rewards.score(self.reward_function, images, prompts, metadata)
+            for name, part in info["components"].items():
+                found.setdefault(name, []).append(part.numpy())
         return {name: np.concatenate(parts) for name, parts in found.items()}
 
 

@@ -90,7 +90,9 @@ class DDPOTrainer(ScoringMixin, CheckpointMixin, HubModel):
         eval_prompts = _function("eval_prompt_function", eval_prompts, load_prompts)
         eval_reward = None
         if eval_reward_function is not None:
-            eval_reward = _function("eval_reward_function", eval_reward_function, rewards.load)
+            function = _function("eval_reward_function", eval_reward_function, rewards.load)
+            name = eval_reward_function if isinstance(eval_reward_function, str) else function_name(function)
+            eval_reward = rewards.SeveralRewards.of(function, name)
         check_pipeline(sd_pipeline, config)
         # In one piece, as each part needs those before it: checks, processes, folder, networks, stages, progress.
         self.config = config
@@ -160,8 +162,7 @@ class DDPOTrainer(ScoringMixin, CheckpointMixin, HubModel):
 
         self.evaluation = None
         if eval_reward is not None:
-            name = eval_reward_function if isinstance(eval_reward_function, str) else function_name(eval_reward)
-            self.evaluation = Evaluation(settings, self.accelerator, self.policy, eval_reward, eval_prompts, name)
+            self.evaluation = Evaluation(settings, self.accelerator, self.policy, eval_reward, eval_prompts)
         self.guard = None
         if config.train_guard:
             self.guard = Guard(self.engine, list(self.trainable_parameters(self.trainable_layers)))

@@ -17,7 +17,7 @@ from ddpo_fast.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from ddpo_fast.rewards.jpeg import jpeg_compressibility, jpeg_incompressibility
-    from ddpo_fast.rewards.named import REWARDS, load, load_each, weights_of
+    from ddpo_fast.rewards.named import REWARDS, is_local, load, load_each, weights_of
     from ddpo_fast.rewards.scoring import WORKER_NAME, PartFailed, RewardFunction, RewardRandom, Scoring, score
     from ddpo_fast.rewards.several import SeveralRewards
 
@@ -29,6 +29,7 @@ __all__ = [
     "RewardRandom",
     "Scoring",
     "SeveralRewards",
+    "is_local",
     "jpeg_compressibility",
     "jpeg_incompressibility",
     "load",
@@ -39,7 +40,7 @@ __all__ = [
 
 # imported when first used: the names of rewards are needed where torch is not, and a reward may need much to import
 _MODULES = {
-    **dict.fromkeys(("REWARDS", "load", "load_each", "weights_of"), "named"),
+    **dict.fromkeys(("REWARDS", "is_local", "load", "load_each", "weights_of"), "named"),
     **dict.fromkeys(("WORKER_NAME", "PartFailed", "RewardFunction", "RewardRandom", "Scoring", "score"), "scoring"),
     "SeveralRewards": "several",
     **dict.fromkeys(("jpeg_compressibility", "jpeg_incompressibility"), "jpeg"),

@@ -62,6 +62,15 @@ def weights_of(spec: str) -> dict[str, float | None]:
     return found
 
 
+def is_local(spec: str) -> bool:
+    """Whether all rewards in `spec` are of this package and compute on this machine, without a server.
+
+    Raises `ValueError` for a spec that is wrong.
+    """
+    names = weights_of(spec)
+    return all(name in REWARDS and "url" not in _arguments(_kind(name)) for name in names)
+
+
 def _name_and_weight(part: str) -> tuple[str, float | None]:
     name, colon, last = part.rpartition(":")
     try:

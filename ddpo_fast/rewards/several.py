@@ -81,6 +81,11 @@ class SeveralRewards:
         self.parts, self.weights, self.normalize = dict(parts), dict(weights), normalize
         self.spreads = {name: RunningSpread() for name in self.parts}
 
+    @classmethod
+    def of(cls, function: RewardFunction, name: str) -> SeveralRewards:
+        """`function` itself if it is of this class, else the only part, called `name`."""
+        return function if isinstance(function, cls) else cls({name: function}, {name: 1.0})
+
     def __call__(
         self, images: torch.Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ...]
     ) -> tuple[torch.Tensor, dict[str, Any]]:
