@@ -96,14 +96,17 @@ def test_wrong_options(monkeypatch):
 def use_in_threads(gpu: Device, shared: Network) -> list[torch.Tensor]:
     """The weights that two threads see, the second of which has a stream that does not wait for the first one's."""
     seen, began = [], dict(gpu.host.clock)
-    for _ in range(2):
-        with gpu.thread(began) as host, torch.cuda.stream(torch.cuda.Stream()):
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    for stream in streams:
+        with gpu.thread(began) as host, torch.cuda.stream(stream):
             with shared.on(CUDA) as (layer, _, dtype):
                 images = gpu.on_device(torch.ones(1, 3, dtype=dtype))
                 layer(images)
                 seen.append(layer.weight.clone())
             # the lock orders the threads, and not what they have queued
             began = dict(host.clock)
+    for stream in streams:
+        stream.synchronize()
     return seen
 
 

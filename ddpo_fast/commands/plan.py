@@ -28,8 +28,9 @@ from ddpo_fast.config import DDPOConfig
 from ddpo_fast.device_memory import CUDA_CONTEXT, GB
 from ddpo_fast.engine import compute_dtype
 from ddpo_fast.model_configs import ModelConfigs, check_model
-from ddpo_fast.plan import CUDA_WORKSPACES, MARGIN, Adapter, Choice, Footprint, choose
+from ddpo_fast.plan import CUDA_WORKSPACES, MARGIN, Adapter, Choice, Footprint, RewardWeights, choose
 from ddpo_fast.recipes import LORA_SETTINGS
+from ddpo_fast.rewards import SeveralRewards
 
 
 def run(options: argparse.Namespace, arguments: Sequence[str]) -> None:
@@ -82,7 +83,39 @@ def footprint_of(
         config.fuse_unet,
         config.sample_num_steps,
         config.sample_cache,
+        reward_weights(run),
     )
+
+
+def reward_weights(run: RunArguments) -> RewardWeights:
+    """The weights of the rewards' networks that compute on the first GPU, where the reward tells their bytes.
+
+    Raises what loading the rewards raises; no weights are loaded.
+    """
+    resident = offloaded = 0
+    for reward in _single_rewards(run):
+        if not hasattr(reward, "memory_bytes"):
+            continue
+        # a reward function of the user's may tell its bytes, and have no `Network`
+        network = getattr(reward, "network", None)
+        device = getattr(network, "device", None) or torch.device("cuda")
+        if device.type != "cuda" or device.index:
+            continue
+        size = reward.memory_bytes(getattr(network, "dtype", None) or torch.float16)
+        if getattr(network, "offload", False):
+            offloaded += size
+        else:
+            resident += size
+    return RewardWeights(resident, offloaded)
+
+
+def _single_rewards(run: RunArguments) -> list[Any]:
+    """The rewards that are trained on and evaluated by, each once."""
+    found: dict[int, Any] = {}
+    for function in run.load(*run.reward_specs):
+        parts = function.parts.values() if isinstance(function, SeveralRewards) else [function]
+        found |= {id(part): part for part in parts}
+    return list(found.values())
 
 
 def print_plans(cases: Sequence[Case], num_processes: int = 1) -> None:
@@ -110,8 +143,8 @@ def print_plans(cases: Sequence[Case], num_processes: int = 1) -> None:
         print(f"\n{train_command(case, choice)}\n")
     print(
         f"{MARGIN:.0%} of the memory is left for fragmentation. Not measured but assumed: {CUDA_CONTEXT / GB:.1f} GB "
-        f"for the CUDA context and {CUDA_WORKSPACES / GB:.1f} GB for workspaces. Networks of the reward function are "
-        "not included."
+        f"for the CUDA context and {CUDA_WORKSPACES / GB:.1f} GB for workspaces. Of rewards, only the weights of "
+        "networks that tell their size are included."
     )
     if len(problems) == len(cases):
         raise ValueError(problems[0])
