@@ -275,9 +275,16 @@ def test_a_tokenizer_of_another_clip_is_refused(broken):
         ClipNetwork(str(broken)).text_embeds(["a cat"])
 
 
-def test_missing_weights_are_never_random_numbers(broken):
+@pytest.mark.parametrize("change", ["missing", "of another shape", "superfluous"])
+def test_weights_that_do_not_fit_the_config_are_refused(broken, change):
     weights = load_file(broken / "model.safetensors")
-    del weights["visual_projection.weight"]
+    last = weights.pop("visual_projection.weight")
+    if change == "of another shape":
+        weights["visual_projection.weight"] = last[:5].contiguous()
+    elif change == "superfluous":
+        weights |= {"visual_projection.weight": last, "visual_projection.weights": last.clone()}
+    # positions, which files of old versions of transformers have
+    weights["text_model.embeddings.position_ids"] = torch.arange(LENGTH)[None]
     save_file(weights, broken / "model.safetensors")
     with refused(ValueError, "do not fit its config .1 do not, such as visual_projection.weight"):
         ClipNetwork(str(broken)).image_embeds(examples(1))

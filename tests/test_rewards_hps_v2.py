@@ -15,7 +15,7 @@ from ddpo_fast import tiny_sd
 from ddpo_fast.rewards import score
 from ddpo_fast.rewards.clip_images import ImageFormat
 from ddpo_fast.rewards.hps_v2 import HpsV2, HpsV21
-from ddpo_fast.rewards.open_clip import config_of
+from ddpo_fast.rewards.open_clip_layout import config_of
 
 PROMPTS = ("a cat", "", "a red dog in the snow")
 EMBED = 16

@@ -11,7 +11,7 @@ and returns (rewards of length B, metadata): TRL's protocol.
     pickscore.py    pickscore: which image of a prompt people prefer
     hps_v2.py       hps_v2, hps_v2.1: the same, trained on other ratings
     aesthetic.py    aesthetic: how much people like an image; its last layers are in head.py
-    clip.py         a CLIP in transformers' format, which these are made of; open_clip.py reads the other layout
+    clip.py         a CLIP in transformers' format, which these are made of; open_clip_layout.py reads another one
     clip_images.py  images as a CLIP takes them
     network.py      weights that are loaded once and move between host memory and the device
     weight_files.py their files, found in a folder or on the Hub and read as nothing but data

@@ -146,10 +146,17 @@ class ClipNetwork:
         config = self._config()
         # fp32 is named, as transformers changes torch's default dtype of all threads while it loads another one
         found: Any = CLIPModel.from_pretrained(
-            None, config=config, state_dict=self._weights(), dtype=torch.float32, output_loading_info=True
+            None,
+            config=config,
+            state_dict=self._weights(),
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
         clip, info = found
-        wrong = [*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])]
+        # positions are counted, and no weights, but old files have them
+        superfluous = [key for key in info["unexpected_keys"] if not key.endswith("position_ids")]
+        wrong = [*info["missing_keys"], *superfluous, *(key for key, *_ in info["mismatched_keys"])]
         if wrong:
             raise ValueError(
                 f"{self.option} is {self.model!r}, whose weights do not fit its config ({len(wrong)} do not, such as "

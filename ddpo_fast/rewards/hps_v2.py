@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ddpo_fast.rewards.clip import VIT_H, ClipReward, processor_beside
-from ddpo_fast.rewards.open_clip import OpenClipNetwork
+from ddpo_fast.rewards.open_clip_layout import OpenClipNetwork
 
 
 class HpsV2(ClipReward):

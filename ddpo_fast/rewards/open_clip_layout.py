@@ -144,18 +144,20 @@ def to_transformers(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tens
 
 
 def _renamed(key: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    block, (stem, _, kind) = _BLOCK.fullmatch(key), key.rpartition(".")
-    if key in _NAMES:
-        yield _NAMES[key], tensor
+    """The tensor by its name in transformers, or in thirds by theirs; by its own name if it belongs nowhere."""
+    stem, _, kind = key.rpartition(".")
+    block = _BLOCK.fullmatch(key)
+    if block is not None:
+        tower, number, stem, kind = block.groups()
+        layer = f"{'vision' if tower else 'text'}_model.encoder.layers.{number}"
+        if stem == "attn.in_proj":
+            for part, third in zip("qkv", tensor.chunk(3), strict=True):
+                yield f"{layer}.self_attn.{part}_proj.{kind}", third
+            return
+        yield (f"{layer}.{_LAYERS[stem]}.{kind}" if stem in _LAYERS else key), tensor
     elif key in _TRANSPOSED:
         yield _TRANSPOSED[key], tensor.T.contiguous()
     elif stem in _NORMS:
         yield f"{_NORMS[stem]}.{kind}", tensor
-    elif block is not None:
-        tower, number, name, kind = block.groups()
-        layer = f"{'vision' if tower else 'text'}_model.encoder.layers.{number}"
-        if name == "attn.in_proj":
-            for part, third in zip("qkv", tensor.chunk(3), strict=True):
-                yield f"{layer}.self_attn.{part}_proj.{kind}", third
-        elif name in _LAYERS:
-            yield f"{layer}.{_LAYERS[name]}.{kind}", tensor
+    else:
+        yield _NAMES.get(key, key), tensor
