@@ -47,11 +47,9 @@ class ImageFormat:
             # rounded down, as by transformers
             edges = (self.resize * height // short, self.resize * width // short)
         edges = max(edges[0], 1), max(edges[1], 1)
-        images = images.float()
-        if edges != (height, width):
-            images = functional.interpolate(images, edges, mode="bicubic", antialias=True)
-        # the filter overshoots at edges, and an 8-bit image cannot
-        images = images.clamp(0, 1)
+        # The width first, as Pillow does. The filter overshoots at edges, which 8-bit images do not keep.
+        for part in ((height, edges[1]), edges):
+            images = functional.interpolate(images.float(), part, mode="bicubic", antialias=True).clamp(0, 1)
         images = self._padded(images, *edges) if self.pads else self._cropped(images, *edges)
         mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
         return (images - mean) / std

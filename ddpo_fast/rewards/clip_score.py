@@ -13,7 +13,7 @@ from ddpo_fast.rewards.clip import ClipNetwork, ClipReward
 class ClipScore(ClipReward):
     """The cosine of a CLIP's embeddings of an image and of its prompt, times 100.
 
-    Range -100 to 100; photographs with their own captions have 20 to 35. Source: CLIPScore (arXiv 2104.08718), whose
+    Range -100 to 100; in practice about 15 to 35. Source: CLIPScore (arXiv 2104.08718), whose
     published figures are 2.5 cosines (`scale=2.5`). Any CLIP in transformers' format can be `model`. That of OpenAI has
     the licence MIT and takes the central 224 pixels of an image whose shorter edge is resized to 224.
 

@@ -20,7 +20,8 @@ def local_path(option: str, name: str) -> Path | None:
     Raises `ValueError` for a path that does not exist; the message calls the setting `option`.
     """
     path = Path(name).expanduser()
-    if path.exists():
+    # the path of no name is the working directory
+    if name and path.exists():
         return path
     if not name or name.startswith(("/", "./", "../", "~")) or name.count("/") != 1:
         raise ValueError(f"{option} is {name!r}, and there is no such folder: give one, or a Hub id OWNER/NAME")
