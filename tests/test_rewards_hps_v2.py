@@ -201,7 +201,7 @@ def test_a_lacking_layer_is_refused(tmp_path):
     tensors = random_tensors()
     del tensors["transformer.resblocks.0.ln_2.bias"]
     torch.save({"state_dict": tensors}, tmp_path / FILE)
-    with refused(ValueError, "do not fit its config .1 do not, such as text_model.encoder.layers.0.layer_norm2.bias"):
+    with refused(ValueError, "do not fit its config, such as text_model.encoder.layers.0.layer_norm2.bias"):
         HpsV2(model=str(tmp_path))(examples(1), ("",), ({},))
 
 

@@ -145,27 +145,27 @@ class ClipNetwork:
     def _load(self) -> Any:
         config = self._config()
         # fp32 is named, as transformers changes torch's default dtype of all threads while it loads another one
-        found: Any = CLIPModel.from_pretrained(
-            None,
-            config=config,
-            state_dict=self._weights(),
-            dtype=torch.float32,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
+        clip: Any = CLIPModel.from_pretrained(
+            None, config=config, state_dict=self._fitting_weights(config), dtype=torch.float32
         )
-        clip, info = found
-        # positions are counted, and no weights, but old files have them
-        superfluous = [key for key in info["unexpected_keys"] if not key.endswith("position_ids")]
-        wrong = [*info["missing_keys"], *superfluous, *(key for key, *_ in info["mismatched_keys"])]
-        if wrong:
-            raise ValueError(
-                f"{self.option} is {self.model!r}, whose weights do not fit its config ({len(wrong)} do not, such as "
-                f"{min(wrong)}): copy or download it again"
-            )
         self._format = self._image_format()
         self._tokenizer: Any = self._load_tokenizer(config) if self.text else None
         self._logit_scale = clip.logit_scale.item()
         return self._without_unused(clip)
+
+    def _fitting_weights(self, config: Any) -> dict[str, torch.Tensor]:
+        """The weights. Raises `ValueError` unless they are those of the config: missing ones would be random."""
+        # positions are counted, and no weights, but old files have them
+        weights = {key: tensor for key, tensor in self._weights().items() if not key.endswith("position_ids")}
+        with torch.device("meta"):
+            wanted = {(key, tensor.shape) for key, tensor in CLIPModel(config).state_dict().items()}
+        wrong = wanted ^ {(key, tensor.shape) for key, tensor in weights.items()}
+        if wrong:
+            raise ValueError(
+                f"{self.option} is {self.model!r}, whose weights do not fit its config, such as {min(wrong)[0]}: copy "
+                "or download it again"
+            )
+        return weights
 
     def _load_tokenizer(self, config: Any) -> Any:
         try:
