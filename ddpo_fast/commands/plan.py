@@ -72,7 +72,12 @@ def configs_of(run: RunArguments, config: DDPOConfig) -> ModelConfigs:
 
 
 def footprint_of(
-    run: RunArguments, config: DDPOConfig, configs: ModelConfigs, full: bool, device_type: str = "cuda"
+    run: RunArguments,
+    config: DDPOConfig,
+    configs: ModelConfigs,
+    full: bool,
+    reward: RewardWeights,
+    device_type: str = "cuda",
 ) -> Footprint:
     """The sizes of the model's weights and activations, if all weights are trained (`full`) or a LoRA."""
     return Footprint(
@@ -83,7 +88,7 @@ def footprint_of(
         config.fuse_unet,
         config.sample_num_steps,
         config.sample_cache,
-        reward_weights(run),
+        reward,
     )
 
 
@@ -124,7 +129,7 @@ def print_plans(cases: Sequence[Case], num_processes: int = 1) -> None:
     Raises `ValueError` where there is no GPU and no `gpu_memory`, and where none of the cases fits.
     """
     capacity = _capacity(cases[0].config)
-    configs = configs_of(cases[0].run, cases[0].config)
+    configs, reward = configs_of(cases[0].run, cases[0].config), reward_weights(cases[0].run)
     problems = []
     for case in cases:
         full = case.run.full_finetune
@@ -133,7 +138,8 @@ def print_plans(cases: Sequence[Case], num_processes: int = 1) -> None:
             f"{case.recipe.name}\n"
         )
         try:
-            choice = choose(footprint_of(case.run, case.config, configs, full), case.config, capacity, num_processes)
+            footprint = footprint_of(case.run, case.config, configs, full, reward)
+            choice = choose(footprint, case.config, capacity, num_processes)
         except ValueError as error:
             problems.append(str(error))
             print(f"{error}\n")
@@ -201,7 +207,8 @@ def apply_auto_memory(
     if device.type != "cuda" and config.gpu_memory is None:
         say("auto_memory: there is no GPU here, so nothing is chosen")
         return {}
-    footprint = footprint_of(run, config, configs_of(run, config), run.full_finetune, device.type)
+    configs, reward = configs_of(run, config), reward_weights(run)
+    footprint = footprint_of(run, config, configs, run.full_finetune, reward, device.type)
     choice = choose(footprint, config, _capacity(config), int(os.environ.get("WORLD_SIZE", "1")))
     for name, value in choice.settings.items():
         setattr(config, name, value)
