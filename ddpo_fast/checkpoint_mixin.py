@@ -35,6 +35,7 @@ class CheckpointMixin:
     config: DDPOConfig
     engine: Any
     interruption: Any
+    named: dict[str, str]
     output_dir: Path
     ppo: Any
     progress: Progress
@@ -179,7 +180,7 @@ class CheckpointMixin:
         return {name: f for name, f in functions.items() if hasattr(f, "state_dict") and hasattr(f, "load_state_dict")}
 
     def _run_settings(self) -> dict[str, Any]:
-        return run_settings(self.config, self.accelerator, self.sd_pipeline, self.base)
+        return {**run_settings(self.config, self.accelerator, self.sd_pipeline, self.base), **self.named}
 
     def finishing(self) -> AbstractContextManager[None]:
         """A context for the work after training: an interruption in it prints how to resume the run."""

@@ -97,6 +97,8 @@ class DDPOConfig:
     push_to_hub: bool = _option(False, "Push the final model to the Hub.")
 
     # not in TRL
+    eval_freq: int = _option(10, "Number of epochs between evaluations, if there is a reward to evaluate by.")
+    eval_num_images: int = _option(16, "Images of an evaluation, each of a prompt and noise that stay the same.")
     output_dir: Optional[str] = _option(  # noqa: UP045
         None, "Folder that the run writes to (default: project_kwargs['project_dir'], or a new one under `logdir`)."
     )

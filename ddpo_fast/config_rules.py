@@ -128,11 +128,11 @@ RULES: tuple[tuple[str, Predicate, str], ...] = (
     ("output_dir", _none_or(_is_path), "None or the path of a folder"),
     ("logdir resume_from", _is_path, "a string, the path of a folder"),
     ("run_name exp_name", _is_path, "a string that can name a folder"),
-    ("save_freq num_checkpoint_limit", _whole(1), "a whole number of at least 1"),
+    ("save_freq num_checkpoint_limit eval_freq", _whole(1), "a whole number of at least 1"),
     (
         "sample_num_steps sample_batch_size sample_num_batches_per_epoch train_batch_size "
         "train_gradient_accumulation_steps train_num_inner_epochs max_workers per_prompt_stat_tracking_buffer_size "
-        "per_prompt_stat_tracking_min_count sample_group_size train_pool_latents",
+        "per_prompt_stat_tracking_min_count sample_group_size train_pool_latents eval_num_images",
         _whole(1, MAX_SIZE),
         f"a whole number from 1 to {MAX_SIZE}",
     ),

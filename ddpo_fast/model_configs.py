@@ -194,9 +194,9 @@ def _read(name: str, revision: str, folder: Path | None, file: str, needed: bool
     return found
 
 
-def hub_problem(name: str, error: Exception) -> str:
-    """A sentence that says why a file of the Hub id `name` could not be fetched, and what to do."""
-    start = f"pretrained_model {name!r} is no folder here, and as a Hub id"
+def hub_problem(name: str, error: Exception, option: str = "pretrained_model") -> str:
+    """A sentence that says why a file of the Hub id `name`, given as `option`, could not be fetched, and what to do."""
+    start = f"{option} {name!r} is no folder here, and as a Hub id"
     if isinstance(error, errors.GatedRepoError):
         return f"{start} it is gated: accept its terms on its page and log in with `hf auth login`"
     if isinstance(error, errors.RepositoryNotFoundError):

@@ -50,6 +50,7 @@ class ScoringMixin:
         """
         config, size = self.config, self.config.sample_group_size
         found = self._sampled_and_scored(config.sample_num_batches_per_epoch, timer)
+        self._weigh_components(found.batches, is_first=True)
         images = found.number
         for _ in range(config.sample_redraws):
             missing = all_reduce_max(self.accelerator, int((~found.has_spread(size)).sum()))
@@ -57,6 +58,7 @@ class ScoringMixin:
                 break
             # -(-a // b) is a / b rounded up
             further = self._sampled_and_scored(-(-missing * size // config.sample_batch_size), timer)
+            self._weigh_components(further.batches)
             images += further.number
             found = found.with_groups_of(further, size)
         return found, images
@@ -139,7 +141,29 @@ class ScoringMixin:
     def _on_device(self, scores: list[tuple[torch.Tensor, Any]]) -> Any:
         return zip(*[(reward.to(self.accelerator.device), metadata) for reward, metadata in scores], strict=True)
 
+    def _weigh_components(self, batches: list[list[Any]], is_first: bool = False) -> None:
+        """With several rewards, sets each image's reward to the sum of its components in units of their spread.
+
+        The first images of an epoch are counted in the statistics. Further ones of the same epoch are not, so that all
+        of its rewards can be compared.
+        """
+        if isinstance(self.reward_fn, rewards.SeveralRewards):
+            if is_first:
+                self.reward_fn.observe(self._gathered_components(batches))
+            for batch in batches:
+                batch[3] = self.reward_fn.weighted(batch[4]["components"]).to(self.accelerator.device)
+
     # stage 2: advantages
+
+    def _gathered_components(self, batches: list[list[Any]]) -> dict[str, np.ndarray]:
+        """With several rewards, the components [N] of the images of all processes by name, as `_gathered_rewards`."""
+        if not isinstance(self.reward_fn, rewards.SeveralRewards):
+            return {}
+        names = list(self.reward_fn.parts)
+        # [B, K], as processes are gathered along the first dimension
+        mine = [torch.stack([batch[4]["components"][name] for name in names], dim=1) for batch in batches]
+        of_all = self.accelerator.gather(torch.cat(mine).to(self.accelerator.device)).cpu().numpy()
+        return dict(zip(names, of_all.T, strict=True))
 
     def _gathered_rewards(self, scored: list[list[Any]]) -> torch.Tensor:
         """The rewards of all processes, in order of the process and then of its images."""

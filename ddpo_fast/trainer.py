@@ -24,6 +24,7 @@ from ddpo_fast.bounded_update import BoundedUpdate
 from ddpo_fast.checkpoint_mixin import CheckpointMixin
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.engine import make_engine, make_optimizer
+from ddpo_fast.evaluation import Evaluation
 from ddpo_fast.guard import Guard
 from ddpo_fast.health import SampleHealth, check_images
 from ddpo_fast.interruption import Interruption
@@ -35,7 +36,7 @@ from ddpo_fast.placement import compute_precision, place_networks, trainable_par
 from ddpo_fast.policy import Policy, ratio_clip_range
 from ddpo_fast.ppo import PPO
 from ddpo_fast.processes import broadcast_from_main, make_accelerator, with_launch_settings
-from ddpo_fast.prompts import PromptFunction
+from ddpo_fast.prompts import PromptFunction, load_prompts
 from ddpo_fast.rollout import PipelineRollout, Rollout
 from ddpo_fast.run_folder import checkpoint
 from ddpo_fast.run_folder.hub import HubModel
@@ -45,7 +46,7 @@ from ddpo_fast.run_folder.run_log import RunLog, agree_on_folder, output_folder
 from ddpo_fast.run_folder.trackers import first_tracker
 from ddpo_fast.scoring_mixin import ScoringMixin
 from ddpo_fast.trajectory import Trajectory, in_groups
-from ddpo_fast.user_functions import require_function
+from ddpo_fast.user_functions import function_name, require_function
 from ddpo_fast.worker_threads import WorkerThreads
 
 logger = logging.getLogger(__name__)
@@ -56,12 +57,16 @@ class DDPOTrainer(ScoringMixin, CheckpointMixin, HubModel):
 
     Args:
         config: settings.
-        reward_function: `(images [B, 3, H, W] in fp32 in [0, 1], prompts, metadata) -> (rewards [B], metadata)`.
-        prompt_function: `() -> (prompt, metadata)`. Either function may have `state_dict` and `load_state_dict`:
-            checkpoints then keep its state.
+        reward_function: `(images [B, 3, H, W] in fp32 in [0, 1], prompts, metadata) -> (rewards [B], metadata)`, or
+            what `ddpo_fast.rewards.load` takes.
+        prompt_function: `() -> (prompt, metadata)`, or what `load_prompts` takes. Either function may have `state_dict`
+            and `load_state_dict`: checkpoints then keep its state.
         sd_pipeline: the pipeline to train.
         image_samples_hook: called every epoch with a list of `[images, prompts, metadata, rewards, reward_metadata]`
             (one per sampling batch), the update count and the first tracker.
+        eval_reward_function: scores images of fixed prompts and noise before the first epoch and after every
+            `eval_freq` epochs; it is not trained on.
+        eval_prompt_function: gives the prompts of these images, when the trainer is made (default: `prompt_function`).
 
     Raises `ValueError` for settings that do not fit together and for a `resume_from` that cannot be resumed.
     """
@@ -69,18 +74,28 @@ class DDPOTrainer(ScoringMixin, CheckpointMixin, HubModel):
     def __init__(
         self,
         config: DDPOConfig,
-        reward_function: rewards.RewardFunction,
-        prompt_function: PromptFunction,
+        reward_function: rewards.RewardFunction | str,
+        prompt_function: PromptFunction | str,
         sd_pipeline: DDPOStableDiffusionPipeline,
         image_samples_hook: Callable[[Any, Any, Any], Any] | None = None,
+        eval_reward_function: rewards.RewardFunction | str | None = None,
+        eval_prompt_function: PromptFunction | str | None = None,
     ) -> None:
         config.check()
-        require_function("reward_function", reward_function)
-        require_function("prompt_function", prompt_function)
+        self.reward_fn = _function("reward_function", reward_function, rewards.load)
+        self.prompt_fn = _function("prompt_function", prompt_function, load_prompts)
+        given = {"reward": reward_function, "prompts": prompt_function}
+        self.named = {name: spec for name, spec in given.items() if isinstance(spec, str)}
+        eval_prompts = prompt_function if eval_prompt_function is None else eval_prompt_function
+        eval_prompts = _function("eval_prompt_function", eval_prompts, load_prompts)
+        eval_reward = None
+        if eval_reward_function is not None:
+            function = _function("eval_reward_function", eval_reward_function, rewards.load)
+            name = eval_reward_function if isinstance(eval_reward_function, str) else function_name(function)
+            eval_reward = rewards.SeveralRewards.of(function, name)
         check_pipeline(sd_pipeline, config)
         # In one piece, as each part needs those before it: checks, processes, folder, networks, stages, progress.
         self.config = config
-        self.reward_fn, self.prompt_fn = reward_function, prompt_function
         self.image_samples_callback = image_samples_hook
         self.sd_pipeline, self.num_train_timesteps = sd_pipeline, config.num_train_timesteps
 
@@ -145,6 +160,9 @@ class DDPOTrainer(ScoringMixin, CheckpointMixin, HubModel):
             bound = BoundedUpdate(settings, self.policy, self.engine, self.accelerator)
         self.ppo = PPO(settings, self.policy, self.engine, self.sizes, objective, bound)
 
+        self.evaluation = None
+        if eval_reward is not None:
+            self.evaluation = Evaluation(settings, self.accelerator, self.policy, eval_reward, eval_prompts)
         self.guard = None
         if config.train_guard:
             self.guard = Guard(self.engine, list(self.trainable_parameters(self.trainable_layers)))
@@ -185,6 +203,8 @@ class DDPOTrainer(ScoringMixin, CheckpointMixin, HubModel):
             if self.progress.was_interrupted:
                 self._rewind_epoch()
             self.progress.train_begins()
+            if self.progress.epochs == 0:
+                self._evaluate_if_due(0, self.progress.global_step)
             for epoch in bar:
                 self.step(epoch, self.progress.global_step)
                 bar.set_postfix_str(self.run_log.summary)
@@ -208,6 +228,7 @@ class DDPOTrainer(ScoringMixin, CheckpointMixin, HubModel):
             self.image_samples_callback(scored.batches, global_step, first_tracker(self.accelerator))
         # An advantage is a reward's distance from those that it is compared with, in units of their spread.
         all_rewards, prompts = self._gathered_rewards(scored.batches), self._gathered_prompts(scored.trajectory.prompts)
+        components = self._gathered_components(scored.batches)
         self.run_log.log_rewards(epoch, global_step, all_rewards)
         variety = self._variety(scored, prompts, all_rewards)
         advantages = self._advantages(scored.trajectory, prompts, all_rewards)
@@ -220,7 +241,8 @@ class DDPOTrainer(ScoringMixin, CheckpointMixin, HubModel):
         timer.ends("training")
         # Log the epoch, then save a checkpoint: it records how much had been logged.
         timings = timer.timings(images * self.accelerator.num_processes)
-        self.run_log.log_epoch(epoch, global_step, all_rewards, timings, variety)
+        self.run_log.log_epoch(epoch, global_step, all_rewards, timings, variety, components)
+        self._evaluate_if_due(epoch + 1, global_step)
         self.progress.epoch_is_whole(epoch + 1, global_step)
         if (epoch + 1) % self.config.save_freq == 0:
             self._save(epoch + 1)
@@ -314,6 +336,10 @@ class DDPOTrainer(ScoringMixin, CheckpointMixin, HubModel):
 
     # images of fixed prompts and noise
 
+    def _evaluate_if_due(self, epochs: int, global_step: int) -> None:
+        if self.evaluation is not None and self.evaluation.is_due(epochs):
+            self.run_log.log_evaluation(epochs, global_step, self.evaluation.scores())
+
     @torch.no_grad()
     def evaluate(
         self, prompts: tuple[str, ...], metadata: tuple[Any, ...], seed: int = 0
@@ -333,6 +359,13 @@ class DDPOTrainer(ScoringMixin, CheckpointMixin, HubModel):
     def _hides_bars(self) -> bool | None:
         """tqdm's `disable`: None means a bar on a terminal and none in a log file."""
         return None if self.accelerator.is_local_main_process else True
+
+
+def _function(name: str, given: Any, load: Callable[[str], Any]) -> Callable[..., Any]:
+    """The function that was given, or that the given string names; raises `ValueError` if it is none."""
+    function = load(given) if isinstance(given, str) else given
+    require_function(name, function)
+    return function
 
 
 def _overrides(holder: Any, kind: type, *names: str) -> bool:

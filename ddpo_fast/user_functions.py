@@ -16,7 +16,17 @@ from typing import Any
 
 
 def load_function(option: str, spec: str) -> Callable[..., Any]:
-    """The callable that `spec` ('module:function') names; modules of the working directory are found too.
+    """The function, or the object that can be called, that `spec` ('module:function') names.
+
+    Raises `ValueError` naming `option` and what is missing, also for a class.
+    """
+    function = load_callable(option, spec)
+    require_function(f"{option} {spec!r}", function)
+    return function
+
+
+def load_callable(option: str, spec: str) -> Callable[..., Any]:
+    """The function or class that `spec` ('module:name') names; modules of the working directory are found too.
 
     Raises `ValueError` naming `option` and what is missing.
     """
@@ -31,7 +41,6 @@ def load_function(option: str, spec: str) -> Callable[..., Any]:
         raise ValueError(
             f"{option} is {spec!r}, but module {module_name} has no function {name!r}{_hint(module, name)}"
         )
-    require_function(f"{option} {spec!r}", function)
     return function
 
 

@@ -348,6 +348,8 @@ import asyncio, sys, torch
 class Scorer:
     def __call__(self, images, prompts, metadata): return images.mean((1, 2, 3)), {}
 scorer = Scorer()
+class Needy:
+    def __init__(self, model): pass
 number, nothing = 3, None
 def short(images, prompts, metadata): return torch.ones(1), {}
 def bare(images, prompts, metadata): return torch.ones(len(images))
@@ -443,7 +445,7 @@ def no_model(monkeypatch):
         ('--accelerator_kwargs {"cpus":1}', "accelerator_kwargs has 'cpus': use one of"),
         ("--reward jpeg", "reward is 'jpeg'"),
         ("--reward users_functions:nothing", "has no function 'nothing'"),
-        ("--reward users_functions:Scorer", "is a class"),
+        ("--reward users_functions:Needy", "missing a required argument: 'model'"),
         ("--reward no_such_module:f", "no_such_module"),
         ("--reward users_exit:f", "SystemExit"),
         ("--reward users_functions:short", "shape (1,) for 2 images"),

@@ -20,11 +20,12 @@ from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser
 
+from ddpo_fast.commands.reward_options import REWARD_HELP, RewardArguments
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.config_rules import MAX_LORA_RANK, one_of
 from ddpo_fast.prompts import PROMPT_LISTS, existing
 from ddpo_fast.recipes import LORA_SETTINGS, Recipe, choose, fit, load
-from ddpo_fast.rewards import REWARDS
+from ddpo_fast.rewards import weights_of
 from ddpo_fast.tiny_sd import MODEL
 
 # the layers that TRL adapts
@@ -49,8 +50,8 @@ class ResumeArguments:
 
 
 @dataclass
-class RunArguments:
-    """The model, the part of it to train, the reward and the prompts."""
+class RunArguments(RewardArguments):
+    """The model, the part of it to train, the rewards and the prompts."""
 
     pretrained_model: str = field(
         default="", metadata={"help": "Folder or Hub id of a Stable Diffusion (default: the bundled tiny model)."}
@@ -62,14 +63,16 @@ class RunArguments:
     lora_target_modules: str = field(
         default=",".join(TRL_TARGETS), metadata={"help": "Names of the adapted layers, separated by commas."}
     )
-    reward: str = field(
-        default="jpeg_compressibility",
-        metadata={"help": f"{', '.join(REWARDS)}, or your own function as module:function."},
-    )
+    reward: str = field(default="jpeg_compressibility", metadata={"help": REWARD_HELP})
     prompts: str = field(
         default="simple_animals",
         metadata={"help": f"{', '.join(PROMPT_LISTS)}, a text file with a prompt a line, or module:function."},
     )
+    eval_reward: str = field(
+        default="",
+        metadata={"help": "Rewards, as in --reward, that score images of fixed noise every --eval_freq epochs."},
+    )
+    eval_prompts: str = field(default="", metadata={"help": "Prompts of these images (default: those of --prompts)."})
     recipe: str = field(
         default="",
         metadata={
@@ -79,12 +82,22 @@ class RunArguments:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 1 <= self.lora_rank <= MAX_LORA_RANK:
             raise ValueError(f"lora_rank is {self.lora_rank} but must be a whole number from 1 to {MAX_LORA_RANK}")
         if not 0 < self.lora_alpha < float("inf"):
             raise ValueError(f"lora_alpha is {self.lora_alpha} but must be a number above 0")
         if not self.target_modules:
             raise ValueError(f"lora_target_modules is {self.lora_target_modules!r} but must name a layer")
+
+    @property
+    def reward_specs(self) -> list[str]:
+        """The reward to train on and, if there is one, the one to evaluate by."""
+        return [self.reward, *([self.eval_reward] if self.eval_reward else [])]
+
+    @property
+    def reward_names(self) -> list[str]:
+        return [name for spec in self.reward_specs for name in weights_of(spec)]
 
     @property
     def target_modules(self) -> list[str]:
@@ -234,12 +247,13 @@ def plan_parser() -> Parser:
 
 def sample_parser() -> Parser:
     parser = Parser(
+        [RewardArguments],
         prog="ddpo-fast sample",
         description="Draw a grid: the base model above, the trained one below, from the same noise.",
     )
     parser.add_argument("run", help="output folder of a run, or a checkpoint in it")
     parser.add_argument("--prompts", help="a named list, a text file or module:function (default: the run's)")
-    parser.add_argument("--reward", help="a named reward or module:function for the captions (default: the run's)")
+    parser.add_argument("--reward", help="rewards for the captions, as in `train` (default: the run's)")
     parser.add_argument("--num-images", "--num_images", type=int, default=8, help="images of each model")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise and of the choice of prompts")
     parser.add_argument(

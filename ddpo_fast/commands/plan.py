@@ -28,8 +28,9 @@ from ddpo_fast.config import DDPOConfig
 from ddpo_fast.device_memory import CUDA_CONTEXT, GB
 from ddpo_fast.engine import compute_dtype
 from ddpo_fast.model_configs import ModelConfigs, check_model
-from ddpo_fast.plan import CUDA_WORKSPACES, MARGIN, Adapter, Choice, Footprint, choose
+from ddpo_fast.plan import CUDA_WORKSPACES, MARGIN, Adapter, Choice, Footprint, RewardWeights, choose
 from ddpo_fast.recipes import LORA_SETTINGS
+from ddpo_fast.rewards import SeveralRewards
 
 
 def run(options: argparse.Namespace, arguments: Sequence[str]) -> None:
@@ -71,7 +72,12 @@ def configs_of(run: RunArguments, config: DDPOConfig) -> ModelConfigs:
 
 
 def footprint_of(
-    run: RunArguments, config: DDPOConfig, configs: ModelConfigs, full: bool, device_type: str = "cuda"
+    run: RunArguments,
+    config: DDPOConfig,
+    configs: ModelConfigs,
+    full: bool,
+    reward: RewardWeights,
+    device_type: str = "cuda",
 ) -> Footprint:
     """The sizes of the model's weights and activations, if all weights are trained (`full`) or a LoRA."""
     return Footprint(
@@ -82,7 +88,39 @@ def footprint_of(
         config.fuse_unet,
         config.sample_num_steps,
         config.sample_cache,
+        reward,
     )
+
+
+def reward_weights(run: RunArguments) -> RewardWeights:
+    """The weights of the rewards' networks that compute on the first GPU, where the reward tells their bytes.
+
+    Raises what loading the rewards raises; no weights are loaded.
+    """
+    resident = offloaded = 0
+    for reward in _single_rewards(run):
+        if not hasattr(reward, "memory_bytes"):
+            continue
+        # a reward function of the user's may tell its bytes, and have no `Network`
+        network = getattr(reward, "network", None)
+        device = getattr(network, "device", None) or torch.device("cuda")
+        if device.type != "cuda" or device.index:
+            continue
+        size = reward.memory_bytes(getattr(network, "dtype", None) or torch.float16)
+        if getattr(network, "offload", False):
+            offloaded += size
+        else:
+            resident += size
+    return RewardWeights(resident, offloaded)
+
+
+def _single_rewards(run: RunArguments) -> list[Any]:
+    """The rewards that are trained on and evaluated by, each once."""
+    found: dict[int, Any] = {}
+    for function in run.load(*run.reward_specs):
+        parts = function.parts.values() if isinstance(function, SeveralRewards) else [function]
+        found |= {id(part): part for part in parts}
+    return list(found.values())
 
 
 def print_plans(cases: Sequence[Case], num_processes: int = 1) -> None:
@@ -91,7 +129,7 @@ def print_plans(cases: Sequence[Case], num_processes: int = 1) -> None:
     Raises `ValueError` where there is no GPU and no `gpu_memory`, and where none of the cases fits.
     """
     capacity = _capacity(cases[0].config)
-    configs = configs_of(cases[0].run, cases[0].config)
+    configs, reward = configs_of(cases[0].run, cases[0].config), reward_weights(cases[0].run)
     problems = []
     for case in cases:
         full = case.run.full_finetune
@@ -100,7 +138,8 @@ def print_plans(cases: Sequence[Case], num_processes: int = 1) -> None:
             f"{case.recipe.name}\n"
         )
         try:
-            choice = choose(footprint_of(case.run, case.config, configs, full), case.config, capacity, num_processes)
+            footprint = footprint_of(case.run, case.config, configs, full, reward)
+            choice = choose(footprint, case.config, capacity, num_processes)
         except ValueError as error:
             problems.append(str(error))
             print(f"{error}\n")
@@ -110,8 +149,8 @@ def print_plans(cases: Sequence[Case], num_processes: int = 1) -> None:
         print(f"\n{train_command(case, choice)}\n")
     print(
         f"{MARGIN:.0%} of the memory is left for fragmentation. Not measured but assumed: {CUDA_CONTEXT / GB:.1f} GB "
-        f"for the CUDA context and {CUDA_WORKSPACES / GB:.1f} GB for workspaces. Networks of the reward function are "
-        "not included."
+        f"for the CUDA context and {CUDA_WORKSPACES / GB:.1f} GB for workspaces. Of rewards, only the weights of "
+        "networks that tell their size are included."
     )
     if len(problems) == len(cases):
         raise ValueError(problems[0])
@@ -168,7 +207,8 @@ def apply_auto_memory(
     if device.type != "cuda" and config.gpu_memory is None:
         say("auto_memory: there is no GPU here, so nothing is chosen")
         return {}
-    footprint = footprint_of(run, config, configs_of(run, config), run.full_finetune, device.type)
+    configs, reward = configs_of(run, config), reward_weights(run)
+    footprint = footprint_of(run, config, configs, run.full_finetune, reward, device.type)
     choice = choose(footprint, config, _capacity(config), int(os.environ.get("WORLD_SIZE", "1")))
     for name, value in choice.settings.items():
         setattr(config, name, value)

@@ -16,14 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from ddpo_fast.commands.options import TRL_TARGETS, RunArguments
+from ddpo_fast.commands.reward_options import RewardArguments
 from ddpo_fast.config import PLACE_FIELDS, DDPOConfig
 from ddpo_fast.prompts import existing
 from ddpo_fast.recipes import LORA_SETTINGS
-from ddpo_fast.rewards import REWARDS
+from ddpo_fast.rewards import is_local
 from ddpo_fast.run_folder import checkpoint, recorded_settings
 
 # options that may name a function to import
-FUNCTIONS = ("reward", "prompts")
+FUNCTIONS = ("reward", "prompts", "eval_reward", "eval_prompts")
+# where images and prompts are sent to, with the user's password in the environment, and arguments of any meaning
+SERVERS = ("reward_url", "reward_options")
 # settings of other programs, which can name files and addresses, and the one that sends the model to the Hub
 OTHER_PROGRAMS = ("accelerator_kwargs", "project_kwargs", "tracker_kwargs", "deepspeed", "push_to_hub")
 
@@ -36,7 +39,8 @@ class RecordedRun:
         named: the path that the user gave, for messages.
         folder: the run's folder.
         options: recorded values by option name.
-        import_folders: of 'reward' and 'prompts', the folder that the function's module was imported from.
+        import_folders: of each option in `FUNCTIONS`, the folders that its functions' modules were imported from, with
+            `os.pathsep` between them.
     """
 
     named: str
@@ -70,16 +74,21 @@ class RecordedRun:
                 "add --trust_run; an option that you give again needs no trust"
             )
 
+    def forget_how_rewards_are_made(self) -> None:
+        """Drops the arguments of the recorded reward, for a run or a picture with another one."""
+        for option in fields(RewardArguments):
+            self.options.pop(option.name, None)
+
     def _needing_trust(self) -> Iterator[tuple[str, Any]]:
-        for name in (*FUNCTIONS, *OTHER_PROGRAMS, "log_with", "tracker_project_name"):
+        for name in (*FUNCTIONS, *SERVERS, *OTHER_PROGRAMS, "log_with", "tracker_project_name"):
             value = self.options.get(name)
             if value and not self._is_harmless(name, value):
                 yield name, value
 
     def _is_harmless(self, name: str, value: Any) -> bool:
-        if name == "reward":
-            return value in REWARDS
-        if name == "prompts":
+        if name in ("reward", "eval_reward"):
+            return _is_local_reward(value)
+        if name in ("prompts", "eval_prompts"):
             return isinstance(value, str) and (":" not in value or existing(value) is not None)
         if name == "project_kwargs":
             return isinstance(value, dict) and set(value) <= {"total_limit"}
@@ -104,9 +113,18 @@ class RecordedRun:
         """
         if os.getcwd() not in sys.path:
             sys.path.insert(0, os.getcwd())
-        for name, folder in self.import_folders.items():
-            if name not in given and Path(folder).is_dir():
-                sys.path.insert(0, folder)
+        for name, folders in self.import_folders.items():
+            for folder in folders.split(os.pathsep) if name not in given else ():
+                if Path(folder).is_dir():
+                    sys.path.insert(0, folder)
+
+
+def _is_local_reward(spec: Any) -> bool:
+    try:
+        return is_local(spec)
+    # not a string, or not the names of rewards
+    except (AttributeError, ValueError):
+        return False
 
 
 def read(named: str) -> RecordedRun:
@@ -167,12 +185,16 @@ def check_same_recipe(run: RecordedRun, given: Collection[str], options: RunArgu
         )
 
 
-def import_folder(spec: str) -> str | None:
-    """The folder in `sys.path` that the loaded module of 'module:function' was found in; None if there is no module."""
+def import_folders(*specs: str) -> str:
+    """The folders in `sys.path` that the loaded modules of each 'module:function' were found in; see `RecordedRun`."""
+    return os.pathsep.join(dict.fromkeys(filter(None, map(_import_folder, specs))))
+
+
+def _import_folder(spec: str) -> str:
     name = spec.partition(":")[0]
     file = getattr(sys.modules.get(name), "__file__", None)
     if ":" not in spec or file is None:
-        return None
+        return ""
     # a.b.c:f is in <folder>/a/b/c.py, or in <folder>/a/b/c/__init__.py
     levels = name.count(".") + (Path(file).name == "__init__.py")
     return str(Path(file).resolve().parents[levels])

@@ -18,7 +18,8 @@ import torch
 from ddpo_fast import rewards
 from ddpo_fast.commands import recorded_run
 from ddpo_fast.commands.early_checks import check_can_write
-from ddpo_fast.commands.options import RunArguments
+from ddpo_fast.commands.options import RunArguments, from_options
+from ddpo_fast.commands.reward_options import RewardArguments
 from ddpo_fast.commands.train import make_pipeline
 from ddpo_fast.config import SAMPLING_FIELDS, DDPOConfig
 from ddpo_fast.prompts import draw_prompts, load_prompts
@@ -49,7 +50,9 @@ def run(options: argparse.Namespace) -> None:
 
     # Read what the run recorded. Only the model, the prompts, the reward and the settings of sampling are used.
     recorded = recorded_run.read(str(found))
-    given = {name for name in recorded_run.FUNCTIONS if getattr(options, name)}
+    if options.reward:
+        recorded.forget_how_rewards_are_made()
+    given = {name for name, value in vars(options).items() if value}
     recorded.check_trust(given, options.trust_run, used=["prompts"])
     saved = recorded.options
     DDPOConfig(**{name: saved[name] for name in SAMPLING_FIELDS if name in saved}).check()
@@ -98,15 +101,20 @@ def picture_path(options: argparse.Namespace, folder: Path) -> Path:
 def reward_of(recorded: recorded_run.RecordedRun, options: argparse.Namespace, given: set[str]) -> Any:
     """The reward function for the captions; prints a line and returns None if it is the run's and not trusted."""
     try:
-        recorded.check_trust(given, options.trust_run, used=["reward"])
+        recorded.check_trust(given, options.trust_run, used=["reward", *recorded_run.SERVERS])
     except ValueError:
         print(
-            f"no rewards are shown: the run's reward {recorded.options['reward']!r} is imported only with --trust_run; "
+            f"no rewards are shown: the run's reward {recorded.options['reward']!r} is used only with --trust_run; "
             "add that, or --reward for another"
         )
         return None
     spec = options.reward or recorded.options.get("reward")
-    return rewards.load(spec) if spec else None
+    # what is not on the command line is as it was in the run
+    made = from_options(RewardArguments, options)
+    for option in fields(RewardArguments):
+        if option.name in recorded.options and getattr(made, option.name) == getattr(RewardArguments(), option.name):
+            setattr(made, option.name, recorded.options[option.name])
+    return made.load(spec)[0] if spec else None
 
 
 def draw(pipeline: Any, prompts: tuple[str, ...], saved: dict[str, Any], seed: int) -> torch.Tensor:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ddpo_fast import recipes, rewards
+from ddpo_fast import recipes
 from ddpo_fast.commands import before_after, plan, recorded_run
 from ddpo_fast.commands.early_checks import check_before_loading, try_reward
 from ddpo_fast.commands.options import (
@@ -21,9 +22,12 @@ from ddpo_fast.commands.options import (
     precision_or_default,
     train_parser,
 )
+from ddpo_fast.commands.reward_options import RewardArguments, with_absolute_models
 from ddpo_fast.config import DDPOConfig
+from ddpo_fast.evaluation import distinct_prompts
 from ddpo_fast.pipeline import DefaultDDPOStableDiffusionPipeline
-from ddpo_fast.prompts import PromptFunction, draw_prompts, existing, load_prompts
+from ddpo_fast.prompts import existing, load_prompts
+from ddpo_fast.rewards import SeveralRewards, weights_of
 from ddpo_fast.run_folder import checkpoint, pictures
 from ddpo_fast.run_folder.resume_checks import refuse_changes
 from ddpo_fast.run_folder.run_log import default_folder, output_folder
@@ -44,10 +48,14 @@ def run(arguments: Sequence[str]) -> None:
     # Everything that can be found wrong without the model's weights: folders, backends, the model's config files, the
     # user's functions. The examples are drawn from the run's seed, so that a resumed run compares the same prompts.
     configs = check_before_loading(options, config)
-    reward_function, prompt_function = rewards.load(options.reward), load_prompts(options.prompts)
+    reward_function, *eval_rewards = options.load(*options.reward_specs)
+    prompt_function, eval_prompts = (
+        load_prompts(spec) for spec in (options.prompts, options.eval_prompts or options.prompts)
+    )
     random.seed(config.seed)
     examples = distinct_prompts(prompt_function, EXAMPLE_PROMPTS)
-    try_reward(reward_function, examples, configs.image_size)
+    for function in (reward_function, *eval_rewards):
+        try_reward(function, examples, configs.image_size)
 
     for line in recipe_lines(options, config, given_options(arguments)):
         plan.print_on_main(line)
@@ -56,7 +64,14 @@ def run(arguments: Sequence[str]) -> None:
         plan.apply_auto_memory(options, config, "cuda" if torch.cuda.is_available() else "cpu")
 
     # The weights are loaded here. config.json also records where the functions came from, for `--resume_from`.
-    trainer = DDPOTrainer(config, reward_function, prompt_function, make_pipeline(options))
+    trainer = DDPOTrainer(
+        config,
+        reward_function,
+        prompt_function,
+        make_pipeline(options),
+        eval_reward_function=SeveralRewards.of(eval_rewards[0], options.eval_reward) if eval_rewards else None,
+        eval_prompt_function=eval_prompts,
+    )
     trainer.run_settings.update(command_settings(options))
     trainer.run_log.write_config(trainer.run_settings)
 
@@ -97,6 +112,8 @@ def read_options(arguments: Sequence[str]) -> tuple[RunArguments, DDPOConfig]:
     first = parser.parse(arguments)
     resumed = recorded_run.read(first.resume_from) if first.resume_from else None
     if resumed is not None:
+        if "reward" in given and first.reward != resumed.options.get("reward"):
+            resumed.forget_how_rewards_are_made()
         resumed.check_trust(given, first.trust_run)
         parser.set_defaults(**resumed.options)
     namespace = parser.parse(arguments)
@@ -115,21 +132,23 @@ def read_options(arguments: Sequence[str]) -> tuple[RunArguments, DDPOConfig]:
     config = from_options(DDPOConfig, namespace)
     if "exp_name" not in given:
         # `exp_name` begins the default folder's name: with the reward's name, it says what the model is trained for
-        config.exp_name = options.reward.replace(":", ".")
+        config.exp_name = "+".join(weights_of(options.reward)).replace(":", ".")
     if resumed is not None:
         # With an option that names a folder, a new run there starts from the resumed one. Else the resumed run is
         # continued in its own folder.
         if given & {"logdir", "run_name", "exp_name"} and not config.output_dir:
             config.output_dir = str(default_folder(config))
         in_place = checkpoint.continues_in(output_folder(config), config.resume_from)
-        present = {"reward": options.reward, "prompts": options.prompts, **vars(config)}
+        names = ("reward", "reward_model", "reward_normalize", "prompts")
+        present = {**{name: getattr(options, name) for name in names}, **vars(config)}
         refuse_changes(config.resume_from, resumed.options, present, in_place)
     return options, config
 
 
 def make_absolute(options: RunArguments, namespace: Any) -> None:
     """Makes the paths of files and folders absolute, so that the run can be resumed from any working directory."""
-    paths = [(options, "pretrained_model"), (options, "prompts"), (namespace, "deepspeed")]
+    options.reward_model = with_absolute_models(options.reward_model, options.reward_names)
+    paths = [(options, name) for name in ("pretrained_model", "prompts", "eval_prompts")] + [(namespace, "deepspeed")]
     # a file may have the name of a recipe
     if options.recipe not in recipes.names():
         paths.append((options, "recipe"))
@@ -147,11 +166,21 @@ def recipe_lines(options: RunArguments, config: DDPOConfig, given: set[str]) -> 
 
 
 def command_settings(options: RunArguments) -> dict[str, Any]:
-    """The names of recipe, reward and prompts, and the folders that the functions' modules were imported from."""
-    specs = {"reward": options.reward, "prompts": options.prompts}
-    folders = {name: recorded_run.import_folder(spec) for name, spec in specs.items()}
-    folders = {name: folder for name, folder in folders.items() if folder}
-    return {"recipe": options.recipe, **specs, "import_folders": folders}
+    """The names of recipe, rewards and prompts, how the rewards were made, and where functions were imported from."""
+    specs = {
+        "reward": list(weights_of(options.reward)),
+        "prompts": [options.prompts],
+        "eval_reward": list(weights_of(options.eval_reward)) if options.eval_reward else [],
+        "eval_prompts": [options.eval_prompts],
+    }
+    folders = {name: recorded_run.import_folders(*each) for name, each in specs.items()}
+    made = {option.name: getattr(options, option.name) for option in fields(RewardArguments)}
+    return {
+        "recipe": options.recipe,
+        **{name: getattr(options, name) for name in specs},
+        **made,
+        "import_folders": {name: folder for name, folder in folders.items() if folder},
+    }
 
 
 def make_pipeline(options: RunArguments) -> DefaultDDPOStableDiffusionPipeline:
@@ -163,13 +192,3 @@ def make_pipeline(options: RunArguments) -> DefaultDDPOStableDiffusionPipeline:
         lora_alpha=options.lora_alpha,
         lora_target_modules=options.target_modules,
     )
-
-
-def distinct_prompts(prompt_function: PromptFunction, count: int) -> tuple[tuple[str, ...], tuple[Any, ...]]:
-    """Up to `count` different prompts with their metadata: the first of 8 times as many draws, in the order drawn."""
-    # A dict keeps a key's first position but its last value. Built in reverse order of the draws, it has each prompt's
-    # first metadata; the order is then reversed back.
-    drawn = dict(reversed(list(zip(*draw_prompts(prompt_function, 8 * count), strict=True))))
-    chosen = list(reversed(drawn.items()))[:count]
-    prompts, metadata = zip(*chosen, strict=True)
-    return prompts, metadata

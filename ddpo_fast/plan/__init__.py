@@ -10,7 +10,7 @@ Other packages import from here only.
 """
 
 from ddpo_fast.plan.candidates import MARGIN, Choice, choose
-from ddpo_fast.plan.footprint import Adapter, Footprint
+from ddpo_fast.plan.footprint import Adapter, Footprint, RewardWeights
 from ddpo_fast.plan.phases import CUDA_WORKSPACES, Plan, predict
 
-__all__ = ["CUDA_WORKSPACES", "MARGIN", "Adapter", "Choice", "Footprint", "Plan", "choose", "predict"]
+__all__ = ["CUDA_WORKSPACES", "MARGIN", "Adapter", "Choice", "Footprint", "Plan", "RewardWeights", "choose", "predict"]

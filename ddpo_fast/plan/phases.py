@@ -91,7 +91,7 @@ def predict(
 ) -> Plan:
     """The plan of a run with these settings, in any epoch but the first, which needs less.
 
-    The plan does not include a reward's own networks.
+    Of the reward's networks the plan includes the weights.
 
     Args:
         footprint: of the model, in the settings' precision.
@@ -122,6 +122,14 @@ def predict(
         frozen = {}
         host = {**host, "VAE and text encoder": vae + text_encoder}
 
+    # The reward's networks score an epoch's images while the next ones are sampled.
+    if footprint.reward.resident:
+        always["reward"] = footprint.reward.resident
+    reward = {}
+    if footprint.reward.offloaded:
+        reward = {"offloaded reward": footprint.reward.offloaded}
+        host = {**host, "reward": footprint.reward.offloaded}
+
     # Gradients exist from the first backward pass of an update to its step. CUDA graphs keep them between updates too.
     # With `optimizer_in_backward`, none is left at the end of the backward pass.
     gradients = {"gradients": gradient_bytes(footprint, config)}
@@ -136,8 +144,8 @@ def predict(
     resident: dict[str, Bytes] = {
         # prompts are encoded at the beginning of an epoch, before there are trajectories
         "encoding": {**frozen, "text encoder": text_encoder, **gradients_between_updates},
-        "sampling": {**frozen, **gradients_between_updates, **epoch},
-        "decoding": {**frozen, "VAE": vae, **gradients_between_updates, **epoch},
+        "sampling": {**frozen, **gradients_between_updates, **epoch, **reward},
+        "decoding": {**frozen, "VAE": vae, **gradients_between_updates, **epoch, **reward},
         "training": {**frozen, **gradients, **epoch},
         "updating": {**frozen, **gradients_at_step, **epoch},
     }

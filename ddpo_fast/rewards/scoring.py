@@ -25,10 +25,21 @@ WORKER_NAME = "reward"
 RewardFunction = Callable[[torch.Tensor, tuple[str, ...], tuple[Any, ...]], tuple[Any, Any]]
 
 
+class PartFailed(RuntimeError):
+    """One of several rewards failed; the message names it and says what happened."""
+
+
 def score(
-    reward_function: RewardFunction, images: torch.Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ...]
+    reward_function: RewardFunction,
+    images: torch.Tensor,
+    prompts: tuple[str, ...],
+    metadata: tuple[Any, ...],
+    called: str = "the reward function",
 ) -> tuple[torch.Tensor, Any]:
     """Calls the reward function with one batch and returns its rewards, in fp32 [B], and its metadata.
+
+    Args:
+        called: what messages call the function.
 
     Raises `RuntimeError` if the function raises, `ValueError` if what it returns cannot be trained on.
     """
@@ -36,11 +47,11 @@ def score(
     own = images.clone() if isinstance(images, torch.Tensor) else images
     try:
         result = reward_function(own, prompts, metadata)
-    except Signalled:
+    except (Signalled, PartFailed):
         raise
     # SystemExit too: a function that calls `sys.exit` would end the run without a message
     except (Exception, SystemExit) as error:
-        problem = f"the reward function raised {error_line(error)} ({where_raised(error, reward_function)})"
+        problem = f"{called} raised {error_line(error)} ({where_raised(error, reward_function)})"
         if threading.current_thread().name.startswith(WORKER_NAME):
             problem += "; it ran in a worker thread: set async_reward_computation=False if it needs the main one"
         # a notebook runs an event loop in its main thread, where `asyncio.run` then fails
@@ -49,18 +60,18 @@ def score(
         raise RuntimeError(problem) from error
     name = function_name(reward_function)
     if not isinstance(result, (tuple, list)) or len(result) != 2:
-        raise ValueError(f"the reward function must return (rewards, metadata), got {describe_value(result)} ({name})")
-    rewards = _as_fp32(result[0], len(prompts), name)
+        raise ValueError(f"{called} must return (rewards, metadata), got {describe_value(result)} ({name})")
+    rewards = _as_fp32(result[0], len(prompts), called, name)
     if not rewards.isfinite().all():
         worst = int((~rewards.isfinite()).nonzero()[0])
         raise ValueError(
-            f"the reward function returned {rewards[worst].item()} for prompt {prompts[worst]!r} ({name}): every image "
+            f"{called} returned {rewards[worst].item()} for prompt {prompts[worst]!r} ({name}): every image "
             "needs a finite number"
         )
     return rewards, result[1]
 
 
-def _as_fp32(given: Any, count: int, name: str) -> torch.Tensor:
+def _as_fp32(given: Any, count: int, called: str, name: str) -> torch.Tensor:
     """The rewards that a function returned, as a tensor [B] in fp32.
 
     Whole numbers are converted too, as advantages in an integer type would be rounded to whole numbers. [B, 1], the
@@ -70,12 +81,10 @@ def _as_fp32(given: Any, count: int, name: str) -> torch.Tensor:
     try:
         rewards = _real_numbers(given)
     except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
-        raise ValueError(
-            f"the reward function returned {describe_value(given)} as rewards ({name}): {needs}"
-        ) from error
+        raise ValueError(f"{called} returned {describe_value(given)} as rewards ({name}): {needs}") from error
     if rewards.shape[:1] != (count,) or rewards.numel() != count:
         shape = tuple(rewards.shape)
-        raise ValueError(f"the reward function returned rewards of shape {shape} for {count} images ({name}): {needs}")
+        raise ValueError(f"{called} returned rewards of shape {shape} for {count} images ({name}): {needs}")
     return rewards.reshape(count)
 
 

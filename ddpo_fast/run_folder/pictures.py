@@ -62,25 +62,45 @@ def _plain_text() -> Iterator[None]:
 
 @_plain_text()
 def draw_rewards(records: Sequence[dict[str, Any]], path: Path, label: str = "reward") -> None:
-    """Mean reward with a band of two standard errors against images and against time, from metrics.jsonl's lines."""
-    epochs = [record for record in records if record["kind"] == "epoch"]
-    if not epochs:
+    """Mean rewards with a band of two standard errors against images and against time, from metrics.jsonl's lines.
+
+    Below the reward that is trained on, each of several rewards has a row of its own, and each one of an evaluation.
+    """
+    curves = reward_curves(records)
+    if not curves:
         return
-    mean = np.array([r["reward_mean"] for r in epochs])
-    band = 2 * np.array([r["reward_std"] / r["images"] ** 0.5 for r in epochs])
-    images = np.cumsum([r["images"] for r in epochs])
-    minutes = np.array([r["elapsed_s"] for r in epochs]) / 60
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    for axis, x, name in zip(axes, (images, minutes), ("images", "minutes"), strict=True):
-        axis.fill_between(x, mean - band, mean + band, color=BLUE, alpha=0.2, linewidth=0)
-        # a line through one point is invisible, so a single epoch needs a marker
-        axis.plot(x, mean, color=BLUE, marker="o" if len(epochs) == 1 else "")
-        axis.set_xlabel(name)
-        axis.grid(color=GRAY, alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel(plain(label)[:60], parse_math=False, family=_fonts())
+    figure = Figure(figsize=(10, 3.6 + 2.6 * (len(curves) - 1)), layout="constrained")
+    rows = figure.subplots(len(curves), 2, sharex="col", sharey="row", squeeze=False)
+    for axes, (name, curve) in zip(rows, curves.items(), strict=True):
+        images, minutes, mean, error = np.array(curve).T
+        for axis, x in zip(axes, (images, minutes), strict=True):
+            axis.fill_between(x, mean - 2 * error, mean + 2 * error, color=BLUE, alpha=0.2, linewidth=0)
+            # a line through one point is invisible, so a single epoch needs a marker
+            axis.plot(x, mean, color=BLUE, marker="o" if len(curve) == 1 else "")
+            axis.grid(color=GRAY, alpha=0.3)
+            axis.spines[["top", "right"]].set_visible(False)
+        shown = label if name == "reward" else name
+        axes[0].set_ylabel(plain(shown)[:60], parse_math=False, family=_fonts())
+    for axis, x_name in zip(rows[-1], ("images", "minutes"), strict=True):
+        axis.set_xlabel(x_name)
     _save(figure, path)
+
+
+def reward_curves(records: Sequence[dict[str, Any]]) -> dict[str, list[tuple[float, float, float, float]]]:
+    """The points (images, minutes, mean, its standard error) of each reward by its name, from metrics.jsonl's lines."""
+    curves: dict[str, list[tuple[float, float, float, float]]] = {}
+    images = 0
+    for record in records:
+        if record["kind"] not in ("epoch", "eval"):
+            continue
+        images += record["images"] if record["kind"] == "epoch" else 0
+        for key in record:
+            name = key.removesuffix("_mean")
+            if name != key and (name == "reward" or name.startswith(("reward/", "eval/"))):
+                error = record[f"{name}_std"] / record["images"] ** 0.5
+                curves.setdefault(name, []).append((images, record["elapsed_s"] / 60, record[key], error))
+    # an evaluation comes before the first epoch
+    return dict(sorted(curves.items(), key=lambda curve: curve[0].startswith("eval/")))
 
 
 @_plain_text()

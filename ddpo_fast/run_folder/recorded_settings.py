@@ -11,7 +11,10 @@ TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("trained", "config", "measured", "files", "import_folders", "first_spreads"), (dict,)),
     **dict.fromkeys(("use_lora", "healthy"), (bool,)),
     **dict.fromkeys(("pretrained_model", "pretrained_revision", "base"), (str, type(None))),
-    **dict.fromkeys(("recipe", "reward", "prompts"), (str, type(None))),
+    **dict.fromkeys(("recipe", "reward", "prompts", "eval_reward", "eval_prompts"), (str, type(None))),
+    **dict.fromkeys(("reward_model", "reward_device", "reward_url"), (str,)),
+    **dict.fromkeys(("reward_offload", "reward_normalize"), (bool,)),
+    "reward_options": (dict,),
     "lora_target_modules": (list,),
 }
 

@@ -18,7 +18,14 @@ from ddpo_fast.run_folder import checkpoint
 FIXED = ("pretrained_model", "pretrained_revision", "lora_rank", "lora_alpha", "lora_target_modules", "prediction_type")
 # Settings whose change makes rewards incomparable with the earlier ones. A run in the same folder must have them
 # unchanged; a new run in another folder may change them and start from this one's checkpoint.
-SAME_CURVE = ("reward", "prompts", *SAMPLING_FIELDS, "per_prompt_stat_tracking")
+SAME_CURVE = (
+    "reward",
+    "reward_model",
+    "reward_normalize",
+    "prompts",
+    *SAMPLING_FIELDS,
+    "per_prompt_stat_tracking",
+)
 
 
 def verify(resume: Path | None, accelerator: Accelerator) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 
@@ -128,20 +130,36 @@ class RunLog:
         all_rewards: torch.Tensor,
         timings: dict[str, float],
         variety: dict[str, torch.Tensor],
+        components: Mapping[str, np.ndarray],
     ) -> None:
-        """Logs an epoch's mean reward, variety and timings, and sets `summary` to one line about the epoch."""
+        """Logs an epoch's mean reward, variety and timings, and sets `summary` to one line about the epoch.
+
+        Args:
+            components: rewards [images] of each of several reward functions, as these returned them.
+        """
         means = {"reward_mean": all_rewards.mean().item(), "reward_std": all_rewards.std(correction=0).item()}
+        parts = _moments("reward", components)
         spreads = {name: value.item() for name, value in variety.items()}
         self.health.variety(epoch, spreads)
-        self.accelerator.log({**timings, **spreads}, step=global_step - 1)
+        self.accelerator.log({**timings, **spreads, **parts}, step=global_step - 1)
         counts = {"kind": "epoch", "epoch": epoch, "updates": global_step, "images": len(all_rewards)}
-        self._write({**counts, **means, **spreads, **timings, "elapsed_s": self.elapsed_s()})
+        self._write({**counts, **means, **parts, **spreads, **timings, "elapsed_s": self.elapsed_s()})
         # an objective measures some of these, and a user's own `_train_batched_samples` may log no updates
         formats = {"approx_kl": "kl {:.1e}, ", "clipfrac": "clipped {:.0%}, "}
         of_update = "".join(
             text.format(self._last_update[name]) for name, text in formats.items() if name in self._last_update
         )
-        self.summary = f"reward {means['reward_mean']:.3f}, {of_update}{timings['images_per_s']:.2f} images/s"
+        of_parts = "".join(f"{name} {values.mean():.3f}, " for name, values in components.items())
+        self.summary = f"reward {means['reward_mean']:.3f}, {of_parts}{of_update}{timings['images_per_s']:.2f} images/s"
+
+    def log_evaluation(self, epochs: int, global_step: int, scores: Mapping[str, np.ndarray]) -> None:
+        """Logs the scores [images] of each reward of an evaluation after `epochs` epochs."""
+        found = _moments("eval", scores)
+        # with the epoch's last update: TensorBoard drops what a resumed run finds at its first step
+        self.accelerator.log(found, step=max(global_step - 1, 0))
+        images = max(map(len, scores.values()), default=0)
+        counts = {"kind": "eval", "epoch": epochs, "updates": global_step, "images": images}
+        self._write({**counts, **found, "elapsed_s": self.elapsed_s()})
 
     def draw_reward_curve(self) -> None:
         """Draws rewards.png from metrics.jsonl."""
@@ -168,6 +186,15 @@ class RunLog:
                 drift,
                 self.clip_range,
             )
+
+
+def _moments(kind: str, values: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Means and standard deviations of the values [images] of each reward, as metrics.jsonl has them."""
+    found: dict[str, float] = {}
+    for name, of_images in values.items():
+        # TensorBoard drops NumPy's scalars
+        found |= {f"{kind}/{name}_mean": float(of_images.mean()), f"{kind}/{name}_std": float(of_images.std())}
+    return found
 
 
 def folder_problem(folder: Path) -> str:

@@ -1,0 +1,96 @@
+"""Images of fixed prompts and noise, which rewards that are not trained on score in the course of a run.
+
+Shapes: N images.
+"""
+
+from __future__ import annotations
+
+import random
+from itertools import cycle, islice
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from ddpo_fast import rewards
+from ddpo_fast.config import DDPOConfig
+from ddpo_fast.health import check_images
+from ddpo_fast.policy import Policy
+from ddpo_fast.processes import broadcast_from_main, run_or_raise_on_all
+from ddpo_fast.prompts import PromptFunction, draw_prompts
+from ddpo_fast.run_folder import checkpoint
+
+
+class Evaluation:
+    """Scores images of `eval_num_images` prompts, which are drawn once; every process calls its methods.
+
+    All processes draw all images, as a network whose weights they share needs all of them. The main process scores.
+
+    Args:
+        reward_function: each of its parts is logged by its name, and the weights play no role.
+    """
+
+    def __init__(
+        self,
+        config: DDPOConfig,
+        accelerator: Accelerator,
+        policy: Policy,
+        reward_function: rewards.SeveralRewards,
+        prompt_function: PromptFunction,
+    ) -> None:
+        self.config, self.accelerator, self.policy = config, accelerator, policy
+        self.reward_function = reward_function
+        # drawn from the run's seed, so that a resumed run has the same
+        random_state = checkpoint.random_state()
+        random.seed(config.seed)
+        np.random.seed(config.seed)
+        torch.default_generator.manual_seed(config.seed)
+        drawn = distinct_prompts(prompt_function, config.eval_num_images)
+        checkpoint.restore_random_state(random_state)
+        # fewer distinct ones are repeated, each time with other noise
+        pairs = list(islice(cycle(zip(*drawn, strict=True)), config.eval_num_images))
+        self.prompts, self.metadata = zip(*broadcast_from_main(accelerator, pairs), strict=True)
+
+    def is_due(self, epochs: int) -> bool:
+        """Whether images are scored after so many epochs."""
+        return epochs % self.config.eval_freq == 0
+
+    @torch.no_grad()
+    def scores(self) -> dict[str, np.ndarray]:
+        """The scores [N] by each reward's name, the same on every process.
+
+        The random generators are restored afterwards. Raises what `rewards.score` raises.
+        """
+        random_state = checkpoint.random_state()
+        size = self.config.sample_batch_size
+        batches = []
+        for start in range(0, len(self.prompts), size):
+            prompts, metadata = self.prompts[start : start + size], self.metadata[start : start + size]
+            images, latents = self.policy.draw(prompts, self.config.seed + start)
+            check_images(images, prompts, latents)
+            batches.append((images, prompts, metadata))
+        found = run_or_raise_on_all(self.accelerator, lambda: self._scored(batches))
+        checkpoint.restore_random_state(random_state)
+        return broadcast_from_main(self.accelerator, found)
+
+    def _scored(self, batches: list[tuple[torch.Tensor, tuple[str, ...], tuple[Any, ...]]]) -> dict[str, np.ndarray]:
+        """The scores of the batches in the main process; nothing in the others."""
+        if not self.accelerator.is_main_process:
+            return {}
+        found: dict[str, list[np.ndarray]] = {}
+        for images, prompts, metadata in batches:
+            _, info = rewards.score(self.reward_function, images, prompts, metadata)
+            for name, part in info["components"].items():
+                found.setdefault(name, []).append(part.numpy())
+        return {name: np.concatenate(parts) for name, parts in found.items()}
+
+
+def distinct_prompts(prompt_function: PromptFunction, count: int) -> tuple[tuple[str, ...], tuple[Any, ...]]:
+    """Up to `count` different prompts with their metadata: the first of 8 times as many draws, in the order drawn."""
+    # A dict keeps a key's first position but its last value. Built in reverse order of the draws, it has each prompt's
+    # first metadata; the order is then reversed back.
+    drawn = dict(reversed(list(zip(*draw_prompts(prompt_function, 8 * count), strict=True))))
+    chosen = list(reversed(drawn.items()))[:count]
+    prompts, metadata = zip(*chosen, strict=True)
+    return prompts, metadata
