@@ -73,7 +73,7 @@ class BoundedUpdate:
         The last call sets the factor of the next learning rate.
         """
         distance = self._distance()
-        target = self.config.train_target_update * self.engine.rate.share(self.engine.updates - 1)
+        target = self._target(self.engine.updates - 1)
         # Nothing moved where fp16 overflowed and the step was skipped, or where no pair had a gradient. The comparisons
         # are false for a NaN too, which health.py reports.
         wanted = target / distance if distance > 0 else 1.0
@@ -89,6 +89,17 @@ class BoundedUpdate:
         self.engine.rate.factor *= min(FASTEST_RISE, share * wanted)
         self._calls, self._before = [], []
         return 1.0
+
+    def _target(self, updates: int) -> float:
+        """The distance that the update after `updates` updates should have.
+
+        A gradient of few images is mostly noise, so the random parts of updates add up as a random walk, whose squared
+        distance from the start is the sum of the squared targets: with `train_target_decay` it grows with the logarithm
+        of the number of updates, and the parts that agree still add up to its square root.
+        """
+        decay = self.config.train_target_decay
+        fallen = 1 / math.sqrt(1 + updates / decay) if decay else 1.0
+        return self.config.train_target_update * fallen * self.engine.rate.share(updates)
 
     @torch.no_grad()
     def _outputs(self) -> list[Tensor]:

@@ -127,6 +127,11 @@ class DDPOConfig:
         "(half-way), or layout (by how much of the image's layout the step's noise decides).",
         choices=["none", "equal", "sqrt", "layout"],
     )
+    spatial_credit: float = _option(
+        0.0,
+        "How much less low spatial frequencies of the latents count in the gradient, which otherwise shifts the whole "
+        "image's colour most: frequency f counts (f / highest) to this power. 0 for all alike (TRL).",
+    )
     train_pool_latents: int = _option(
         1,
         "Side of the squares of latent pixels whose means the loss looks at, 1 for every pixel (TRL). What early steps "
@@ -143,6 +148,11 @@ class DDPOConfig:
         0.0,
         "How far an update moves the mean of a denoising step, in standard deviations of the step: the learning rate "
         "follows this, and an update that goes too far is shortened. 0 leaves the learning rate alone.",
+    )
+    train_target_decay: int = _option(
+        0,
+        "Updates n after which train_target_update has fallen by the square root of 2: update k (from 0) has the "
+        "target train_target_update / sqrt(1 + k / n). 0 keeps it.",
     )
     train_guard: bool = _option(
         False,

@@ -115,7 +115,11 @@ def _is_tracker(value: Any) -> bool:
 RULES: tuple[tuple[str, Predicate, str], ...] = (
     ("seed", _whole(0, 2**32 - 1), f"a whole number from 0 to {2**32 - 1}, as NumPy's generator takes no larger seed"),
     ("num_epochs", _whole(0, 10**9), f"a whole number from 0 to {10**9}"),
-    ("train_warmup_steps train_min_8bit_size sample_redraws", _whole(0), "a whole number of at least 0"),
+    (
+        "train_warmup_steps train_target_decay train_min_8bit_size sample_redraws",
+        _whole(0),
+        "a whole number of at least 0",
+    ),
     ("zero", _whole(0, 3), "0, 1, 2 or 3"),
     ("ema_decay train_skip_last_steps", _number(lambda v: 0 <= v < 1), "at least 0 and below 1"),
     ("rwr_top_fraction", _number(lambda v: 0 <= v <= 1), "from 0 to 1"),
@@ -146,7 +150,7 @@ RULES: tuple[tuple[str, Predicate, str], ...] = (
     ("train_adam_beta1 train_adam_beta2", _number(lambda v: 0 <= v < 1), "at least 0 and below 1"),
     (
         "train_learning_rate train_adam_weight_decay sample_guidance_scale train_target_update train_kl_weight "
-        "rwr_beta",
+        "rwr_beta spatial_credit",
         _number(lambda v: v >= 0),
         "a number of at least 0",
     ),
@@ -265,6 +269,10 @@ CONFLICTS: tuple[tuple[Callable[[Settings], bool], str], ...] = (
         ),
         "objective is 'rwr', which trains on noised images and on no denoising steps: leave out step_credit, "
         "train_image_credit, train_skip_last_steps and train_pool_latents",
+    ),
+    (
+        lambda c: c.train_target_decay > 0 and c.train_target_update == 0,
+        "train_target_decay is above 0, which needs train_target_update: set that too",
     ),
     (
         lambda c: c.objective == "rwr" and (c.train_kl_weight > 0 or c.train_recompute_log_probs),

@@ -225,7 +225,7 @@ def make_objective(config: DDPOConfig, policy: Policy, trained: Sequence[torch.n
 
 def refuse_own_loss(config: DDPOConfig) -> None:
     """Raises `ValueError` if settings ask for more than a loss of the user's own does."""
-    for name, default in (("objective", "ddpo_is"), ("train_kl_weight", 0)):
+    for name, default in (("objective", "ddpo_is"), ("train_kl_weight", 0), ("spatial_credit", 0)):
         if getattr(config, name) != default:
             raise ValueError(
                 f"{name} is {getattr(config, name)!r}, but the loss or the pipeline's scheduler_step is overridden, "

@@ -24,6 +24,7 @@ from ddpo_fast.engine import Engine
 from ddpo_fast.metrics import UpdateMetrics
 from ddpo_fast.objectives import Objective, Scored
 from ddpo_fast.policy import Policy
+from ddpo_fast.spatial_credit import spatially_credited
 from ddpo_fast.trajectory import Pairs, TrainingBatch, Trajectory, pair_index, pairs_of
 
 logger = logging.getLogger(__name__)
@@ -291,7 +292,7 @@ class PPO:
         """
         *pairs, scale = pairs_and_scale
         output, scored = self._score(Pairs(*pairs), scale)
-        self.engine.backward_from(output, scored.gradient)
+        self.engine.backward_from(output, spatially_credited(scored.gradient, self.config.spatial_credit))
         return scored.loss, scored.log_probs, *scored.metrics.values()
 
     def _score(self, pairs: Pairs, scale: Tensor | None = None) -> tuple[Tensor, Scored]:

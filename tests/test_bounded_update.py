@@ -172,3 +172,18 @@ def test_schedules(name):
     rate.factor = 0.5
     rate.set_for(0)
     assert rate.optimizer.param_groups[0]["lr"] == 0.5 * 0.25 * 0.5
+
+
+def test_targets_fall_with_the_root_of_the_number_of_updates(make_trainer):
+    trainer = make_trainer(num_epochs=3, train_target_decay=2, **SETTINGS)
+    seen = watched(trainer)
+    trainer.train()
+    assert len(seen) == 6
+    for update, (distance, _, _) in enumerate(seen):
+        target = 0.01 / math.sqrt(1 + update / 2)
+        assert distance == pytest.approx(target, rel=TOLERANCE - 1)
+
+
+def test_a_falling_target_needs_a_target():
+    with pytest.raises(ValueError, match="train_target_decay is above 0, which needs train_target_update"):
+        DDPOConfig(train_target_decay=8).check()
