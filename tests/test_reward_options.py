@@ -110,6 +110,7 @@ def test_a_run_with_several_rewards_records_them(trained):
         assert epoch[f"reward/{name}_std"] > 0
     assert [record["epoch"] for record in metrics_of(trained / "run", "eval")] == [0, 1]
     assert metrics_of(trained / "run", "eval")[1]["eval/jpeg_incompressibility_mean"] > 0
+    assert (trained / "run" / "rewards.png").exists()
     saved = json.loads((trained / "run" / "config.json").read_text())
     assert saved["reward"] == REWARD
     assert saved["import_folders"] == {"reward": str(trained)}
