@@ -297,16 +297,13 @@ class DDPOConfig:
             )
         updates = self.updates_per_inner_epoch * self.train_num_inner_epochs
         if self.objective == "ddpo_sf" and updates > 1:
-            batches = self.sample_batch_size * self.sample_num_batches_per_epoch // self.train_batch_size
             raise ValueError(
                 f"objective is 'ddpo_sf', which holds for the policy that sampled, but an epoch has {updates} updates: "
-                f"set train_gradient_accumulation_steps={batches} and train_num_inner_epochs=1, or use "
-                "objective='ddpo_is'"
+                f"set train_gradient_accumulation_steps={images // self.train_batch_size} and "
+                "train_num_inner_epochs=1, or use objective='ddpo_is'"
             )
-        for applies, problem in config_rules.CONFLICTS:
-            if applies(self):
-                raise ValueError(problem)
-        if problem := self.batch_size_problem() or config_rules.unknown_keyword(self):
+        conflict = next((problem for applies, problem in config_rules.CONFLICTS if applies(self)), "")
+        if problem := conflict or self.batch_size_problem() or config_rules.unknown_keyword(self):
             raise ValueError(problem)
         if problem := config_rules.missing_package(self):
             raise ImportError(problem)

@@ -91,8 +91,8 @@ class DDPOTrainer(ScoringMixin, CheckpointMixin, HubModel):
         eval_reward = None
         if eval_reward_function is not None:
             function = _function("eval_reward_function", eval_reward_function, rewards.load)
-            name = eval_reward_function if isinstance(eval_reward_function, str) else function_name(function)
-            eval_reward = rewards.SeveralRewards.of(function, name)
+            spec = eval_reward_function if isinstance(eval_reward_function, str) else ""
+            eval_reward = rewards.SeveralRewards.of(function, spec or function_name(function).rpartition(".")[2])
         check_pipeline(sd_pipeline, config)
         # In one piece, as each part needs those before it: checks, processes, folder, networks, stages, progress.
         self.config = config

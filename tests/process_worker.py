@@ -18,11 +18,17 @@ from tiny_run import SETTINGS, build_trainer
 
 from ddpo_fast import DDPOTrainer
 from ddpo_fast.prompts import load_prompts
+from ddpo_fast.rewards import SeveralRewards
 from ddpo_fast.run_folder import checkpoint
 from ddpo_fast.trajectory import Trajectory
 
 LINEAR = torch.nn.functional.linear
 BATCHES = SETTINGS["sample_num_batches_per_epoch"]
+
+
+def contrast(images, prompts, metadata):
+    """A reward of other numbers than `tiny_run.brightness`."""
+    return 100 * images.std((1, 2, 3)), {}
 
 
 def main() -> None:
@@ -50,6 +56,8 @@ def run(model: str, folder: Path, name: str, settings: dict) -> None:
     kept["linear_is_torchs"] = torch.nn.functional.linear is LINEAR
     kept["advantages"] = trainer.accelerator.gather(kept["advantages"].to(trainer.accelerator.device))
     kept["trail"] = trainer.accelerator.gather(kept["trail"])
+    if isinstance(trainer.reward_fn, SeveralRewards):
+        kept["spreads"] = trainer.reward_fn.state_dict()["spreads"]
     kept["prompts"] = len(trainer.stat_tracker.get_stats())
     with trainer.engine.exact():
         if trainer.accelerator.is_main_process:

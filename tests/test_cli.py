@@ -93,7 +93,7 @@ def test_options_with_dashes_underscores_and_json():
     [
         ("--num_epoch 3", "there is no option --num_epoch: did you mean --num_epochs?"),
         ("--learning-rate 3", "did you mean --train_learning_rate?"),
-        ("--model x", "did you mean --pretrained_model?"),
+        ("--model x", "did you mean --pretrained_model or --reward_model?"),
         ("--zzz", "there is no option --zzz (`ddpo-fast train --help` lists the options)"),
         ("stray", "'stray' belongs to no option"),
         ("--num_epochs many", "--num_epochs is 'many' but must be a whole number"),

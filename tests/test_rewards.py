@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddpo_fast.rewards import jpeg_compressibility, jpeg_incompressibility, load, score
+from ddpo_fast.rewards import jpeg, jpeg_compressibility, jpeg_incompressibility, load, score
 
 
 def test_jpeg_rewards_are_the_sizes_of_files():
@@ -18,6 +18,24 @@ def test_jpeg_rewards_are_the_sizes_of_files():
     size, _ = jpeg_incompressibility(images, (), ())
     assert size[1] > 5 * size[0] > 0
     torch.testing.assert_close(jpeg_compressibility(images, (), ())[0], -size)
+
+
+def test_an_image_that_is_not_finite_is_refused_by_jpeg_rewards():
+    with pytest.raises(ValueError, match="not finite"):
+        jpeg_compressibility(torch.tensor([0.5, float("nan")]).expand(1, 3, 2, 2), (), ())
+
+
+@pytest.mark.parametrize("cores", [1, 3])
+def test_jpeg_sizes_are_in_the_order_of_the_images(cores, monkeypatch):
+    monkeypatch.setattr(jpeg, "_cores", lambda: cores)
+    jpeg._threads.cache_clear()
+    for size in (1, 40):
+        images = torch.rand(7, 3, size, size, generator=torch.Generator().manual_seed(0)) ** torch.arange(7).view(
+            -1, 1, 1, 1
+        )
+        alone = [jpeg_incompressibility(image[None], (), ())[0].item() for image in images]
+        assert jpeg_incompressibility(images, (), ())[0].tolist() == alone
+    jpeg._threads.cache_clear()
 
 
 NUMBERS = np.array([1, 2, 3])

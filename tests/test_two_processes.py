@@ -22,6 +22,7 @@ from ddpo_fast.engine.zero_settings import zero_settings
 
 EPOCH = {"train_batch_size": 4, "train_gradient_accumulation_steps": 2, "epochs": 1}
 LORA = EPOCH | {"use_lora": True}
+SEVERAL = {"reward": "tiny_run:brightness:-1,process_worker:contrast:2"}
 TWO = {
     "ddp": EPOCH,
     "zero-1": EPOCH | {"zero": 1},
@@ -36,6 +37,7 @@ TWO = {
     "bound": EPOCH | {"train_target_update": 1e-3},
     "bound-zero-2": EPOCH | {"train_target_update": 1e-3, "zero": 2},
     "bound-zero-3": EPOCH | {"train_target_update": 1e-3, "zero": 3},
+    "several": EPOCH | SEVERAL,
     "lora": LORA,
     "lora-zero-2": LORA | {"zero": 2, "offload": "optimizer"},
     "lora-zero-3": LORA | {"zero": 3},
@@ -60,6 +62,7 @@ RESUMED = {
 TWICE = {"train_batch_size": 4, "train_gradient_accumulation_steps": 4, "sample_num_batches_per_epoch": 4, "epochs": 1}
 ONE = {
     "one": TWICE | {"like": "ddp"},
+    "one-several": TWICE | SEVERAL | {"like": "several"},
     "one-zero-2": TWICE | {"like": "ddp", "zero": 2},
     "one-lora": TWICE | {"like": "lora", "use_lora": True},
     "one-from-zero-2": TWICE | MORE | {"resumes": "zero-2"},
@@ -102,9 +105,25 @@ def apart(results: dict, name: str, other: str, start: dict[str, torch.Tensor]) 
     return relative_distance(one, two, {name: start.get(name, torch.zeros_like(two[name])) for name in two})
 
 
+def test_several_rewards_are_measured_over_the_images_of_all_processes(runs):
+    """The epoch's 16 images are of two processes or of one; their rewards differ by the rounding that is said below."""
+    _, results = runs
+    two, one = (results[name]["spreads"] for name in ("several", "one-several"))
+    for name, spread in two.items():
+        assert spread["count"] == 16
+        assert spread["squares"] > 0
+        assert spread == pytest.approx(one[name], rel=1e-3)
+    advantages = [results[run]["advantages"].flatten() for run in ("several", "one-several")]
+    torch.testing.assert_close(*advantages, rtol=0, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     "name",
-    [n for n in TWO | ONE if n not in ("ddp", "lora") and not any(part in n for part in ("from", "bf16", "bound"))],
+    [
+        n
+        for n in TWO | ONE
+        if n not in ("ddp", "lora") and not any(part in n for part in ("from", "bf16", "bound", "several"))
+    ],
 )
 def test_every_setting_ends_at_the_same_weights(runs, start, name):
     """Settings change the number of rows of a UNet call and the layout of weights, and so the rounding of sums: in fp32

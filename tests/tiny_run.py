@@ -104,6 +104,8 @@ def build_trainer(
     reward: Any = brightness,
     prompts: Any = None,
     hook: Any = None,
+    eval_reward: Any = None,
+    eval_prompts: Any = None,
     use_lora: bool = False,
     pipeline: Any = None,
     trainer_class: type[DDPOTrainer] = DDPOTrainer,
@@ -113,4 +115,6 @@ def build_trainer(
     forget_accelerate_state()
     config = DDPOConfig(**{**SETTINGS, "output_dir": output_dir and str(output_dir), **settings})
     pipeline = pipeline or DefaultDDPOStableDiffusionPipeline(str(model), use_lora=use_lora)
-    return trainer_class(config, reward, prompts or Prompts(), pipeline, image_samples_hook=hook)
+    functions = {"eval_reward_function": eval_reward, "eval_prompt_function": eval_prompts}
+    functions = {name: function for name, function in functions.items() if function is not None}
+    return trainer_class(config, reward, prompts or Prompts(), pipeline, image_samples_hook=hook, **functions)

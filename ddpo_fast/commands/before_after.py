@@ -56,6 +56,9 @@ def find_or_draw(trainer: DDPOTrainer, prompts: tuple[str, ...], metadata: tuple
     """
     settings = {name: getattr(trainer.config, name) for name in SAMPLING_FIELDS}
     settings |= {name: trainer.run_settings.get(name) for name in ("pretrained_model", "reward")}
+    # files of runs whose reward had no arguments do not have these
+    made = {name: trainer.run_settings.get(name) for name in ("reward_model", "reward_options")}
+    settings |= {name: value for name, value in made.items() if value}
     wanted = {"prompts": list(prompts), "settings": settings}
     is_main = trainer.accelerator.is_main_process
     # The main process decides for all, as all must take part in drawing and may see different files on other machines.

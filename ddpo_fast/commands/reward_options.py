@@ -44,6 +44,10 @@ class RewardArguments:
         default=True, metadata={"help": "Add several rewards in units of their spread so far, not as they are."}
     )
 
+    reward_process: bool = field(
+        default=False, metadata={"help": "Compute each reward in a process of its own, which may crash alone."}
+    )
+
     def __post_init__(self) -> None:
         self.reward_options = parsed_mapping("reward_options", self.reward_options)
         if _SECRET in self.reward_options:
@@ -68,7 +72,7 @@ class RewardArguments:
     def load(self, *specs: str) -> list[Callable[..., Any]]:
         """The reward functions of the specs. Raises what `rewards.load` raises."""
         names = [name for spec in specs for name in weights_of(spec)]
-        return load_each(specs, self.reward_normalize, **self.constructor_options(names))
+        return load_each(specs, self.reward_normalize, self.reward_process, **self.constructor_options(names))
 
 
 def by_reward(text: str, names: Collection[str]) -> str | dict[str, str]:

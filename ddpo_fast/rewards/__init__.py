@@ -6,6 +6,7 @@ and returns (rewards of length B, metadata): TRL's protocol.
     named.py        rewards by name; `load` gives the function
     scoring.py      checked calls, and scoring while the next images are sampled
     several.py      the weighted sum of several rewards
+    own_process.py  a reward in a process of its own
     jpeg.py         jpeg_compressibility, jpeg_incompressibility
     clip_score.py   clip_score: how well an image fits its prompt
     pickscore.py    pickscore: which image of a prompt people prefer

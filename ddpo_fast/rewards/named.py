@@ -29,27 +29,30 @@ REWARDS = {
 }
 
 
-def load(spec: str, normalize: bool = True, **options: Any) -> Callable[..., Any]:
+def load(spec: str, normalize: bool = True, own_process: bool = False, **options: Any) -> Callable[..., Any]:
     """The reward function that `spec` names.
 
     Args:
         spec: a name in `REWARDS`, 'module:function', or several of these with weights, 'aesthetic:1,my_rewards:red:-2'.
             A weight may be left out where it is 1. With a weight, or several names, it is a `SeveralRewards`.
         normalize: whether `SeveralRewards` are added in units of their spread.
+        own_process: whether each reward computes in a process of its own (`OwnProcess`).
         options: arguments of the constructors, given to each class that takes one of this name. A dict has the value of
             each reward by its name.
 
     Raises `ValueError` for a reward that does not exist, an option that no reward takes, and what constructors raise.
     """
-    return load_each([spec], normalize, **options)[0]
+    return load_each([spec], normalize, own_process, **options)[0]
 
 
-def load_each(specs: Sequence[str], normalize: bool = True, **options: Any) -> list[Callable[..., Any]]:
+def load_each(
+    specs: Sequence[str], normalize: bool = True, own_process: bool = False, **options: Any
+) -> list[Callable[..., Any]]:
     """`load` of each of the specs, which share the options; a reward that two of them name is made once."""
     weights = [weights_of(spec) for spec in specs]
     kinds = {name: _kind(name) for each in weights for name in each}
     given = _options_by_name(kinds, options)
-    made = {name: _made(name, kind, given[name]) for name, kind in kinds.items()}
+    made = {name: _made(name, kind, given[name], own_process) for name, kind in kinds.items()}
     return [_sum_of(each, made, normalize) for each in weights]
 
 
@@ -127,14 +130,17 @@ def _arguments(kind: Any) -> list[str]:
     return [name for name, parameter in inspect.signature(kind).parameters.items() if parameter.kind in named]
 
 
-def _made(name: str, kind: Any, options: dict[str, Any]) -> Any:
-    if not inspect.isclass(kind):
-        return kind
+def _made(name: str, kind: Any, options: dict[str, Any], own_process: bool) -> Any:
     try:
-        inspect.signature(kind).bind(**options)
+        if inspect.isclass(kind):
+            inspect.signature(kind).bind(**options)
     except TypeError as error:
         raise ValueError(f"reward {name!r} cannot be made with its options ({error}): give them as options") from None
-    made = kind(**options)
+    if own_process:
+        from ddpo_fast.rewards.own_process import OwnProcess
+
+        return OwnProcess(name, options)
+    made = kind(**options) if inspect.isclass(kind) else kind
     require_function(f"reward {name!r}", made)
     return made
 
