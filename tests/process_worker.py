@@ -13,6 +13,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from accelerate.utils import gather_object
 from compare_runs import trained_weights
 from tiny_run import SETTINGS, build_trainer
 
@@ -38,7 +39,8 @@ def run(model: str, folder: Path, name: str, settings: dict) -> None:
     if resumed:
         settings["resume_from"] = str(folder / resumed)
     settings = {"per_prompt_stat_tracking": True, **settings}
-    trainer = build_trainer(model, folder / name, prompts=load_prompts("animals"), **settings)
+    prompts = load_prompts("animals") if like is None else repeated_prompts(folder / like)
+    trainer = build_trainer(model, folder / name, prompts=prompts, **settings)
     process = trainer.accelerator.process_index
     if like is None:
         torch.save(checkpoint.random_state(), folder / name / f"states_{process}.pt")
@@ -50,6 +52,7 @@ def run(model: str, folder: Path, name: str, settings: dict) -> None:
     kept["linear_is_torchs"] = torch.nn.functional.linear is LINEAR
     kept["advantages"] = trainer.accelerator.gather(kept["advantages"].to(trainer.accelerator.device))
     kept["trail"] = trainer.accelerator.gather(kept["trail"])
+    kept["drawn"] = gather_object(kept["drawn"])
     kept["prompts"] = len(trainer.stat_tracker.get_stats())
     with trainer.engine.exact():
         if trainer.accelerator.is_main_process:
@@ -59,19 +62,26 @@ def run(model: str, folder: Path, name: str, settings: dict) -> None:
 
 
 def first_epoch_kept_in(kept: dict) -> Callable:
-    """`Trajectory.with_advantages`, which keeps the first epoch's latents and advantages of this process's images."""
+    """`Trajectory.with_advantages`, which keeps the first epoch's latents, advantages and prompts of this process."""
     with_advantages = Trajectory.with_advantages
 
     def keep(trajectory, advantages):
         kept.setdefault("trail", trajectory.trail)
         kept.setdefault("advantages", advantages)
+        kept.setdefault("drawn", list(trajectory.prompts))
         return with_advantages(trajectory, advantages)
 
     return keep
 
 
+def repeated_prompts(other: Path) -> Callable:
+    """A prompt function that draws what another run's processes drew in the first epoch, one after the other."""
+    drawn = iter(torch.load(other / "result.pt", weights_only=True)["drawn"])
+    return lambda: (next(drawn), {})
+
+
 def draw_like(trainer: DDPOTrainer, other: Path) -> None:
-    """Makes the trainer sample the first epoch from the random states of another run's processes, one by one."""
+    """Makes the trainer take noise for the first epoch from the random states of another run's processes, in turn."""
     draw, drawn = trainer.rollout.draw, []
 
     def draw_as_another(*arguments):

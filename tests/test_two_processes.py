@@ -148,6 +148,15 @@ def test_processes_draw_different_images(runs):
     assert not torch.equal(*(torch.load(folder / "ddp" / f"states_{i}.pt")["torch"] for i in (0, 1)))
 
 
+def test_processes_draw_different_prompts(runs):
+    """The list has 27 of them, and an epoch 8 draws of each process: in none of the runs is a prompt drawn twice."""
+    _, results = runs
+    for name in TWO | WHOLE | RESUMED:
+        drawn = results[name]["drawn"]
+        assert len(drawn) == len(set(drawn)) == 16, name
+    assert len({tuple(results[name]["drawn"]) for name in ("ddp", "ddp-from-zero-3")}) == 2, "each epoch has its own"
+
+
 def test_torchs_linear_layer_is_restored(runs):
     """DeepSpeed's stage 3 replaces `torch.nn.functional.linear`, which would change the bits of later runs."""
     _, results = runs

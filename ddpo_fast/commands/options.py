@@ -68,7 +68,10 @@ class RunArguments:
     )
     prompts: str = field(
         default="simple_animals",
-        metadata={"help": f"{', '.join(PROMPT_LISTS)}, a text file with a prompt a line, or module:function."},
+        metadata={
+            "help": f"{', '.join(PROMPT_LISTS)}, a file (text with a prompt a line, .csv, .tsv, .jsonl, .json), a "
+            "dataset as hf:NAME[:SPLIT][#COLUMN], or module:function."
+        },
     )
     recipe: str = field(
         default="",
@@ -238,7 +241,7 @@ def sample_parser() -> Parser:
         description="Draw a grid: the base model above, the trained one below, from the same noise.",
     )
     parser.add_argument("run", help="output folder of a run, or a checkpoint in it")
-    parser.add_argument("--prompts", help="a named list, a text file or module:function (default: the run's)")
+    parser.add_argument("--prompts", help="as for `train` (default: the run's)")
     parser.add_argument("--reward", help="a named reward or module:function for the captions (default: the run's)")
     parser.add_argument("--num-images", "--num_images", type=int, default=8, help="images of each model")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise and of the choice of prompts")

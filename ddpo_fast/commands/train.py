@@ -23,7 +23,7 @@ from ddpo_fast.commands.options import (
 )
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.pipeline import DefaultDDPOStableDiffusionPipeline
-from ddpo_fast.prompts import PromptFunction, draw_prompts, existing, load_prompts
+from ddpo_fast.prompts import PromptFunction, absolute, draw_prompts, existing, load_prompts
 from ddpo_fast.run_folder import checkpoint, pictures
 from ddpo_fast.run_folder.resume_checks import refuse_changes
 from ddpo_fast.run_folder.run_log import default_folder, output_folder
@@ -129,7 +129,8 @@ def read_options(arguments: Sequence[str]) -> tuple[RunArguments, DDPOConfig]:
 
 def make_absolute(options: RunArguments, namespace: Any) -> None:
     """Makes the paths of files and folders absolute, so that the run can be resumed from any working directory."""
-    paths = [(options, "pretrained_model"), (options, "prompts"), (namespace, "deepspeed")]
+    options.prompts = absolute(options.prompts)
+    paths = [(options, "pretrained_model"), (namespace, "deepspeed")]
     # a file may have the name of a recipe
     if options.recipe not in recipes.names():
         paths.append((options, "recipe"))
