@@ -7,14 +7,17 @@ samples what the processes of that run sampled, one after the other; with `resum
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
 from accelerate.utils import gather_object
 from compare_runs import trained_weights
+from test_groups import FlatAtFirst, Numbered, keep_trained
 from tiny_run import SETTINGS, build_trainer
 
 from ddpo_fast import DDPOTrainer
@@ -30,7 +33,10 @@ def main() -> None:
     torch.set_num_threads(1)
     model, folder, cases = sys.argv[1], Path(sys.argv[2]), json.loads(Path(sys.argv[3]).read_text())
     for name, settings in cases.items():
-        run(model, folder, name, settings)
+        if name == "groups":
+            draw_groups(model, folder / name, **settings)
+        else:
+            run(model, folder, name, settings)
 
 
 def run(model: str, folder: Path, name: str, settings: dict) -> None:
@@ -72,6 +78,16 @@ def first_epoch_kept_in(kept: dict) -> Callable:
         return with_advantages(trajectory, advantages)
 
     return keep
+
+
+def draw_groups(model: str, folder: Path, **settings: Any) -> None:
+    """Trains on groups of which only those of the second process have no spread; saves what each trained on."""
+    process = int(os.environ["RANK"])
+    trainer = build_trainer(model, folder, reward=FlatAtFirst(process), prompts=Numbered(), **settings)
+    kept = keep_trained(trainer)
+    trainer.train()
+    found = {"prompts": kept[0].prompts, "advantages": kept[0].advantages.mean(1).tolist()}
+    (folder / f"{process}.json").write_text(json.dumps(found))
 
 
 def repeated_prompts(other: Path) -> Callable:
