@@ -101,7 +101,7 @@ class Parser(HfArgumentParser):
     """
 
     def __init__(self, kinds: Sequence[type] = (), **kwargs: Any) -> None:
-        super().__init__(list(kinds), allow_abbrev=False, **kwargs)  # type: ignore[arg-type]
+        super().__init__(list(kinds), allow_abbrev=False, **kwargs)
         # The word None is accepted for a field that may be None: a resumed run, whose defaults are the recorded
         # settings, can be set back with it.
         for kind in kinds:
