@@ -15,14 +15,17 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # DeepSpeed's own kernels are compiled where they are used, and not when it is installed
 export DS_BUILD_OPS ?= 0
 
+# Python compiles a module when it is first imported, which two thirds of the packages' modules never are.
+PIP_OPTIONS := --quiet --disable-pip-version-check --no-compile
+
 .PHONY: setup demo test test-fast test-bench lint clean
 
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[dev]'
+	$(BIN)/python -m pip install $(PIP_OPTIONS) --constraint $(CONSTRAINTS) torch
+	$(BIN)/python -m pip install $(PIP_OPTIONS) --constraint $(CONSTRAINTS) --editable '.[dev]'
 	touch $(READY)
 
 # All weights of the bundled model, towards smaller and then towards larger JPEG files, with the recipe that the command

@@ -130,7 +130,7 @@ class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
         self.sd_pipeline: Any = load_stable_diffusion(self.pretrained_model, pretrained_model_revision)
         self.lora_config = LoraConfig(
             r=lora_rank,
-            lora_alpha=lora_alpha,  # type: ignore[arg-type] # peft divides it by the rank, whatever it is
+            lora_alpha=lora_alpha,  # peft divides it by the rank, whatever it is
             init_lora_weights="gaussian",
             target_modules=targets,
         )

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object
 
 from ddpo_fast import cuda_graphs
@@ -77,7 +77,7 @@ def check_launch() -> None:
             )
 
 
-def broadcast_from_main(accelerator: Accelerator, value: T) -> T:
+def broadcast_from_main(accelerator: Accelerator | PartialState, value: T) -> T:
     """The main process's value, in every process; the value has to be picklable."""
     return value if accelerator.num_processes == 1 else broadcast_object_list([value])[0]
 

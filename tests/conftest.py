@@ -34,7 +34,6 @@ test_learning_bench.py::test_runs_are test_learning_bench.py::test_the_trl_packa
 test_learning_bench.py::test_a_run_that_fails
 test_lora.py::test_an_adapter_beside
 test_adamw8bit.py::test_loops_and_avx512 test_adamw8bit.py::test_cpp_quantizes
-test_groups.py::test_two_processes
 test_batch_sizes.py::test_what_was_measured test_batch_sizes.py::test_a_run_that
 test_objectives.py::test_a_resumed test_objectives.py::test_kl_is
 test_ppo.py::test_ratio test_ppo.py::test_the_fast_path test_ppo.py::test_golden

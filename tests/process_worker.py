@@ -7,13 +7,17 @@ samples what the processes of that run sampled, one after the other; with `resum
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
+from accelerate.utils import gather_object
 from compare_runs import trained_weights
+from test_groups import FlatAtFirst, Numbered, keep_trained
 from tiny_run import SETTINGS, build_trainer
 
 from ddpo_fast import DDPOTrainer
@@ -35,7 +39,10 @@ def main() -> None:
     torch.set_num_threads(1)
     model, folder, cases = sys.argv[1], Path(sys.argv[2]), json.loads(Path(sys.argv[3]).read_text())
     for name, settings in cases.items():
-        run(model, folder, name, settings)
+        if name == "groups":
+            draw_groups(model, folder / name, **settings)
+        else:
+            run(model, folder, name, settings)
 
 
 def run(model: str, folder: Path, name: str, settings: dict) -> None:
@@ -44,7 +51,8 @@ def run(model: str, folder: Path, name: str, settings: dict) -> None:
     if resumed:
         settings["resume_from"] = str(folder / resumed)
     settings = {"per_prompt_stat_tracking": True, **settings}
-    trainer = build_trainer(model, folder / name, prompts=load_prompts("animals"), **settings)
+    prompts = load_prompts("animals") if like is None else repeated_prompts(folder / like)
+    trainer = build_trainer(model, folder / name, prompts=prompts, **settings)
     process = trainer.accelerator.process_index
     if like is None:
         torch.save(checkpoint.random_state(), folder / name / f"states_{process}.pt")
@@ -58,6 +66,7 @@ def run(model: str, folder: Path, name: str, settings: dict) -> None:
     kept["trail"] = trainer.accelerator.gather(kept["trail"])
     if isinstance(trainer.reward_fn, SeveralRewards):
         kept["spreads"] = trainer.reward_fn.state_dict()["spreads"]
+    kept["drawn"] = gather_object(kept["drawn"])
     kept["prompts"] = len(trainer.stat_tracker.get_stats())
     with trainer.engine.exact():
         if trainer.accelerator.is_main_process:
@@ -67,19 +76,36 @@ def run(model: str, folder: Path, name: str, settings: dict) -> None:
 
 
 def first_epoch_kept_in(kept: dict) -> Callable:
-    """`Trajectory.with_advantages`, which keeps the first epoch's latents and advantages of this process's images."""
+    """`Trajectory.with_advantages`, which keeps the first epoch's latents, advantages and prompts of this process."""
     with_advantages = Trajectory.with_advantages
 
     def keep(trajectory, advantages):
         kept.setdefault("trail", trajectory.trail)
         kept.setdefault("advantages", advantages)
+        kept.setdefault("drawn", list(trajectory.prompts))
         return with_advantages(trajectory, advantages)
 
     return keep
 
 
+def draw_groups(model: str, folder: Path, **settings: Any) -> None:
+    """Trains on groups of which only those of the second process have no spread; saves what each trained on."""
+    process = int(os.environ["RANK"])
+    trainer = build_trainer(model, folder, reward=FlatAtFirst(process), prompts=Numbered(), **settings)
+    kept = keep_trained(trainer)
+    trainer.train()
+    found = {"prompts": kept[0].prompts, "advantages": kept[0].advantages.mean(1).tolist()}
+    (folder / f"{process}.json").write_text(json.dumps(found))
+
+
+def repeated_prompts(other: Path) -> Callable:
+    """A prompt function that draws what another run's processes drew in the first epoch, one after the other."""
+    drawn = iter(torch.load(other / "result.pt", weights_only=True)["drawn"])
+    return lambda: (next(drawn), {})
+
+
 def draw_like(trainer: DDPOTrainer, other: Path) -> None:
-    """Makes the trainer sample the first epoch from the random states of another run's processes, one by one."""
+    """Makes the trainer take noise for the first epoch from the random states of another run's processes, in turn."""
     draw, drawn = trainer.rollout.draw, []
 
     def draw_as_another(*arguments):

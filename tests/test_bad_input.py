@@ -17,7 +17,7 @@ from tiny_run import SETTINGS, brightness
 
 from ddpo_fast import DDPOConfig
 from ddpo_fast.engine.zero_settings import zero_settings
-from ddpo_fast.prompts import draw_prompts, load_prompts
+from ddpo_fast.prompts import draw_prompts
 from ddpo_fast.rewards import score
 from ddpo_fast.run_folder import checkpoint
 from ddpo_fast.user_functions import load_function, require_function
@@ -292,54 +292,6 @@ def test_an_argument_that_is_not_a_function_is_refused(name, given, model_dir):
         DDPOTrainer(DDPOConfig(), *functions.values(), sd_pipeline=None)
 
 
-# prompt files
-
-TEXT = "a cat\nein Käse\n"
-BAD_FILES = {
-    "latin.txt": (TEXT.encode("latin-1"), "line 2 is not text in UTF-8"),
-    "cp1252.txt": ("a cat\n\n“quoted”".encode("cp1252"), "line 3 is not text in UTF-8"),
-    "shift-jis.txt": ("猫".encode("shift-jis"), "line 1 is not text in UTF-8"),
-    "cut-utf8.txt": ("a cat\nein K\u00e4".encode()[:-1], "line 2 is not text in UTF-8"),
-    "cut-utf16.txt": (TEXT.encode("utf-16")[:-1], "line 2 is not text in UTF-16"),
-    "utf16-without-mark.txt": ("a cat".encode("utf-16-le"), "line 1 has NUL bytes"),
-    "picture.txt": (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "line 1 is not text in UTF-8"),
-    "packed.txt": (b"\x1f\x8b\x08\0abc", "line 1 is not text in UTF-8"),
-    "nul.txt": (b"a cat\na dog\0", "line 2 has NUL bytes"),
-    "empty.txt": (b"", "no prompt in it"),
-    "blank.txt": (b" \r\n\t\n", "no prompt in it"),
-    "mark-only.txt": (codecs.BOM_UTF8, "no prompt in it"),
-    "table.csv": (b"a cat,1", "a .csv file"),
-    "table.tsv": (b"a cat\t1", "a .tsv file"),
-    "list.json": (b'["a cat"]', "a .json file"),
-    "lines.jsonl": (b'{"prompt": "a cat"}', "a .jsonl file"),
-    "list.yaml": (b"- a cat", "a .yaml file"),
-    "header.txt": (b"prompt,score\na cat,3\n", "the header 'prompt,score'"),
-    "tabs.txt": (b"id\tcaption\n1\ta cat\n", "a table with the header"),
-    "column.txt": (b'"prompt"\na cat\n', "a table with the header"),
-    "json.txt": (b'["a cat", "a dog"]', "JSON"),
-    "json-pretty.txt": (b'[\n  "a cat",\n  "a dog"\n]\n', "JSON"),
-    "json-lines.txt": (b'{"prompt": "a cat"}\n{"prompt": "a dog"}\n', "JSON"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_FILES)
-def test_a_file_without_prompts_is_refused(name, tmp_path):
-    data, words = BAD_FILES[name]
-    (tmp_path / name).write_bytes(data)
-    with refused(ValueError, "prompts is", name, words) as caught:
-        load_prompts(str(tmp_path / name))
-    assert any(remedy in str(caught.value) for remedy in ("UTF-8", "one per line", "one on each line"))
-
-
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
-@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
-def test_prompt_files_in_any_unicode_encoding(tmp_path, encoding, end):
-    lines = ["ein Käse", "一只猫", "", "a\u2028b", "a cat 🐱", "ein Käse", '"quoted", [x], {y}', "# tag", "logo, text"]
-    mark = {"utf-16-le": codecs.BOM_UTF16_LE, "utf-16-be": codecs.BOM_UTF16_BE}.get(encoding, b"")
-    (tmp_path / "prompts.txt").write_bytes(mark + end.join(lines).encode(encoding))
-    assert load_prompts(str(tmp_path / "prompts.txt")).prompts == [line for line in lines if line]
-
-
 # modules of users
 
 MODULES = {
@@ -463,7 +415,7 @@ def no_model(monkeypatch):
         ("--prompts users_functions:yields_prompt", "a generator"),
         ("--prompts users_functions:half_prompt", "half of a character"),
         ("--prompts latin.txt", "latin.txt', whose line 2"),
-        ("--prompts table.csv", "a .csv file"),
+        ("--prompts table.csv", "table.csv', which has no column 'prompt'"),
         (f"--prompts {'long' * 200}", "neither a file nor"),
         ("--pretrained_model ./nowhere", "no such folder"),
         ("--pretrained_model .", "model_index.json"),
@@ -482,8 +434,8 @@ def no_model(monkeypatch):
 def test_a_wrong_command_line_ends_with_one_sentence(options, words, no_model, modules, tmp_path, capsys):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "metrics.jsonl").write_text("{}\n")
-    for name in ("latin.txt", "table.csv"):
-        (tmp_path / name).write_bytes(BAD_FILES[name][0])
+    (tmp_path / "latin.txt").write_bytes("a cat\nein Käse\n".encode("latin-1"))
+    (tmp_path / "table.csv").write_text("a cat,1")
     before = files_in(tmp_path)
     ends_with_one_sentence(["train", *options.split()], capsys, words)
     after = {name: data for name, data in files_in(tmp_path).items() if "__pycache__" not in name}

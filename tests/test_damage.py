@@ -249,5 +249,5 @@ def test_an_error_while_drawing_does_not_stop_a_run(make_trainer, monkeypatch, c
         raise RuntimeError("no fonts")
 
     monkeypatch.setattr("ddpo_fast.run_folder.pictures.draw_rewards", fail)
-    make_trainer(num_epochs=1, sample_num_steps=2).train()
+    make_trainer(num_epochs=1, sample_num_steps=2, draws=True).train()
     assert "could not be drawn (RuntimeError: no fonts)" in caplog.text

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from compare_runs import metrics_of
-from run_process import environment, finish
-from tiny_run import Prompts, brightness, build_trainer
+from tiny_run import Prompts, brightness
 
 from ddpo_fast import DefaultDDPOStableDiffusionPipeline
 from ddpo_fast.advantages import group_advantages
@@ -216,34 +210,6 @@ def test_further_groups_have_new_noise(make_trainer):
     assert not torch.equal(first[:, 0], again[:, 0])
 
 
-def of_two_processes(model: str, folder: Path) -> None:
-    """What each of two processes runs: only the second has groups without spread."""
-    torch.set_num_threads(1)
-    process = int(os.environ["RANK"])
-    trainer = build_trainer(
-        model, folder / "run", reward=FlatAtFirst(1 if process else 0), prompts=Numbered(), sample_group_size=4,
-        sample_redraws=3, train_image_credit="coca", **FEW_STEPS,
-    )  # fmt: skip
-    kept = keep_trained(trainer)
-    trainer.train()
-    found = {"prompts": kept[0].prompts, "advantages": kept[0].advantages.mean(1).tolist(), "rank": process}
-    (folder / f"{process}.json").write_text(json.dumps(found))
-
-
-def test_two_processes_draw_as_often(model_dir, tmp_path):
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    finish([sys.executable, *launcher, __file__, model_dir, tmp_path], env=environment())
-    (epoch,) = metrics_of(tmp_path / "run", "epoch")
-    # one batch of four further images in each process, of which the first needs none
-    assert epoch["images"] == 16
-    assert epoch["images_scored"] == 24
-    assert epoch["image_spread"] > 0
-    found = [json.loads((tmp_path / f"{process}.json").read_text()) for process in (0, 1)]
-    assert found[0]["prompts"] == ["cat 1"] * 4 + ["cat 2"] * 4
-    assert found[1]["prompts"] == ["cat 3"] * 4 + ["cat 2"] * 4
-    assert all(advantage != 0 for each in found for advantage in each["advantages"])
-
-
 def test_groups_change_nothing_at_size_one(make_trainer, tmp_path):
     trails = []
     for size in (1, 2):
@@ -253,7 +219,3 @@ def test_groups_change_nothing_at_size_one(make_trainer, tmp_path):
         trails.append(torch.cat([sample.trail for sample in trainer._generate_samples(2, 4)[0]]))
     # the same noise, whatever the groups
     assert torch.equal(trails[0][:, 0], trails[1][:, 0])
-
-
-if __name__ == "__main__":
-    of_two_processes(sys.argv[1], Path(sys.argv[2]))

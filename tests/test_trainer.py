@@ -150,7 +150,7 @@ def test_other_predictions_train(make_trainer, tmp_path, prediction_type):
 
 @pytest.mark.parametrize("use_lora", [False, True])
 def test_what_a_run_leaves(make_trainer, tmp_path, use_lora):
-    trainer = make_trainer(use_lora=use_lora, log_with="tensorboard", save_freq=2, num_epochs=3)
+    trainer = make_trainer(use_lora=use_lora, log_with="tensorboard", save_freq=2, num_epochs=3, draws=True)
     trainer.train()
     trainer.save_model()
     run = tmp_path / "run"

@@ -69,6 +69,13 @@ ONE = {
     "one-zero-3-from-ddp": TWICE | MORE | {"resumes": "ddp", "zero": 3},
 }
 ALL = TWO | WHOLE | RESUMED | ONE
+GROUPS = {
+    "num_epochs": 1,
+    "sample_num_steps": 2,
+    "sample_group_size": 4,
+    "sample_redraws": 3,
+    "train_image_credit": "coca",
+}
 
 
 def command(processes: int, script: str, *arguments: object) -> list[object]:
@@ -87,7 +94,7 @@ def run(processes: int, model: str, folder: Path, cases: dict) -> None:
 def runs(model_dir, tmp_path_factory):
     """(folder of all runs, the result of each by its name)."""
     folder = tmp_path_factory.mktemp("processes")
-    run(2, model_dir, folder, TWO | WHOLE | RESUMED)
+    run(2, model_dir, folder, TWO | WHOLE | RESUMED | {"groups": GROUPS | {"num_epochs": 1}})
     run(1, model_dir, folder, ONE)
     return folder, {name: torch.load(folder / name / "result.pt", weights_only=True) for name in ALL}
 
@@ -165,6 +172,28 @@ def test_processes_draw_different_images(runs):
     first, second = trail.chunk(2)
     assert (first - second).flatten(1).norm(dim=1).min() > 1
     assert not torch.equal(*(torch.load(folder / "ddp" / f"states_{i}.pt")["torch"] for i in (0, 1)))
+
+
+def test_processes_draw_different_prompts(runs):
+    """The list has 27 of them, and an epoch 8 draws of each process: in none of the runs is a prompt drawn twice."""
+    _, results = runs
+    for name in TWO | WHOLE | RESUMED:
+        drawn = results[name]["drawn"]
+        assert len(drawn) == len(set(drawn)) == 16, name
+    assert len({tuple(results[name]["drawn"]) for name in ("ddp", "ddp-from-zero-3")}) == 2, "each epoch has its own"
+
+
+def test_processes_draw_groups_again_as_often(runs):
+    """One batch of four further images in each process, of which the first needs none."""
+    folder, _ = runs
+    (epoch,) = metrics_of(folder / "groups", "epoch")
+    assert epoch["images"] == 16
+    assert epoch["images_scored"] == 24
+    assert epoch["image_spread"] > 0
+    found = [json.loads((folder / "groups" / f"{process}.json").read_text()) for process in (0, 1)]
+    assert found[0]["prompts"] == ["cat 1"] * 4 + ["cat 2"] * 4
+    assert found[1]["prompts"] == ["cat 3"] * 4 + ["cat 2"] * 4
+    assert all(advantage != 0 for each in found for advantage in each["advantages"])
 
 
 def test_torchs_linear_layer_is_restored(runs):

@@ -66,7 +66,10 @@ class RunArguments(RewardArguments):
     reward: str = field(default="jpeg_compressibility", metadata={"help": REWARD_HELP})
     prompts: str = field(
         default="simple_animals",
-        metadata={"help": f"{', '.join(PROMPT_LISTS)}, a text file with a prompt a line, or module:function."},
+        metadata={
+            "help": f"{', '.join(PROMPT_LISTS)}, a file (text with a prompt a line, .csv, .tsv, .jsonl, .json), a "
+            "dataset as hf:NAME[:SPLIT][#COLUMN], or module:function."
+        },
     )
     eval_reward: str = field(
         default="",
@@ -111,7 +114,7 @@ class Parser(HfArgumentParser):
     """
 
     def __init__(self, kinds: Sequence[type] = (), **kwargs: Any) -> None:
-        super().__init__(list(kinds), allow_abbrev=False, **kwargs)  # type: ignore[arg-type]
+        super().__init__(list(kinds), allow_abbrev=False, **kwargs)
         # The word None is accepted for a field that may be None: a resumed run, whose defaults are the recorded
         # settings, can be set back with it.
         for kind in kinds:
@@ -252,7 +255,7 @@ def sample_parser() -> Parser:
         description="Draw a grid: the base model above, the trained one below, from the same noise.",
     )
     parser.add_argument("run", help="output folder of a run, or a checkpoint in it")
-    parser.add_argument("--prompts", help="a named list, a text file or module:function (default: the run's)")
+    parser.add_argument("--prompts", help="as for `train` (default: the run's)")
     parser.add_argument("--reward", help="rewards for the captions, as in `train` (default: the run's)")
     parser.add_argument("--num-images", "--num_images", type=int, default=8, help="images of each model")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise and of the choice of prompts")

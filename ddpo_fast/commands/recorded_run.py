@@ -18,7 +18,7 @@ from typing import Any
 from ddpo_fast.commands.options import TRL_TARGETS, RunArguments
 from ddpo_fast.commands.reward_options import RewardArguments
 from ddpo_fast.config import PLACE_FIELDS, DDPOConfig
-from ddpo_fast.prompts import existing
+from ddpo_fast.prompts import names_function
 from ddpo_fast.recipes import LORA_SETTINGS
 from ddpo_fast.rewards import is_local
 from ddpo_fast.run_folder import checkpoint, recorded_settings
@@ -89,7 +89,7 @@ class RecordedRun:
         if name in ("reward", "eval_reward"):
             return _is_local_reward(value)
         if name in ("prompts", "eval_prompts"):
-            return isinstance(value, str) and (":" not in value or existing(value) is not None)
+            return isinstance(value, str) and not names_function(value)
         if name == "project_kwargs":
             return isinstance(value, dict) and set(value) <= {"total_limit"}
         if name == "log_with":

@@ -26,7 +26,7 @@ from ddpo_fast.commands.reward_options import RewardArguments, with_absolute_mod
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.evaluation import distinct_prompts
 from ddpo_fast.pipeline import DefaultDDPOStableDiffusionPipeline
-from ddpo_fast.prompts import existing, load_prompts
+from ddpo_fast.prompts import absolute, existing, load_prompts
 from ddpo_fast.rewards import SeveralRewards, weights_of
 from ddpo_fast.run_folder import checkpoint, pictures
 from ddpo_fast.run_folder.resume_checks import refuse_changes
@@ -148,7 +148,8 @@ def read_options(arguments: Sequence[str]) -> tuple[RunArguments, DDPOConfig]:
 def make_absolute(options: RunArguments, namespace: Any) -> None:
     """Makes the paths of files and folders absolute, so that the run can be resumed from any working directory."""
     options.reward_model = with_absolute_models(options.reward_model, options.reward_names)
-    paths = [(options, name) for name in ("pretrained_model", "prompts", "eval_prompts")] + [(namespace, "deepspeed")]
+    options.prompts, options.eval_prompts = absolute(options.prompts), absolute(options.eval_prompts)
+    paths = [(options, "pretrained_model"), (namespace, "deepspeed")]
     # a file may have the name of a recipe
     if options.recipe not in recipes.names():
         paths.append((options, "recipe"))

@@ -26,7 +26,7 @@ def cache_problem(unet: Any) -> str:
     """Why `UNetCache` cannot be used for a UNet, or '' if it can."""
     if not isinstance(unet, UNet2DConditionModel):
         return f"{type(unet).__name__} is no UNet2DConditionModel"
-    modules: Any = unet.modules()  # type: ignore[attr-defined]
+    modules: Any = unet.modules()
     if extra := next((name for name in UNCACHED if getattr(unet, name, None) is not None), None):
         return f"the UNet has {extra}"
     other = next((m for m in modules if hasattr(m, "time_emb_proj") and not isinstance(m, ResnetBlock2D)), None)
