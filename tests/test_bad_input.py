@@ -282,13 +282,22 @@ def test_functions_that_raise_are_named(error):
         score(breaks, torch.zeros(1, 3, 8, 8), ("a",), ({},))
 
 
-@pytest.mark.parametrize("given", [None, "jpeg", [brightness], torch.ones(1), DDPOConfig])
+@pytest.mark.parametrize("given", [None, 3, [brightness], torch.ones(1), DDPOConfig])
 @pytest.mark.parametrize("name", ["reward_function", "prompt_function"])
 def test_an_argument_that_is_not_a_function_is_refused(name, given, model_dir):
     from ddpo_fast import DDPOTrainer
 
     functions = {"reward_function": brightness, "prompt_function": lambda: ("a", {}), name: given}
     with refused(ValueError, f"^{name} is .* function"):
+        DDPOTrainer(DDPOConfig(), *functions.values(), sd_pipeline=None)
+
+
+@pytest.mark.parametrize("name", ["reward_function", "prompt_function"])
+def test_an_unknown_name_in_place_of_a_function_is_refused(name):
+    from ddpo_fast import DDPOTrainer
+
+    functions = {"reward_function": brightness, "prompt_function": lambda: ("a", {}), name: "jpeg"}
+    with refused(ValueError, "is 'jpeg', which is neither"):
         DDPOTrainer(DDPOConfig(), *functions.values(), sd_pipeline=None)
 
 

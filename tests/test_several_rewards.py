@@ -86,12 +86,14 @@ def test_names_and_weights():
     spec = " a:b , jpeg_compressibility:-0.5,c:d:2e-1, e:f:.5"
     assert weights_of(spec) == {"a:b": None, "jpeg_compressibility": -0.5, "c:d": 0.2, "e:f": 0.5}
     assert weights_of("jpeg_compressibility") == {"jpeg_compressibility": None}
+    # a user's functions
+    assert weights_of("rewards:nan,rewards:inf:2") == {"rewards:nan": None, "rewards:inf": 2}
 
 
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
-        ("a:nan", "'a' has the weight nan"),
+        ("clip_score:nan", "'clip_score' has the weight nan"),
         ("a:1,b:-inf", "'b' has the weight -inf"),
         ("a:0", "'a' has the weight 0 but needs a finite number that is not 0"),
         ("a:b,a:b:2", "names 'a:b' twice"),

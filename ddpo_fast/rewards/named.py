@@ -85,8 +85,11 @@ def is_local(spec: str) -> bool:
 
 def _name_and_weight(part: str) -> tuple[str, float | None]:
     name, colon, last = part.rpartition(":")
+    # 'module:nan' names a function, and float would read a number
+    if not colon or (last.isidentifier() and name not in REWARDS):
+        return part, None
     try:
-        return (name.strip(), float(last)) if colon else (part, None)
+        return name.strip(), float(last)
     # 'module:function'
     except ValueError:
         return part, None
