@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizerFast  # type: ignore[attr-defined]
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizerFast
 
 from ddpo_fast.model_configs import first_line
 from ddpo_fast.rewards.clip_images import ImageFormat, read_image_format
