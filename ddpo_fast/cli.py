@@ -1,4 +1,4 @@
-"""The command line: `ddpo-fast train`, `plan`, `sample`, `recipes` and `info`.
+"""The command line: `ddpo-fast train`, `train-reward`, `plan`, `sample`, `recipes` and `info`.
 
 A command is a function in `COMMANDS`: it reads its options, which needs no torch, and then imports and runs its module
 in `commands/`. So `--help` and a misspelt option are answered before the seconds that torch takes to import.
@@ -19,11 +19,12 @@ USAGE = """usage: ddpo-fast COMMAND [options]
 
 Fine-tune Stable Diffusion with reinforcement learning.
 
-  train    train a model on a reward, or go on with a run
-  sample   draw a trained run's images beside the base model's
-  plan     predict the memory that training takes, and choose settings that fit
-  recipes  list the named sets of settings that train uses, or print one
-  info     print what runs on this machine, and why the rest does not
+  train         train a model on a reward, or go on with a run
+  train-reward  train a reward on rated images, or on pairs with a preference
+  sample        draw a trained run's images beside the base model's
+  plan          predict the memory that training takes, and choose settings that fit
+  recipes       list the named sets of settings that train uses, or print one
+  info          print what runs on this machine, and why the rest does not
 
 `ddpo-fast COMMAND --help` lists a command's options."""
 # an environment variable: set to anything, errors are shown with Python's traceback
@@ -100,6 +101,15 @@ def train(arguments: Sequence[str]) -> None:
     train.run(arguments)
 
 
+def train_reward(arguments: Sequence[str]) -> None:
+    from ddpo_fast.commands.options import HeadArguments, from_options, train_reward_parser
+
+    options = from_options(HeadArguments, train_reward_parser().parse(arguments))
+    from ddpo_fast.commands import train_reward
+
+    train_reward.run(options)
+
+
 def plan(arguments: Sequence[str]) -> None:
     from ddpo_fast.commands.options import plan_parser
 
@@ -138,6 +148,7 @@ def recipes(arguments: Sequence[str]) -> None:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train,
+    "train-reward": train_reward,
     "plan": plan,
     "sample": sample,
     "recipes": recipes,

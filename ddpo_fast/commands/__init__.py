@@ -1,6 +1,7 @@
 """The commands of `ddpo-fast`.
 
-train, plan, sample, recipes, info   one module each, whose `run` is the command; `ddpo_fast/cli.py` calls it
+train, train_reward, plan, sample,    one module each, whose `run` is the command; `ddpo_fast/cli.py` calls it
+recipes, info
 options                              the options of all of them, read without torch
 early_checks                         what `train` checks before any weight is loaded
 recorded_run                         the options that an earlier run recorded, and whether they may be used

@@ -107,6 +107,51 @@ class RunArguments(RewardArguments):
         return [name.strip() for name in self.lora_target_modules.split(",") if name.strip()]
 
 
+@dataclass
+class HeadArguments:
+    """The data, the CLIP and the head of `ddpo-fast train-reward`."""
+
+    data: str = field(
+        metadata={
+            "help": "AVA.txt; a .csv, .jsonl or .parquet file with the columns image, score, or caption, jpg_0, jpg_1, "
+            "label_0, label_1; or a folder of such parquet files."
+        },
+    )
+    images: str = field(
+        default="", metadata={"help": "Folder of the images (default: the file's own, or `images` beside AVA.txt)."}
+    )
+    clip: str = field(
+        default="openai/clip-vit-large-patch14",
+        metadata={"help": "Folder or Hub id of the CLIP, or `bundled` for the scorer of the bundled model."},
+    )
+    head: str = field(
+        default="linear", metadata={"help": "linear, or mlp: LAION's layers.", "choices": ["linear", "mlp"]}
+    )
+    output_dir: str = field(default="reward_head", metadata={"help": "Folder of the head and the kept embeddings."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace the head that is in the folder."})
+    max_broken_share: float = field(
+        default=0.05, metadata={"help": "Share of rows that may be broken: they are left out, and named."}
+    )
+    validation_share: float = field(default=0.1, metadata={"help": "Share of rows that measure the head."})
+    seed: int = field(default=0, metadata={"help": "Seed of the division of rows and of an MLP's training."})
+    device: str = field(default="", metadata={"help": "Where the CLIP computes (default: the GPU if there is one)."})
+    clip_batch_size: int = field(default=64, metadata={"help": "Images that the CLIP embeds at a time."})
+    epochs: int = field(default=50, metadata={"help": "Passes over the rows, for an MLP."})
+    batch_size: int = field(default=256, metadata={"help": "Rows of an update of an MLP."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Adam's learning rate for an MLP."})
+
+    def __post_init__(self) -> None:
+        for name, least in (("seed", 0), ("clip_batch_size", 1), ("epochs", 1), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)} but must be a whole number of at least {least}")
+        if not 0 <= self.max_broken_share < 1:
+            raise ValueError(f"max_broken_share is {self.max_broken_share} but must be a number from 0 to below 1")
+        if not 0 < self.validation_share <= 0.5:
+            raise ValueError(f"validation_share is {self.validation_share} but must be a number above 0, up to 0.5")
+        if not 0 < self.learning_rate < 1:
+            raise ValueError(f"learning_rate is {self.learning_rate} but must be a number above 0 and below 1")
+
+
 class Parser(HfArgumentParser):
     """Options from the fields of dataclasses.
 
@@ -267,6 +312,14 @@ def sample_parser() -> Parser:
     parser.add_argument("--overwrite", action="store_true", help="replace the file that --output names")
     parser.add_argument("--trust_run", "--trust-run", action="store_true", help="import the run's functions")
     return parser
+
+
+def train_reward_parser() -> Parser:
+    return Parser(
+        [HeadArguments],
+        prog="ddpo-fast train-reward",
+        description="Train a reward head on CLIP's embeddings of rated images, or of pairs with a preference.",
+    )
 
 
 def recipes_parser() -> Parser:

@@ -13,7 +13,7 @@ import torch
 from ddpo_fast.rewards.clip import ClipNetwork
 from ddpo_fast.rewards.head import head_width, read_head, scores
 from ddpo_fast.rewards.network import Network, weight_bytes
-from ddpo_fast.rewards.weight_files import fetch, file_of, local_path
+from ddpo_fast.rewards.weight_files import fetch, file_of, local_path, named_folder
 
 # of `ddpo-fast train-reward`, of TRL and of LAION
 TRAINED_HEAD = "head.safetensors"
@@ -30,7 +30,8 @@ class AestheticScore:
     takes the central 224 pixels of an image whose shorter edge is resized to 224.
 
     Args:
-        model: the head, see `head.py`: a file, or a folder or Hub id that has one of `HEADS`.
+        model: the head, see `head.py`: a file, or a folder or Hub id that has one of `HEADS`; `bundled` for that of the
+            bundled model, which says how cleanly an image is drawn.
         clip: folder or Hub id of the CLIP that the head was trained on (default: the one that `model`'s config.json
             names if `ddpo-fast train-reward` wrote it, else ViT-L/14).
         device, dtype, offload, batch_size: see `ClipNetwork`; the head is small and always in fp32.
@@ -46,6 +47,7 @@ class AestheticScore:
         offload: bool = False,
         batch_size: int = 32,
     ) -> None:
+        model = named_folder(model, "head")
         self.model, self.clip_name = model, clip
         self._options: Any = {"device": device, "dtype": dtype, "offload": offload, "batch_size": batch_size}
         self._lock = threading.Lock()

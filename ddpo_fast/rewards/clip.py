@@ -14,7 +14,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizerFast
 from ddpo_fast.model_configs import first_line
 from ddpo_fast.rewards.clip_images import ImageFormat, read_image_format
 from ddpo_fast.rewards.network import Network, checked_batch_size, weight_bytes
-from ddpo_fast.rewards.weight_files import fetch, local_path, read_weights
+from ddpo_fast.rewards.weight_files import fetch, local_path, named_folder, read_weights
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 IMAGE_FORMATS = ("preprocessor_config.json", "processor_config.json")
@@ -31,7 +31,7 @@ class ClipNetwork:
     Shapes: B images or prompts, D the width of the common space.
 
     Args:
-        model: folder or Hub id of the weights and the config.
+        model: folder or Hub id of the weights and the config, or `bundled` for the scorer of the bundled model.
         processor: folder or Hub id of the tokenizer and the image preprocessing (default: `model`).
         text: whether prompts are embedded too; without it the weights of the text encoder are dropped.
         device, dtype, offload: see `Network`.
@@ -54,8 +54,8 @@ class ClipNetwork:
         batch_size: int = 32,
         option: str = "model",
     ) -> None:
-        self.model, self.text, self.option = model, text, option
-        self.processor = model if processor is None else processor
+        self.model, self.text, self.option = named_folder(model), text, option
+        self.processor = self.model if processor is None else named_folder(processor)
         self.processor_option = option if processor is None else "processor"
         self.batch_size = checked_batch_size(batch_size)
         self.network = Network(self._load, device, dtype, offload)
@@ -99,6 +99,11 @@ class ClipNetwork:
         """The natural logarithm of the factor that cosines were multiplied with in training. Loads the weights."""
         self.network.load()
         return self._logit_scale
+
+    @property
+    def image_format(self) -> ImageFormat:
+        """The images that it takes, from the processor's file."""
+        return self._image_format()
 
     def memory_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of the weights in `dtype`, from the config alone."""

@@ -12,6 +12,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ddpo_fast.model_configs import first_line, hub_problem
+from ddpo_fast.tiny_sd import SCORER
+
+# the name of the CLIP in this package, which scores the bundled model's images
+BUNDLED = "bundled"
+
+
+def named_folder(name: str, part: str = "") -> str:
+    """The folder of the bundled scorer, or of a part of it, for its name; any other name as it is."""
+    return str(SCORER / part) if name == BUNDLED else name
 
 
 def local_path(option: str, name: str) -> Path | None:

@@ -1,0 +1,50 @@
+"""The CLIP that scores the bundled model's images: it knows the drawings, and noise or blur does not fool it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from ddpo_fast.rewards.aesthetic import AestheticScore
+from ddpo_fast.rewards.clip import ClipNetwork
+from ddpo_fast.rewards.clip_score import ClipScore
+from ddpo_fast.tiny_sd import SCORER, drawings
+from ddpo_fast.tiny_sd.build_scorer import NAMES, broken, is_held_out, variation
+
+
+@pytest.fixture(scope="module")
+def held_out() -> tuple[torch.Tensor, list[str]]:
+    """The drawings that training left out, each on two backgrounds, and what they show."""
+    rng, images, names = np.random.default_rng(5), [], []
+    for i, (name, drawing) in enumerate(drawings.load_drawings()):
+        for colour in ("white", "green") if is_held_out(i) else ():
+            images.append(variation(drawing, drawings.BACKGROUNDS[colour], rng))
+            names.append(name)
+    # whole quarters, for `broken`
+    count = len(images) // 4 * 4
+    return torch.from_numpy(np.stack(images[:count])).permute(0, 3, 1, 2).float() / 255, names[:count]
+
+
+def test_it_is_small() -> None:
+    assert sum(path.stat().st_size for path in SCORER.rglob("*") if path.is_file()) < 3e6
+
+
+def test_held_out_drawings_are_recognised(held_out: tuple[torch.Tensor, list[str]]) -> None:
+    images, names = held_out
+    clip = ClipNetwork("bundled")
+    cosines = clip.image_embeds(images) @ clip.text_embeds([drawings.with_article(name) for name in NAMES]).T
+    found = [NAMES[at] for at in cosines.argmax(1).tolist()]
+    assert np.mean([a == b for a, b in zip(found, names, strict=True)]) > 0.6
+
+
+def test_broken_drawings_score_less(held_out: tuple[torch.Tensor, list[str]]) -> None:
+    images, names = held_out
+    spoilt = broken(images, torch.Generator().manual_seed(0))
+    prompts = tuple(drawings.with_article(name) for name in names)
+    for reward in (ClipScore(model="bundled"), AestheticScore(model="bundled")):
+        whole, less = (reward(given, prompts, (None,) * len(prompts))[0] for given in (images, spoilt))
+        # noise, blur, shuffled patches and mixed images, a quarter each
+        falls = torch.stack([(a < b).float().mean() for a, b in zip(less.chunk(4), whole.chunk(4), strict=True)])
+        assert falls.min() > 0.6
+        assert falls.mean() > 0.75
