@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from ddpo_fast.commands.train import read_options
 from ddpo_fast.rewards.aesthetic import AestheticScore
 from ddpo_fast.rewards.clip import ClipNetwork
 from ddpo_fast.rewards.clip_score import ClipScore
@@ -48,3 +49,21 @@ def test_broken_drawings_score_less(held_out: tuple[torch.Tensor, list[str]]) ->
         falls = torch.stack([(a < b).float().mean() for a, b in zip(less.chunk(4), whole.chunk(4), strict=True)])
         assert falls.min() > 0.6
         assert falls.mean() > 0.75
+
+
+@pytest.mark.parametrize(
+    ("given", "model"),
+    [
+        ("--reward clip_score", "clip_score=bundled"),
+        (
+            "--reward clip_score:1,jpeg_compressibility:2 --eval_reward aesthetic",
+            "clip_score=bundled,aesthetic=bundled",
+        ),
+        ("--reward clip_score --reward_model openai/clip-vit-base-patch32", "openai/clip-vit-base-patch32"),
+        ("--reward jpeg_compressibility", ""),
+        ("--reward pickscore", ""),
+        ("--reward clip_score --pretrained_model stable-diffusion-v1-5/stable-diffusion-v1-5", ""),
+    ],
+)
+def test_it_scores_the_bundled_models_images_unless_a_model_is_named(given, model):
+    assert read_options(given.split())[0].reward_model == model

@@ -15,7 +15,14 @@ from diffusers import StableDiffusionPipeline
 from run_process import finish
 
 from ddpo_fast import DDPOConfig
-from ddpo_fast.commands.options import info_parser, plan_parser, recipes_parser, sample_parser, train_parser
+from ddpo_fast.commands.options import (
+    info_parser,
+    plan_parser,
+    recipes_parser,
+    sample_parser,
+    train_parser,
+    train_reward_parser,
+)
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -24,6 +31,7 @@ PAGES = [README, ROOT / "CONTRIBUTING.md", *DOCS]
 WORKFLOW = ROOT / ".github" / "workflows" / "ci.yml"
 PARSERS = {
     "train": train_parser,
+    "train-reward": train_reward_parser,
     "plan": plan_parser,
     "sample": sample_parser,
     "recipes": recipes_parser,
@@ -37,6 +45,7 @@ OTHER_NAMES = {"lora_rank", "lora_alpha", "lora_target_modules", "lora_linear", 
 
 # capitals that no module defines: a file, signals, environment variables
 NOT_CONSTANTS = {"NOTICE", "SIGTERM", "SIGHUP", "DDPO_FAST_BACKEND", "DDPO_FAST_CACHE", "PIP_EXTRA_INDEX_URL"}
+NOT_CONSTANTS |= {"OPENAI_API_KEY", "DDPO_FAST_REWARD_TOKEN", "NAME", "SPLIT", "COLUMN", "FILE", "FOLDER"}
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 

@@ -10,18 +10,19 @@ import torch
 from recording_streams import Device, MissingWait, put_behind_torch
 from torch import nn
 
-from ddpo_fast import cuda_graphs, rewards
+from ddpo_fast import cuda_graphs
 from ddpo_fast.cuda_graphs import Recorded
 from ddpo_fast.engine import optimizers
 from ddpo_fast.engine.offload import Offload
 from ddpo_fast.offload_frozen import offload, on_device
+from ddpo_fast.rewards import scoring
 
 
 @pytest.fixture
 def device(monkeypatch):
     made = Device()
     put_behind_torch(made, monkeypatch)
-    monkeypatch.setattr(rewards, "_THREAD_LOCAL", threading.local())
+    monkeypatch.setattr(scoring, "_THREAD_LOCAL", threading.local())
     cuda_graphs._stream.cache_clear()
     with made:
         yield made
@@ -142,14 +143,14 @@ class Later:
 
 def test_rewards_wait_for_their_images_and_are_waited_for(device, monkeypatch):
     # The checks in `score` read values, which waits for the stream. Without them a missing wait shows.
-    monkeypatch.setattr(rewards, "score", lambda function, images, *others: function(images, *others))
-    scoring = rewards.Scoring(lambda images, *_: (images.sum(1), {"mean": images.mean(1)}), Later(device))
+    monkeypatch.setattr(scoring, "score", lambda function, images, *others: function(images, *others))
+    scored = scoring.Scoring(lambda images, *_: (images.sum(1), {"mean": images.mean(1)}), Later(device))
     images = device.on_device(torch.ones(2, 3))
     batch = [images, ("a", "b"), ((), ())]
-    scoring.begin(batch)
+    scored.begin(batch)
     # the caller continues with other work on its stream
     device.on_device(torch.zeros(3)).add_(1)
-    ((scores, metadata),) = scoring.results([batch])
+    ((scores, metadata),) = scored.results([batch])
     assert torch.equal(scores * 1, torch.full((2,), 3.0))
     assert torch.equal(metadata["mean"] * 1, torch.ones(2))
     assert not [memory for memory in device.unrecorded() if memory is device.memory(images)]

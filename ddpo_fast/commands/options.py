@@ -32,6 +32,10 @@ from ddpo_fast.tiny_sd import MODEL
 TRL_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
 
 
+# rewards that the bundled scorer has, see docs/rewards.md
+BUNDLED_SCORERS = ("aesthetic", "clip_score")
+
+
 @dataclass
 class PlanArguments:
     """The machine that `ddpo-fast plan` plans for."""
@@ -235,15 +239,30 @@ def apply_recipe(options: argparse.Namespace, given: set[str]) -> Recipe:
     That is the one that the options name, else the one for their model and for a LoRA or all weights. `options` are
     those of `train` or `plan`, with their defaults. Raises `ValueError` for a recipe that is missing or wrong.
     """
-    model = existing(options.pretrained_model)
-    bundled = not options.pretrained_model or (model is not None and model.resolve() == MODEL.resolve())
-    recipe = load(options.recipe or choose(bundled, options.full_finetune))
+    recipe = load(options.recipe or choose(_is_bundled(options.pretrained_model), options.full_finetune))
     options.recipe = recipe.name
     config = {name: value for name, value in recipe.settings.items() if name not in LORA_SETTINGS}
     lora = {name: value for name, value in recipe.settings.items() if name in LORA_SETTINGS and name not in given}
     for name, value in {**fit(config, vars(options), given), **({} if options.full_finetune else lora)}.items():
         setattr(options, name, value)
     return recipe
+
+
+def apply_bundled_scorer(options: argparse.Namespace) -> None:
+    """Sets `reward_model` to the bundled scorer, for rewards that it has, if the model is the bundled one.
+
+    Its images are like no others, and other scorers' weights would have to be fetched. Raises `ValueError` for a reward
+    that is written wrongly.
+    """
+    specs = [spec for spec in (options.reward, options.eval_reward) if spec]
+    names = dict.fromkeys(name for spec in specs for name in weights_of(spec) if name in BUNDLED_SCORERS)
+    if _is_bundled(options.pretrained_model) and not options.reward_model:
+        options.reward_model = ",".join(f"{name}=bundled" for name in names)
+
+
+def _is_bundled(model: str) -> bool:
+    path = existing(model)
+    return not model or (path is not None and path.resolve() == MODEL.resolve())
 
 
 def precision_or_default(given: str | None, on_gpu: bool) -> str:

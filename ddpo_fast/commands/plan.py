@@ -18,6 +18,7 @@ import torch
 
 from ddpo_fast.commands.options import (
     RunArguments,
+    apply_bundled_scorer,
     apply_recipe,
     check_no_lora_options,
     from_options,
@@ -60,6 +61,7 @@ class Case:
     def __init__(self, options: argparse.Namespace, given: set[str], full: bool) -> None:
         options = argparse.Namespace(**{**vars(options), "full_finetune": full})
         self.names_recipe = bool(options.recipe)
+        apply_bundled_scorer(options)
         self.recipe = apply_recipe(options, given)
         self.run, self.config = from_options(RunArguments, options), from_options(DDPOConfig, options)
 

@@ -27,7 +27,11 @@ class RewardArguments:
     """How the rewards are made: arguments of their constructors, and how several are added."""
 
     reward_model: str = field(
-        default="", metadata={"help": f"Folder or Hub id of the reward's weights; {_PER_REWARD}."}
+        default="",
+        metadata={
+            "help": f"Folder or Hub id of the reward's weights, or `bundled` for the scorer of the bundled model's "
+            f"images, its default there; {_PER_REWARD}."
+        },
     )
     reward_device: str = field(
         default="", metadata={"help": f"Device of the reward's networks, such as cuda:1; {_PER_REWARD}."}
@@ -43,7 +47,6 @@ class RewardArguments:
     reward_normalize: bool = field(
         default=True, metadata={"help": "Add several rewards in units of their spread so far, not as they are."}
     )
-
     reward_process: bool = field(
         default=False, metadata={"help": "Compute each reward in a process of its own, which may crash alone."}
     )

@@ -15,6 +15,7 @@ from ddpo_fast.commands import before_after, plan, recorded_run
 from ddpo_fast.commands.early_checks import check_before_loading, try_reward
 from ddpo_fast.commands.options import (
     RunArguments,
+    apply_bundled_scorer,
     apply_recipe,
     check_no_lora_options,
     from_options,
@@ -118,6 +119,7 @@ def read_options(arguments: Sequence[str]) -> tuple[RunArguments, DDPOConfig]:
         parser.set_defaults(**resumed.options)
     namespace = parser.parse(arguments)
     namespace.mixed_precision = precision_or_default(namespace.mixed_precision, torch.cuda.is_available())
+    apply_bundled_scorer(namespace)
     if resumed is None:
         apply_recipe(namespace, given)
 
