@@ -1,8 +1,11 @@
-"""Watches an epoch's rewards and images: goes back when the reward falls, and steps less where variety is lost.
+"""Watches an epoch's rewards and images: goes back when the reward falls or images become alike, and steps less there.
 
 A bounded update cannot run away, but many of them can wander: where the gradient is mostly noise, each moves the policy
 as far as a good one would. The mean reward of an epoch's images shows it, at no cost. It is noisy, so two epochs are
 averaged, and a fall counts if it is larger than a fifth of what was gained, and than 2.5 times its standard error.
+
+Where images that are all alike score best, the reward does not fall. So their variety is watched as well: the step
+shrinks as it is lost, and where an epoch has lost most of it the weights go back.
 """
 
 from __future__ import annotations
@@ -30,6 +33,8 @@ SHRINKS_BY = 0.5
 # tenth that is lost, so that it comes to rest before a third: 0.9^5 of 0.6 is 0.35, after five halvings.
 VARIETY_TO_KEEP = 0.6
 FURTHER_LOSS = 0.9
+# Below this share it is lost: two updates can turn varied images into blank ones.
+LOST_VARIETY = 1 / 3
 # For lost variety the step shrinks no further than this: a run whose images are all alike must be able to leave them.
 LEAST_STEP = 1 / 64
 
@@ -53,6 +58,8 @@ class Guard:
         # the image spreads of the first epochs, and the one at which the step shrinks next
         self._first_spreads: list[float] = []
         self._least_spread = 0.0
+        # whether the weights may differ from those that were kept
+        self._has_trained = False
 
     def watch(self, rewards: Tensor, image_spread: Tensor | None = None) -> bool:
         """Looks at an epoch's rewards [images] of all processes; returns whether the weights went back to the best.
@@ -63,6 +70,11 @@ class Guard:
         Args:
             image_spread: [], how much the images of a prompt differ (variety.py); None where that is not known.
         """
+        if image_spread is not None and self._is_lost(image_spread.item()):
+            first = sum(self._first_spreads) / len(self._first_spreads)
+            self._return(f"the images of a prompt differ by {image_spread.item():.3f}, and by {first:.3f} at the start")
+            return True
+        self._has_trained = True
         self._watch_variety(image_spread)
         values = rewards.double()
         error = values.var(correction=1).item() / len(values) if len(values) > 1 else 0.0
@@ -81,8 +93,14 @@ class Guard:
         least = max(SHARE_OF_GAIN * (best - self._first), STANDARD_ERRORS * math.sqrt(error + best_error))
         if best - mean <= least:
             return False
-        self._return(mean)
+        self._return(f"the mean reward of two epochs fell from {best:.3f} to {mean:.3f}")
         return True
+
+    def _is_lost(self, spread: float) -> bool:
+        """Whether the variety of images is lost, by updates since the weights were kept."""
+        first = self._first_spreads
+        has_other_weights = bool(self._weights) and self._has_trained
+        return has_other_weights and spread < LOST_VARIETY * sum(first) / len(first)
 
     def _watch_variety(self, image_spread: Tensor | None) -> None:
         if image_spread is None:
@@ -100,22 +118,17 @@ class Guard:
             self._weights = [parameter.detach().to("cpu", copy=True) for parameter in self.parameters]
 
     @torch.no_grad()
-    def _return(self, mean: float) -> None:
-        assert self._best is not None
+    def _return(self, why: str) -> None:
         with self.engine.exact(write=True):
             for parameter, kept in zip(self.parameters, self._weights, strict=True):
                 parameter.copy_(kept)
         self.engine.forget_direction()
         self.engine.rate.shrink(SHRINKS_BY)
         self.returns += 1
-        logger.warning(
-            "the mean reward of two epochs fell from %.3f to %.3f: training goes on from the best weights, with half "
-            "the step",
-            self._best[0],
-            mean,
-        )
+        logger.warning("%s: training goes on from the best weights, with half the step", why)
         # The largest of many noisy means is likely too large. The next epochs measure the same weights again.
         self._recent, self._best = [], None
+        self._has_trained = False
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -126,6 +139,7 @@ class Guard:
             "returns": self.returns,
             "first_spreads": self._first_spreads,
             "least_spread": self._least_spread,
+            "has_trained": self._has_trained,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -134,3 +148,4 @@ class Guard:
         self._best = None if state["best"] is None else (state["best"][0], state["best"][1])
         self._weights = list(state["weights"])
         self._first_spreads, self._least_spread = list(state["first_spreads"]), state["least_spread"]
+        self._has_trained = state.get("has_trained", True)

@@ -83,8 +83,36 @@ def test_the_step_shrinks_as_variety_is_lost(make_trainer):
     guard.watch(torch.zeros(8), torch.tensor(0.21))
     guard.watch(torch.zeros(8), None)
     assert guard.engine.rate.shrunk == 0.0625
-    guard.watch(torch.zeros(8), torch.tensor(0.0))
-    assert guard.engine.rate.shrunk == 1 / 64
+    assert guard.returns == 0
+
+
+def test_lost_variety_brings_the_best_weights_back(make_trainer, caplog):
+    """However high the reward: the images of a prompt differ by 0.5 at the start, and at 0.16 most of that is lost."""
+    trainer = make_trainer(**SETTINGS)
+    guard, (weight, *_) = trainer.guard, trainer.guard.parameters
+    start = weight.detach().clone()
+
+    def epoch(spread: float, reward: float = 0.0) -> bool:
+        """Changes the weights if the epoch is trained on."""
+        goes_back = guard.watch(torch.full((8,), reward), torch.tensor(spread))
+        if not goes_back:
+            with torch.no_grad():
+                weight.add_(1.0)
+        return goes_back
+
+    # without weights that were kept there is nothing to go back to
+    assert not epoch(0.5)
+    assert not epoch(0.5)
+    kept = start + 1
+    assert epoch(0.16, reward=9.0)
+    assert torch.equal(weight.detach(), kept)
+    assert "differ by 0.160, and by 0.500 at the start: training goes on from the best weights" in caplog.text
+    assert guard.engine.rate.shrunk == SHRINKS_BY
+    # The kept weights may have little more themselves, as an epoch's images are few. They are trained on once more.
+    assert not epoch(0.16)
+    assert epoch(0.16)
+    assert torch.equal(weight.detach(), kept)
+    assert guard.returns == 2
 
 
 def test_adam_forgets_where_it_went(make_trainer):
