@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
@@ -25,7 +25,8 @@ from ddpo_fast.user_functions import error_line
 _START = (
     "import pickle, sys; from multiprocessing.connection import Connection; "
     "connection = Connection(int(sys.argv[1])); sys.path[:], name, options = pickle.loads(connection.recv_bytes()); "
-    "from ddpo_fast.rewards.own_process import serve; serve(connection, name, options)"
+    "from ddpo_fast.rewards import load; from ddpo_fast.rewards.own_process import serve; "
+    "serve(connection, name, lambda: load(name, **options))"
 )
 
 
@@ -109,10 +110,12 @@ def _ending(process: subprocess.Popen) -> str:
     return f"ended with exit status {status}: what it printed says why"
 
 
-def serve(connection: Connection, name: str, options: dict[str, Any]) -> None:
-    """The work of the process: answers requests until the trainer closes the connection."""
-    from ddpo_fast.rewards.named import load
+def serve(connection: Connection, name: str, make: Callable[[], Any]) -> None:
+    """The work of the process: answers requests until the trainer closes the connection.
 
+    Args:
+        make: makes the reward function, at the first request.
+    """
     function: Any = None
     while True:
         try:
@@ -120,7 +123,7 @@ def serve(connection: Connection, name: str, options: dict[str, Any]) -> None:
         except EOFError:
             return
         try:
-            function = function or load(name, **options)
+            function = function or make()
             answer = True, _answer(function, name, method, arguments)
             sent = pickle.dumps(answer)
         except Exception as error:
