@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -67,3 +69,7 @@ def test_broken_drawings_score_less(held_out: tuple[torch.Tensor, list[str]]) ->
 )
 def test_it_scores_the_bundled_models_images_unless_a_model_is_named(given, model):
     assert read_options(given.split())[0].reward_model == model
+
+
+def test_its_config_names_no_folder_of_a_machine():
+    assert not re.findall(r'": "/', (SCORER / "config.json").read_text("utf-8"))

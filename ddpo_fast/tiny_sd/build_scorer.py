@@ -165,7 +165,7 @@ def make_model() -> CLIPModel:
         patch_size=PATCH,
         projection_dim=EMBEDDING,
     )
-    text = text_encoder.config.to_dict() | {"projection_dim": EMBEDDING}
+    text = text_encoder.config.to_dict() | {"projection_dim": EMBEDDING, "_name_or_path": ""}  # no folder of a machine
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision.to_dict(), projection_dim=EMBEDDING))
     model.text_model.load_state_dict(text_encoder.state_dict())
     with torch.no_grad():
