@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ddpo_fast.engine import Engine
+from ddpo_fast.health import LEAST_VARIETY
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +34,6 @@ SHRINKS_BY = 0.5
 # tenth that is lost, so that it comes to rest before a third: 0.9^5 of 0.6 is 0.35, after five halvings.
 VARIETY_TO_KEEP = 0.6
 FURTHER_LOSS = 0.9
-# Below this share it is lost: two updates can turn varied images into blank ones.
-LOST_VARIETY = 1 / 3
 # For lost variety the step shrinks no further than this: a run whose images are all alike must be able to leave them.
 LEAST_STEP = 1 / 64
 
@@ -71,8 +70,8 @@ class Guard:
             image_spread: [], how much the images of a prompt differ (variety.py); None where that is not known.
         """
         if image_spread is not None and self._is_lost(image_spread.item()):
-            first = sum(self._first_spreads) / len(self._first_spreads)
-            self._return(f"the images of a prompt differ by {image_spread.item():.3f}, and by {first:.3f} at the start")
+            spreads = f"{image_spread.item():.3f}, and by {self._first_spread:.3f} at the start"
+            self._return(f"the images of a prompt differ by {spreads}")
             return True
         self._has_trained = True
         self._watch_variety(image_spread)
@@ -97,10 +96,12 @@ class Guard:
         return True
 
     def _is_lost(self, spread: float) -> bool:
-        """Whether the variety of images is lost, by updates since the weights were kept."""
-        first = self._first_spreads
-        has_other_weights = bool(self._weights) and self._has_trained
-        return has_other_weights and spread < LOST_VARIETY * sum(first) / len(first)
+        """Whether the variety of images is lost, by updates since the weights were kept: two can make images blank."""
+        return bool(self._weights) and self._has_trained and spread < LEAST_VARIETY * self._first_spread
+
+    @property
+    def _first_spread(self) -> float:
+        return sum(self._first_spreads) / len(self._first_spreads)
 
     def _watch_variety(self, image_spread: Tensor | None) -> None:
         if image_spread is None:
@@ -108,7 +109,7 @@ class Guard:
         spread = image_spread.item()
         if len(self._first_spreads) < AVERAGED_EPOCHS:
             self._first_spreads.append(spread)
-            self._least_spread = VARIETY_TO_KEEP * sum(self._first_spreads) / len(self._first_spreads)
+            self._least_spread = VARIETY_TO_KEEP * self._first_spread
         while spread < self._least_spread and self.engine.rate.shrunk > LEAST_STEP:
             self._least_spread *= FURTHER_LOSS
             self.engine.rate.shrink(SHRINKS_BY)

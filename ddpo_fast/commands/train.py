@@ -40,6 +40,7 @@ EXAMPLE_PROMPTS = 8
 
 def run(arguments: Sequence[str]) -> None:
     """Trains as the options say, and leaves reports and the final model in the output folder."""
+    # In one piece, as each stage needs those before it: options, checks, plan, trainer, training, reports.
     options, config = read_options(arguments)
     # Importing the user's module may change the working directory, so that folders are made absolute first.
     for name in ("output_dir", "logdir"):
@@ -50,9 +51,9 @@ def run(arguments: Sequence[str]) -> None:
     # user's functions. The examples are drawn from the run's seed, so that a resumed run compares the same prompts.
     configs = check_before_loading(options, config)
     reward_function, *eval_rewards = options.load(*options.reward_specs)
-    prompt_function, eval_prompts = (
-        load_prompts(spec) for spec in (options.prompts, options.eval_prompts or options.prompts)
-    )
+    prompt_function = load_prompts(options.prompts)
+    # None: the trainer evaluates by the prompts of training
+    eval_prompts = load_prompts(options.eval_prompts) if options.eval_prompts else None
     random.seed(config.seed)
     examples = distinct_prompts(prompt_function, EXAMPLE_PROMPTS)
     for function in (reward_function, *eval_rewards):

