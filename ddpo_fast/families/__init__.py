@@ -1,0 +1,33 @@
+"""The kinds of model that can be trained, one small file each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ddpo_fast.families.base import Family
+from ddpo_fast.families.stable_diffusion import StableDiffusion
+
+__all__ = ["FAMILIES", "Family", "StableDiffusion", "family_of", "family_of_pipeline", "working"]
+
+FAMILIES: tuple[type[Family], ...] = (StableDiffusion,)
+
+
+def family_of(index: Mapping[str, Any]) -> type[Family]:
+    """The family of a model whose `model_index.json` is `index`.
+
+    A pipeline class of another name counts as Stable Diffusion's, if it has the same parts: who calls this checks them.
+    """
+    return next((family for family in FAMILIES if index.get("_class_name") in family.pipelines), StableDiffusion)
+
+
+def family_of_pipeline(pipeline: Any) -> Family:
+    """The family of a pipeline that is loaded: its own attribute, or Stable Diffusion for a user's own pipeline."""
+    family = getattr(pipeline, "family", None)
+    return family if isinstance(family, Family) else StableDiffusion(pipeline)
+
+
+def working() -> str:
+    """The models that can be trained, for messages."""
+    *first, last = (family.title for family in FAMILIES)
+    return f"{', '.join(first)} or {last}" if first else last

@@ -1,0 +1,272 @@
+"""What the trainer needs to know of a kind of model: its parts, its prompts, its steps, and how its network is called.
+
+Two conventions make all kinds alike to everything above:
+
+- A timestep is a key: an int64 row number of the family's table of steps. For DDIM it is the timestep itself; a
+  flow-matching family numbers its steps and looks up what the network takes.
+- A prompt is one tensor [L, D]: its token rows, and for networks that also take a pooled embedding of P elements,
+  ceil(P / D) rows more that hold it (`with_pooled`, `without_pooled`).
+
+Shapes: R rows of a call of the network, B prompts, C H W latent, L tokens, D width of the text embedding, P width of
+the pooled embedding, K rows of the table, T sampled steps.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+Config = Mapping[str, Any]
+
+
+class Family:
+    """A loaded pipeline as a member of its kind, with the settings that its inputs depend on.
+
+    Args:
+        pipe: a diffusers pipeline, or a user's `DDPOStableDiffusionPipeline`, with the parts as attributes.
+    """
+
+    # of the kind, in words, for messages
+    title: ClassVar[str]
+    # diffusers' classes in `model_index.json`; the first is the one that opens a saved model
+    pipelines: ClassVar[tuple[str, ...]]
+    # the parts that a run uses, with the classes that each may have
+    parts: ClassVar[dict[str, tuple[str, ...]]]
+    # those of the parts that a model may lack
+    optional: ClassVar[tuple[str, ...]] = ()
+    # the trained part: attribute, folder and prefix of LoRA weights
+    network: ClassVar[str] = "unet"
+    # the frozen networks
+    frozen: ClassVar[tuple[str, ...]] = ("vae", "text_encoder")
+    # the layers that a new LoRA is on, unless others are named
+    targets: ClassVar[tuple[str, ...]] = ("to_k", "to_q", "to_v", "to_out.0")
+    # values of the setting `sampler`; 'auto' is the first
+    samplers: ClassVar[tuple[str, ...]]
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = pipe
+        self.height: int | None = None
+        self.width: int | None = None
+        self.guidance_scale = 1.0
+        self.sampler = self.samplers[0]
+        self.window: tuple[int, int] | None = None
+        self._windowed: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
+
+    def use(
+        self,
+        height: int | None = None,
+        width: int | None = None,
+        guidance_scale: float = 1.0,
+        sampler: str = "auto",
+        window: tuple[int, int] | None = None,
+    ) -> None:
+        """Sets what the network's inputs and the steps depend on.
+
+        Args:
+            height, width: of images in pixels; None for the model's own.
+            guidance_scale: read by networks that take it as an input.
+            sampler: one of `samplers`, or 'auto'.
+            window: the first and the last step with noise, counted from 0; None for all.
+
+        Raises `ValueError` for a size or sampler that the model does not have.
+        """
+        if sampler != "auto" and sampler not in self.samplers:
+            raise ValueError(
+                f"sampler is {sampler!r}, and the model is a {self.title}, which samples with "
+                f"{' or '.join(map(repr, self.samplers))}: use one of these, or 'auto'"
+            )
+        self.check_size(self.parts_configs(), height, width)
+        self.height, self.width, self.guidance_scale, self.window = height, width, guidance_scale, window
+        self.sampler = self.samplers[0] if sampler == "auto" else sampler
+
+    def at(self, height: int | None, width: int | None, guidance_scale: float) -> Family:
+        """The same for images of another size and another guidance."""
+        other = copy.copy(self)
+        other.use(height, width, guidance_scale, self.sampler, self.window)
+        return other
+
+    # told from configs, before any weight is read
+
+    @classmethod
+    def check(cls, configs: Mapping[str, Config]) -> None:
+        """Raises `ValueError`, with the end of a sentence on the model, if its parts' configs cannot be trained."""
+
+    @classmethod
+    def default_size(cls, configs: Mapping[str, Config]) -> tuple[int, int]:
+        """(H, W) of the latents of an image of the model's own size."""
+        size = configs[cls.network]["sample_size"]
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+    @classmethod
+    def channels(cls, configs: Mapping[str, Config]) -> int:
+        """C of the latents."""
+        return configs[cls.network]["in_channels"]
+
+    @classmethod
+    def vae_scale(cls, configs: Mapping[str, Config]) -> int:
+        """Pixels of an image per pixel of its latents, in each direction: each block of the VAE but the last halves."""
+        return 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
+
+    @classmethod
+    def divisor(cls, configs: Mapping[str, Config]) -> int:
+        """What the height and width of images must be multiples of."""
+        return cls.vae_scale(configs)
+
+    @classmethod
+    def latent_shape_of(
+        cls, configs: Mapping[str, Config], height: int | None = None, width: int | None = None
+    ) -> tuple[int, int, int]:
+        """(C, H, W) of the latents of images of `height` x `width` pixels, by default of the model's own size."""
+        own = cls.default_size(configs)
+        # a user's own pipeline may have no VAE that says its scale; then its images have their own size
+        rows, columns = (
+            latent if pixels is None else pixels // cls.vae_scale(configs)
+            for latent, pixels in zip(own, (height, width), strict=True)
+        )
+        return cls.channels(configs), rows, columns
+
+    @classmethod
+    def image_size_of(
+        cls, configs: Mapping[str, Config], height: int | None = None, width: int | None = None
+    ) -> tuple[int, int]:
+        """(height, width) of images in pixels: what is given, by default the model's own."""
+        scale = cls.vae_scale(configs)
+        rows, columns = cls.default_size(configs)
+        return height or rows * scale, width or columns * scale
+
+    @classmethod
+    def check_size(cls, configs: Mapping[str, Config], height: int | None, width: int | None) -> None:
+        """Raises `ValueError` for a height or width that the latents cannot have."""
+        for name, pixels in (("height", height), ("width", width)):
+            if pixels is not None and pixels % (step := cls.divisor(configs)):
+                raise ValueError(
+                    f"{name} is {pixels}, which {step} does not divide, as the model needs it: use "
+                    f"{max(step, round(pixels / step) * step)}"
+                )
+
+    @classmethod
+    def dtype_of(cls, part: str, config: Config, dtype: torch.dtype) -> torch.dtype:
+        """The precision of a frozen part in a run that computes in `dtype`."""
+        return dtype
+
+    # the loaded model
+
+    def parts_configs(self) -> dict[str, Config]:
+        """The configs of the network and the VAE."""
+        found = {self.network: self.pipe_part(self.network).config}
+        if (vae := self.pipe_part("vae")) is not None:
+            found["vae"] = vae.config
+        return found
+
+    def pipe_part(self, name: str) -> Any:
+        """A part of the pipeline, or None if it has none of this name."""
+        return getattr(self.pipe, name, None)
+
+    @property
+    def denoiser(self) -> Any:
+        """The trained network."""
+        return self.pipe_part(self.network)
+
+    @property
+    def frozen_parts(self) -> dict[str, nn.Module]:
+        """The frozen networks that the model has, by name."""
+        return {name: part for name in self.frozen if (part := self.pipe_part(name)) is not None}
+
+    @property
+    def text_encoders(self) -> list[nn.Module]:
+        return [part for name, part in self.frozen_parts.items() if name != "vae"]
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image's latents."""
+        return self.latent_shape_of(self.parts_configs(), self.height, self.width)
+
+    @property
+    def guides_by_rows(self) -> bool:
+        """Whether guidance takes a second row with the negative prompt; else it is an input of the network, or none."""
+        return True
+
+    # prompts
+
+    def encode(self, prompts: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Encodes B prompts: (token ids [B, L'], embeddings [B, L, D]), on the device."""
+        raise NotImplementedError
+
+    def encode_negative(self, prompt: str | None, device: torch.device) -> Tensor:
+        """The embedding [1, L, D] of a run's negative prompt; '' and None mean that it has none."""
+        return self.encode([prompt or ""], device)[1]
+
+    # steps
+
+    def set_steps(self, steps: int, device: torch.device | str) -> None:
+        """Makes `steps` the number of sampled steps T."""
+        raise NotImplementedError
+
+    @property
+    def num_steps(self) -> int | None:
+        """T, or None before `set_steps`."""
+        raise NotImplementedError
+
+    @property
+    def keys(self) -> Tensor:
+        """The sampled steps in order, [T] int64."""
+        raise NotImplementedError
+
+    def steps_table(self, level: float, device: torch.device, credit: str) -> Tensor:
+        """`table` without a window. The same tensor whenever nothing has changed: CUDA graphs read it."""
+        raise NotImplementedError
+
+    def table(self, level: float, device: torch.device, credit: str = "none") -> Tensor:
+        """(c_x, c_m, sigma, credit) of the step from each key, [K, 4] fp32 on the device.
+
+        Steps outside the window are those of level 0, without noise.
+
+        Args:
+            level: of noise, the setting `sample_eta`.
+            credit: the setting `step_credit`.
+        """
+        noisy = self.steps_table(level, device, credit)
+        if self.window is None or level == 0:
+            return noisy
+        name = (self.window, level, device, credit)
+        made = self._windowed.get(name)
+        if made is None or made[0] is not noisy:
+            first, last = self.window
+            outside = torch.ones(len(noisy), dtype=torch.bool, device=device)
+            outside[self.keys[first : last + 1].to(device)] = False
+            still = torch.where(outside[:, None], self.steps_table(0.0, device, credit), noisy)
+            self._windowed[name] = made = noisy, still
+        return made[1]
+
+    # the network
+
+    def call(
+        self, rows: Tensor, keys: Tensor, embeds: Tensor, attention_kwargs: Mapping[str, Any] | None = None
+    ) -> Tensor:
+        """The network's output [R, C, H, W] for latents [R, C, H, W], keys [R] or [], and embeddings [R, L, D].
+
+        Everything that it reads beside its arguments stays at its address, as CUDA graphs need it.
+        """
+        raise NotImplementedError
+
+    def latents_of_vae(self, latents: Tensor) -> Tensor:
+        """What the VAE decodes, from latents [B, C, H, W] as the network has them."""
+        return latents / self.pipe.vae.config.scaling_factor
+
+
+def with_pooled(tokens: Tensor, pooled: Tensor) -> Tensor:
+    """Token rows [B, L', D] and a pooled embedding [B, P] as one tensor [B, L' + ceil(P / D), D]."""
+    width = tokens.shape[2]
+    rows = -(-pooled.shape[1] // width)
+    padded = nn.functional.pad(pooled.to(tokens.dtype), (0, rows * width - pooled.shape[1]))
+    return torch.cat([tokens, padded.unflatten(1, (rows, width))], dim=1)
+
+
+def without_pooled(embeds: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """(token rows, pooled embedding of `width` elements) of `with_pooled`."""
+    rows = -(-width // embeds.shape[2])
+    return embeds[:, :-rows], embeds[:, -rows:].flatten(1)[:, :width]
