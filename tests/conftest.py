@@ -16,6 +16,7 @@ if not torch.cuda.is_available():
     # set before triton is imported: its kernels then run on the CPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import tiny_models
 from tiny_run import build_pipeline, build_trainer, forget_accelerate_state
 
 from ddpo_fast import DDPOTrainer
@@ -97,6 +98,19 @@ def narrow_model_dir(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("narrow_sd")
     build_pipeline(widths=(8, 16)).save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """`tiny_model(name)`: the folder of a model of `tiny_models.MODELS`, which the first call makes."""
+    folders: dict[str, str] = {}
+
+    def folder_of(name: str) -> str:
+        if name not in folders:
+            folders[name] = tiny_models.save(name, tmp_path_factory.mktemp(name))
+        return folders[name]
+
+    return folder_of
 
 
 @pytest.fixture
