@@ -1,8 +1,9 @@
 """Watches an epoch's rewards and images: goes back when the reward falls or images become alike, and steps less there.
 
 A bounded update cannot run away, but many of them can wander: where the gradient is mostly noise, each moves the policy
-as far as a good one would. The mean reward of an epoch's images shows it, at no cost. It is noisy, so two epochs are
-averaged, and a fall counts if it is larger than a fifth of what was gained, and than 2.5 times its standard error.
+as far as a good one would. The mean reward of an epoch's images shows it, at no cost, once the differences between
+prompts are taken out (prompt_levels.py). It is noisy, so two epochs are averaged, and a fall counts if it is larger
+than a fifth of what was gained, and than 2.5 times its standard error.
 
 Where images that are all alike score best, the reward does not fall. So their variety is watched as well: the step
 shrinks as it is lost, and where an epoch has lost most of it the weights go back.
@@ -11,7 +12,6 @@ shrinks as it is lost, and where an epoch has lost most of it the weights go bac
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ddpo_fast.engine import Engine
 from ddpo_fast.health import LEAST_VARIETY
+from ddpo_fast.prompt_levels import PromptLevels
 
 logger = logging.getLogger(__name__)
 
@@ -48,10 +49,11 @@ class Guard:
     def __init__(self, engine: Engine, parameters: Sequence[Tensor]) -> None:
         self.engine = engine
         self.parameters = list(parameters)
-        # (mean, squared standard error) of the last epochs
-        self._recent: list[tuple[float, float]] = []
-        self._first: float | None = None
-        self._best: tuple[float, float] | None = None
+        # the rewards, and the numbers in it of the last epochs, of the first ones, and of those with the best rewards
+        self.levels = PromptLevels()
+        self._recent: list[int] = []
+        self._first: list[int] = []
+        self._best: list[int] = []
         self._weights: list[Tensor] = []
         self.returns = 0
         # the image spreads of the first epochs, and the one at which the step shrinks next
@@ -60,13 +62,14 @@ class Guard:
         # whether the weights may differ from those that were kept
         self._has_trained = False
 
-    def watch(self, rewards: Tensor, image_spread: Tensor | None = None) -> bool:
+    def watch(self, rewards: Tensor, prompts: Sequence[str], image_spread: Tensor | None = None) -> bool:
         """Looks at an epoch's rewards [images] of all processes; returns whether the weights went back to the best.
 
         The weights must be those that the images were sampled with. Every process must call it, outside of
         `engine.computing`.
 
         Args:
+            prompts: of the rewards' images.
             image_spread: [], how much the images of a prompt differ (variety.py); None where that is not known.
         """
         if image_spread is not None and self._is_lost(image_spread.item()):
@@ -75,24 +78,22 @@ class Guard:
             return True
         self._has_trained = True
         self._watch_variety(image_spread)
-        values = rewards.double()
-        error = values.var(correction=1).item() / len(values) if len(values) > 1 else 0.0
-        self._recent = [*self._recent, (values.mean().item(), error)][-AVERAGED_EPOCHS:]
+        number = self.levels.add(prompts, rewards.double().cpu().numpy(), [*self._first, *self._best])
+        self._recent = [*self._recent, number][-AVERAGED_EPOCHS:]
         if len(self._recent) < AVERAGED_EPOCHS:
             return False
-        means, errors = zip(*self._recent, strict=True)
-        mean, error = sum(means) / len(means), sum(errors) / len(errors) ** 2
-        if self._first is None:
-            self._first = mean
-        if self._best is None or mean > self._best[0]:
-            self._best = mean, error
+        self._first = self._first or self._recent
+        fitted = self.levels.fit()
+        level = fitted.level(self._recent)
+        if not self._best or level > fitted.level(self._best):
+            self._best = self._recent
             self._keep()
             return False
-        best, best_error = self._best
-        least = max(SHARE_OF_GAIN * (best - self._first), STANDARD_ERRORS * math.sqrt(error + best_error))
-        if best - mean <= least:
+        best = fitted.level(self._best)
+        gain = best - fitted.level(self._first)
+        if best - level <= max(SHARE_OF_GAIN * gain, STANDARD_ERRORS * fitted.error(self._best, self._recent)):
             return False
-        self._return(f"the mean reward of two epochs fell from {best:.3f} to {mean:.3f}")
+        self._return(f"the mean reward of two epochs fell from {best:.3f} to {level:.3f}")
         return True
 
     def _is_lost(self, spread: float) -> bool:
@@ -128,14 +129,15 @@ class Guard:
         self.returns += 1
         logger.warning("%s: training goes on from the best weights, with half the step", why)
         # The largest of many noisy means is likely too large. The next epochs measure the same weights again.
-        self._recent, self._best = [], None
+        self._recent, self._best = [], []
         self._has_trained = False
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "recent": [list(epoch) for epoch in self._recent],
+            "levels": self.levels.state_dict(),
+            "recent": self._recent,
             "first": self._first,
-            "best": None if self._best is None else list(self._best),
+            "best": self._best,
             "weights": self._weights,
             "returns": self.returns,
             "first_spreads": self._first_spreads,
@@ -144,9 +146,9 @@ class Guard:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._recent = [(mean, error) for mean, error in state["recent"]]
-        self._first, self.returns = state["first"], state["returns"]
-        self._best = None if state["best"] is None else (state["best"][0], state["best"][1])
+        self.levels.load_state_dict(state["levels"])
+        self._recent, self._first, self._best = list(state["recent"]), list(state["first"]), list(state["best"])
+        self.returns = state["returns"]
         self._weights = list(state["weights"])
         self._first_spreads, self._least_spread = list(state["first_spreads"]), state["least_spread"]
         self._has_trained = state.get("has_trained", True)

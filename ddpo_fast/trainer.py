@@ -236,7 +236,7 @@ class DDPOTrainer(ScoringMixin, CheckpointMixin, HubModel):
         timer.ends("scoring")
         # Updates make the steps of images with a positive advantage more likely, those with a negative one less likely.
         # Images of weights that have been given up are not trained on.
-        if self.guard is None or not self.guard.watch(all_rewards, variety.get("image_spread")):
+        if self.guard is None or not self.guard.watch(all_rewards, prompts, variety.get("image_spread")):
             global_step = self._train_on(trajectory, epoch, global_step)
         timer.ends("training")
         # Log the epoch, then save a checkpoint: it records how much had been logged.

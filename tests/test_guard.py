@@ -10,6 +10,7 @@ from ddpo_fast.guard import AVERAGED_EPOCHS, SHRINKS_BY
 
 SETTINGS = {"sample_batch_size": 8, "sample_num_batches_per_epoch": 1, "train_batch_size": 8}
 SETTINGS |= {"train_gradient_accumulation_steps": 1, "train_guard": True}
+PROMPTS = ["a cat"] * 8
 
 
 class Script:
@@ -26,12 +27,13 @@ class Script:
 
 def run(make_trainer, means: list[float], **settings):
     """A trainer after as many epochs as there are `means`, and its weights when each epoch was sampled."""
-    trainer = make_trainer(reward=Script(means), num_epochs=len(means), **{**SETTINGS, **settings})
+    settings = {"prompts": lambda: ("a cat", {}), **SETTINGS, **settings}
+    trainer = make_trainer(reward=Script(means), num_epochs=len(means), **settings)
     sampled, watch = [], trainer.guard.watch
 
-    def watched(rewards, spread):
+    def watched(rewards, prompts, spread):
         sampled.append({name: value.clone() for name, value in trained_weights(trainer).items()})
-        return watch(rewards, spread)
+        return watch(rewards, prompts, spread)
 
     trainer.guard.watch = watched
     trainer.train()
@@ -77,11 +79,11 @@ def test_the_step_shrinks_as_variety_is_lost(make_trainer):
     # the mean of the first two epochs is 0.5, so the step shrinks at 0.3, 0.27, 0.243, 0.2187, ...
     seen = []
     for spread in (0.6, 0.4, 0.31, 0.29, 0.28, 0.26, 0.4, 0.26, 0.22):
-        guard.watch(torch.zeros(8), torch.tensor(spread))
+        guard.watch(torch.zeros(8), PROMPTS, torch.tensor(spread))
         seen.append(guard.engine.rate.shrunk)
     assert seen == [1, 1, 1, 0.5, 0.5, 0.25, 0.25, 0.25, 0.125]
-    guard.watch(torch.zeros(8), torch.tensor(0.21))
-    guard.watch(torch.zeros(8), None)
+    guard.watch(torch.zeros(8), PROMPTS, torch.tensor(0.21))
+    guard.watch(torch.zeros(8), PROMPTS, None)
     assert guard.engine.rate.shrunk == 0.0625
     assert guard.returns == 0
 
@@ -94,7 +96,7 @@ def test_lost_variety_brings_the_best_weights_back(make_trainer, caplog):
 
     def epoch(spread: float, reward: float = 0.0) -> bool:
         """Changes the weights if the epoch is trained on."""
-        goes_back = guard.watch(torch.full((8,), reward), torch.tensor(spread))
+        goes_back = guard.watch(torch.full((8,), reward), PROMPTS, torch.tensor(spread))
         if not goes_back:
             with torch.no_grad():
                 weight.add_(1.0)
@@ -143,3 +145,23 @@ def test_without_the_setting_nothing_is_kept(make_trainer):
     assert AVERAGED_EPOCHS == 2
     trainer = make_trainer(num_epochs=1, **{**SETTINGS, "train_guard": False})
     assert trainer.guard is None
+
+
+def test_other_prompts_are_no_fall(make_trainer):
+    """Prompts differ by 2 and images of a prompt by 0.1: which prompts an epoch draws moves its mean, but not back."""
+    guard = make_trainer(**SETTINGS).guard
+    noise = 0.1 * torch.tensor([-1.0, 1.0, -1.0, 1.0])
+
+    def epoch(level: float, *prompts: str) -> bool:
+        effects = {"easy": 2.0, "hard": 0.0}
+        rewards = torch.cat([level + effects[prompt] + noise for prompt in prompts])
+        return guard.watch(rewards, [prompt for prompt in prompts for _ in range(4)])
+
+    # the plain means of pairs of epochs fall from 2 to 1, and the level rises from 0 to 0.6
+    assert not epoch(0.0, "easy", "hard", "easy")
+    assert not any(
+        epoch(0.2 * i, *prompts) for i, prompts in enumerate((["easy"], ["hard", "easy"], ["hard"]), start=1)
+    )
+    assert guard.returns == 0
+    # the plain mean is the highest so far, and the level lower than ever
+    assert epoch(-1.0, "easy", "easy", "easy")
