@@ -1,31 +1,17 @@
-"""DDIM's denoising step as three numbers for each timestep, `c_x`, `c_m` and `sigma`, and the step's credit.
+"""DDIM's steps as a table: for each timestep `c_x`, `c_m` and `sigma` (see step_table.py), and the step's credit.
 
-The step from timestep t to an earlier timestep s draws
+`a_t` below is DDPM's cumulated product of (1 - beta), the scheduler's `alphas_cumprod[t]` (written alpha_t in the DDIM
+paper, alpha-bar_t in DDPM, arXiv 2006.11239, eq. 4), with which the forward process is
 
-    x_s = c_x x_t + c_m m + sigma z,    z ~ N(0, 1),
+    x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps,
 
-where m is the UNet's output. This is all that sampling, the log-prob and the loss know about a scheduler. Below,
-`a_t` is DDPM's cumulated product of (1 - beta), the scheduler's `alphas_cumprod[t]` (written alpha_t in the DDIM paper,
-alpha-bar_t in DDPM, arXiv 2006.11239, eq. 4), with which the forward process is
-
-    x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps.
-
-DDIM (arXiv 2010.02502) steps, by its equations 12 and 16, with
+so that DDIM (arXiv 2010.02502, eq. 12 and 16) steps from timestep t to an earlier timestep s with
 
     x_s   = sqrt(a_s) x_0 + d eps + sigma z,    d = sqrt(1 - a_s - sigma^2)
     sigma = eta sqrt((1 - a_s) / (1 - a_t)) sqrt(1 - a_t / a_s)
 
 where x_0 and eps are the model's estimates. eta = 1 gives DDPM's ancestral sampling, the stochastic policy that DDPO
-(arXiv 2305.13301) trains; eta = 0 is deterministic and has no density. Both estimates are linear in x_t and m:
-
-    epsilon:   m = eps,                                x_0 = (x_t - sqrt(1 - a_t) m) / sqrt(a_t)
-               c_x = sqrt(a_s / a_t)                   c_m = d - sqrt(a_s) sqrt(1 - a_t) / sqrt(a_t)
-    sample:    m = x_0,                                eps = (x_t - sqrt(a_t) m) / sqrt(1 - a_t)
-               c_x = d / sqrt(1 - a_t)                 c_m = sqrt(a_s) - d sqrt(a_t) / sqrt(1 - a_t)
-    v (arXiv 2202.00512): m = sqrt(a_t) eps - sqrt(1 - a_t) x_0, so that
-               x_0 = sqrt(a_t) x_t - sqrt(1 - a_t) m,  eps = sqrt(1 - a_t) x_t + sqrt(a_t) m
-               c_x = sqrt(a_s) sqrt(a_t) + d sqrt(1 - a_t)
-               c_m = d sqrt(a_t) - sqrt(a_s) sqrt(1 - a_t)
+(arXiv 2305.13301) trains; eta = 0 is deterministic and has no density.
 
 The last step differs between libraries. diffusers' `DDIMScheduler` lets it end at `final_alpha_cumprod`, which is 1
 with `set_alpha_to_one`; then sigma is 0 and the step has no density. TRL clamps the earlier timestep to 0 before it
@@ -51,7 +37,8 @@ import diffusers
 import torch
 from diffusers import DDIMScheduler
 
-from ddpo_fast.step_credit import step_credits
+from ddpo_fast import step_table
+from ddpo_fast.step_credit import LAYOUT_VARIANCE, step_credits
 
 logger = logging.getLogger(__name__)
 
@@ -241,8 +228,12 @@ class DDIMCoefficients:
         s[sampled] = torch.cat([sampled[1:], sampled.new_zeros(1)])
         a_s = a_t[s]
         sigma, direction = sigma_and_direction(a_t, a_s, eta)
-        c_x, c_m = _mean_coefficients(scheduler.config.prediction_type, a_t, a_s, direction)
-        credits = step_credits(credit, c_m, sigma, sampled, a_t, a_s, direction)
+        root, deviation, next_root = a_t.sqrt(), (1 - a_t).sqrt(), a_s.sqrt()
+        kind = scheduler.config.prediction_type
+        c_x, c_m = step_table.mean_coefficients(kind, root, deviation, next_root, direction)
+        # the image and the noise that the best estimates find in latents whose components have the variance v
+        layout = next_root * root * LAYOUT_VARIANCE + direction * deviation
+        credits = step_credits(credit, c_m, sigma, sampled, layout / (a_t * LAYOUT_VARIANCE + 1 - a_t))
         table = torch.stack([c_x, c_m, sigma, credits], dim=1)
         if not torch.isfinite(table[sampled]).all():
             at = int(sampled[~torch.isfinite(table[sampled]).all(dim=1)][0])
@@ -299,18 +290,5 @@ def _check_linear(scheduler: Any) -> None:
 
 def sigma_and_direction(a_t: torch.Tensor, a_s: torch.Tensor, eta: float) -> tuple[torch.Tensor, torch.Tensor]:
     """(sigma, d) of steps by the formulas at the top of this module; all tensors have one shape."""
-    variance = eta**2 * (1 - a_s) / (1 - a_t) * (1 - a_t / a_s)
-    # d^2, which is 0 where a_t is 0 (zero terminal SNR) and eta is 1: rounding may make it negative there
-    return variance.sqrt(), (1 - a_s - variance).clamp(min=0).sqrt()
-
-
-def _mean_coefficients(
-    prediction_type: str, a_t: torch.Tensor, a_s: torch.Tensor, direction: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(c_x, c_m) by the formulas at the top of this module; `direction` is d."""
-    signal, noise = a_t.sqrt(), (1 - a_t).sqrt()
-    if prediction_type == "epsilon":
-        return a_s.sqrt() / signal, direction - a_s.sqrt() * noise / signal
-    if prediction_type == "sample":
-        return direction / noise, a_s.sqrt() - direction * signal / noise
-    return a_s.sqrt() * signal + direction * noise, direction * signal - a_s.sqrt() * noise
+    variance = step_table.ddim_variance(eta, 1 - a_t, 1 - a_s, 1 - a_t / a_s)
+    return variance.sqrt(), step_table.direction(1 - a_s, variance)

@@ -226,16 +226,16 @@ def test_a_step_without_a_gradient_has_no_credit():
     sampled = torch.tensor([2, 1, 0])
     # weights of 0, 2 and 4 are sampled; a step without noise, or without anything, has TRL's credit
     expected = [0.0, 1.0, 0.5, 1.0, 1.0, 2.0]
-    # a_t, a_s and d, which only 'layout' reads
-    others = torch.full((3, 6), 0.5, dtype=torch.float64)
-    assert step_credits("equal", -c_m, sigma, sampled, *others).tolist() == pytest.approx(expected)
+    # what only 'layout' reads
+    kept = torch.full((6,), 0.5, dtype=torch.float64)
+    assert step_credits("equal", -c_m, sigma, sampled, kept).tolist() == pytest.approx(expected)
     roots = [v**0.5 for v in expected]
-    assert step_credits("sqrt", c_m, sigma, sampled, *others).tolist() == pytest.approx(roots)
-    layout = step_credits("layout", c_m, sigma, sampled, *others)
+    assert step_credits("sqrt", c_m, sigma, sampled, kept).tolist() == pytest.approx(roots)
+    layout = step_credits("layout", c_m, sigma, sampled, kept)
     assert layout.isfinite().all()
     assert layout[0] == 0
     with pytest.raises(ValueError, match="step_credit is 'half' but must be one of"):
-        step_credits("half", c_m, sigma, sampled, *others)
+        step_credits("half", c_m, sigma, sampled, kept)
 
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
