@@ -1,4 +1,4 @@
-"""The command line: `ddpo-fast train`, `train-reward`, `plan`, `sample`, `recipes` and `info`.
+"""The command line: `ddpo-fast train`, `init`, `train-reward`, `plan`, `sample`, `recipes` and `info`.
 
 A command is a function in `COMMANDS`: it reads its options, which needs no torch, and then imports and runs its module
 in `commands/`. So `--help` and a misspelt option are answered before the seconds that torch takes to import.
@@ -20,6 +20,7 @@ USAGE = """usage: ddpo-fast COMMAND [options]
 Fine-tune Stable Diffusion with reinforcement learning.
 
   train         train a model on a reward, or go on with a run
+  init          print a file of settings for train, with every option
   train-reward  train a reward on rated images, or on pairs with a preference
   sample        draw a trained run's images beside the base model's
   plan          predict the memory that training takes, and choose settings that fit
@@ -93,12 +94,21 @@ def stop(program: str, error: Exception) -> NoReturn:
 
 def train(arguments: Sequence[str]) -> None:
     from ddpo_fast.commands.options import train_parser
+    from ddpo_fast.commands.settings_file import expanded
 
+    parser = train_parser()
+    words = expanded(arguments, parser)
     # for `--help` and misspelt options, which end here; `run` parses again, with a resumed run's defaults
-    train_parser().parse(arguments)
+    options = parser.parse(words)
     from ddpo_fast.commands import train
 
-    train.run(arguments)
+    train.run(words, options.dry_run)
+
+
+def init(arguments: Sequence[str]) -> None:
+    from ddpo_fast.commands import init
+
+    print(init.settings_file(arguments), end="")
 
 
 def train_reward(arguments: Sequence[str]) -> None:
@@ -112,11 +122,14 @@ def train_reward(arguments: Sequence[str]) -> None:
 
 def plan(arguments: Sequence[str]) -> None:
     from ddpo_fast.commands.options import plan_parser
+    from ddpo_fast.commands.settings_file import expanded
 
-    options = plan_parser().parse(arguments)
+    parser = plan_parser()
+    words = expanded(arguments, parser)
+    options = parser.parse(words)
     from ddpo_fast.commands import plan
 
-    plan.run(options, arguments)
+    plan.run(options, words)
 
 
 def sample(arguments: Sequence[str]) -> None:
@@ -148,6 +161,7 @@ def recipes(arguments: Sequence[str]) -> None:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train,
+    "init": init,
     "train-reward": train_reward,
     "plan": plan,
     "sample": sample,

@@ -73,9 +73,9 @@ def copied(trained, tmp_path, monkeypatch):
     "command", [[sys.executable, "ddpo_fast/train.py"], [str(Path(sys.executable).parent / "ddpo-fast"), "train"]]
 )
 def test_help_lists_every_field(command):
-    done = finish([*command, "--help"], cwd=ROOT)
+    done = finish([*command, "--help-all"], cwd=ROOT)
     for name in [f.name for f in fields(DDPOConfig)] + [f.name for f in fields(command_options.RunArguments)]:
-        assert f"--{name}" in done.stdout
+        assert f"  --{name}" in done.stdout
 
 
 def test_options_with_dashes_underscores_and_json():

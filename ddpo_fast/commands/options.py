@@ -20,6 +20,7 @@ from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser
 
+from ddpo_fast.commands.option_groups import grouped_help
 from ddpo_fast.commands.reward_options import REWARD_HELP, RewardArguments
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.config_rules import MAX_LORA_RANK, one_of
@@ -44,9 +45,12 @@ class PlanArguments:
 
 
 @dataclass
-class ResumeArguments:
-    """What `ddpo-fast train --resume_from` may do."""
+class StartArguments:
+    """How far `ddpo-fast train` goes, and what it may do with `--resume_from`."""
 
+    dry_run: bool = field(
+        default=False, metadata={"help": "Check everything, print the arithmetic and the predicted memory, and stop."}
+    )
     trust_run: bool = field(
         default=False,
         metadata={"help": "Import the functions that the resumed run names, and use its settings for other programs."},
@@ -172,6 +176,17 @@ class Parser(HfArgumentParser):
                 if get_origin(hints.get(action.dest)) is Union and type(None) in get_args(hints[action.dest]):
                     action.type = _OrNone(action.type)
 
+    def group_help(self) -> None:
+        """Makes `--help` show the usual options by groups, and adds `--help-all`, which shows all of them."""
+        self.add_argument(
+            "--help-all", "--help_all", action=_HelpAll, nargs=0, default=argparse.SUPPRESS, help="show all options"
+        )
+        self.epilog = (
+            "An option that is on is turned off by --no_NAME or --NAME False. `ddpo-fast init` writes all options into "
+            "a file of settings, which is given as FILE.yaml."
+        )
+        self.format_help = lambda: grouped_help(self, everything=False)
+
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{_reworded(message)} (`{self.prog} --help` lists the options)")
 
@@ -183,6 +198,12 @@ class Parser(HfArgumentParser):
             what = f"there is no option {name}" if name.startswith("-") else f"{name!r} belongs to no option"
             self.error(what + _did_you_mean(name, self._option_string_actions))
         return namespace
+
+
+class _HelpAll(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        print(grouped_help(parser, everything=True))
+        parser.exit()
 
 
 class _OrNone:
@@ -289,7 +310,7 @@ _FIELDS = {option.name: option for option in fields(DDPOConfig)}
 
 def train_parser() -> Parser:
     parser = Parser(
-        [RunArguments, DDPOConfig, ResumeArguments],
+        [RunArguments, DDPOConfig, StartArguments],
         prog="ddpo-fast train",
         description="Fine-tune Stable Diffusion on a reward with DDPO (arXiv 2305.13301).",
     )
@@ -298,6 +319,7 @@ def train_parser() -> Parser:
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     # None lets `precision_or_default` choose
     parser.set_defaults(logdir="runs", mixed_precision=None)
+    parser.group_help()
     return parser
 
 
@@ -309,6 +331,7 @@ def plan_parser() -> Parser:
     )
     # None lets `precision_or_default` choose
     parser.set_defaults(mixed_precision=None)
+    parser.group_help()
     return parser
 
 

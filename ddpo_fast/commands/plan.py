@@ -29,7 +29,7 @@ from ddpo_fast.config import DDPOConfig
 from ddpo_fast.device_memory import CUDA_CONTEXT, GB
 from ddpo_fast.engine import compute_dtype
 from ddpo_fast.model_configs import ModelConfigs, check_model
-from ddpo_fast.plan import CUDA_WORKSPACES, MARGIN, Adapter, Choice, Footprint, RewardWeights, choose
+from ddpo_fast.plan import CUDA_WORKSPACES, MARGIN, Adapter, Choice, Footprint, RewardWeights, choose, predict
 from ddpo_fast.recipes import LORA_SETTINGS
 from ddpo_fast.rewards import SeveralRewards
 
@@ -197,6 +197,26 @@ def print_on_main(line: str) -> None:
         print(line)
 
 
+def prediction(run: RunArguments, config: DDPOConfig) -> list[str]:
+    """Lines about the memory that a run takes on a GPU with the settings as they are, and what would fit."""
+    footprint = footprint_of(run, config, configs_of(run, config), run.full_finetune, reward_weights(run))
+    plan = predict(footprint, config, num_processes())
+    lines = ["", "predicted memory of a GPU, in GB:", plan.table()]
+    if config.gpu_memory is None and not torch.cuda.is_available():
+        return lines
+    capacity = _capacity(config)
+    fits = plan.peak <= capacity * (1 - MARGIN)
+    say = (
+        "which fits" if fits else "which does not fit: `ddpo-fast plan` with the same options, or --auto_memory, helps"
+    )
+    return [*lines, f"{plan.peak / GB:.2f} GB at its peak, and {capacity / GB:g} GB are there, {say}"]
+
+
+def num_processes() -> int:
+    """The processes that were launched together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def apply_auto_memory(
     run: RunArguments, config: DDPOConfig, device: torch.device | str, say: Callable[[str], Any] = print_on_main
 ) -> dict[str, Any]:
@@ -211,7 +231,7 @@ def apply_auto_memory(
         return {}
     configs, reward = configs_of(run, config), reward_weights(run)
     footprint = footprint_of(run, config, configs, run.full_finetune, reward, device.type)
-    choice = choose(footprint, config, _capacity(config), int(os.environ.get("WORLD_SIZE", "1")))
+    choice = choose(footprint, config, _capacity(config), num_processes())
     for name, value in choice.settings.items():
         setattr(config, name, value)
     config.check()

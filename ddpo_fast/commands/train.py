@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ddpo_fast import recipes
-from ddpo_fast.commands import before_after, plan, recorded_run
+from ddpo_fast.commands import before_after, plan, recorded_run, settings_file
 from ddpo_fast.commands.early_checks import check_before_loading, try_reward
 from ddpo_fast.commands.options import (
     RunArguments,
@@ -38,8 +38,11 @@ from ddpo_fast.trainer import DDPOTrainer
 EXAMPLE_PROMPTS = 8
 
 
-def run(arguments: Sequence[str]) -> None:
-    """Trains as the options say, and leaves reports and the final model in the output folder."""
+def run(arguments: Sequence[str], dry_run: bool = False) -> None:
+    """Trains as the options say, and leaves reports and the final model in the output folder.
+
+    With `dry_run` it stops before the weights are loaded, when all else has been checked, and writes nothing.
+    """
     # In one piece, as each stage needs those before it: options, checks, plan, trainer, training, reports.
     options, config = read_options(arguments)
     # Importing the user's module may change the working directory, so that folders are made absolute first.
@@ -64,6 +67,10 @@ def run(arguments: Sequence[str]) -> None:
     # Settings chosen by the predicted memory have to be in the config before the trainer reads it.
     if config.auto_memory:
         plan.apply_auto_memory(options, config, "cuda" if torch.cuda.is_available() else "cpu")
+    if dry_run:
+        for line in (config.batch_arithmetic(plan.num_processes()), *plan.prediction(options, config)):
+            plan.print_on_main(line)
+        return
 
     # The weights are loaded here. config.json also records where the functions came from, for `--resume_from`.
     trainer = DDPOTrainer(
@@ -76,6 +83,7 @@ def run(arguments: Sequence[str]) -> None:
     )
     trainer.run_settings.update(command_settings(options))
     trainer.run_log.write_config(trainer.run_settings)
+    trainer.run_log.write_text("config.yaml", settings_file.of_run(train_parser(), {**vars(options), **vars(config)}))
 
     def say(line: str) -> None:
         if trainer.accelerator.is_main_process:

@@ -124,7 +124,9 @@ def load(name: str) -> Recipe:
     (`ImportError` where they need a package that is not installed).
     """
     path = path_of(name)
-    content = _read(path, name)
+    content = read_yaml(path, f"recipe {name!r}")
+    if not isinstance(content, dict):
+        raise ValueError(f"recipe {name!r} holds {shown(content)} but must have {', '.join(PARTS)}")
     for part in content:
         if part not in PARTS:
             where = "under `settings:`" if part in SETTINGS else f"into one of {', '.join(PARTS)}"
@@ -166,14 +168,15 @@ def _check_settings(name: str, settings: dict[Any, Any]) -> None:
         raise type(error)(f"recipe {name!r}: {error}") from None
 
 
-def _read(path: Path, name: str) -> dict[Any, Any]:
+def read_yaml(path: Path, what: str) -> Any:
+    """The content of a YAML file, with numbers and words as in YAML 1.2.
+
+    Raises `ValueError` for a file that cannot be read, which `what` names, such as "recipe 'mine.yaml'".
+    """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ValueError(f"recipe {name!r} cannot be read as YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"recipe {name!r} holds {shown(content)} but must have {', '.join(PARTS)}")
-    return content
+        raise ValueError(f"{what} cannot be read as YAML: {' '.join(str(error).split())}") from None
 
 
 def _any_name() -> str:

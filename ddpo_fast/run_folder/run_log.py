@@ -75,11 +75,15 @@ class RunLog:
 
     def write_config(self, settings: dict[str, Any]) -> None:
         """Writes config.json, from which a run without a checkpoint is resumed."""
+        self.write_text("config.json", json.dumps(settings, indent=2, default=str) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Writes a file into the run's folder, in the main process."""
         if self.accelerator.is_main_process:
-            text = json.dumps(settings, indent=2, default=str) + "\n"
             # renamed when complete, so that a kill leaves no half-written file
-            (self.folder / ".config.json").write_text(text, encoding="utf-8")
-            (self.folder / ".config.json").replace(self.folder / "config.json")
+            part = self.folder / f".{name}"
+            part.write_text(text, encoding="utf-8")
+            part.replace(self.folder / name)
 
     def resume(self, state: dict[str, Any], in_place: bool) -> None:
         """Continues after the records that the checkpoint's `state` counts; later ones are removed if `in_place`."""
