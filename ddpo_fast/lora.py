@@ -10,6 +10,7 @@ import copy
 import json
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ddpo_fast.model_configs import first_line, hub_problem, model_folder, pickle_problem
+from ddpo_fast.temporary_values import temporary_values
 
 # diffusers' and TRL's name of an adapter's file
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -93,10 +95,11 @@ def load_adapter(pipe: Any, path: Path) -> None:
             str(path.parent), weight_name=path.name, use_safetensors=True, return_lora_metadata=True
         )
         common = {"network_alphas": alphas, "adapter_name": ADAPTER, "metadata": metadata, "_pipeline": pipe}
-        pipe.load_lora_into_unet(state, unet=pipe.unet, **common)
-        # called only where there is such a part, because it logs a warning where there is none
-        if not all(map(_is_of_unet, state)):
-            pipe.load_lora_into_text_encoder(state, text_encoder=pipe.text_encoder, **common)
+        with _as_if_in_fp32(pipe.unet), _as_if_in_fp32(pipe.text_encoder):
+            pipe.load_lora_into_unet(state, unet=pipe.unet, **common)
+            # called only where there is such a part, because it logs a warning where there is none
+            if not all(map(_is_of_unet, state)):
+                pipe.load_lora_into_text_encoder(state, text_encoder=pipe.text_encoder, **common)
         if not any(ADAPTER in getattr(part, "peft_config", {}) for part in (pipe.unet, pipe.text_encoder)):
             raise ValueError(f"nothing in it is for this kind of model (it has {next(iter(state), 'nothing')!r})")
     except Exception as error:
@@ -104,6 +107,17 @@ def load_adapter(pipe: Any, path: Path) -> None:
             f"the adapter {path} cannot be loaded by diffusers: {first_line(error)}; copy it again if it is damaged, "
             "or move it away for a new one"
         ) from error
+
+
+def _as_if_in_fp32(network: nn.Module) -> AbstractContextManager[None]:
+    """A context in which a network's weights have the dtype fp32, and no values.
+
+    peft makes an adapter in the precision of the weights that it lies on. Weights that are stored in half precision
+    would round the adapter, which is trained in fp32.
+    """
+    weights = [weight for name, weight in network.named_parameters() if "lora_" not in name]
+    # one element that is expanded to a weight's shape takes no memory
+    return temporary_values(weights, [torch.zeros((), device=w.device).expand(w.shape) for w in weights])
 
 
 def check_options(unet: Any, path: Path, rank: int, alpha: float, targets: Sequence[str]) -> None:
@@ -184,7 +198,7 @@ def add_adapter(unet: Any, config: LoraConfig) -> None:
         )
     active = [name for layer in before[:1] if not layer.disable_adapters for name in layer.active_adapters]
     if ADAPTER not in getattr(unet, "peft_config", {}):
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _as_if_in_fp32(unet):
             # peft warns that the UNet already has other adapters, which is meant here
             warnings.filterwarnings("ignore", "Already found a `peft_config`")
             unet.add_adapter(config, ADAPTER)

@@ -155,19 +155,30 @@ def model_folder(name: str) -> Path | None:
 
 
 def variant_of(folder: Path) -> str | None:
-    """The variant of a folder's weights ('fp16' in `model.fp16.safetensors`), or None if there are weights without."""
-    stem = WEIGHTS["unet"]
-    if _weight_files(folder, "unet", None):
-        return None
-    variants = {m[1] for p in (folder / "unet").iterdir() if (m := re.match(rf"{stem}\.([a-z0-9]+)[.-]", p.name))}
-    return next((v for v in sorted(variants) if _weight_files(folder, "unet", v)), None)
+    """The variant of a folder's weights ('fp16' in `model.fp16.safetensors`); None if all parts have some without.
+
+    Where some parts have weights of a variant only, the others may have them without, as diffusers loads them.
+    """
+    names = {file.name for part in WEIGHTS if (folder / part).is_dir() for file in (folder / part).iterdir()}
+    variants = {m[1] for name in names if (m := re.match(r"(?:diffusion_pytorch_)?model\.([a-z0-9_]+)[.-]", name))}
+    candidates = [None, *sorted(variants - {"safetensors", "bin"})]
+    return next((v for v in candidates if all(weight_files(folder, part, v) for part in WEIGHTS)), None)
 
 
-def _weight_files(folder: Path, part: str, variant: str | None) -> list[str]:
-    """The names of a part's weights, which may be split, as in `model-00001-of-00002.safetensors`."""
-    middle = rf"\.{variant}" if variant else ""
-    pattern = rf"{WEIGHTS[part]}{middle}(-\d+-of-\d+)?\.safetensors"
-    return [p.name for p in (folder / part).iterdir() if re.fullmatch(pattern, p.name)]
+def weight_files(folder: Path, part: str, variant: str | None) -> list[str]:
+    """The names of the weights that a part is loaded from: those of the variant, else those without.
+
+    They may be split, as in `model-00001-of-00002.safetensors`; an incomplete set counts as none.
+    """
+    names = [file.name for file in (folder / part).iterdir()] if (folder / part).is_dir() else []
+    for middle in (rf"\.{variant}", "") if variant else ("",):
+        pattern = rf"(?:diffusion_pytorch_)?model{middle}(?:-\d+-of-(\d+))?\.safetensors"
+        found = {name: m[1] for name in names if (m := re.fullmatch(pattern, name))}
+        if whole := [name for name, parts in found.items() if parts is None]:
+            return whole
+        if found and len(found) == int(next(iter(found.values()))):
+            return sorted(found)
+    return []
 
 
 def _read(name: str, revision: str, folder: Path | None, file: str, needed: bool = True) -> dict[str, Any]:
@@ -313,7 +324,7 @@ def _check_files(folder: Path, has_weights: bool) -> None:
     variant = variant_of(folder)
     for part, stem in WEIGHTS.items():
         wanted = f"{part}/{stem}{f'.{variant}' if variant else ''}.safetensors"
-        if _weight_files(folder, part, variant):
+        if weight_files(folder, part, variant):
             continue
         if pickles := sorted(p.name for p in (folder / part).iterdir() if p.suffix in PICKLES):
             raise ValueError(pickle_problem(f"{part}/{pickles[0]}"))

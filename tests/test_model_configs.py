@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from one_sentence import error_of_command, refused
 
 from ddpo_fast import DefaultDDPOStableDiffusionPipeline
@@ -195,16 +194,6 @@ def test_every_entry_point_refuses_before_weights_are_read(folder, command, kind
         options += ["--gpu_memory", "8"] if command == "plan" else ["--output_dir", "run"]
         assert re.search(words, error_of_command([command, "--pretrained_model", str(folder), *options]))
     assert not (tmp_path / "run").exists()
-
-
-def test_a_model_with_half_precision_weights_only(folder, model_dir, tmp_path):
-    """diffusers saves them with `variant="fp16"`; here they are loaded without that argument."""
-    half = tmp_path / "half"
-    shutil.copytree(model_dir, half)
-    for weights in half.glob("*/*.safetensors"):
-        weights.rename(weights.with_name(f"{weights.stem}.fp16.safetensors"))
-    pipeline = DefaultDDPOStableDiffusionPipeline(str(half))
-    assert pipeline.unet.dtype == torch.float32
 
 
 def test_a_scheduler_changed_afterwards_is_refused_at_the_start(make_trainer, model_dir, tmp_path):

@@ -63,7 +63,8 @@ def run(options: argparse.Namespace) -> None:
 
     # The base model samples first, because the trained weights are then loaded into the same networks.
     pipeline = make_pipeline(model)
-    pipeline.sd_pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    # a model is loaded as it is stored, and half precision would be another image
+    pipeline.sd_pipeline.to("cuda" if torch.cuda.is_available() else "cpu", torch.float32)
     base = draw(pipeline, prompts, saved, options.seed)
     pipeline.load_checkpoint([pipeline.get_trainable_layers()], str(found))
     trained = draw(pipeline, prompts, saved, options.seed)

@@ -80,9 +80,11 @@ def _is_known(model: str) -> bool:
 def base_digest(pipeline: Any) -> str:
     """A digest of the first 64 elements of each frozen tensor, which tells one base model from another.
 
-    '' unless all frozen weights are in fp32 and in host memory, as a digest of rounded weights would not match.
+    '' unless all frozen weights are in fp32, or as they were stored, and in host memory: a digest of rounded weights
+    would not match.
     """
     found = hashlib.sha256()
+    stored = getattr(getattr(pipeline, "sd_pipeline", None), "stored_dtypes", {})
     for part in ("text_encoder", "vae", "unet"):
         module = getattr(pipeline, part, None)
         if not isinstance(module, torch.nn.Module):
@@ -90,10 +92,10 @@ def base_digest(pipeline: Any) -> str:
         for name, parameter in module.named_parameters():
             if parameter.requires_grad or "lora_" in name:
                 continue
-            if parameter.dtype != torch.float32 or parameter.device.type != "cpu":
+            if parameter.dtype not in (torch.float32, stored.get(part)) or parameter.device.type != "cpu":
                 return ""
             found.update(name.replace(".base_layer", "").encode())
-            found.update(parameter.detach().flatten()[:64].contiguous().numpy().tobytes())
+            found.update(parameter.detach().flatten()[:64].float().numpy().tobytes())
     return found.hexdigest()[:16]
 
 
