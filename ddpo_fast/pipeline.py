@@ -18,11 +18,11 @@ from peft import LoraConfig
 
 from ddpo_fast import lora, ops, sampler
 from ddpo_fast.config import DDPOConfig
-from ddpo_fast.ddim import DDIMCoefficients, check_steps
+from ddpo_fast.ddim import check_steps
+from ddpo_fast.families import Family, family_of_pipeline
 from ddpo_fast.loading import IN_FP32, load_stable_diffusion
 from ddpo_fast.lora import ADAPTER, LORA_WEIGHTS, TRL_RANK, TRL_TARGETS
 from ddpo_fast.model_configs import model_folder
-from ddpo_fast.policy import latent_shape
 from ddpo_fast.run_folder.files import follow_umask
 from ddpo_fast.sampler import DDPOPipelineOutput, DDPOSchedulerOutput
 
@@ -141,11 +141,11 @@ class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
         self.sd_pipeline.unet.requires_grad_(not self.use_lora)
 
     def __call__(self, *args: Any, **kwargs: Any) -> DDPOPipelineOutput:
-        return sampler.generate(self.sd_pipeline, *args, **kwargs)
+        return sampler.generate(self.family, *args, **kwargs)
 
     def rgb_with_grad(self, *args: Any, **kwargs: Any) -> DDPOPipelineOutput:
         """The same as calling the pipeline, with images through which a gradient flows to the UNet."""
-        return sampler.generate_with_grad(self.sd_pipeline, *args, **kwargs)
+        return sampler.generate_with_grad(self.family, *args, **kwargs)
 
     def scheduler_step(
         self,
@@ -166,7 +166,10 @@ class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
         if prev_sample is not None and generator is not None:
             raise ValueError("pass either generator (to draw the next sample) or prev_sample (to score it), not both")
         timestep = torch.as_tensor(timestep, device=sample.device)
-        step = [c.expand(len(sample)) for c in DDIMCoefficients.of(self.scheduler, eta, sample.device).at(timestep)]
+        table = self.family.table(eta, sample.device)
+        # `take` and not `[]`: indexing by a tensor without dimensions copies its value to the host, and so waits for
+        # all work that is queued on the device
+        step = [table[:, i].take(timestep).expand(len(sample)) for i in range(3)]
         if prev_sample is None:
             noise = sampler.randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
             prev_sample = ops.take_step(model_output, sample, noise, *step)
@@ -174,8 +177,17 @@ class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
         return DDPOSchedulerOutput(prev_sample, log_probs)
 
     @property
+    def family(self) -> Family:
+        """The kind of model that the pipeline is, with the run's image size and sampler."""
+        made = self.__dict__.get("_family")
+        if made is None or made.pipe is not self.sd_pipeline:
+            made = self._family = family_of_pipeline(self.sd_pipeline)
+        return made
+
+    @property
     def unet(self) -> Any:
-        return self.sd_pipeline.unet
+        """The trained network."""
+        return self.family.denoiser
 
     @property
     def vae(self) -> Any:
@@ -260,7 +272,7 @@ def check_pipeline(pipeline: DDPOStableDiffusionPipeline, config: DDPOConfig) ->
     A pipeline whose class overrides both `__call__` and `scheduler_step` may sample by other steps than DDIM's, so its
     scheduler is not checked.
     """
-    kind, ours = type(pipeline), DefaultDDPOStableDiffusionPipeline
+    kind, ours, family = type(pipeline), DefaultDDPOStableDiffusionPipeline, family_of_pipeline(pipeline)
     steps_are_ours = ours.__call__ is kind.__call__ or ours.scheduler_step is getattr(kind, "scheduler_step", None)
     if isinstance(pipeline, ours) and steps_are_ours:
         check_steps(pipeline.scheduler, config.sample_num_steps, config.sample_eta)
@@ -271,7 +283,7 @@ def check_pipeline(pipeline: DDPOStableDiffusionPipeline, config: DDPOConfig) ->
             "train_image_credit is 'coca', but the pipeline's own __call__ does not tell what each step predicts: use "
             "'none'"
         )
-    if config.train_pool_latents > 1 and config.train_pool_latents > min(sides := latent_shape(pipeline.unet)[1:]):
+    if config.train_pool_latents > 1 and config.train_pool_latents > min(sides := family.latent_shape[1:]):
         raise ValueError(
             f"train_pool_latents is {config.train_pool_latents}, but the model's latents have {sides[0]} x {sides[1]} "
             f"pixels: use at most {min(sides)}"

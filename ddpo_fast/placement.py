@@ -12,6 +12,7 @@ from torch import nn
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.device_memory import limit_memory
 from ddpo_fast.engine import compute_dtype, exact_weights
+from ddpo_fast.families import family_of_pipeline
 from ddpo_fast.measured import Measured
 from ddpo_fast.offload_frozen import offload
 from ddpo_fast.processes import broadcast_from_main
@@ -34,13 +35,15 @@ def place_networks(
         if config.gpu_memory is not None:
             limit_memory(config.gpu_memory, device)
 
-    # The VAE and the text encoder are frozen. Without updates they need no fp32, and with `offload_frozen` they take no
-    # device memory while they are idle.
-    for frozen in (pipeline.vae, pipeline.text_encoder):
+    # The VAE and the text encoders are frozen. Without updates most need no fp32, and with `offload_frozen` they take
+    # no device memory while they are idle.
+    family = family_of_pipeline(pipeline)
+    for name, frozen in family.frozen_parts.items():
+        own_dtype = family.dtype_of(name, frozen.config, dtype)
         if config.offload_frozen:
-            offload(frozen, dtype)
+            offload(frozen, own_dtype)
         else:
-            frozen.to(device, dtype=dtype)
+            frozen.to(device, dtype=own_dtype)
 
     # The UNet's trained weights stay in fp32, as updates are often smaller than half precision can resolve. They are in
     # host memory if the engine keeps them there, and under DeepSpeed, which casts them before it moves them to the

@@ -18,32 +18,13 @@ from torch.nn.functional import avg_pool2d
 
 from ddpo_fast import ops
 from ddpo_fast.config import DDPOConfig
-from ddpo_fast.ddim import DDIMCoefficients
 from ddpo_fast.engine import Engine
+from ddpo_fast.families import Family, family_of_pipeline
 from ddpo_fast.ops.gaussian import LOG_SQRT_2PI, table_rows
 from ddpo_fast.prompt_embeddings import PromptEmbeddings
 
 
-def unet_output(
-    unet: Any,
-    latents: Tensor,
-    timesteps: Tensor,
-    embeds: Tensor,
-    cross_attention_kwargs: dict[str, Any] | None = None,
-) -> Tensor:
-    """The UNet's output [R, C, H, W] for rows of latents [R, C, H, W], timesteps [R] or [], embeds [R, L, D]."""
-    given = {} if cross_attention_kwargs is None else {"cross_attention_kwargs": cross_attention_kwargs}
-    return unet(latents, timesteps, encoder_hidden_states=embeds, return_dict=False, **given)[0]
-
-
-def latent_shape(unet: Any) -> tuple[int, int, int]:
-    """(C, H, W) of an image's latents."""
-    size = unet.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    return unet.config.in_channels, height, width
-
-
-def ratio_clip_range(config: DDPOConfig, unet: Any) -> float:
+def ratio_clip_range(config: DDPOConfig, family: Family) -> float:
     """`train_clip_range` in units of the ratio, which is what the loss clips.
 
     With `train_clip_unit='step'` it is set in standard deviations of a step. A log-prob is a mean over a latent's D
@@ -55,7 +36,7 @@ def ratio_clip_range(config: DDPOConfig, unet: Any) -> float:
     """
     if config.train_clip_unit == "ratio":
         return config.train_clip_range
-    channels, height, width = latent_shape(unet)
+    channels, height, width = family.latent_shape
     pool = config.train_pool_latents
     return config.train_clip_range / math.sqrt(channels * (height // pool) * (width // pool))
 
@@ -73,11 +54,10 @@ class Policy:
         self.config = config
         self.engine = engine
         self.device = device
-        self.embed_prompts = PromptEmbeddings(
-            pipeline.tokenizer, pipeline.text_encoder, device, remembers=config.sample_cache
-        )
+        self.family = family_of_pipeline(pipeline)
+        self.embed_prompts = PromptEmbeddings(self.family, device, remembers=config.sample_cache)
         # [1, L, D]
-        self.negative_embeds = self.embed_prompts([config.negative_prompts or ""])[1]
+        self.negative_embeds = self.embed_prompts.negative(config.negative_prompts)
 
     @property
     def unet(self) -> Any:
@@ -86,18 +66,17 @@ class Policy:
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of an image's latents."""
-        return latent_shape(self.unet)
+        return self.family.latent_shape
 
     @property
     def noise_table(self) -> Tensor:
-        """(c_x, c_m, sigma, credit) of the step from each timestep (see ddim.py): [num_train_timesteps, 4]."""
-        config = self.config
-        return DDIMCoefficients.of(self.pipeline.scheduler, config.sample_eta, self.device, config.step_credit).table
+        """(c_x, c_m, sigma, credit) of the step from each timestep (see `Family.table`): [K, 4]."""
+        return self.family.table(self.config.sample_eta, self.device, self.config.step_credit)
 
     @property
     def clip_range(self) -> float:
         """The range of the ratio's clip, in units of the ratio."""
-        return ratio_clip_range(self.config, self.unet)
+        return ratio_clip_range(self.config, self.family)
 
     def credited(self, log_ratios: Tensor, timesteps: Tensor) -> Tensor:
         """Log-ratios [N] times the credit of their steps, as `ops.ppo_loss` takes them; `timesteps` are [N]."""
@@ -178,7 +157,7 @@ class Policy:
         copies = self.config.rows_per_pair
         with self.computing():
             rows = torch.cat([latents] * copies).to(self.unet.dtype)
-            return unet_output(self.unet, rows, torch.cat([timesteps] * copies), embeds.to(self.unet.dtype))
+            return self.family.call(rows, torch.cat([timesteps] * copies), embeds.to(self.unet.dtype))
 
     def log_prob(self, latents: Tensor, timesteps: Tensor, next_latents: Tensor, embeds: Tensor) -> Tensor:
         """Log-density of the steps from `latents` to `next_latents` [N, C, H, W] by the pipeline's own step, [N].

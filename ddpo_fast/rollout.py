@@ -20,6 +20,7 @@ from ddpo_fast import ops
 from ddpo_fast.batch_sizes import BatchSizes
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.cuda_graphs import Recorded
+from ddpo_fast.families import Family
 from ddpo_fast.image_credit import predictions, similarities, step_credit
 from ddpo_fast.policy import Policy
 from ddpo_fast.prompts import PromptFunction, PromptGroups
@@ -57,7 +58,7 @@ class Rollout:
         self.config = config
         self.policy = policy
         self.sizes = sizes
-        self.pipe = policy.pipeline.sd_pipeline
+        self.family = policy.family
         # set from another thread to end the sampling at the next denoising step
         self.stop = threading.Event()
         self._chains: dict[tuple[Any, ...], RolloutChain] = {}
@@ -105,7 +106,7 @@ class Rollout:
         """The trajectories and images [B, 3, height, width] of batches that are denoised together."""
         for trajectory in self._trajectories(draws).split([len(draw.prompts) for draw in draws]):
             with torch.no_grad(), self.policy.computing():
-                images = decode(self.pipe, trajectory.trail[:, -1], "pt")
+                images = decode(self.family, trajectory.trail[:, -1], "pt")
             yield trajectory, images
 
     @torch.no_grad()
@@ -124,13 +125,13 @@ class Rollout:
             trail, log_probs, credit = self._denoise(noise, embeds)
         by_step = torch.stack(log_probs, dim=1)
         if pools:
-            by_step = self.policy.log_probs_of_noise(pooled_noise, self.pipe.scheduler.timesteps)
+            by_step = self.policy.log_probs_of_noise(pooled_noise, self.family.keys)
         return Trajectory(
             prompts=prompts,
             prompt_ids=ids,
             prompt_embeds=embeds,
             negative_prompt_embeds=self.policy.negative_embeds.expand_as(embeds),
-            timesteps=self.pipe.scheduler.timesteps.repeat(len(prompts), 1),
+            timesteps=self.family.keys.repeat(len(prompts), 1),
             trail=torch.stack(trail, dim=1),
             log_probs=by_step,
             credit=credit,
@@ -138,14 +139,14 @@ class Rollout:
 
     def _denoise(self, noise: list[torch.Tensor], embeds: torch.Tensor) -> Denoised:
         """The trajectories from `noise`, a list that is emptied, and `embeds` [B, L, D]."""
-        scheduler, device, steps = self.pipe.scheduler, self.policy.device, self.config.sample_num_steps
-        if scheduler.num_inference_steps != steps or scheduler.timesteps.device.type != device.type:
-            # only if they differ: `set_timesteps` copies the timesteps to the device, and the host waits for that
-            scheduler.set_timesteps(steps, device=device)
+        family, device, steps = self.family, self.policy.device, self.config.sample_num_steps
+        if family.num_steps != steps or family.keys.device.type != device.type:
+            # only if they differ: `set_steps` copies the timesteps to the device, and the host waits for that
+            family.set_steps(steps, device)
         embeds = self.policy.embeds_for_sampling(embeds)
         key = embeds.shape, embeds.dtype
         if key not in self._chains:
-            self._chains[key] = RolloutChain(self.pipe, self.config, embeds, self.stop)
+            self._chains[key] = RolloutChain(family, self.config, embeds, self.stop)
         return self._chains[key].sample(noise, embeds)
 
 
@@ -175,15 +176,17 @@ class RolloutChain(DenoisingChain):
         stop: set from another thread to end the sampling at the next step.
     """
 
-    def __init__(self, pipe: Any, config: DDPOConfig, embeds: torch.Tensor, stop: threading.Event) -> None:
+    def __init__(self, family: Family, config: DDPOConfig, embeds: torch.Tensor, stop: threading.Event) -> None:
         guidance_scale = config.sample_guidance_scale if config.rows_per_image == 2 else None
-        super().__init__(pipe, embeds.clone(), guidance_scale, config.sample_eta)
+        super().__init__(family, embeds.clone(), guidance_scale, config.sample_eta)
         self.stop = stop
         # with the cache, torch.compile would compile the UNet again in each rollout
-        uses_cache = config.sample_cache and not config.compile_unet and not cache_problem(pipe.unet)
-        self.cache = UNetCache(pipe.unet) if uses_cache else None
+        uses_cache = config.sample_cache and not config.compile_unet and not cache_problem(family.denoiser)
+        self.cache = UNetCache(family.denoiser) if uses_cache else None
         self.recorded = Recorded(self._step) if config.cuda_graphs else None
-        self.predictions = predictions(pipe.scheduler, config.sample_eta) if config.train_image_credit == "coca" else []
+        # The prediction of the final latents by each step, of which CoCA makes the credit.
+        credits = config.train_image_credit == "coca"
+        self.predictions = predictions(family.pipe.scheduler, config.sample_eta) if credits else []
         # The final latents that each step predicts. Together they are as large as the noise of the steps, which is
         # freed meanwhile, so that keeping them does not raise the peak of memory.
         self._predicted: list[torch.Tensor] = []
@@ -193,7 +196,7 @@ class RolloutChain(DenoisingChain):
         self.embeds.copy_(embeds)
         self._predicted.clear()
         if self.cache is not None:
-            self.cache.fill(self.embeds, self.pipe.scheduler.timesteps)
+            self.cache.fill(self.embeds, self.family.keys)
         # reversed to be taken from the end of the list: each step's noise is freed once it is used
         noise.reverse()
         with self.cache.in_use() if self.cache is not None else nullcontext():
@@ -266,7 +269,7 @@ class PipelineRollout:
                 prompt_ids=ids,
                 prompt_embeds=embeds,
                 negative_prompt_embeds=negative_embeds,
-                timesteps=pipeline.scheduler.timesteps.repeat(batch_size, 1),
+                timesteps=self.policy.family.keys.repeat(batch_size, 1),
                 trail=torch.stack(output.latents, dim=1).float(),
                 log_probs=torch.stack(output.log_probs, dim=1).float(),
             )

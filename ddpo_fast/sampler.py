@@ -16,16 +16,12 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch.utils.checkpoint import checkpoint
 
 from ddpo_fast import ops
-from ddpo_fast.ddim import DDIMCoefficients
+from ddpo_fast.families import Family
 from ddpo_fast.offload_frozen import on_device
-from ddpo_fast.policy import latent_shape, unet_output
 
 # In pixels of the latents (64 x 64 for an image of 512 x 512). Such an image takes about a gigabyte while it is decoded
 # in half precision, and eight of them keep a GPU busy.
 DECODED_AT_ONCE = 8 * 64 * 64
-
-# In this module `pipe` is a diffusers StableDiffusionPipeline. Its type is `Any` because diffusers does not declare the
-# pipeline's parts (unet, vae, ...) as attributes.
 
 
 @dataclass
@@ -57,9 +53,9 @@ class DenoisingChain:
     Subclasses change how the UNet is called (`predict`) or what goes around a step (`take_step`).
 
     Args:
-        pipe: a diffusers `StableDiffusionPipeline`, whose scheduler has its timesteps set.
+        family: has its steps set.
         embeds: [B, L, D], or [2B, L, D] with guidance, the negative prompts first.
-        guidance_scale: None for no guidance.
+        guidance_scale: None for no guidance by rows of the negative prompt.
         eta: share of DDPM's noise; 0 makes the steps deterministic, without a density.
         guidance_rescale: factor of the rescaling of guided outputs of arXiv 2305.08891, section 3.4; 0 for none.
         cross_attention_kwargs: keyword arguments of the UNet's attention processors.
@@ -67,29 +63,29 @@ class DenoisingChain:
 
     def __init__(
         self,
-        pipe: Any,
+        family: Family,
         embeds: torch.Tensor,
         guidance_scale: float | None,
         eta: float,
         guidance_rescale: float = 0.0,
         cross_attention_kwargs: dict[str, Any] | None = None,
     ) -> None:
-        self.pipe = pipe
+        self.family = family
         self.embeds = embeds
         self.guidance_scale = guidance_scale
         self.guidance_rescale = guidance_rescale
         self.cross_attention_kwargs = cross_attention_kwargs
-        self.table = DDIMCoefficients.of(pipe.scheduler, eta, pipe.unet.device).table
+        self.table = family.table(eta, family.denoiser.device)
 
     def predict(self, rows: torch.Tensor, t: torch.Tensor, i: int) -> torch.Tensor:
         """The UNet's output for the rows of step i, [B, C, H, W], or twice as many with guidance."""
-        return unet_output(self.pipe.unet, rows, t, self.embeds, self.cross_attention_kwargs)
+        return self.family.call(rows, t, self.embeds, self.cross_attention_kwargs)
 
     def take_step(
         self, rows: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, i: int
     ) -> ops.Step:
         """Step i at timestep t [] from `latents` with `noise`, both [B, C, H, W]; `rows` are the UNet's input."""
-        output = self.predict(self.pipe.scheduler.scale_model_input(rows, t), t, i)
+        output = self.predict(rows, t, i)
         if self.guidance_scale is None or self.guidance_rescale <= 0:
             # computes guidance, mean, next latents, log-prob and the UNet's next input together
             return ops.step_logprob(output, latents, noise, self.table, t, self.guidance_scale)
@@ -113,13 +109,14 @@ class DenoisingChain:
         """
         # The first rows are made in the memory layout of the UNet's weights, which its output has too. `take_step`
         # makes all later rows in the layout of the output.
-        last = self.pipe.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+        conv_in = getattr(self.family.denoiser, "conv_in", None)
+        last = conv_in is not None and conv_in.weight.is_contiguous(memory_format=torch.channels_last)
         layout = torch.channels_last if last else torch.contiguous_format
         copies = 1 if self.guidance_scale is None else 2
-        rows = torch.cat([latents] * copies).to(self.pipe.unet.dtype, memory_format=layout)
+        rows = torch.cat([latents] * copies).to(self.family.denoiser.dtype, memory_format=layout)
         trail, log_probs = [latents], []
-        with self.pipe.progress_bar(total=len(self.pipe.scheduler.timesteps)) as progress:
-            for i, t in enumerate(self.pipe.scheduler.timesteps):
+        with self.family.pipe.progress_bar(total=len(self.family.keys)) as progress:
+            for i, t in enumerate(self.family.keys):
                 latents, log_prob, rows = self.take_step(rows, latents, draw_noise(), t, i)
                 trail.append(latents)
                 log_probs.append(log_prob)
@@ -165,13 +162,13 @@ class TruncatedChain(DenoisingChain):
 
 
 @torch.no_grad()
-def generate(pipe: Any, *args: Any, **kwargs: Any) -> DDPOPipelineOutput:
+def generate(family: Family, *args: Any, **kwargs: Any) -> DDPOPipelineOutput:
     """Draws images; the arguments are `StableDiffusionPipeline`'s, see `_generate`."""
-    return _generate(pipe, None, *args, **kwargs)
+    return _generate(family, None, *args, **kwargs)
 
 
 def generate_with_grad(
-    pipe: Any,
+    family: Family,
     *args: Any,
     truncated_backprop: bool = True,
     truncated_backprop_rand: bool = True,
@@ -188,11 +185,11 @@ def generate_with_grad(
         truncated_backprop_timestep,
         truncated_rand_backprop_minmax,
     )
-    return _generate(pipe, truncation, *args, **kwargs)
+    return _generate(family, truncation, *args, **kwargs)
 
 
 def _generate(
-    pipe: Any,
+    family: Family,
     truncation: Truncation | None,
     prompt: str | list[str] | None = None,
     height: int | None = None,
@@ -217,28 +214,30 @@ def _generate(
 
     `truncation` is for images with a gradient, None for those without.
     """
-    _, *size = latent_shape(pipe.unet)
-    height, width = height or size[0] * pipe.vae_scale_factor, width or size[1] * pipe.vae_scale_factor
-    pipe.check_inputs(prompt, height, width, callback_steps, negative_prompt, prompt_embeds, negative_prompt_embeds)
-    device, guide = pipe.unet.device, guidance_scale > 1.0
-    # the text encoder may be kept in host memory while it is idle
-    with torch.no_grad(), on_device(pipe.text_encoder, device):
-        text, negative = pipe.encode_prompt(
+    if not isinstance(callback_steps, int) or callback_steps < 1:
+        raise ValueError(f"callback_steps is {callback_steps!r} but must be a whole number of at least 1")
+    family = family.at(height, width, guidance_scale)
+    device, guides = family.denoiser.device, guidance_scale > 1.0 and family.guides_by_rows
+    with torch.no_grad():
+        text, negative = family.prepare_prompts(
             prompt,
-            device,
-            num_images_per_prompt,
-            guide,
             negative_prompt,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            lora_scale=(cross_attention_kwargs or {}).get("scale"),
+            prompt_embeds,
+            negative_prompt_embeds,
+            num_images_per_prompt,
+            guides,
+            device,
+            (cross_attention_kwargs or {}).get("scale"),
         )
-        embeds = (torch.cat([negative, text]) if guide else text).to(pipe.unet.dtype)
-        pipe.scheduler.set_timesteps(num_inference_steps, device=device)
-        # fp32 whatever the networks' precision: a log-prob is computed on the values that training reads back
-        latents = pipe.prepare_latents(
-            len(text), pipe.unet.config.in_channels, height, width, torch.float32, device, generator, latents
-        )
+        embeds = (text if negative is None else torch.cat([negative, text])).to(family.denoiser.dtype)
+        family.set_steps(num_inference_steps, device)
+        if isinstance(generator, list) and len(generator) != len(text):
+            raise ValueError(f"there are {len(generator)} generators for {len(text)} images: give one for each")
+        if latents is None:
+            # fp32 whatever the networks' precision: a log-prob is computed on the values that training reads back
+            shape = len(text), *family.latent_shape
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        latents = latents.to(device)
 
     def after_step(i: int, t: torch.Tensor, latents_BCHW: torch.Tensor) -> None:
         if callback is not None and i % callback_steps == 0:
@@ -247,20 +246,22 @@ def _generate(
     def draw_noise() -> torch.Tensor:
         return randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
 
-    given = pipe, embeds, guidance_scale if guide else None, eta, guidance_rescale, cross_attention_kwargs
+    given = family, embeds, guidance_scale if guides else None, eta, guidance_rescale, cross_attention_kwargs
     chain = DenoisingChain(*given) if truncation is None else TruncatedChain(truncation, *given)
     trail, log_probs = chain.run(latents, draw_noise, after_step)
-    return DDPOPipelineOutput(decode(pipe, trail[-1], output_type), trail, log_probs if eta > 0 else [])
+    return DDPOPipelineOutput(decode(family, trail[-1], output_type), trail, log_probs if eta > 0 else [])
 
 
-def decode(pipe: Any, latents: torch.Tensor, output_type: str) -> Any:
+def decode(family: Family, latents: torch.Tensor, output_type: str) -> Any:
     """Latents to images of diffusers' `output_type` ('pil', 'np', 'pt' or 'latent'), a few at a time."""
     if output_type == "latent":
         return latents
+    vae: Any = family.pipe.vae
     at_once = max(1, DECODED_AT_ONCE // latents.shape[-2:].numel())
-    parts = (latents / pipe.vae.config.scaling_factor).to(pipe.vae.dtype).split(at_once)
-    with on_device(pipe.vae, latents.device):
-        pixels = torch.cat([pipe.vae.decode(part, return_dict=False)[0] for part in parts])
+    parts = family.latents_of_vae(latents).to(vae.dtype).split(at_once)
+    with on_device(vae, latents.device):
+        pixels = torch.cat([vae.decode(part, return_dict=False)[0] for part in parts])
     # in fp32 whatever the VAE's precision, because images may be converted to NumPy, which has no bf16
     pixels = pixels.float()
-    return pipe.image_processor.postprocess(pixels, output_type=output_type, do_denormalize=[True] * len(pixels))
+    processor = family.pipe.image_processor
+    return processor.postprocess(pixels, output_type=output_type, do_denormalize=[True] * len(pixels))

@@ -25,6 +25,7 @@ from ddpo_fast.checkpoint_mixin import CheckpointMixin
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.engine import make_engine, make_optimizer
 from ddpo_fast.evaluation import Evaluation
+from ddpo_fast.families import family_of_pipeline
 from ddpo_fast.guard import Guard
 from ddpo_fast.health import SampleHealth, check_images
 from ddpo_fast.interruption import Interruption
@@ -119,7 +120,9 @@ class DDPOTrainer(ScoringMixin, CheckpointMixin, HubModel):
 
         # The output folder, created and locked so that no other run can write to it.
         self.output_dir = agree_on_folder(config, self.accelerator, folder)
-        self.run_log = RunLog(config, self.accelerator, self.output_dir, ratio_clip_range(config, sd_pipeline.unet))
+        self.run_log = RunLog(
+            config, self.accelerator, self.output_dir, ratio_clip_range(config, family_of_pipeline(sd_pipeline))
+        )
         self.run_log.lock_folder(not checkpoint.continues_in(self.output_dir, config.resume_from))
         self.run_log.start_trackers(state.get("global_step"))
         set_seed(config.seed, device_specific=True)

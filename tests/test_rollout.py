@@ -346,7 +346,7 @@ def test_a_prompts_embedding_does_not_depend_on_the_other_prompts(make_trainer):
     pipeline, device = trainer.sd_pipeline, trainer.accelerator.device
 
     def fresh():
-        return PromptEmbeddings(pipeline.tokenizer, pipeline.text_encoder, device, remembers=True)
+        return PromptEmbeddings(pipeline.family, device, remembers=True)
 
     names = [f"a cat number {i}" for i in range(ENCODED_AT_ONCE + 3)]
     alone, together = fresh(), fresh()
@@ -362,7 +362,7 @@ def test_embeddings_of_a_trained_text_encoder_are_not_cached(make_trainer):
     trainer = make_trainer()
     pipeline = trainer.sd_pipeline
     pipeline.text_encoder.requires_grad_(True)
-    embed = PromptEmbeddings(pipeline.tokenizer, pipeline.text_encoder, trainer.accelerator.device, remembers=True)
+    embed = PromptEmbeddings(pipeline.family, trainer.accelerator.device, remembers=True)
     before = embed(["a cat"])[1]
     with torch.no_grad():
         next(pipeline.text_encoder.parameters()).add_(1.0)
@@ -407,13 +407,14 @@ def test_the_host_never_waits_inside_sampling_and_training(make_trainer, monkeyp
 
 
 def test_images_are_decoded_a_few_at_a_time(make_trainer, monkeypatch):
-    pipe = make_trainer().sd_pipeline.sd_pipeline
+    pipeline = make_trainer().sd_pipeline
+    pipe, family = pipeline.sd_pipeline, pipeline.family
     pipe.vae.double()
     latents = torch.randn(5, 4, 8, 8, dtype=torch.float64)
-    whole = sampler.decode(pipe, latents, "pt")
+    whole = sampler.decode(family, latents, "pt")
     monkeypatch.setattr(sampler, "DECODED_AT_ONCE", 2 * 8 * 8)
     sizes = []
     decode = pipe.vae.decode
     monkeypatch.setattr(pipe.vae, "decode", lambda part, **kwargs: sizes.append(len(part)) or decode(part, **kwargs))
-    torch.testing.assert_close(sampler.decode(pipe, latents, "pt"), whole, rtol=0, atol=1e-11)
+    torch.testing.assert_close(sampler.decode(family, latents, "pt"), whole, rtol=0, atol=1e-11)
     assert sizes == [2, 2, 1]

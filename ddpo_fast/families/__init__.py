@@ -22,9 +22,12 @@ def family_of(index: Mapping[str, Any]) -> type[Family]:
 
 
 def family_of_pipeline(pipeline: Any) -> Family:
-    """The family of a pipeline that is loaded: its own attribute, or Stable Diffusion for a user's own pipeline."""
+    """The family of a loaded pipeline: its own attribute, else by its class.
+
+    A user's own `DDPOStableDiffusionPipeline` is Stable Diffusion.
+    """
     family = getattr(pipeline, "family", None)
-    return family if isinstance(family, Family) else StableDiffusion(pipeline)
+    return family if isinstance(family, Family) else family_of({"_class_name": type(pipeline).__name__})(pipeline)
 
 
 def working() -> str:

@@ -84,9 +84,9 @@ class Family:
         self.sampler = self.samplers[0] if sampler == "auto" else sampler
 
     def at(self, height: int | None, width: int | None, guidance_scale: float) -> Family:
-        """The same for images of another size and another guidance."""
+        """The same with another guidance, for images of another size; None leaves a side as it is."""
         other = copy.copy(self)
-        other.use(height, width, guidance_scale, self.sampler, self.window)
+        other.use(height or self.height, width or self.width, guidance_scale, self.sampler, self.window)
         return other
 
     # told from configs, before any weight is read
@@ -113,8 +113,8 @@ class Family:
 
     @classmethod
     def divisor(cls, configs: Mapping[str, Config]) -> int:
-        """What the height and width of images must be multiples of."""
-        return cls.vae_scale(configs)
+        """What the height and width of images must be multiples of: diffusers' pipelines demand at least 8."""
+        return max(8, cls.vae_scale(configs))
 
     @classmethod
     def latent_shape_of(
@@ -122,7 +122,6 @@ class Family:
     ) -> tuple[int, int, int]:
         """(C, H, W) of the latents of images of `height` x `width` pixels, by default of the model's own size."""
         own = cls.default_size(configs)
-        # a user's own pipeline may have no VAE that says its scale; then its images have their own size
         rows, columns = (
             latent if pixels is None else pixels // cls.vae_scale(configs)
             for latent, pixels in zip(own, (height, width), strict=True)
@@ -158,8 +157,9 @@ class Family:
     def parts_configs(self) -> dict[str, Config]:
         """The configs of the network and the VAE."""
         found = {self.network: self.pipe_part(self.network).config}
-        if (vae := self.pipe_part("vae")) is not None:
-            found["vae"] = vae.config
+        # a user's own pipeline may have a VAE of any kind
+        if (vae := getattr(self.pipe_part("vae"), "config", None)) is not None:
+            found["vae"] = vae
         return found
 
     def pipe_part(self, name: str) -> Any:
@@ -172,7 +172,7 @@ class Family:
         return self.pipe_part(self.network)
 
     @property
-    def frozen_parts(self) -> dict[str, nn.Module]:
+    def frozen_parts(self) -> dict[str, Any]:
         """The frozen networks that the model has, by name."""
         return {name: part for name in self.frozen if (part := self.pipe_part(name)) is not None}
 
@@ -196,14 +196,33 @@ class Family:
         """Encodes B prompts: (token ids [B, L'], embeddings [B, L, D]), on the device."""
         raise NotImplementedError
 
-    def encode_negative(self, prompt: str | None, device: torch.device) -> Tensor:
-        """The embedding [1, L, D] of a run's negative prompt; '' and None mean that it has none."""
-        return self.encode([prompt or ""], device)[1]
+    def no_negative(self, empty: Tensor) -> Tensor:
+        """What guidance leads away from without a negative prompt, from the embedding `empty` [1, L, D] of ''."""
+        return empty
+
+    def prepare_prompts(
+        self,
+        prompt: str | list[str] | None,
+        negative_prompt: str | list[str] | None,
+        prompt_embeds: Tensor | None,
+        negative_prompt_embeds: Tensor | None,
+        copies: int,
+        guides: bool,
+        device: torch.device,
+        lora_scale: float | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The embeddings of a call of the pipeline: (of the prompts, and if it `guides` of the negative prompts).
+
+        Each prompt's come `copies` times.
+
+        Raises `ValueError` for arguments that do not fit together.
+        """
+        raise NotImplementedError
 
     # steps
 
     def set_steps(self, steps: int, device: torch.device | str) -> None:
-        """Makes `steps` the number of sampled steps T."""
+        """Makes `steps` the number of sampled steps T, in the pipeline's scheduler, which the copies of `at` share."""
         raise NotImplementedError
 
     @property

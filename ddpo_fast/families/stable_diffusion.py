@@ -48,6 +48,31 @@ class StableDiffusion(Family):
             max_length=tokenizer.model_max_length,
         )
 
+    def prepare_prompts(
+        self,
+        prompt: str | list[str] | None,
+        negative_prompt: str | list[str] | None,
+        prompt_embeds: Tensor | None,
+        negative_prompt_embeds: Tensor | None,
+        copies: int,
+        guides: bool,
+        device: torch.device,
+        lora_scale: float | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        size = self.image_size_of(self.parts_configs(), self.height, self.width)
+        self.pipe.check_inputs(prompt, *size, 1, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        with on_device(self.pipe.text_encoder, device):
+            return self.pipe.encode_prompt(
+                prompt,
+                device,
+                copies,
+                guides,
+                negative_prompt,
+                prompt_embeds=prompt_embeds,
+                negative_prompt_embeds=negative_prompt_embeds,
+                lora_scale=lora_scale,
+            )
+
     def set_steps(self, steps: int, device: torch.device | str) -> None:
         self.pipe.scheduler.set_timesteps(steps, device=device)
 
