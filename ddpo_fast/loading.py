@@ -15,11 +15,9 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import StableDiffusionPipeline
 from packaging.version import Version
 
 from ddpo_fast.model_configs import (
-    WEIGHTS,
     check_model,
     first_line,
     model_folder,
@@ -36,26 +34,27 @@ IN_FP32: dict[str, Any] = {DTYPE: torch.float32}
 STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def load_stable_diffusion(name: str, revision: str = "main") -> Any:
-    """Loads a `StableDiffusionPipeline` with a DDIM scheduler from a folder or the Hub, in the stored precisions.
+def load_pipeline(name: str, revision: str = "main") -> Any:
+    """Loads a model's diffusers pipeline from a folder or the Hub, in the stored precisions.
 
-    Its attribute `stored_dtypes` has them by part.
+    Its scheduler is the one that it is sampled with. Its attribute `stored_dtypes` has the precisions by part.
 
     Raises `ValueError` for a model that cannot be trained, `OSError` for one that cannot be read.
     """
     configs = check_model(name, revision)
+    family = configs.family
+    kind: Any = getattr(diffusers, family.pipelines[0])
     options: dict[str, Any] = {
         "use_safetensors": True,
-        "scheduler": configs.ddim,
-        "safety_checker": None,
-        "feature_extractor": None,
-        "requires_safety_checker": False,
+        "scheduler": configs.sampling_scheduler,
+        **dict.fromkeys(part for part in family.optional if part not in configs.parts),
+        **family.unloaded,
     }
     try:
-        folder = model_folder(name) or Path(StableDiffusionPipeline.download(name, revision=revision, **options))
-        variant = variant_of(folder)
-        stored = stored_dtypes(folder, variant)
-        pipe: Any = StableDiffusionPipeline.from_pretrained(
+        folder = model_folder(name) or Path(kind.download(name, revision=revision, **options))
+        variant = variant_of(folder, configs.parts)
+        stored = stored_dtypes(folder, variant, configs.parts)
+        pipe: Any = kind.from_pretrained(
             str(folder), variant=variant, **options, **{DTYPE: {**stored, "default": torch.float32}}
         )
     except Exception as error:
@@ -66,20 +65,22 @@ def load_stable_diffusion(name: str, revision: str = "main") -> Any:
     pipe.stored_dtypes = stored
     # Looking up the embedding of a token that has none is an index out of range. On a GPU that is a device-side
     # assertion, after which the process cannot use the device any more.
-    known = pipe.text_encoder.get_input_embeddings().num_embeddings
-    if len(pipe.tokenizer) > known:
-        raise ValueError(
-            f"pretrained_model {name!r} cannot be trained: its tokenizer has {len(pipe.tokenizer)} tokens, and its "
-            f"text_encoder knows {known}: they are not of one model"
-        )
+    for tokenizer in (part for part in family.parts if part.startswith("tokenizer")):
+        encoder = tokenizer.replace("tokenizer", "text_encoder")
+        if getattr(pipe, encoder, None) is None:
+            continue
+        given, known = len(getattr(pipe, tokenizer)), getattr(pipe, encoder).get_input_embeddings().num_embeddings
+        if given > known:
+            raise ValueError(
+                f"pretrained_model {name!r} cannot be trained: its {tokenizer} has {given} tokens, and its {encoder} "
+                f"knows {known}: they are not of one model"
+            )
     return pipe
 
 
-def stored_dtypes(folder: Path, variant: str | None) -> dict[str, torch.dtype]:
-    """The precision of each part's weights in a folder, from the headers of its files."""
-    return {
-        part: stored_dtype(folder / part / file for file in weight_files(folder, part, variant)) for part in WEIGHTS
-    }
+def stored_dtypes(folder: Path, variant: str | None, parts: Iterable[str]) -> dict[str, torch.dtype]:
+    """The precision of each of the parts' weights in a folder, from the headers of its files."""
+    return {part: stored_dtype(folder / part / file for file in weight_files(folder, part, variant)) for part in parts}
 
 
 def stored_dtype(files: Iterable[Path]) -> torch.dtype:

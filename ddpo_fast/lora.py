@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import warnings
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from ddpo_fast.families import Family
 from ddpo_fast.model_configs import first_line, hub_problem, model_folder, pickle_problem
 from ddpo_fast.temporary_values import temporary_values
 
@@ -85,23 +87,24 @@ def _is_surely_absent(name: str, revision: str) -> bool:
         return False
 
 
-def load_adapter(pipe: Any, path: Path) -> None:
-    """Loads an adapter's file into a pipeline's UNet, and its text encoder if the file has a part for it.
+def load_adapter(family: Family, path: Path) -> None:
+    """Loads an adapter's file into a model's network, and its text encoders if the file has parts for them.
 
     Raises `OSError` for a file that cannot be read, or that belongs to another kind of model.
     """
+    parts = (family.denoiser, *family.text_encoders.values())
     try:
-        state, alphas, metadata = pipe.lora_state_dict(
-            str(path.parent), weight_name=path.name, use_safetensors=True, return_lora_metadata=True
-        )
-        common = {"network_alphas": alphas, "adapter_name": ADAPTER, "metadata": metadata, "_pipeline": pipe}
-        with _as_if_in_fp32(pipe.unet), _as_if_in_fp32(pipe.text_encoder):
-            pipe.load_lora_into_unet(state, unet=pipe.unet, **common)
-            # called only where there is such a part, because it logs a warning where there is none
-            if not all(map(_is_of_unet, state)):
-                pipe.load_lora_into_text_encoder(state, text_encoder=pipe.text_encoder, **common)
-        if not any(ADAPTER in getattr(part, "peft_config", {}) for part in (pipe.unet, pipe.text_encoder)):
-            raise ValueError(f"nothing in it is for this kind of model (it has {next(iter(state), 'nothing')!r})")
+        with ExitStack() as stack:
+            stack.enter_context(_without_warnings_of_parts())
+            for part in parts:
+                stack.enter_context(_as_if_in_fp32(part))
+            family.pipe.load_lora_weights(
+                str(path.parent), weight_name=path.name, adapter_name=ADAPTER, use_safetensors=True
+            )
+        if not any(ADAPTER in getattr(part, "peft_config", {}) for part in parts):
+            with safe_open(path, "pt") as file:
+                first = next(iter(file.keys()), "nothing")
+            raise ValueError(f"nothing in it is for this kind of model (it has {first!r})")
     except Exception as error:
         raise OSError(
             f"the adapter {path} cannot be loaded by diffusers: {first_line(error)}; copy it again if it is damaged, "
@@ -118,6 +121,23 @@ def _as_if_in_fp32(network: nn.Module) -> AbstractContextManager[None]:
     weights = [weight for name, weight in network.named_parameters() if "lora_" not in name]
     # one element that is expanded to a weight's shape takes no memory
     return temporary_values(weights, [torch.zeros((), device=w.device).expand(w.shape) for w in weights])
+
+
+@contextmanager
+def _without_warnings_of_parts() -> Iterator[None]:
+    """A context in which diffusers does not warn that a file has nothing for one of the networks, as most have not."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "No LoRA keys associated" not in record.getMessage()
+
+    loggers = [logging.getLogger(f"diffusers.loaders.{name}") for name in ("lora_base", "peft")]
+    for logger in loggers:
+        logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(is_other)
 
 
 def check_options(unet: Any, path: Path, rank: int, alpha: float, targets: Sequence[str]) -> None:
@@ -248,16 +268,19 @@ def without_adapter(network: Any) -> Any:
     return plain
 
 
-def save_adapter(pipe: Any, unet: Any, output_dir: str | Path) -> None:
-    """Writes the trained adapter, and its part for the text encoder if it was loaded with one, as `LORA_WEIGHTS`."""
+def save_adapter(family: Family, network: Any, output_dir: str | Path) -> None:
+    """Writes the trained adapter of `network`, and its parts for text encoders that were loaded with it."""
     written: dict[str, Any] = {}
-    for name, network in (("unet", unet), ("text_encoder", pipe.text_encoder)):
-        if ADAPTER in getattr(network, "peft_config", {}):
-            state = _in_one_naming(get_peft_model_state_dict(network, adapter_name=ADAPTER))
+    for name, part in ((family.network, network), *family.text_encoders.items()):
+        if ADAPTER in getattr(part, "peft_config", {}):
+            state = get_peft_model_state_dict(part, adapter_name=ADAPTER)
+            # TRL trains UNets only, and files of adapters for transformers have peft's names
+            if family.network == "unet":
+                state = _in_one_naming(state)
             # safetensors refuses tensors that are not contiguous, such as those in the channels_last layout
             written[f"{name}_lora_layers"] = {key: value.contiguous() for key, value in state.items()}
-            written[f"{name}_lora_adapter_metadata"] = _with_sorted_sets(network.peft_config[ADAPTER].to_dict())
-    pipe.save_lora_weights(save_directory=output_dir, **written)
+            written[f"{name}_lora_adapter_metadata"] = _with_sorted_sets(part.peft_config[ADAPTER].to_dict())
+    family.pipe.save_lora_weights(save_directory=output_dir, **written)
     _sort_metadata(Path(output_dir) / LORA_WEIGHTS)
 
 
@@ -291,29 +314,26 @@ def _sort_metadata(path: Path) -> None:
     path.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
 
 
-def read_adapter(unet: Any, path: Path) -> None:
-    """Reads the UNet's part of a file of `save_adapter` into the UNet's trained adapter.
+def read_adapter(family: Family, network: Any, path: Path) -> None:
+    """Reads the network's part of a file of `save_adapter` into the network's trained adapter.
 
     Raises `ValueError` if the file's adapter has other layers or settings.
     """
-    _check_same_settings(unet.peft_config[ADAPTER], path)
-    state = {name.removeprefix("unet."): value for name, value in load_file(path).items() if _is_of_unet(name)}
-    problems = set_peft_model_state_dict(unet, convert_unet_state_dict_to_peft(state), adapter_name=ADAPTER)
+    prefix = f"{family.network}."
+    _check_same_settings(network.peft_config[ADAPTER], path, prefix)
+    state = {name.removeprefix(prefix): v for name, v in load_file(path).items() if not name.startswith("text_encoder")}
+    problems = set_peft_model_state_dict(network, convert_unet_state_dict_to_peft(state), adapter_name=ADAPTER)
     if problems is not None and problems.unexpected_keys:
         raise ValueError(f"{path.parent} holds another adapter: unexpected {problems.unexpected_keys[0]}")
 
 
-def _check_same_settings(mine: LoraConfig, path: Path) -> None:
+def _check_same_settings(mine: LoraConfig, path: Path, prefix: str) -> None:
     """Raises `ValueError` if a file's adapter has other `SCALE_SETTINGS` than the adapter it is read into."""
     with safe_open(path, "pt") as file:
         saved = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
     for name in SCALE_SETTINGS:
-        was, now = saved.get(f"unet.{name}"), getattr(mine, name)
+        was, now = saved.get(prefix + name), getattr(mine, name)
         if was is not None and was != now:
             raise ValueError(
                 f"{path.parent} holds another adapter: its {name} is {was}, and this run's is {now}: give {was} again"
             )
-
-
-def _is_of_unet(name: str) -> bool:
-    return not name.startswith("text_encoder.")

@@ -9,84 +9,65 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+import diffusers
 from huggingface_hub import errors, hf_hub_download
-from packaging.version import Version
-from transformers import CLIPTextConfig
+from transformers import CLIPTextConfig, T5Config
 
 from ddpo_fast import tiny_sd
-from ddpo_fast.ddim import check_steps, ddim_scheduler
+from ddpo_fast.families import Family, family_of, working
 
 # two ends of error messages
-REMEDY = "give a text-to-image Stable Diffusion 1.x or 2.x as a diffusers folder or Hub id"
+REMEDY = f"give a text-to-image {working()} as a diffusers folder or Hub id"
 AGAIN = "copy or download the model again"
 # endings of files with weights that are pickles
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
-# the parts of a pipeline that a run uses, and the classes that each may have
-PARTS = {
-    "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL",),
-    "text_encoder": ("CLIPTextModel",),
-    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
-}
 LIBRARIES = ("diffusers", "transformers")
 # parts that are never loaded, and all parts that a run has no use for
 UNLOADED_PARTS = ("safety_checker", "feature_extractor")
 UNUSED_PARTS = (*UNLOADED_PARTS, "image_encoder")
-CONFIGS = {
-    "unet": "unet/config.json",
-    "vae": "vae/config.json",
-    "text_encoder": "text_encoder/config.json",
-    "scheduler": "scheduler/scheduler_config.json",
-}
-# file names of the weights, without variant and ending
-WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
-# the tasks of UNets whose input has more channels than their output, by the number of input channels
-CHANNELS = {9: "inpainting", 8: "editing or upscaling", 7: "upscaling", 5: "depth"}
-# settings of a UNet that has inputs beside latents, timestep and text, which the trainer would not give it
-CONDITIONS = {
-    "time_cond_proj_dim": "a guidance scale as an input (a latent consistency model)",
-    "class_embed_type": "class labels",
-    "num_class_embeds": "class labels",
-    "addition_embed_type": "a second embedding, as Stable Diffusion XL",
-    "encoder_hid_dim": "a projection of another encoder's output",
-    "encoder_hid_dim_type": "a projection of another encoder's output",
-}
+SCHEDULER = "scheduler/scheduler_config.json"
 
 
 @dataclass(frozen=True)
 class ModelConfigs:
-    """The configs of a pipeline's parts, completed with diffusers' defaults."""
+    """The configs of a pipeline's parts by name, completed with the defaults of diffusers and transformers."""
 
-    unet: dict[str, Any]
-    vae: dict[str, Any]
-    text_encoder: dict[str, Any]
+    family: type[Family]
+    parts: dict[str, dict[str, Any]]
     scheduler: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def unet(self) -> dict[str, Any]:
+        """Of the part that is trained."""
+        return self.parts[self.family.network]
+
+    @property
+    def text_encoder(self) -> dict[str, Any]:
+        return self.parts["text_encoder"]
+
+    @property
+    def vae(self) -> dict[str, Any]:
+        return self.parts["vae"]
+
+    @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of an image's latents."""
-        size = self.unet["sample_size"]
-        height, width = (size, size) if isinstance(size, int) else size
-        return self.unet["in_channels"], height, width
+        """(channels, height, width) of the latents of an image of the model's own size."""
+        return self.family.latent_shape_of(self.parts)
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """(height, width) of an image in pixels."""
-        _, height, width = self.latent_shape
-        # each block of the VAE but the last halves the image
-        scale = 2 ** (len(self.vae["block_out_channels"]) - 1)
-        return height * scale, width * scale
+        """(height, width) of an image of the model's own size in pixels."""
+        return self.family.image_size_of(self.parts)
 
     @property
-    def ddim(self) -> DDIMScheduler:
-        """The DDIM scheduler that samples the model."""
-        return ddim_scheduler(self.scheduler)
+    def sampling_scheduler(self) -> Any:
+        """The scheduler that samples the model."""
+        return self.family.make_scheduler(self.scheduler)
 
 
 def check_model(
@@ -105,26 +86,30 @@ def check_model(
     """
     folder = model_folder(name)
     try:
-        _check_parts(_read(name, revision, folder, "model_index.json"))
-        found = {part: _read(name, revision, folder, file) for part, file in CONFIGS.items()}
-        tokenizer = _read(name, revision, folder, "tokenizer/tokenizer_config.json", needed=False)
-        configs = ModelConfigs(
-            _with_defaults(UNet2DConditionModel, found["unet"]),
-            _with_defaults(AutoencoderKL, found["vae"]),
-            _text_config(found["text_encoder"]),
-            found["scheduler"],
-        )
-        _check_unet(configs.unet)
-        _check_fit(configs, tokenizer)
-        scheduler = configs.ddim
+        index = _read(name, revision, folder, "model_index.json")
+        family = _family(index)
+        present = [part for part in (family.network, *family.frozen) if index.get(part, [None, None])[1] is not None]
+        found = {part: _read(name, revision, folder, f"{part}/config.json") for part in present}
+        scheduler = _read(name, revision, folder, SCHEDULER)
+        parts = {part: _completed(part, index[part][1], config) for part, config in found.items()}
+        configs = ModelConfigs(family, parts, scheduler)
+        try:
+            family.check(parts)
+        except ValueError as error:
+            raise ValueError(f"{error}: {REMEDY}") from None
+        _check_fit(configs)
+        for tokenizer in (part for part in family.parts if part.startswith("tokenizer")):
+            file = _read(name, revision, folder, f"{tokenizer}/tokenizer_config.json", needed=False)
+            _check_tokenizer(tokenizer, file, configs)
+        sampler = configs.sampling_scheduler
         if folder is not None:
-            _check_files(folder, has_weights)
+            _check_files(folder, family, present, has_weights)
     except ValueError as error:
         raise ValueError(f"pretrained_model {name!r} cannot be trained: {error}") from None
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"pretrained_model {name!r} cannot be trained: its configs are broken ({error!r})") from error
     if steps is not None:
-        check_steps(scheduler, steps, eta)
+        family.check_steps(sampler, steps, eta)
     return configs
 
 
@@ -154,15 +139,20 @@ def model_folder(name: str) -> Path | None:
     return path
 
 
-def variant_of(folder: Path) -> str | None:
-    """The variant of a folder's weights ('fp16' in `model.fp16.safetensors`); None if all parts have some without.
+def variant_of(folder: Path, parts: Collection[str]) -> str | None:
+    """The variant of a folder's weights ('fp16' in `model.fp16.safetensors`); None if all `parts` have some without.
 
     Where some parts have weights of a variant only, the others may have them without, as diffusers loads them.
     """
-    names = {file.name for part in WEIGHTS if (folder / part).is_dir() for file in (folder / part).iterdir()}
+    names = {file.name for part in parts if (folder / part).is_dir() for file in (folder / part).iterdir()}
     variants = {m[1] for name in names if (m := re.match(r"(?:diffusion_pytorch_)?model\.([a-z0-9_]+)[.-]", name))}
     candidates = [None, *sorted(variants - {"safetensors", "bin"})]
-    return next((v for v in candidates if all(weight_files(folder, part, v) for part in WEIGHTS)), None)
+    return next((v for v in candidates if all(weight_files(folder, part, v) for part in parts)), None)
+
+
+def weights_stem(part: str) -> str:
+    """The file name of a part's weights, without variant and ending."""
+    return "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
 
 
 def weight_files(folder: Path, part: str, variant: str | None) -> list[str]:
@@ -222,22 +212,23 @@ def hub_problem(name: str, error: Exception, option: str = "pretrained_model") -
     )
 
 
-def _check_parts(index: Mapping[str, Any]) -> None:
-    """Raises `ValueError` unless `model_index.json` names the parts of a text-to-image Stable Diffusion 1.x or 2.x."""
+def _family(index: Mapping[str, Any]) -> type[Family]:
+    """The family of a model; raises `ValueError` unless `model_index.json` names the parts of one."""
     kind = index.get("_class_name")
     if not isinstance(kind, str):
         # a list here names a file of code in the model's folder, for diffusers to run
         raise ValueError(f"its kind of pipeline is {kind!r}: {REMEDY}")
+    family = family_of(index)
     parts = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2}
     present = {name: value[1] for name, value in parts.items() if value[1] is not None}
-    extra = sorted(present.keys() - PARTS.keys() - {"scheduler", *UNUSED_PARTS})
-    missing = [name for name in (*PARTS, "scheduler") if name not in present]
+    extra = sorted(present.keys() - family.parts.keys() - {"scheduler", *UNUSED_PARTS})
+    missing = [name for name in (*family.parts, "scheduler") if name not in present and name not in family.optional]
     if extra or missing:
         what = f"has {_listed(extra)}" if extra else f"has no {_listed(missing)}"
         raise ValueError(f"it is a {kind}, which {what}: {REMEDY}")
-    for name, known in PARTS.items():
-        library, used = parts[name]
-        if library not in LIBRARIES or used not in known:
+    for name, known in family.parts.items():
+        library, used = parts.get(name, (None, None))
+        if name in present and (library not in LIBRARIES or used not in known):
             raise ValueError(f"its {name} is a {library}.{used} and must be a {' or '.join(known)}: {REMEDY}")
     for name in present.keys() - UNLOADED_PARTS:
         # any other library is a module in the model's folder, code that would be imported and run
@@ -245,84 +236,65 @@ def _check_parts(index: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"its {name} is a {'.'.join(map(str, parts[name]))}, which is not of {LIBRARIES}: {REMEDY}"
             )
+    return family
 
 
 def _listed(names: list[str]) -> str:
     return " and ".join(names)
 
 
-def _with_defaults(kind: Any, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Completes the config of a diffusers class with the defaults of its constructor."""
-    named = config.get("_class_name", kind.__name__)
-    if named != kind.__name__:
-        raise ValueError(f"its config says {named!r} where {kind.__name__!r} must be: {REMEDY}")
-    parameters = inspect.signature(kind.__init__).parameters
-    defaults = {key: p.default for key, p in parameters.items() if p.default is not inspect.Parameter.empty}
-    return {**defaults, **config}
-
-
-def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def _completed(part: str, kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Completes the config of a part, of the class `kind`, with that class's defaults."""
+    if hasattr(diffusers, kind):
+        named = config.get("_class_name", kind)
+        if named != kind:
+            raise ValueError(f"its config says {named!r} where {kind!r} must be: {REMEDY}")
+        parameters = inspect.signature(getattr(diffusers, kind).__init__).parameters
+        defaults = {key: p.default for key, p in parameters.items() if p.default is not inspect.Parameter.empty}
+        return {**defaults, **config}
+    settings = T5Config if kind.startswith("T5") else CLIPTextConfig
     try:
-        return CLIPTextConfig.from_dict(dict(config)).to_dict()
+        return settings.from_dict(dict(config)).to_dict()
     except (TypeError, ValueError) as error:
-        raise ValueError(f"text_encoder/config.json cannot be used: {first_line(error)}") from None
+        raise ValueError(f"{part}/config.json cannot be used: {first_line(error)}") from None
 
 
-def _check_unet(unet: dict[str, Any]) -> None:
-    """Raises `ValueError` for a UNet with other inputs than the trainer gives it. Repairs old configs in place."""
-    taken, given = unet["in_channels"], unet["out_channels"]
-    if taken != given:
-        kind = f", as one for {CHANNELS[taken]} does" if taken in CHANNELS else ""
-        raise ValueError(f"its UNet takes {taken!r} channels and gives {given!r}{kind}: {REMEDY}")
-    for key, what in CONDITIONS.items():
-        if unet.get(key) is not None:
-            raise ValueError(f"its UNet takes {what} ({key} is {unet[key]!r}): {REMEDY}")
-    size = unet["sample_size"]
-    edges = [size, size] if isinstance(size, int) else size
-    if not (isinstance(edges, list | tuple) and len(edges) == 2 and all(_is_count(edge) for edge in edges)):
-        raise ValueError(f"its UNet's sample_size is {size!r} but must be a number or [height, width] of latents")
-    # `StableDiffusionPipeline`'s constructor repairs configs of diffusers before 0.9 in the same way
-    version = unet.get("_diffusers_version")
-    if isinstance(size, int) and size < 64 and version and Version(Version(version).base_version) < Version("0.9.0"):
-        unet["sample_size"] = 64
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _check_fit(configs: ModelConfigs, tokenizer: Mapping[str, Any]) -> None:
-    """Raises `ValueError` unless the parts' sizes fit each other: text width and length, channels, and image size."""
-    widths, width = configs.unet["cross_attention_dim"], configs.text_encoder["hidden_size"]
-    for given in widths if isinstance(widths, list | tuple) else [widths]:
-        if given != width:
-            raise ValueError(f"its UNet takes text of width {given!r}, and its text_encoder gives {width}: {REMEDY}")
-    channels, latent = configs.unet["in_channels"], configs.vae["latent_channels"]
-    if channels != latent:
-        raise ValueError(f"its UNet takes {channels!r} channels, and its VAE gives {latent!r}: {REMEDY}")
-    length, most = tokenizer.get("model_max_length"), configs.text_encoder["max_position_embeddings"]
-    if not _is_count(len(configs.vae["block_out_channels"])):
+def _check_fit(configs: ModelConfigs) -> None:
+    """Raises `ValueError` unless images of the model's own size can be decoded."""
+    if not configs.vae["block_out_channels"]:
         raise ValueError("its VAE's block_out_channels are empty")
     scale = configs.vae["scaling_factor"]
     if not isinstance(scale, int | float) or isinstance(scale, bool) or not scale > 0:
         raise ValueError(f"its VAE's scaling_factor is {scale!r} but must be a number above 0: {AGAIN}")
     height, width = configs.image_size
-    if height % 8 or width % 8:
-        raise ValueError(f"its images are {height} x {width}, which 8 does not divide: change its UNet's sample_size")
-    if isinstance(length, int | float) and length > most:
+    step = configs.family.divisor(configs.parts)
+    if height % step or width % step:
         raise ValueError(
-            f"its tokenizer gives up to {length:g} tokens (model_max_length), and its text_encoder takes {most}: set "
-            "model_max_length in tokenizer/tokenizer_config.json"
+            f"its images are {height} x {width}, which {step} does not divide: change its sample_size, or give height "
+            "and width"
         )
 
 
-def _check_files(folder: Path, has_weights: bool) -> None:
+def _check_tokenizer(tokenizer: str, settings: Mapping[str, Any], configs: ModelConfigs) -> None:
+    """Raises `ValueError` if a tokenizer gives more tokens than its text encoder takes."""
+    encoder = tokenizer.replace("tokenizer", "text_encoder")
+    length, most = settings.get("model_max_length"), configs.parts.get(encoder, {}).get("max_position_embeddings")
+    if isinstance(length, int | float) and most is not None and length > most:
+        raise ValueError(
+            f"its {tokenizer} gives up to {length:g} tokens (model_max_length), and its {encoder} takes {most}: set "
+            f"model_max_length in {tokenizer}/tokenizer_config.json"
+        )
+
+
+def _check_files(folder: Path, family: type[Family], networks: Collection[str], has_weights: bool) -> None:
     """Raises `ValueError` if a folder lacks a part's files, or has its weights as pickles only."""
-    for part in PARTS:
+    tokenizers = [part for part in family.parts if part.startswith("tokenizer") and part not in family.optional]
+    for part in (*networks, *tokenizers):
         if not (folder / part).is_dir():
             raise ValueError(f"it has no folder {part}: {AGAIN}")
-    variant = variant_of(folder)
-    for part, stem in WEIGHTS.items():
+    variant = variant_of(folder, networks)
+    for part in networks:
+        stem = weights_stem(part)
         wanted = f"{part}/{stem}{f'.{variant}' if variant else ''}.safetensors"
         if weight_files(folder, part, variant):
             continue
@@ -330,8 +302,10 @@ def _check_files(folder: Path, has_weights: bool) -> None:
             raise ValueError(pickle_problem(f"{part}/{pickles[0]}"))
         if has_weights:
             raise ValueError(f"it has no {wanted}: {AGAIN}")
-    if has_weights and not any((folder / "tokenizer" / file).exists() for file in ("tokenizer.json", "vocab.json")):
-        raise ValueError(f"its tokenizer has neither tokenizer.json nor vocab.json: {AGAIN}")
+    for part in tokenizers:
+        files = ("tokenizer.json", "vocab.json", "spiece.model")
+        if has_weights and not any((folder / part / file).exists() for file in files):
+            raise ValueError(f"its {part} has neither tokenizer.json nor vocab.json: {AGAIN}")
 
 
 def pickle_problem(file: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -21,14 +21,15 @@ def offload(network: nn.Module, dtype: torch.dtype) -> None:
 
 
 @contextmanager
-def on_device(network: nn.Module, device: torch.device | str) -> Iterator[None]:
-    """Inside, the network's parameters and buffers are on `device`; afterwards they are where they were before.
+def on_device(networks: nn.Module | Iterable[nn.Module], device: torch.device | str) -> Iterator[None]:
+    """Inside, the networks' parameters and buffers are on `device`; afterwards they are where they were before.
 
     The copies on the device are dropped and not copied back, as a frozen network has not changed them. Does nothing for
-    a network that is on such a device already.
+    networks that are on such a device already.
     """
     device = torch.device(device)
-    tensors = [*network.parameters(), *network.buffers()]
+    each = [networks] if isinstance(networks, nn.Module) else networks
+    tensors = [tensor for network in each for tensor in (*network.parameters(), *network.buffers())]
     if all(tensor.device.type == device.type for tensor in tensors):
         yield
         return

@@ -13,14 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 
 from ddpo_fast import lora, ops, sampler
 from ddpo_fast.config import DDPOConfig
-from ddpo_fast.ddim import check_steps
 from ddpo_fast.families import Family, family_of_pipeline
-from ddpo_fast.loading import IN_FP32, load_stable_diffusion
+from ddpo_fast.loading import IN_FP32, load_pipeline
 from ddpo_fast.lora import ADAPTER, LORA_WEIGHTS, TRL_RANK, TRL_TARGETS
 from ddpo_fast.model_configs import model_folder
 from ddpo_fast.run_folder.files import follow_umask
@@ -83,14 +81,15 @@ class DDPOStableDiffusionPipeline:
 
 
 class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
-    """A diffusers `StableDiffusionPipeline` with a DDIM scheduler, of which the UNet, or a LoRA of it, is trained.
+    """A diffusers pipeline of one of `families`, of which the denoising network, or a LoRA of it, is trained.
 
     Args:
         pretrained_model_name: folder or Hub id; '' is the bundled tiny model. If there is an adapter's file beside the
             model, training continues with that adapter.
         pretrained_model_revision: git revision on the Hub.
-        use_lora: whether to train a low-rank adapter (TRL's default) or all weights of the UNet.
-        lora_rank, lora_alpha, lora_target_modules: the settings of a new adapter; the defaults are TRL's.
+        use_lora: whether to train a low-rank adapter (TRL's default) or all weights of the network.
+        lora_rank, lora_alpha, lora_target_modules: the settings of a new adapter; the defaults are TRL's, and stand for
+            the family's usual layers.
 
     The attribute `lora_config` holds the settings of the adapter that is trained.
 
@@ -121,7 +120,9 @@ class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
                 f"use_lora is False (--full-finetune), and there is an adapter beside the model, {beside}: make one "
                 f"model of both first ({lora.FUSE_COMMANDS}), move the adapter away, or train it with use_lora=True"
             )
-        self.sd_pipeline: Any = load_stable_diffusion(self.pretrained_model, pretrained_model_revision)
+        self.sd_pipeline: Any = load_pipeline(self.pretrained_model, pretrained_model_revision)
+        if set(targets) == set(TRL_TARGETS):
+            targets = list(self.family.targets)
         self.lora_config = LoraConfig(
             r=lora_rank,
             lora_alpha=lora_alpha,  # peft divides it by the rank, whatever it is
@@ -129,16 +130,16 @@ class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
             target_modules=targets,
         )
         if beside is not None:
-            lora.load_adapter(self.sd_pipeline, beside)
+            lora.load_adapter(self.family, beside)
         # the file may hold a part for the text encoder only; then the UNet gets a new adapter
         if beside is not None and ADAPTER in getattr(self.unet, "peft_config", {}):
             lora.check_options(self.unet, beside, lora_rank, lora_alpha, targets)
             self.lora_config = self.unet.peft_config[ADAPTER]
         elif use_lora:
             lora.check_new_adapter(self.unet, self.lora_config)
-        self.sd_pipeline.vae.requires_grad_(False)
-        self.sd_pipeline.text_encoder.requires_grad_(False)
-        self.sd_pipeline.unet.requires_grad_(not self.use_lora)
+        for part in self.family.frozen_parts.values():
+            part.requires_grad_(False)
+        self.unet.requires_grad_(not self.use_lora)
 
     def __call__(self, *args: Any, **kwargs: Any) -> DDPOPipelineOutput:
         return sampler.generate(self.family, *args, **kwargs)
@@ -229,29 +230,29 @@ class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
     def save_pretrained(self, output_dir: str | Path) -> None:
         """Writes a folder that diffusers opens: the whole pipeline, and the trained adapter's file beside it."""
         plain = copy.copy(self.sd_pipeline)
-        for name in ("unet", "text_encoder"):
-            network = getattr(self.sd_pipeline, name)
+        for name, network in {self.family.network: self.unet, **self.family.text_encoders}.items():
             if lora.has_adapter(network):
                 setattr(plain, name, lora.without_adapter(network))
         if self.use_lora:
-            lora.save_adapter(self.sd_pipeline, self.unet, output_dir)
+            lora.save_adapter(self.family, self.unet, output_dir)
         plain.save_pretrained(output_dir)
         _give_default_mode(Path(output_dir))
 
     def save_checkpoint(self, models: list, weights: list, output_dir: str | Path) -> None:
-        """Writes the trained weights of `models[0]`: the adapter's file, or a folder `unet`."""
+        """Writes the trained weights of `models[0]`: the adapter's file, or a folder named after the network."""
         if self.use_lora:
-            lora.save_adapter(self.sd_pipeline, _only(models), output_dir)
+            lora.save_adapter(self.family, _only(models), output_dir)
         else:
-            _only(models).save_pretrained(Path(output_dir) / "unet")
+            _only(models).save_pretrained(Path(output_dir) / self.family.network)
         _give_default_mode(Path(output_dir))
 
     def load_checkpoint(self, models: list, input_dir: str | Path) -> None:
         """Reads what `save_checkpoint` wrote into the trained parameters of `models[0]`."""
         if self.use_lora:
-            lora.read_adapter(_only(models), Path(input_dir) / LORA_WEIGHTS)
+            lora.read_adapter(self.family, _only(models), Path(input_dir) / LORA_WEIGHTS)
         else:
-            loaded = UNet2DConditionModel.from_pretrained(Path(input_dir) / "unet", use_safetensors=True, **IN_FP32)
+            kind = type(_only(models))
+            loaded = kind.from_pretrained(Path(input_dir) / self.family.network, use_safetensors=True, **IN_FP32)
             _only(models).load_state_dict(loaded.state_dict())
 
 
@@ -275,7 +276,7 @@ def check_pipeline(pipeline: DDPOStableDiffusionPipeline, config: DDPOConfig) ->
     kind, ours, family = type(pipeline), DefaultDDPOStableDiffusionPipeline, family_of_pipeline(pipeline)
     steps_are_ours = ours.__call__ is kind.__call__ or ours.scheduler_step is getattr(kind, "scheduler_step", None)
     if isinstance(pipeline, ours) and steps_are_ours:
-        check_steps(pipeline.scheduler, config.sample_num_steps, config.sample_eta)
+        family.check_steps(pipeline.scheduler, config.sample_num_steps, config.sample_eta)
     if config.offload_frozen and kind.__call__ is not ours.__call__:
         raise ValueError("offload_frozen is True, but the pipeline's own __call__ wants its networks on the device")
     if config.train_image_credit == "coca" and kind.__call__ is not ours.__call__:

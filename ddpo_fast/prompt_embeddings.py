@@ -25,7 +25,7 @@ class PromptEmbeddings:
     def __init__(self, family: Family, device: torch.device, remembers: bool) -> None:
         self.family = family
         self.device = device
-        trained = any(p.requires_grad for encoder in family.text_encoders for p in encoder.parameters())
+        trained = any(p.requires_grad for encoder in family.text_encoders.values() for p in encoder.parameters())
         self.remembers = remembers and not trained
         self._known: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 

@@ -137,7 +137,7 @@ def test_an_output_folder_that_cannot_be_written_is_refused(place, tmp_path, mon
     def load(*args, **kwargs):
         raise AssertionError("a model was loaded before the mistake was found")
 
-    monkeypatch.setattr("ddpo_fast.pipeline.load_stable_diffusion", load)
+    monkeypatch.setattr("ddpo_fast.pipeline.load_pipeline", load)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("mine")
     ends_with_one_sentence(["train", *OPTIONS, "--output_dir", place], capsys, "output_dir", place[:40])

@@ -391,7 +391,7 @@ def no_model(monkeypatch):
     def load(*args, **kwargs):
         raise AssertionError("a model was loaded before the mistake was found")
 
-    monkeypatch.setattr("ddpo_fast.pipeline.load_stable_diffusion", load)
+    monkeypatch.setattr("ddpo_fast.pipeline.load_pipeline", load)
 
 
 @pytest.mark.parametrize(

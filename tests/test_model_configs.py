@@ -37,7 +37,7 @@ def test_what_is_read_from_the_configs():
     size = json.loads((MODEL / UNET).read_text())["sample_size"]
     assert configs.latent_shape == (4, size, size)
     assert configs.image_size == (4 * size, 4 * size)
-    assert configs.ddim.config.prediction_type == "epsilon"
+    assert configs.sampling_scheduler.config.prediction_type == "epsilon"
 
 
 def test_images_need_not_be_square(folder):

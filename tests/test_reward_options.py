@@ -70,7 +70,7 @@ def test_options_become_arguments_of_constructors():
 )
 def test_wrong_options_are_refused_before_a_model_is_loaded(options, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("ddpo_fast.pipeline.load_stable_diffusion", None)
+    monkeypatch.setattr("ddpo_fast.pipeline.load_pipeline", None)
     assert said in error_of_command(["train", "--mixed_precision", "no", *options])
 
 

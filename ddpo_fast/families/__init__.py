@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from ddpo_fast.families.base import Family
+from ddpo_fast.families.sdxl import SDXL
 from ddpo_fast.families.stable_diffusion import StableDiffusion
 
-__all__ = ["FAMILIES", "Family", "StableDiffusion", "family_of", "family_of_pipeline", "working"]
+__all__ = ["FAMILIES", "SDXL", "Family", "StableDiffusion", "family_of", "family_of_pipeline", "working"]
 
-FAMILIES: tuple[type[Family], ...] = (StableDiffusion,)
+FAMILIES: tuple[type[Family], ...] = (StableDiffusion, SDXL)
 
 
 def family_of(index: Mapping[str, Any]) -> type[Family]:

@@ -30,22 +30,25 @@ class Family:
         pipe: a diffusers pipeline, or a user's `DDPOStableDiffusionPipeline`, with the parts as attributes.
     """
 
-    # of the kind, in words, for messages
+    # of the kind, in words: for a saved model's card, and for messages
+    name: ClassVar[str]
     title: ClassVar[str]
     # diffusers' classes in `model_index.json`; the first is the one that opens a saved model
-    pipelines: ClassVar[tuple[str, ...]]
+    pipelines: ClassVar[Sequence[str]]
     # the parts that a run uses, with the classes that each may have
-    parts: ClassVar[dict[str, tuple[str, ...]]]
+    parts: ClassVar[Mapping[str, Sequence[str]]]
     # those of the parts that a model may lack
-    optional: ClassVar[tuple[str, ...]] = ()
+    optional: ClassVar[Sequence[str]] = ()
     # the trained part: attribute, folder and prefix of LoRA weights
     network: ClassVar[str] = "unet"
     # the frozen networks
-    frozen: ClassVar[tuple[str, ...]] = ("vae", "text_encoder")
+    frozen: ClassVar[Sequence[str]] = ("vae", "text_encoder")
     # the layers that a new LoRA is on, unless others are named
-    targets: ClassVar[tuple[str, ...]] = ("to_k", "to_q", "to_v", "to_out.0")
+    targets: ClassVar[Sequence[str]] = ("to_k", "to_q", "to_v", "to_out.0")
+    # arguments of `from_pretrained` that leave out parts without which images are the same
+    unloaded: ClassVar[dict[str, Any]] = {}
     # values of the setting `sampler`; 'auto' is the first
-    samplers: ClassVar[tuple[str, ...]]
+    samplers: ClassVar[Sequence[str]]
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
@@ -54,6 +57,8 @@ class Family:
         self.guidance_scale = 1.0
         self.sampler = self.samplers[0]
         self.window: tuple[int, int] | None = None
+        # tensors that the network's call reads and that depend on nothing but their name
+        self.buffers: dict[tuple[Any, ...], Tensor] = {}
         self._windowed: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
 
     def use(
@@ -94,6 +99,18 @@ class Family:
     @classmethod
     def check(cls, configs: Mapping[str, Config]) -> None:
         """Raises `ValueError`, with the end of a sentence on the model, if its parts' configs cannot be trained."""
+
+    @classmethod
+    def make_scheduler(cls, config: Config) -> Any:
+        """The scheduler that samples a model whose `scheduler_config.json` is `config`, whatever that names.
+
+        Raises `ValueError`, with the end of a sentence on the model, for one that cannot be sampled.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def check_steps(cls, scheduler: Any, steps: int, level: float) -> None:
+        """Raises `ValueError` if a scheduler cannot take `steps` steps with noise of `level`."""
 
     @classmethod
     def default_size(cls, configs: Mapping[str, Config]) -> tuple[int, int]:
@@ -177,8 +194,9 @@ class Family:
         return {name: part for name in self.frozen if (part := self.pipe_part(name)) is not None}
 
     @property
-    def text_encoders(self) -> list[nn.Module]:
-        return [part for name, part in self.frozen_parts.items() if name != "vae"]
+    def text_encoders(self) -> dict[str, Any]:
+        """The text encoders that the model has, by name."""
+        return {name: part for name, part in self.frozen_parts.items() if name != "vae"}
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -286,6 +304,6 @@ def with_pooled(tokens: Tensor, pooled: Tensor) -> Tensor:
 
 
 def without_pooled(embeds: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """(token rows, pooled embedding of `width` elements) of `with_pooled`."""
+    """(token rows, pooled embedding of `width` elements) of `with_pooled`, both contiguous."""
     rows = -(-width // embeds.shape[2])
-    return embeds[:, :-rows], embeds[:, -rows:].flatten(1)[:, :width]
+    return embeds[:, :-rows].contiguous(), embeds[:, -rows:].flatten(1)[:, :width].contiguous()

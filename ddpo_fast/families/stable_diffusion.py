@@ -2,28 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from diffusers.loaders import TextualInversionLoaderMixin
+from packaging.version import Version
 from torch import Tensor
 
-from ddpo_fast.ddim import DDIMCoefficients
-from ddpo_fast.families.base import Family
+from ddpo_fast.ddim import DDIMCoefficients, check_steps, ddim_scheduler
+from ddpo_fast.families.base import Config, Family
 from ddpo_fast.offload_frozen import on_device
+
+# the tasks of UNets whose input has more channels than their output, by the number of input channels
+CHANNELS = {9: "inpainting", 8: "editing or upscaling", 7: "upscaling", 5: "depth"}
+# settings of a UNet that has inputs beside latents, timestep and text, which the trainer would not give it
+CONDITIONS = {
+    "time_cond_proj_dim": "a guidance scale as an input (a latent consistency model)",
+    "class_embed_type": "class labels",
+    "num_class_embeds": "class labels",
+    "addition_embed_type": "a second embedding, as Stable Diffusion XL",
+    "encoder_hid_dim": "a projection of another encoder's output",
+    "encoder_hid_dim_type": "a projection of another encoder's output",
+}
 
 
 class StableDiffusion(Family):
+    name = "Stable Diffusion"
     title = "Stable Diffusion 1.x or 2.x"
-    pipelines = ("StableDiffusionPipeline",)
-    parts = {
+    pipelines: ClassVar[Sequence[str]] = ("StableDiffusionPipeline",)
+    parts: ClassVar[Mapping[str, Sequence[str]]] = {
         "unet": ("UNet2DConditionModel",),
         "vae": ("AutoencoderKL",),
         "text_encoder": ("CLIPTextModel",),
         "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
     }
+    unloaded = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     samplers = ("ddim",)
+
+    @classmethod
+    def check(cls, configs: Mapping[str, Config]) -> None:
+        check_unet(configs, configs["text_encoder"]["hidden_size"])
+
+    @classmethod
+    def make_scheduler(cls, config: Config) -> Any:
+        return ddim_scheduler(config)
+
+    @classmethod
+    def check_steps(cls, scheduler: Any, steps: int, level: float) -> None:
+        check_steps(scheduler, steps, level)
 
     def encode(self, prompts: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
         text_encoder = self.pipe.text_encoder
@@ -92,3 +119,38 @@ class StableDiffusion(Family):
     ) -> Tensor:
         given = {} if attention_kwargs is None else {"cross_attention_kwargs": attention_kwargs}
         return self.pipe.unet(rows, keys, encoder_hidden_states=embeds, return_dict=False, **given)[0]
+
+
+def check_unet(configs: Mapping[str, Any], text_width: int, allowed: Collection[str] = ()) -> None:
+    """Raises `ValueError` for a UNet with other inputs than a run gives it. Repairs the sizes of old configs in place.
+
+    Args:
+        text_width: of the encoded prompts.
+        allowed: the `CONDITIONS` that it may have.
+    """
+    unet = configs["unet"]
+    taken, given, latent = unet["in_channels"], unet["out_channels"], configs["vae"]["latent_channels"]
+    if taken != given:
+        kind = f", as one for {CHANNELS[taken]} does" if taken in CHANNELS else ""
+        raise ValueError(f"its UNet takes {taken!r} channels and gives {given!r}{kind}")
+    for key, what in CONDITIONS.items():
+        if unet.get(key) is not None and key not in allowed:
+            raise ValueError(f"its UNet takes {what} ({key} is {unet[key]!r})")
+    widths = unet["cross_attention_dim"]
+    for width in widths if isinstance(widths, list | tuple) else [widths]:
+        if width != text_width:
+            raise ValueError(f"its UNet takes text of width {width!r}, and its text encoding has {text_width}")
+    if taken != latent:
+        raise ValueError(f"its UNet takes {taken!r} channels, and its VAE gives {latent!r}")
+    size = unet["sample_size"]
+    edges = [size, size] if isinstance(size, int) else size
+    if not (isinstance(edges, list | tuple) and len(edges) == 2 and all(_is_count(edge) for edge in edges)):
+        raise ValueError(f"its UNet's sample_size is {size!r} but must be a number or [height, width] of latents")
+    # `StableDiffusionPipeline`'s constructor repairs configs of diffusers before 0.9 in the same way
+    version = unet.get("_diffusers_version")
+    if isinstance(size, int) and size < 64 and version and Version(Version(version).base_version) < Version("0.9.0"):
+        unet["sample_size"] = 64
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

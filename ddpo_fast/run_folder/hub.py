@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData, PyTorchModelHubMixin, constants, errors, get_token, whoami
 from huggingface_hub.utils import validate_repo_id
 
+from ddpo_fast.families import Family, family_of_pipeline
 from ddpo_fast.processes import broadcast_from_main
 from ddpo_fast.run_folder import files
 
@@ -19,13 +20,13 @@ TEMPLATE = """---
 
 # {{ model_name }}
 
-Stable Diffusion {{ "(" ~ base ~ ") " if base else "" }}fine-tuned with reinforcement learning
+{{ family }} {{ "(" ~ base ~ ") " if base else "" }}fine-tuned with reinforcement learning
 ([DDPO](https://arxiv.org/abs/2305.13301)) by `ddpo_fast`{{ ": " ~ what if what else "" }}.
 
 ```python
-from diffusers import StableDiffusionPipeline
+from diffusers import {{ pipeline }}
 
-pipeline = StableDiffusionPipeline.from_pretrained({{ path }})
+pipeline = {{ pipeline }}.from_pretrained({{ path }})
 {%- if lora %}
 pipeline.load_lora_weights({{ path }})
 {%- endif %}
@@ -68,6 +69,7 @@ CARD_SETTINGS = (
 
 def make_model_card(
     model_name: str,
+    family: Family,
     base: str | None,
     lora: bool,
     tags: set[str],
@@ -81,6 +83,7 @@ def make_model_card(
         path: the argument of `from_pretrained` in the card's example (default: the name).
         settings: names and values for the card's table.
     """
+    network = "UNet" if family.network == "unet" else family.network
     data = ModelCardData(
         library_name="diffusers",
         base_model=base,
@@ -92,9 +95,11 @@ def make_model_card(
         data,
         template_str=TEMPLATE,
         model_name=model_name,
+        family=family.name,
+        pipeline=family.pipelines[0],
         base=base,
         lora=lora,
-        what="a LoRA adapter" if lora else "all weights of the UNet",
+        what="a LoRA adapter" if lora else f"all weights of the {network}",
         path=json.dumps(path or model_name, ensure_ascii=False),
         settings={name: _in_table(value) for name, value in (settings or {}).items()},
     )
@@ -187,6 +192,7 @@ class HubModel(PyTorchModelHubMixin):
         name, path = self._card_name(folder)
         card = make_model_card(
             model_name or name,
+            family_of_pipeline(self.sd_pipeline),
             # a path on this machine means nothing to a reader
             base if base and not Path(base).expanduser().exists() else None,
             bool(getattr(self.sd_pipeline, "use_lora", False)),

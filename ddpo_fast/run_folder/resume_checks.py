@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from ddpo_fast.config import SAMPLING_FIELDS, DDPOConfig
+from ddpo_fast.families import family_of_pipeline
 from ddpo_fast.measured import device_name
 from ddpo_fast.processes import broadcast_from_main
 from ddpo_fast.run_folder import checkpoint
@@ -85,8 +86,11 @@ def base_digest(pipeline: Any) -> str:
     """
     found = hashlib.sha256()
     stored = getattr(getattr(pipeline, "sd_pipeline", None), "stored_dtypes", {})
-    for part in ("text_encoder", "vae", "unet"):
-        module = getattr(pipeline, part, None)
+    family = family_of_pipeline(pipeline)
+    for part in (*sorted(family.frozen), family.network):
+        module = family.pipe_part(part)
+        if module is None and part in family.optional:
+            continue
         if not isinstance(module, torch.nn.Module):
             return ""
         for name, parameter in module.named_parameters():

@@ -216,7 +216,7 @@ def faster_layers(device: torch.device | str) -> frozenset[type[nn.Module]]:
 
 
 def fuse_unet(unet: Any, layers: Collection[type[nn.Module]] = frozenset(FUSED)) -> Any:
-    """Fuses layers of a `UNet2DConditionModel` in place and returns it; it computes the same up to rounding.
+    """Fuses layers of a diffusers UNet or transformer in place and returns it; it computes the same up to rounding.
 
     Group norms compute the SiLU that follows them, GEGLU and linear layers with an adapter become one op each,
     convolutions with frozen weights do not save their input, and divisions by 1 are left out. A module that has no
@@ -226,7 +226,9 @@ def fuse_unet(unet: Any, layers: Collection[type[nn.Module]] = frozenset(FUSED))
     Args:
         layers: the classes to fuse, of those in `FUSED`.
     """
-    if nn.GroupNorm in layers and _are_plain(unet.conv_norm_out, unet.conv_act):
+    # a transformer has no such layers
+    last_norm = getattr(unet, "conv_norm_out", None)
+    if nn.GroupNorm in layers and last_norm is not None and _are_plain(last_norm, unet.conv_act):
         unet.conv_norm_out.__class__, unet.conv_act.__class__ = GroupNormSiLU, SkippedSiLU
     # `modules` yields parents before children. So the norms of a residual block become `GroupNormSiLU` before the loop
     # visits them; visited earlier, they would become `FusedGroupNorm`, without the SiLU.

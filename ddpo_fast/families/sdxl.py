@@ -1,0 +1,129 @@
+"""Stable Diffusion XL (arXiv 2307.01952): a UNet that also takes a pooled text embedding and the image's size.
+
+It has two CLIP text encoders. Their token embeddings, each of the last layer but one, lie side by side; the pooled
+embedding is the second encoder's. The size is given as six numbers ("time ids"): the height and width of the original
+image, the top and left of the crop, the height and width of the target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpo_fast.families.base import Config, with_pooled, without_pooled
+from ddpo_fast.families.stable_diffusion import StableDiffusion, check_unet
+from ddpo_fast.offload_frozen import on_device
+
+TIME_IDS = 6
+
+
+class SDXL(StableDiffusion):
+    name = title = "Stable Diffusion XL"
+    pipelines = (
+        "StableDiffusionXLPipeline",
+        "StableDiffusionXLImg2ImgPipeline",
+        "StableDiffusionXLInpaintPipeline",
+    )
+    parts = {
+        **StableDiffusion.parts,
+        "text_encoder_2": ("CLIPTextModelWithProjection",),
+        "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    }
+    unloaded = {"feature_extractor": None, "image_encoder": None}
+    frozen = ("vae", "text_encoder", "text_encoder_2")
+
+    @classmethod
+    def check(cls, configs: Mapping[str, Config]) -> None:
+        unet, encoder, second = (configs[part] for part in ("unet", "text_encoder", "text_encoder_2"))
+        pooled = second["projection_dim"]
+        given = TIME_IDS * (unet["addition_time_embed_dim"] or 0) + pooled
+        if unet["addition_embed_type"] != "text_time" or unet["projection_class_embeddings_input_dim"] != given:
+            raise ValueError(
+                f"its UNet takes {unet['projection_class_embeddings_input_dim']} numbers beside the prompt's tokens, "
+                f"and that of a base model of Stable Diffusion XL takes {given}, a pooled embedding and {TIME_IDS} "
+                "time ids, of which a refiner has 5"
+            )
+        check_unet(configs, encoder["hidden_size"] + second["hidden_size"], allowed=("addition_embed_type",))
+
+    @classmethod
+    def dtype_of(cls, part: str, config: Config, dtype: torch.dtype) -> torch.dtype:
+        # its activations leave the range of fp16, and the images are black
+        return torch.float32 if part == "vae" and getattr(config, "force_upcast", False) else dtype
+
+    def encode(self, prompts: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
+        ids = self.tokens(prompts).input_ids.to(device)
+        with on_device(self.text_encoders.values(), device):
+            tokens, _, pooled, _ = self.pipe.encode_prompt(
+                list(prompts), device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
+            )
+        return ids, with_pooled(tokens, pooled)
+
+    def no_negative(self, empty: Tensor) -> Tensor:
+        # as the plain pipeline does for a negative prompt of None; it encodes one of ''
+        return torch.zeros_like(empty) if self.pipe.config.force_zeros_for_empty_prompt else empty
+
+    def prepare_prompts(
+        self,
+        prompt: str | list[str] | None,
+        negative_prompt: str | list[str] | None,
+        prompt_embeds: Tensor | None,
+        negative_prompt_embeds: Tensor | None,
+        copies: int,
+        guides: bool,
+        device: torch.device,
+        lora_scale: float | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        size = self.image_size_of(self.parts_configs(), self.height, self.width)
+        embeds, pooled = self._parts_of(prompt_embeds)
+        negative, negative_pooled = self._parts_of(negative_prompt_embeds)
+        given = {
+            "negative_prompt": negative_prompt,
+            "prompt_embeds": embeds,
+            "negative_prompt_embeds": negative,
+            "pooled_prompt_embeds": pooled,
+            "negative_pooled_prompt_embeds": negative_pooled,
+        }
+        self.pipe.check_inputs(prompt, None, *size, 1, **given)
+        with on_device(self.text_encoders.values(), device):
+            embeds, negative, pooled, negative_pooled = self.pipe.encode_prompt(
+                prompt,
+                device=device,
+                num_images_per_prompt=copies,
+                do_classifier_free_guidance=guides,
+                lora_scale=lora_scale,
+                **given,
+            )
+        return with_pooled(embeds, pooled), with_pooled(negative, negative_pooled) if guides else None
+
+    def _parts_of(self, embeds: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        return (None, None) if embeds is None else without_pooled(embeds, self._pooled_width)
+
+    @property
+    def _pooled_width(self) -> int:
+        return self.pipe.text_encoder_2.config.projection_dim
+
+    def call(
+        self, rows: Tensor, keys: Tensor, embeds: Tensor, attention_kwargs: Mapping[str, Any] | None = None
+    ) -> Tensor:
+        tokens, pooled = without_pooled(embeds, self._pooled_width)
+        return self.pipe.unet(
+            rows,
+            keys,
+            encoder_hidden_states=tokens,
+            added_cond_kwargs={"text_embeds": pooled, "time_ids": self._time_ids(embeds).expand(len(rows), -1)},
+            cross_attention_kwargs=attention_kwargs,
+            return_dict=False,
+        )[0]
+
+    def _time_ids(self, embeds: Tensor) -> Tensor:
+        """[1, 6] for images of the present size, in the dtype and on the device of `embeds`."""
+        height, width = self.image_size_of(self.parts_configs(), self.height, self.width)
+        # kept, as a tensor that is made of Python's numbers is copied from the host, which no CUDA graph can record
+        name = height, width, embeds.dtype, embeds.device
+        if name not in self.buffers:
+            ids = [height, width, 0, 0, height, width]
+            self.buffers[name] = torch.tensor([ids], dtype=embeds.dtype, device=embeds.device)
+        return self.buffers[name]
