@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional, TypeAlias, Union
 
-from ddpo_fast import config_rules
+from ddpo_fast import config_rules, package_rules
+from ddpo_fast.config_numbers import ConfigNumbers
 
 
 def _option(default: Any, text: str, **metadata: Any) -> Any:
@@ -23,7 +24,16 @@ def _mapping(text: str) -> Any:
 
 
 # the fields that an image depends on, apart from weights, prompt and noise
-SAMPLING_FIELDS = ("sample_num_steps", "sample_guidance_scale", "sample_eta", "negative_prompts")
+SAMPLING_FIELDS = (
+    "sample_num_steps",
+    "sample_guidance_scale",
+    "sample_eta",
+    "negative_prompts",
+    "height",
+    "width",
+    "sampler",
+    "sde_window",
+)
 # where a run reads and writes
 PLACE_FIELDS = ("resume_from", "output_dir", "logdir", "run_name", "exp_name")
 
@@ -39,7 +49,7 @@ else:
 
 
 @dataclass
-class DDPOConfig:
+class DDPOConfig(ConfigNumbers):
     """Settings of a `DDPOTrainer`: every field of TRL 0.23.1's `DDPOConfig` with its default, then ours.
 
     Works with `transformers.HfArgumentParser`. Raises `ValueError` (`ImportError` for a missing package) in one
@@ -70,7 +80,9 @@ class DDPOConfig:
     allow_tf32: bool = _option(True, "Allow TF32 matrix products on Ampere and newer GPUs.")
     resume_from: str = _option("", "Checkpoint, or folder with checkpoints, to resume from.")
     sample_num_steps: int = _option(50, "Number of denoising steps when sampling.")
-    sample_eta: float = _option(1.0, "Eta of the DDIM sampler: the share of DDPM's noise, above 0 and at most 1.")
+    sample_eta: float = _option(
+        1.0, "Level of the sampler's noise, above 0 and at most 1: for DDIM its eta, the share of DDPM's noise."
+    )
     sample_guidance_scale: float = _option(5.0, "Classifier-free guidance weight; 1 or less means no guidance.")
     sample_batch_size: int = _option(1, "Images per sampling batch and process.")
     sample_num_batches_per_epoch: int = _option(2, "Sampling batches per epoch and process.")
@@ -97,6 +109,20 @@ class DDPOConfig:
     push_to_hub: bool = _option(False, "Push the final model to the Hub.")
 
     # not in TRL
+    height: Optional[int] = _option(None, "Height of the images in pixels (default: the model's own).")  # noqa: UP045
+    width: Optional[int] = _option(None, "Width of the images in pixels (default: the model's own).")  # noqa: UP045
+    sampler: str = _option(
+        "auto",
+        "How images are sampled: ddim (Stable Diffusion and XL), or for flow matching flow_sde (Flow-GRPO's), dance "
+        "(DanceGRPO's), cps or flow_ddim; auto is ddim or flow_sde.",
+        choices=list(config_rules.SAMPLERS),
+    )
+    sde_window: Optional[list[int]] = _option(  # noqa: UP045
+        None,
+        "First and last denoising step with noise, counted from 0 (default: all); the others are deterministic and not "
+        "trained.",
+    )
+
     eval_freq: int = _option(10, "Number of epochs between evaluations, if there is a reward to evaluate by.")
     eval_num_images: int = _option(16, "Images of an evaluation, each of a prompt and noise that stay the same.")
     output_dir: Optional[str] = _option(  # noqa: UP045
@@ -252,10 +278,6 @@ class DDPOConfig:
     )
     gpu_memory: Optional[float] = _option(None, "GB of the GPU to use (default: all).")  # noqa: UP045
 
-    # Not a field, as it has no annotation: set by `processes.with_launch_settings` where `accelerate launch` was given
-    # settings for DeepSpeed and this config has none.
-    launched_with_deepspeed = False
-
     def __post_init__(self) -> None:
         for name in ("tracker_kwargs", "accelerator_kwargs", "project_kwargs"):
             setattr(self, name, config_rules.parsed_mapping(name, getattr(self, name)))
@@ -273,10 +295,15 @@ class DDPOConfig:
             setattr(self, option.name, config_rules.plain(getattr(self, option.name)))
         if problem := config_rules.broken_rule(self):
             raise ValueError(problem)
+        if self.sde_window is not None and self.sde_window[1] >= self.sample_num_steps:
+            raise ValueError(
+                f"sde_window is {self.sde_window}, and the steps of sample_num_steps={self.sample_num_steps} are 0 to "
+                f"{self.sample_num_steps - 1}: let it end there, or sooner"
+            )
         if self.num_trainable_steps < 1:
             raise ValueError(
                 f"train_skip_last_steps is {self.train_skip_last_steps!r}: of sample_num_steps={self.sample_num_steps} "
-                "it leaves no step to train on; use less"
+                f"and sde_window={self.sde_window} it leaves no step with noise to train on; use less"
             )
         if self.num_train_timesteps < 1:
             raise ValueError(
@@ -303,88 +330,10 @@ class DDPOConfig:
                 "train_num_inner_epochs=1, or use objective='ddpo_is'"
             )
         conflict = next((problem for applies, problem in config_rules.CONFLICTS if applies(self)), "")
-        if problem := conflict or self.batch_size_problem() or config_rules.unknown_keyword(self):
+        if problem := conflict or self.batch_size_problem() or package_rules.unknown_keyword(self):
             raise ValueError(problem)
-        if problem := config_rules.missing_package(self):
+        if problem := package_rules.missing_package(self):
             raise ImportError(problem)
-
-    def batch_size_problem(self, num_processes: int = 1) -> str:
-        """A sentence about batch sizes that do not divide each other as they must, or '' (TRL's `_config_check`)."""
-        sample, train = self.sample_batch_size, self.train_batch_size
-        samples_per_epoch = sample * num_processes * self.sample_num_batches_per_epoch
-        per_update = train * num_processes * self.train_gradient_accumulation_steps
-        if sample < train:
-            return f"Sample batch size ({sample}) must be greater than or equal to the train batch size ({train})"
-        if sample % train:
-            return f"Sample batch size ({sample}) must be divisible by the train batch size ({train})"
-        if samples_per_epoch % per_update:
-            return (
-                f"Number of samples per epoch ({samples_per_epoch}) must be divisible by the total train batch size "
-                f"({per_update})"
-            )
-        return ""
-
-    @property
-    def uses_deepspeed(self) -> bool:
-        """Whether DeepSpeed trains: because of `zero`, `deepspeed`, or the settings of `accelerate launch`."""
-        return self.zero > 0 or self.deepspeed is not None or self.launched_with_deepspeed
-
-    @property
-    def num_trainable_steps(self) -> int:
-        """Denoising steps that may be trained: all but the last ones that `train_skip_last_steps` leaves out."""
-        return self.sample_num_steps - round(self.sample_num_steps * self.train_skip_last_steps)
-
-    @property
-    def num_train_timesteps(self) -> int:
-        """Timesteps of each image that an inner epoch trains on, rounded down."""
-        return int(self.num_trainable_steps * self.train_timestep_fraction)
-
-    @property
-    def guides_training(self) -> bool:
-        """Whether training uses classifier-free guidance; a `sample_guidance_scale` of 1 or less means none."""
-        return self.train_cfg and self.sample_guidance_scale > 1
-
-    @property
-    def rows_per_image(self) -> int:
-        """Rows of the UNet's batch for an image in sampling: 2 with guidance (negative prompt and prompt), else 1."""
-        return 2 if self.sample_guidance_scale > 1 else 1
-
-    @property
-    def rows_per_pair(self) -> int:
-        """Rows of the UNet's batch for an (image, timestep) pair in training: 2 with guidance, else 1."""
-        return 2 if self.guides_training else 1
-
-    def batch_arithmetic(self, num_processes: int = 1) -> str:
-        """How many images, (image, timestep) pairs and updates an epoch has, in three lines for a person."""
-        images = self.sample_batch_size * self.sample_num_batches_per_epoch * num_processes
-        per_update = self.train_batch_size * self.train_gradient_accumulation_steps * num_processes
-        updates = self.updates_per_inner_epoch * self.train_num_inner_epochs
-        processes = "" if num_processes == 1 else f" x {num_processes} processes"
-        return (
-            f"{images} images per epoch ({self.sample_num_batches_per_epoch} batches of {self.sample_batch_size}"
-            f"{processes}), {self.sample_num_steps} denoising steps each\n"
-            f"{per_update * self.num_train_timesteps} (image, timestep) pairs per update "
-            f"({per_update} images x {self.num_train_timesteps} timesteps), "
-            f"{self.train_micro_batch_size or 'as many as fit'} per UNet call\n"
-            f"{updates} updates per epoch, {self.num_epochs} epochs: {images * self.num_epochs} images, "
-            f"{updates * self.num_epochs} updates"
-        )
-
-    @property
-    def updates_per_inner_epoch(self) -> int:
-        """Optimizer steps in one pass over an epoch's samples; the number of processes does not change it."""
-        images = self.sample_batch_size * self.sample_num_batches_per_epoch
-        return images // (self.train_batch_size * self.train_gradient_accumulation_steps)
-
-    @property
-    def num_updates(self) -> int:
-        """Optimizer steps of a run of `num_epochs` epochs."""
-        return self.num_epochs * self.train_num_inner_epochs * self.updates_per_inner_epoch
-
-    @property
-    def pairs_per_update(self) -> int:
-        """(image, timestep) pairs that make one update on a process."""
-        return self.train_batch_size * self.train_gradient_accumulation_steps * self.num_train_timesteps
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, nested mappings flattened with `/` between the keys, as trackers want them."""

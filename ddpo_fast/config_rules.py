@@ -7,12 +7,9 @@ words for the message that say what the value must be.
 
 from __future__ import annotations
 
-import importlib.util
-import inspect
 import json
 import numbers
 import os
-import sys
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -26,6 +23,8 @@ Predicate: TypeAlias = Callable[[Any], bool]
 MAX_SIZE = 10**6
 # no layer of these models is wider: GEGLU projects 1280 channels to 8 * 1280
 MAX_LORA_RANK = 10240
+# 'auto' is the first that a model has, see `Family.samplers`
+SAMPLERS = ("auto", "ddim", "flow_sde", "flow_ddim", "cps", "dance")
 # trackers that can be chosen by name, with the packages of which one must be installed
 TRACKER_PACKAGES = {"wandb": ("wandb",), "tensorboard": ("tensorboard", "tensorboardX")}
 
@@ -75,7 +74,7 @@ def _rules(config: Settings) -> Iterator[tuple[str, Predicate, str]]:
             yield option.name, lambda value: isinstance(value, bool), "True or False"
 
 
-def _whole(least: int, most: float = float("inf")) -> Predicate:
+def whole(least: int, most: float = float("inf")) -> Predicate:
     # True and False are whole numbers to Python
     return lambda v: isinstance(v, numbers.Integral) and not isinstance(v, bool) and least <= int(v) <= most
 
@@ -94,7 +93,7 @@ def _none_or(fits: Predicate) -> Predicate:
     return lambda value: value is None or fits(value)
 
 
-def _is_path(value: Any) -> bool:
+def is_path(value: Any) -> bool:
     # no file system takes a NUL
     if not isinstance(value, str) or "\0" in value:
         return False
@@ -111,34 +110,39 @@ def _is_tracker(value: Any) -> bool:
     return not isinstance(value, (str, bool, int, float)) or value in (*TRACKER_PACKAGES, "all")
 
 
+def _is_window(value: Any) -> bool:
+    is_pair = isinstance(value, (list, tuple)) and len(value) == 2 and all(map(whole(0), value))
+    return is_pair and value[0] <= value[1]
+
+
 # (fields, predicate, what the value must be); NaN fails every comparison
 RULES: tuple[tuple[str, Predicate, str], ...] = (
-    ("seed", _whole(0, 2**32 - 1), f"a whole number from 0 to {2**32 - 1}, as NumPy's generator takes no larger seed"),
-    ("num_epochs", _whole(0, 10**9), f"a whole number from 0 to {10**9}"),
+    ("seed", whole(0, 2**32 - 1), f"a whole number from 0 to {2**32 - 1}, as NumPy's generator takes no larger seed"),
+    ("num_epochs", whole(0, 10**9), f"a whole number from 0 to {10**9}"),
     (
         "train_warmup_steps train_target_decay train_min_8bit_size sample_redraws",
-        _whole(0),
+        whole(0),
         "a whole number of at least 0",
     ),
-    ("zero", _whole(0, 3), "0, 1, 2 or 3"),
+    ("zero", whole(0, 3), "0, 1, 2 or 3"),
     ("ema_decay train_skip_last_steps", _number(lambda v: 0 <= v < 1), "at least 0 and below 1"),
     ("rwr_top_fraction", _number(lambda v: 0 <= v <= 1), "from 0 to 1"),
     ("gpu_memory", _none_or(_number(lambda v: v > 0)), "None or a number above 0 (GB)"),
-    ("deepspeed", _none_or(lambda v: v != "" and _is_path(v)), "None or the path of a JSON file"),
-    ("output_dir", _none_or(_is_path), "None or the path of a folder"),
-    ("logdir resume_from", _is_path, "a string, the path of a folder"),
-    ("run_name exp_name", _is_path, "a string that can name a folder"),
-    ("save_freq num_checkpoint_limit eval_freq", _whole(1), "a whole number of at least 1"),
+    ("deepspeed", _none_or(lambda v: v != "" and is_path(v)), "None or the path of a JSON file"),
+    ("output_dir", _none_or(is_path), "None or the path of a folder"),
+    ("logdir resume_from", is_path, "a string, the path of a folder"),
+    ("run_name exp_name", is_path, "a string that can name a folder"),
+    ("save_freq num_checkpoint_limit eval_freq", whole(1), "a whole number of at least 1"),
     (
         "sample_num_steps sample_batch_size sample_num_batches_per_epoch train_batch_size "
         "train_gradient_accumulation_steps train_num_inner_epochs max_workers per_prompt_stat_tracking_buffer_size "
         "per_prompt_stat_tracking_min_count sample_group_size train_pool_latents eval_num_images",
-        _whole(1, MAX_SIZE),
+        whole(1, MAX_SIZE),
         f"a whole number from 1 to {MAX_SIZE}",
     ),
     (
         "train_micro_batch_size sample_merge_batches",
-        _none_or(_whole(1, MAX_SIZE)),
+        _none_or(whole(1, MAX_SIZE)),
         f"None or a whole number from 1 to {MAX_SIZE}",
     ),
     (
@@ -146,6 +150,8 @@ RULES: tuple[tuple[str, Predicate, str], ...] = (
         _number(lambda v: 0 < v <= 1),
         "above 0 and at most 1 (at 0 the sampler is deterministic and has no log-probs to train on)",
     ),
+    ("height width", _none_or(whole(1, MAX_SIZE)), "None or a whole number of pixels above 0"),
+    ("sde_window", _none_or(_is_window), "None or two whole numbers, the first step with noise and the last"),
     ("train_timestep_fraction", _number(lambda v: 0 < v <= 1), "above 0 and at most 1"),
     ("train_adam_beta1 train_adam_beta2", _number(lambda v: 0 <= v < 1), "at least 0 and below 1"),
     (
@@ -226,6 +232,14 @@ CONFLICTS: tuple[tuple[Callable[[Settings], bool], str], ...] = (
         "train_image_credit is 'coca', but objective 'rwr' weighs whole images: use 'none'",
     ),
     (
+        lambda c: c.train_image_credit == "coca" and c.sde_window is not None,
+        "train_image_credit is 'coca', which compares the predictions of all steps with noise: leave out sde_window",
+    ),
+    (
+        lambda c: c.objective == "rwr" and c.sde_window is not None,
+        "objective is 'rwr', which trains on noised images and on no denoising steps: leave out sde_window",
+    ),
+    (
         lambda c: c.uses_deepspeed and (c.cuda_graphs or c.compile_unet),
         "cuda_graphs and compile_unet do not work with ZeRO: leave them out",
     ),
@@ -287,101 +301,6 @@ CONFLICTS: tuple[tuple[Callable[[Settings], bool], str], ...] = (
         "rwr_top_fraction gives all images that it keeps the same weight: leave out rwr_beta",
     ),
 )
-
-
-# rules that depend on other packages
-
-
-def missing_package(config: Settings) -> str:
-    """The package that the settings need and that is not installed, in one sentence, or ''."""
-    # an optimizer in host memory has 8-bit states of its own
-    on_host = config.offload != "none" and not config.uses_deepspeed
-    if config.train_use_8bit_adam and not on_host and not _installed("bitsandbytes"):
-        return "train_use_8bit_adam needs bitsandbytes: `pip install bitsandbytes`, or set it to False"
-    if config.uses_deepspeed and not _installed("deepspeed"):
-        return "zero and deepspeed need DeepSpeed: `pip install 'deepspeed>=0.19.8'`, or leave them out"
-    for tracker in _trackers(config):
-        packages = TRACKER_PACKAGES.get(str(tracker), ())
-        if tracker == "all":
-            packages = tuple(package for packages in TRACKER_PACKAGES.values() for package in packages)
-        if packages and not any(_installed(package) for package in packages):
-            return (
-                f"log_with is {tracker!r}, which needs {packages[0]}: `pip install {packages[0]}`, or leave it out "
-                "(metrics.jsonl has everything)"
-            )
-    return ""
-
-
-def _trackers(config: Settings) -> list[Any]:
-    given = config.log_with
-    return list(given) if isinstance(given, (list, tuple)) else [given] if given is not None else []
-
-
-def _installed(package: str) -> bool:
-    try:
-        found = importlib.util.find_spec(package)
-    except ValueError:
-        return package in sys.modules
-    # wandb writes a folder `wandb` into the working directory: that is a namespace package to Python, without an origin
-    return found is not None and found.origin is not None
-
-
-def unknown_keyword(config: Settings) -> str:
-    """A sentence about the first keyword that accelerate does not take, or whose value is not allowed, or ''.
-
-    Looks at `tracker_kwargs`, `accelerator_kwargs` and `project_kwargs`.
-    """
-    if not (config.tracker_kwargs or config.accelerator_kwargs or config.project_kwargs):
-        return ""
-    # these imports take seconds, and most users give no keywords
-    from accelerate import Accelerator
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-    from accelerate.utils import ProjectConfiguration
-
-    # the accelerator's arguments that are fields of the config
-    ours = {
-        "log_with": "log_with",
-        "mixed_precision": "mixed_precision",
-        "project_config": "project_kwargs",
-        "gradient_accumulation_steps": "train_gradient_accumulation_steps",
-    }
-    accelerators = list(inspect.signature(Accelerator).parameters)
-    trackers = [*LOGGER_TYPE_TO_CLASS, *(tracker.name for tracker in _trackers(config) if hasattr(tracker, "name"))]
-    allowed = {
-        "tracker_kwargs": list(dict.fromkeys(str(getattr(name, "value", name)) for name in trackers)),
-        "accelerator_kwargs": [name for name in accelerators if name not in ours],
-        "project_kwargs": [field.name for field in fields(ProjectConfiguration)],
-    }
-    for option, names in allowed.items():
-        for key in getattr(config, option):
-            if option == "accelerator_kwargs" and key in ours:
-                return f"accelerator_kwargs has {key!r}, which is a setting of its own: use {ours[key]}"
-            if key not in names:
-                where = "keywords go under the name of a tracker" if option == "tracker_kwargs" else "use one"
-                return f"{option} has {shown(key)}: {where} of {', '.join(names)}"
-    return _bad_keyword_value(config)
-
-
-def _bad_keyword_value(config: Settings) -> str:
-    """A sentence about the first keyword whose value is not allowed, or ''."""
-    for name, keywords in config.tracker_kwargs.items():
-        if not isinstance(keywords, dict):
-            return f"tracker_kwargs[{name!r}] is {shown(keywords)} but must be a dict of that tracker's keywords"
-    if config.log_with == "tensorboard" and config.tracker_kwargs.get("tensorboard"):
-        from torch.utils.tensorboard import SummaryWriter
-
-        names = [name for name in inspect.signature(SummaryWriter).parameters if name != "log_dir"]
-        for key in config.tracker_kwargs["tensorboard"]:
-            if key not in names:
-                return f"tracker_kwargs['tensorboard'] has {shown(key)}: use one of {', '.join(names)}"
-    limit = config.project_kwargs.get("total_limit")
-    if limit is not None and not _whole(1)(limit):
-        return f"project_kwargs['total_limit'] is {shown(limit)} but must be None or a whole number of at least 1"
-    for key in ("project_dir", "logging_dir"):
-        folder = config.project_kwargs.get(key)
-        if folder is not None and not _is_path(plain(folder)):
-            return f"project_kwargs[{key!r}] is {shown(folder)} but must be the path of a folder"
-    return ""
 
 
 def parsed_mapping(name: str, value: Any) -> dict[str, Any]:

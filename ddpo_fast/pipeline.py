@@ -274,6 +274,7 @@ def check_pipeline(pipeline: DDPOStableDiffusionPipeline, config: DDPOConfig) ->
     scheduler is not checked.
     """
     kind, ours, family = type(pipeline), DefaultDDPOStableDiffusionPipeline, family_of_pipeline(pipeline)
+    family.use_settings(config)
     steps_are_ours = ours.__call__ is kind.__call__ or ours.scheduler_step is getattr(kind, "scheduler_step", None)
     if isinstance(pipeline, ours) and steps_are_ours:
         family.check_steps(pipeline.scheduler, config.sample_num_steps, config.sample_eta)
@@ -293,6 +294,17 @@ def check_pipeline(pipeline: DDPOStableDiffusionPipeline, config: DDPOConfig) ->
         raise ValueError(
             "sample_group_noise is 'shared', but the pipeline's own __call__ takes no latents to start from: add that "
             "argument, or use 'own'"
+        )
+    given = "height" if config.height is not None else "width"
+    if getattr(config, given) is not None and not _takes(kind.__call__, given):
+        raise ValueError(
+            f"{given} is {getattr(config, given)}, but the pipeline's own __call__ takes no such argument: add it, or "
+            f"leave out {given}"
+        )
+    if config.sde_window is not None and kind.__call__ is not ours.__call__:
+        raise ValueError(
+            f"sde_window is {config.sde_window}, but the pipeline's own __call__ decides which steps have noise: leave "
+            "it out"
         )
     if config.cuda_graphs and pipeline.autocast is not None:
         raise ValueError(

@@ -55,6 +55,7 @@ class Policy:
         self.engine = engine
         self.device = device
         self.family = family_of_pipeline(pipeline)
+        self.family.use_settings(config)
         self.embed_prompts = PromptEmbeddings(self.family, device, remembers=config.sample_cache)
         # [1, L, D]
         self.negative_embeds = self.embed_prompts.negative(config.negative_prompts)
@@ -67,6 +68,12 @@ class Policy:
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of an image's latents."""
         return self.family.latent_shape
+
+    @property
+    def size(self) -> dict[str, int]:
+        """The arguments of a pipeline's call for images of another size than the model's own."""
+        given = {"height": self.config.height, "width": self.config.width}
+        return {name: pixels for name, pixels in given.items() if pixels is not None}
 
     @property
     def noise_table(self) -> Tensor:
@@ -185,11 +192,12 @@ class Policy:
         with self.computing():
             drawn = self.pipeline(
                 prompt=list(prompts),
-                negative_prompt=[self.config.negative_prompts or ""] * len(prompts),
+                negative_prompt=self.family.negatives(self.config.negative_prompts, len(prompts)),
                 num_inference_steps=self.config.sample_num_steps,
                 guidance_scale=self.config.sample_guidance_scale,
                 eta=self.config.sample_eta,
                 generator=torch.Generator().manual_seed(seed),
                 output_type="pt",
+                **self.size,
             )
         return drawn.images.detach().float(), drawn.latents[-1]

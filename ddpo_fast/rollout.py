@@ -126,6 +126,8 @@ class Rollout:
         by_step = torch.stack(log_probs, dim=1)
         if pools:
             by_step = self.policy.log_probs_of_noise(pooled_noise, self.family.keys)
+            silent = [i for i in range(len(pooled_noise)) if not self.family.has_noise(i)]
+            by_step[:, silent] = 0
         return Trajectory(
             prompts=prompts,
             prompt_ids=ids,
@@ -262,6 +264,7 @@ class PipelineRollout:
                     guidance_scale=self.config.sample_guidance_scale,
                     eta=self.config.sample_eta,
                     output_type="pt",
+                    **self.policy.size,
                     **shared,
                 )
             trajectory = Trajectory(

@@ -31,7 +31,7 @@ class DDPOPipelineOutput:
     Args:
         images: the images, [B, 3, height, width] in fp32 in [0, 1] for `output_type="pt"`.
         latents: T + 1 tensors [B, C, H, W], from the initial noise to the latents of the images.
-        log_probs: T tensors [B]; empty for eta = 0, where a step has no density.
+        log_probs: T tensors [B]; 0 for a step without noise, which has no density, and empty for eta = 0.
     """
 
     images: Any
@@ -119,7 +119,7 @@ class DenoisingChain:
             for i, t in enumerate(self.family.keys):
                 latents, log_prob, rows = self.take_step(rows, latents, draw_noise(), t, i)
                 trail.append(latents)
-                log_probs.append(log_prob)
+                log_probs.append(log_prob if self.family.has_noise(i) else torch.zeros_like(log_prob))
                 progress.update()
                 if after_step is not None:
                     after_step(i, t, latents)

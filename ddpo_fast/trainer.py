@@ -25,7 +25,7 @@ from ddpo_fast.checkpoint_mixin import CheckpointMixin
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.engine import make_engine, make_optimizer
 from ddpo_fast.evaluation import Evaluation
-from ddpo_fast.families import family_of_pipeline
+from ddpo_fast.families import family_of_pipeline, with_family
 from ddpo_fast.guard import Guard
 from ddpo_fast.health import SampleHealth, check_images
 from ddpo_fast.interruption import Interruption
@@ -98,7 +98,8 @@ class DDPOTrainer(ScoringMixin, CheckpointMixin, HubModel):
         # In one piece, as each part needs those before it: checks, processes, folder, networks, stages, progress.
         self.config = config
         self.image_samples_callback = image_samples_hook
-        self.sd_pipeline, self.num_train_timesteps = sd_pipeline, config.num_train_timesteps
+        self.sd_pipeline = sd_pipeline
+        self.num_train_timesteps = with_family(config, family_of_pipeline(sd_pipeline)).num_train_timesteps
 
         # The run's processes, and the checkpoint to resume from, verified before anything is written.
         resume = checkpoint.find(config.resume_from) if config.resume_from else None
@@ -107,7 +108,7 @@ class DDPOTrainer(ScoringMixin, CheckpointMixin, HubModel):
         folder = output_folder(config).absolute()
         self.accelerator = make_accelerator(config, folder)
         ops.require_backend(config.kernel_backend, self.accelerator.device.type)
-        settings = with_launch_settings(config, self.accelerator)
+        settings = with_family(with_launch_settings(config, self.accelerator), family_of_pipeline(sd_pipeline))
         # raises if settings ask for a loss that an override of the user's is not
         self._own_loss()
         self.base = base_digest(sd_pipeline)
@@ -256,7 +257,7 @@ class DDPOTrainer(ScoringMixin, CheckpointMixin, HubModel):
     def _train_on(self, trajectory: Trajectory, epoch: int, global_step: int) -> int:
         """The inner epochs; returns the number of updates so far."""
         self.progress.is_updating = True
-        trajectory = trajectory.first_steps(self.config.num_trainable_steps)
+        trajectory = trajectory.with_steps(self.policy.config.trainable_steps)
         if self.config.train_recompute_log_probs or self._lacks_pooled_log_probs:
             with self.policy.sampling():
                 trajectory = self.ppo.score_again(trajectory)

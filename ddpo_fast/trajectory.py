@@ -107,15 +107,16 @@ class Trajectory(_Keyed):
             has_advantage=None if differs.all() else differs,
         )
 
-    def first_steps(self, count: int) -> Trajectory:
-        """The trajectory without the steps after the first `count`; the tensors are views."""
-        if count == self.timesteps.shape[1]:
+    def with_steps(self, steps: range) -> Trajectory:
+        """The trajectory with the consecutive `steps` only; the tensors are views."""
+        if len(steps) == self.timesteps.shape[1]:
             return self
-        fewer = {name: self[name][:, :count] for name in ("timesteps", "log_probs")}
+        kept = slice(steps.start, steps.stop)
+        fewer = {name: self[name][:, kept] for name in ("timesteps", "log_probs")}
         for name in ("credit", "advantages"):
             if self[name] is not None and self[name].dim() > 1:
-                fewer[name] = self[name][:, :count]
-        return replace(self, trail=self.trail[:, : count + 1], **fewer)
+                fewer[name] = self[name][:, kept]
+        return replace(self, trail=self.trail[:, steps.start : steps.stop + 1], **fewer)
 
     def training_batch(
         self, rows: torch.Tensor, steps: torch.Tensor, has_advantage: torch.Tensor | None

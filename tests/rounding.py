@@ -63,8 +63,10 @@ def drift_limit(trainer, trajectory) -> float:
     few = slice(0, 2)  # two images are enough, as the error is a mean over D elements
     noise = 0.0
     with trainer.policy.computing():
-        # The UNet is called directly: a fault in the trainer's call would be measured as if it were rounding.
-        unet, exact = trainer.sd_pipeline.unet, copy.deepcopy(trainer.sd_pipeline.unet).double()
+        # The network is called by its family: a fault in the trainer's call would be measured as if it were rounding.
+        unet = trainer.sd_pipeline.unet
+        exact = copy.deepcopy(unet).double()
+        family = trainer.policy.family
         for i in range(trajectory.timesteps.shape[1]):
             timesteps, embeds = trajectory.timesteps[few, i], trajectory.prompt_embeds[few]
             rows = trajectory.latents[few, i].to(unet.dtype)
@@ -72,8 +74,8 @@ def drift_limit(trainer, trajectory) -> float:
                 embeds = torch.cat([trajectory.negative_prompt_embeds[few], embeds])
                 rows = torch.cat([rows, rows])
             operands = torch.cat([timesteps] * (len(rows) // len(timesteps))), embeds.to(unet.dtype)
-            rounded = unet(rows, *operands).sample.double()
-            error = rounded - exact(rows.double(), operands[0], operands[1].double()).sample
+            rounded = output_of(family, unet, rows, *operands).double()
+            error = rounded - output_of(family, exact, rows.double(), operands[0], operands[1].double())
             error = ops.guided(error, trainer.config.sample_guidance_scale) if guided else error
             side = trainer.config.train_pool_latents
             error = side * torch.nn.functional.avg_pool2d(error, side)
@@ -81,6 +83,14 @@ def drift_limit(trainer, trajectory) -> float:
             noise = max(noise, float((2 * rms * mean_per_sigma(trainer, timesteps)).max()))
     elements = error[0].numel()
     return 6 * noise / elements**0.5 + noise**2 / 2 + 8 * torch.finfo(torch.float32).eps
+
+
+def output_of(family, network, *inputs) -> torch.Tensor:
+    """What the family's call gives for another copy of its network."""
+    other = copy.copy(family)
+    other.pipe = copy.copy(family.pipe)
+    setattr(other.pipe, family.network, network)
+    return other.call(*inputs)
 
 
 def mean_per_sigma(trainer, timesteps: torch.Tensor) -> torch.Tensor:

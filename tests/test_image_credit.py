@@ -126,7 +126,7 @@ def test_each_step_is_trained_with_its_own_advantage(make_trainer):
     (trajectory,), _ = trainer._generate_samples(1, 4)
     advantages = torch.arange(20.0).reshape(4, 5)
     advantages[2] = 0
-    trajectory = trajectory.with_advantages(advantages).first_steps(4)
+    trajectory = trajectory.with_advantages(advantages).with_steps(range(4))
     assert trajectory.has_advantage.tolist() == [True, True, False, True]
     by_step = {
         (float(log_prob), int(t)): float(advantage)

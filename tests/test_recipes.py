@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from one_sentence import error_of_command, refused
 
-from ddpo_fast import DDPOConfig, cli, config_rules, recipes
+from ddpo_fast import DDPOConfig, cli, config_rules, package_rules, recipes
 from ddpo_fast.commands import options as command_options
 from ddpo_fast.commands import plan, train
 from ddpo_fast.recipes.fit import BATCH_SIZES
@@ -210,7 +210,7 @@ def test_a_setting_that_contradicts_an_option_is_left_out(options, kept, left_ou
         (lambda c: c.zero > 0 and c.train_target_update > 0, "train_target_update does not work with ZeRO"),
     )
     monkeypatch.setattr(config_rules, "CONFLICTS", rules)
-    monkeypatch.setattr(config_rules, "missing_package", lambda config: "")
+    monkeypatch.setattr(package_rules, "missing_package", lambda config: "")
     config = read("--full-finetune", *options.split())
     for name, value in {**kept, **left_out}.items():
         assert getattr(config, name) == value

@@ -13,6 +13,7 @@ from ddpo_fast import cuda_graphs, ops, rewards
 from ddpo_fast.commands.options import RunArguments
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.engine import zero_settings
+from ddpo_fast.families import with_family
 from ddpo_fast.model_configs import ModelConfigs, check_model
 from ddpo_fast.processes import check_launch
 from ddpo_fast.run_folder import checkpoint
@@ -50,7 +51,11 @@ def check_before_loading(run: RunArguments, config: DDPOConfig) -> ModelConfigs:
     # the Hub and the model, which may be on another machine
     if config.push_to_hub and (problem := push_problem(folder.absolute().name)):
         raise ValueError(f"push_to_hub is True, but {problem}")
-    return check_model(run.pretrained_model, run.pretrained_revision, config.sample_num_steps, config.sample_eta)
+    configs = check_model(run.pretrained_model, run.pretrained_revision, config.sample_num_steps, config.sample_eta)
+    configs.family.check_sampler(config.sampler)
+    configs.family.check_size(configs.parts, config.height, config.width)
+    with_family(config, configs.family)
+    return configs
 
 
 def check_can_write(folder: Path, option: str) -> None:

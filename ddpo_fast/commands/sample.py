@@ -63,6 +63,8 @@ def run(options: argparse.Namespace) -> None:
 
     # The base model samples first, because the trained weights are then loaded into the same networks.
     pipeline = make_pipeline(model)
+    window = saved.get("sde_window")
+    pipeline.family.use(saved.get("height"), saved.get("width"), 1.0, saved.get("sampler", "auto"), window)
     # a model is loaded as it is stored, and half precision would be another image
     pipeline.sd_pipeline.to("cuda" if torch.cuda.is_available() else "cpu", torch.float32)
     base = draw(pipeline, prompts, saved, options.seed)
@@ -127,7 +129,7 @@ def draw(pipeline: Any, prompts: tuple[str, ...], saved: dict[str, Any], seed: i
         batch = list(prompts[start : start + BATCH_SIZE])
         drawn = pipeline(
             prompt=batch,
-            negative_prompt=[settings["negative_prompts"] or ""] * len(batch),
+            negative_prompt=pipeline.family.negatives(settings["negative_prompts"], len(batch)),
             num_inference_steps=settings["sample_num_steps"],
             guidance_scale=settings["sample_guidance_scale"],
             eta=settings["sample_eta"],

@@ -60,7 +60,7 @@ def run(arguments: Sequence[str], dry_run: bool = False) -> None:
     random.seed(config.seed)
     examples = distinct_prompts(prompt_function, EXAMPLE_PROMPTS)
     for function in (reward_function, *eval_rewards):
-        try_reward(function, examples, configs.image_size)
+        try_reward(function, examples, configs.family.image_size_of(configs.parts, config.height, config.width))
 
     for line in recipe_lines(options, config, given_options(arguments)):
         plan.print_on_main(line)
@@ -89,7 +89,7 @@ def run(arguments: Sequence[str], dry_run: bool = False) -> None:
         if trainer.accelerator.is_main_process:
             print(line, flush=True)
 
-    say(config.batch_arithmetic(trainer.accelerator.num_processes))
+    say(trainer.policy.config.batch_arithmetic(trainer.accelerator.num_processes))
     say(f"writing to {trainer.output_dir}")
 
     before = before_after.find_or_draw(trainer, *examples)

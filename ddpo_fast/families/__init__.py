@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from typing import Any
 
+from ddpo_fast.config import DDPOConfig
 from ddpo_fast.families.base import Family
 from ddpo_fast.families.sdxl import SDXL
 from ddpo_fast.families.stable_diffusion import StableDiffusion
 
-__all__ = ["FAMILIES", "SDXL", "Family", "StableDiffusion", "family_of", "family_of_pipeline", "working"]
+__all__ = ["FAMILIES", "SDXL", "Family", "StableDiffusion", "family_of", "family_of_pipeline", "with_family", "working"]
 
 FAMILIES: tuple[type[Family], ...] = (StableDiffusion, SDXL)
 
@@ -29,6 +31,20 @@ def family_of_pipeline(pipeline: Any) -> Family:
     """
     family = getattr(pipeline, "family", None)
     return family if isinstance(family, Family) else family_of({"_class_name": type(pipeline).__name__})(pipeline)
+
+
+def with_family(config: DDPOConfig, family: type[Family] | Family) -> DDPOConfig:
+    """`config` with what depends on the kind of model: a copy, or `config` itself for a model like Stable Diffusion.
+
+    Raises `ValueError` for settings that the model leaves no step to train on.
+    """
+    found = {name: getattr(family, name) for name in ("guides_by_rows", "last_step_has_noise")}
+    if all(getattr(config, name) == value for name, value in found.items()):
+        return config
+    config = copy(config)
+    vars(config).update(found)
+    config.check()
+    return config
 
 
 def working() -> str:

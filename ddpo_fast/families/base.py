@@ -20,6 +20,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ddpo_fast.config import DDPOConfig
+
 Config = Mapping[str, Any]
 
 
@@ -47,6 +49,10 @@ class Family:
     targets: ClassVar[Sequence[str]] = ("to_k", "to_q", "to_v", "to_out.0")
     # arguments of `from_pretrained` that leave out parts without which images are the same
     unloaded: ClassVar[dict[str, Any]] = {}
+    # whether guidance takes a second row with the negative prompt; else it is an input of the network, or there is none
+    guides_by_rows: ClassVar[bool] = True
+    # whether the last step of the samplers has noise
+    last_step_has_noise: ClassVar[bool] = True
     # values of the setting `sampler`; 'auto' is the first
     samplers: ClassVar[Sequence[str]]
 
@@ -56,7 +62,7 @@ class Family:
         self.width: int | None = None
         self.guidance_scale = 1.0
         self.sampler = self.samplers[0]
-        self.window: tuple[int, int] | None = None
+        self.window: tuple[int, ...] | None = None
         # tensors that the network's call reads and that depend on nothing but their name
         self.buffers: dict[tuple[Any, ...], Tensor] = {}
         self._windowed: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
@@ -67,7 +73,7 @@ class Family:
         width: int | None = None,
         guidance_scale: float = 1.0,
         sampler: str = "auto",
-        window: tuple[int, int] | None = None,
+        window: Sequence[int] | None = None,
     ) -> None:
         """Sets what the network's inputs and the steps depend on.
 
@@ -79,14 +85,15 @@ class Family:
 
         Raises `ValueError` for a size or sampler that the model does not have.
         """
-        if sampler != "auto" and sampler not in self.samplers:
-            raise ValueError(
-                f"sampler is {sampler!r}, and the model is a {self.title}, which samples with "
-                f"{' or '.join(map(repr, self.samplers))}: use one of these, or 'auto'"
-            )
+        self.check_sampler(sampler)
         self.check_size(self.parts_configs(), height, width)
-        self.height, self.width, self.guidance_scale, self.window = height, width, guidance_scale, window
+        self.height, self.width, self.guidance_scale = height, width, guidance_scale
+        self.window = None if window is None else tuple(window)
         self.sampler = self.samplers[0] if sampler == "auto" else sampler
+
+    def use_settings(self, config: DDPOConfig) -> None:
+        """`use` with the settings of a run."""
+        self.use(config.height, config.width, config.sample_guidance_scale, config.sampler, config.sde_window)
 
     def at(self, height: int | None, width: int | None, guidance_scale: float) -> Family:
         """The same with another guidance, for images of another size; None leaves a side as it is."""
@@ -111,6 +118,15 @@ class Family:
     @classmethod
     def check_steps(cls, scheduler: Any, steps: int, level: float) -> None:
         """Raises `ValueError` if a scheduler cannot take `steps` steps with noise of `level`."""
+
+    @classmethod
+    def check_sampler(cls, sampler: str) -> None:
+        """Raises `ValueError` for a sampler that the model does not have."""
+        if sampler != "auto" and sampler not in cls.samplers:
+            raise ValueError(
+                f"sampler is {sampler!r}, and the model is a {cls.name}, which samples with "
+                f"{' or '.join(map(repr, cls.samplers))}: use 'auto'"
+            )
 
     @classmethod
     def default_size(cls, configs: Mapping[str, Config]) -> tuple[int, int]:
@@ -203,11 +219,6 @@ class Family:
         """(C, H, W) of an image's latents."""
         return self.latent_shape_of(self.parts_configs(), self.height, self.width)
 
-    @property
-    def guides_by_rows(self) -> bool:
-        """Whether guidance takes a second row with the negative prompt; else it is an input of the network, or none."""
-        return True
-
     # prompts
 
     def encode(self, prompts: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -217,6 +228,10 @@ class Family:
     def no_negative(self, empty: Tensor) -> Tensor:
         """What guidance leads away from without a negative prompt, from the embedding `empty` [1, L, D] of ''."""
         return empty
+
+    def negatives(self, prompt: str | None, count: int) -> list[str] | None:
+        """The argument `negative_prompt` of the pipeline's call for `count` prompts of a run."""
+        return [prompt or ""] * count
 
     def prepare_prompts(
         self,
@@ -257,6 +272,11 @@ class Family:
         """`table` without a window. The same tensor whenever nothing has changed: CUDA graphs read it."""
         raise NotImplementedError
 
+    def has_noise(self, step: int) -> bool:
+        """Whether the sampled step of this number, counted from 0, has noise, and so a density."""
+        first, last = self.window or (0, step)
+        return first <= step <= last and (self.last_step_has_noise or step < len(self.keys) - 1)
+
     def table(self, level: float, device: torch.device, credit: str = "none") -> Tensor:
         """(c_x, c_m, sigma, credit) of the step from each key, [K, 4] fp32 on the device.
 
@@ -273,10 +293,10 @@ class Family:
         made = self._windowed.get(name)
         if made is None or made[0] is not noisy:
             first, last = self.window
-            outside = torch.ones(len(noisy), dtype=torch.bool, device=device)
-            outside[self.keys[first : last + 1].to(device)] = False
-            still = torch.where(outside[:, None], self.steps_table(0.0, device, credit), noisy)
-            self._windowed[name] = made = noisy, still
+            inside = torch.zeros(len(noisy), 1, dtype=torch.bool, device=device)
+            inside[self.keys[first : last + 1].to(device)] = True
+            made = noisy, torch.where(inside, noisy, self.steps_table(0.0, device, credit))
+            self._windowed[name] = made
         return made[1]
 
     # the network

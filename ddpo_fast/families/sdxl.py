@@ -65,6 +65,9 @@ class SDXL(StableDiffusion):
         # as the plain pipeline does for a negative prompt of None; it encodes one of ''
         return torch.zeros_like(empty) if self.pipe.config.force_zeros_for_empty_prompt else empty
 
+    def negatives(self, prompt: str | None, count: int) -> list[str] | None:
+        return [prompt] * count if prompt else None
+
     def prepare_prompts(
         self,
         prompt: str | list[str] | None,
