@@ -94,17 +94,18 @@ def load_adapter(family: Family, path: Path) -> None:
     """
     parts = (family.denoiser, *family.text_encoders.values())
     try:
+        with safe_open(path, "pt") as file:
+            names = list(file.keys())
         with ExitStack() as stack:
             stack.enter_context(_without_warnings_of_parts())
             for part in parts:
                 stack.enter_context(_as_if_in_fp32(part))
-            family.pipe.load_lora_weights(
-                str(path.parent), weight_name=path.name, adapter_name=ADAPTER, use_safetensors=True
-            )
+            if any("lora" in name for name in names):
+                family.pipe.load_lora_weights(
+                    str(path.parent), weight_name=path.name, adapter_name=ADAPTER, use_safetensors=True
+                )
         if not any(ADAPTER in getattr(part, "peft_config", {}) for part in parts):
-            with safe_open(path, "pt") as file:
-                first = next(iter(file.keys()), "nothing")
-            raise ValueError(f"nothing in it is for this kind of model (it has {first!r})")
+            raise ValueError(f"nothing in it is for this kind of model (it has {next(iter(names), 'nothing')!r})")
     except Exception as error:
         raise OSError(
             f"the adapter {path} cannot be loaded by diffusers: {first_line(error)}; copy it again if it is damaged, "

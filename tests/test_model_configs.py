@@ -54,7 +54,7 @@ OTHER_KINDS = {
     "Stable Diffusion XL": (
         INDEX,
         {"_class_name": "StableDiffusionXLPipeline", "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]},
-        "StableDiffusionXLPipeline, which has text_encoder_2",
+        "StableDiffusionXLPipeline, which has no tokenizer_2",
     ),
     "SD3": (
         INDEX,
