@@ -15,6 +15,7 @@ from accelerate.utils import set_seed
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.guard import Guard
 from ddpo_fast.health import check_weights
+from ddpo_fast.processes import broadcast_from_main
 from ddpo_fast.run_folder import checkpoint
 from ddpo_fast.run_folder.progress import Progress
 from ddpo_fast.run_folder.resume_checks import run_settings
@@ -65,6 +66,7 @@ class CheckpointMixin:
             "trained": self._trained_part(),
             "healthy": self.run_log.health.good,
             "first_spreads": self.run_log.health.first_spreads,
+            "scores": self.progress.scores.state_dict(),
             **json.loads(json.dumps(self.run_settings, default=str)),
         }
         training = {
@@ -84,7 +86,26 @@ class CheckpointMixin:
                 self._write_weights,
                 limit,
                 name,
+                self._kept_checkpoints,
             )
+
+    def _kept_checkpoints(self, present: list[int]) -> set[int]:
+        """Of checkpoints of so many epochs, those that are kept beyond the limit: the best, and every so many."""
+        best, every = self.progress.scores.best(present), self.config.keep_checkpoint_every
+        return {epochs for epochs in present if epochs == best or (every and epochs % every == 0)}
+
+    def load_best_checkpoint(self) -> int | None:
+        """Goes back to the best of the run's checkpoints; returns its whole epochs, or None if none has a score.
+
+        The best is that with the highest held-out reward, or training reward where there is no evaluation.
+        """
+        present = [checkpoint.epochs_of(path) for path in checkpoint.list_in(self.progress.checkpoints)]
+        best = broadcast_from_main(self.accelerator, self.progress.scores.best(present))
+        if best is not None and best != self.first_epoch:
+            folder = self.progress.checkpoints / f"{checkpoint.PREFIX}{best}"
+            checkpoint.verify(folder)
+            self._load(folder, checkpoint.read_state(folder))
+        return best
 
     def _save_between(self, epochs: int, is_last: bool) -> None:
         """Saves after an epoch that `save_freq` leaves out.
@@ -114,6 +135,8 @@ class CheckpointMixin:
             self.guard.load_state_dict(training["guard"])
         checkpoint.load_function_states(self._stateful_functions(), training)
         self.progress.epochs, self.progress.global_step = state["epochs"], state["global_step"]
+        if self.progress.continues:
+            self.progress.scores.load_state_dict(state.get("scores", []))
         random_state = checkpoint.read_random_state(folder, self.accelerator.process_index)
         if random_state is None:
             # The checkpoint is of fewer processes and has no random state for this one. A seed that depends on the

@@ -69,7 +69,9 @@ class DDPOConfig(ConfigNumbers):
     logdir: str = _option("logs", "Top-level folder that runs are written to.")
     num_epochs: int = _option(100, "Number of epochs to train.")
     save_freq: int = _option(1, "Number of epochs between checkpoints.")
-    num_checkpoint_limit: int = _option(5, "Number of checkpoints to keep; the oldest goes first.")
+    num_checkpoint_limit: int = _option(
+        5, "Number of checkpoints to keep beside the best one and the last healthy one; the oldest goes first."
+    )
     # None, which TRL takes too, is accelerate's choice: `processes.with_launch_settings` fills it in for the trainer,
     # and `commands.options.precision_or_default` for a command, whose checks come before the accelerator.
     mixed_precision: Precision = _option(
@@ -122,7 +124,18 @@ class DDPOConfig(ConfigNumbers):
         "First and last denoising step with noise, counted from 0 (default: all); the others are deterministic and not "
         "trained.",
     )
-
+    export: str = _option(
+        "last",
+        "The checkpoint that `ddpo-fast train` leaves in final/: the last one, or the best one by the mean held-out "
+        "reward, or by that of training where there is no eval_reward.",
+        choices=["last", "best"],
+    )
+    early_stopping_patience: int = _option(
+        0, "End the run when its best epoch (see export) is this many epochs ago; 0 never does."
+    )
+    keep_checkpoint_every: int = _option(
+        0, "Keep the checkpoints of epochs that this number divides beyond num_checkpoint_limit; 0 keeps none."
+    )
     eval_freq: int = _option(10, "Number of epochs between evaluations, if there is a reward to evaluate by.")
     eval_num_images: int = _option(16, "Images of an evaluation, each of a prompt and noise that stay the same.")
     output_dir: Optional[str] = _option(  # noqa: UP045

@@ -120,7 +120,8 @@ RULES: tuple[tuple[str, Predicate, str], ...] = (
     ("seed", whole(0, 2**32 - 1), f"a whole number from 0 to {2**32 - 1}, as NumPy's generator takes no larger seed"),
     ("num_epochs", whole(0, 10**9), f"a whole number from 0 to {10**9}"),
     (
-        "train_warmup_steps train_target_decay train_min_8bit_size sample_redraws",
+        "train_warmup_steps train_target_decay train_min_8bit_size sample_redraws early_stopping_patience "
+        "keep_checkpoint_every",
         whole(0),
         "a whole number of at least 0",
     ),

@@ -6,6 +6,7 @@ Shapes: N images.
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from itertools import cycle, islice
 from typing import Any
 
@@ -28,7 +29,7 @@ class Evaluation:
     All processes draw all images, as a network whose weights they share needs all of them. The main process scores.
 
     Args:
-        reward_function: each of its parts is logged by its name, and the weights play no role.
+        reward_function: each of its parts is logged by its name; the weights play a role in `mean_of` alone.
     """
 
     def __init__(
@@ -73,6 +74,10 @@ class Evaluation:
         found = run_or_raise_on_all(self.accelerator, lambda: self._scored(batches))
         checkpoint.restore_random_state(random_state)
         return broadcast_from_main(self.accelerator, found)
+
+    def mean_of(self, scores: Mapping[str, np.ndarray]) -> float:
+        """One number for `scores`: the mean over images of the rewards' weighted sum."""
+        return float(sum(self.reward_function.weights[name] * values.mean() for name, values in scores.items()))
 
     def _scored(self, batches: list[tuple[torch.Tensor, tuple[str, ...], tuple[Any, ...]]]) -> dict[str, np.ndarray]:
         """The scores of the batches in the main process; nothing in the others."""

@@ -173,7 +173,9 @@ class DDPOTrainer(ScoringMixin, CheckpointMixin, HubModel):
 
         # The run's counters and, for a resumed run, the checkpoint's state.
         self.interruption = Interruption()
-        self.progress = Progress(config, self.accelerator, self.output_dir, self.run_log, self.interruption)
+        self.progress = Progress(
+            config, self.accelerator, self.output_dir, self.run_log, self.interruption, self.evaluation is not None
+        )
         if config.resume_from:
             self.progress.prepare_resume(resume, state, self._trained_part(), self._run_settings())
             if resume is not None:
@@ -198,7 +200,8 @@ class DDPOTrainer(ScoringMixin, CheckpointMixin, HubModel):
 
         A second call trains as many epochs as the first, as in TRL. After a call that was stopped (Ctrl-C, a reward
         that raised), the next call trains the rest of its epochs, beginning with the interrupted one. However training
-        ends, a checkpoint of the last whole epoch is kept, but see `Progress.keeps_last_epoch` for slow disks.
+        ends, a checkpoint of the last whole epoch is kept, but see `Progress.keeps_last_epoch` for slow disks. A file
+        `stop` in the run's folder ends it after the epoch, and so does `early_stopping_patience`.
         """
         left = self.progress.epochs_to_train(self.config.num_epochs if epochs is None else epochs)
         bar = tqdm(left, initial=left.start, total=left.stop, desc="Epoch", disable=self._hides_bars)
@@ -214,8 +217,12 @@ class DDPOTrainer(ScoringMixin, CheckpointMixin, HubModel):
                 bar.set_postfix_str(self.run_log.summary)
                 if bar.disable and self.accelerator.is_main_process:
                     print(f"epoch {epoch + 1}/{left.stop}: {self.run_log.summary}", file=sys.stderr, flush=True)
+                ends = self.progress.reason_to_end() if epoch + 1 < left.stop else ""
                 if (epoch + 1) % self.config.save_freq:
-                    self._save_between(epoch + 1, is_last=epoch + 1 == left.stop)
+                    self._save_between(epoch + 1, is_last=bool(ends) or epoch + 1 == left.stop)
+                if ends:
+                    self.progress.say_ended(ends)
+                    break
         self.run_log.draw_reward_curve()
         self.accelerator.wait_for_everyone()
 
@@ -234,6 +241,8 @@ class DDPOTrainer(ScoringMixin, CheckpointMixin, HubModel):
         all_rewards, prompts = self._gathered_rewards(scored.batches), self._gathered_prompts(scored.trajectory.prompts)
         components = self._gathered_components(scored.batches)
         self.run_log.log_rewards(epoch, global_step, all_rewards)
+        if not self.progress.scores.held_out:
+            self.progress.scores.add(epoch, all_rewards.mean().item())
         variety = self._variety(scored, prompts, all_rewards)
         advantages = self._advantages(scored.trajectory, prompts, all_rewards)
         trajectory = scored.trajectory.with_advantages(advantages)
@@ -342,7 +351,9 @@ class DDPOTrainer(ScoringMixin, CheckpointMixin, HubModel):
 
     def _evaluate_if_due(self, epochs: int, global_step: int) -> None:
         if self.evaluation is not None and self.evaluation.is_due(epochs):
-            self.run_log.log_evaluation(epochs, global_step, self.evaluation.scores())
+            scores = self.evaluation.scores()
+            self.run_log.log_evaluation(epochs, global_step, scores)
+            self.progress.scores.add(epochs, self.evaluation.mean_of(scores))
 
     @torch.no_grad()
     def evaluate(

@@ -87,8 +87,18 @@ GROUPS = (
     ),
     Group(
         "run and logging",
-        ("output_dir", "resume_from", "log_with", "save_freq", "push_to_hub"),
-        ("trust_run", "dry_run", "exp_name", "run_name", "logdir", "num_checkpoint_limit", "project_kwargs"),
+        ("output_dir", "resume_from", "log_with", "save_freq", "export", "push_to_hub"),
+        (
+            "trust_run",
+            "dry_run",
+            "exp_name",
+            "run_name",
+            "logdir",
+            "num_checkpoint_limit",
+            "keep_checkpoint_every",
+            "early_stopping_patience",
+            "project_kwargs",
+        ),
         ("tracker_",),
     ),
 )

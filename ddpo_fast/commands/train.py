@@ -96,6 +96,8 @@ def run(arguments: Sequence[str], dry_run: bool = False) -> None:
     trainer.train()
 
     with trainer.finishing():
+        if config.export == "best" and (best := trainer.load_best_checkpoint()) is not None:
+            say(f"final has the weights after epoch {best}, which had the best {trainer.progress.scores.kind}")
         # The model is saved first: evaluating may fail in the user's reward, or be interrupted.
         trainer.save_model()
         images, scores = trainer.evaluate(*examples)

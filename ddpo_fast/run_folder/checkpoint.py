@@ -49,6 +49,7 @@ def save(
     write_weights: Callable[[Path], None],
     keep: int,
     name: str = "",
+    keep_too: Callable[[list[int]], set[int]] = lambda epochs: set(),
 ) -> Path:
     """Writes `folder/checkpoint_<epochs>` and returns its path. Every process calls it.
 
@@ -63,6 +64,7 @@ def save(
         write_weights: writes the trained weights into the folder that it is given.
         keep: how many checkpoints stay: the newest, and beside them the newest healthy one.
         name: another name for the folder; with one, no older checkpoint is removed.
+        keep_too: of the numbers of epochs of all checkpoints there, those that stay too.
 
     Raises `OSError` naming the folder if it cannot be written, `ValueError` for what cannot be saved.
     """
@@ -95,9 +97,10 @@ def save(
         if not name:
             discard_last_epoch(folder)
             # beside the newest, the newest healthy one stays: it is the one to go back to
-            healthy = newest_healthy(folder)
-            for old in list_in(folder)[:-keep]:
-                if old != healthy:
+            healthy, found = newest_healthy(folder), list_in(folder)
+            others = keep_too([epochs_of(path) for path in found])
+            for old in found[:-keep]:
+                if old != healthy and epochs_of(old) not in others:
                     _remove(old)
 
     try:
@@ -198,8 +201,12 @@ def discard_last_epoch(folder: Path) -> None:
 
 def list_in(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, oldest first."""
-    found = [p for p in folder.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdigit()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix(PREFIX)))
+    return sorted((p for p in folder.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdigit()), key=epochs_of)
+
+
+def epochs_of(checkpoint: Path) -> int:
+    """The number of whole epochs after which a numbered checkpoint was written."""
+    return int(checkpoint.name.removeprefix(PREFIX))
 
 
 def mark_later_superseded(checkpoint: Path) -> None:
@@ -208,7 +215,7 @@ def mark_later_superseded(checkpoint: Path) -> None:
     A run that is resumed from this one trains those epochs again; a second resumption must not take the old ones.
     """
     for path in list_in(checkpoint.parent):
-        if int(path.name.removeprefix(PREFIX)) > int(checkpoint.name.removeprefix(PREFIX)):
+        if epochs_of(path) > epochs_of(checkpoint):
             number, renamed = 1, path.with_name(f"{path.name}.superseded")
             while renamed.exists():
                 number += 1

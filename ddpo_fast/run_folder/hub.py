@@ -140,6 +140,7 @@ class HubModel(PyTorchModelHubMixin):
     accelerator: Any
     engine: Any
     output_dir: Path
+    progress: Any
     run_log: Any
     run_settings: dict[str, Any]
     config: Any
@@ -223,8 +224,16 @@ class HubModel(PyTorchModelHubMixin):
         known |= {
             key: value for key, value in self.run_settings.items() if key.startswith("lora_r") or key == "lora_alpha"
         }
+        known["epochs trained"] = self._trained_epochs()
         values = {name: getattr(self.config, name, None) for name in CARD_SETTINGS}
         return known | {name: value for name, value in values.items() if value not in (None, "")}
+
+    def _trained_epochs(self) -> str:
+        """The whole epochs of the weights that are saved, and whether these are the best ones."""
+        epochs, scores = self.progress.epochs, self.progress.scores
+        if scores.best() != epochs:
+            return str(epochs)
+        return f"{epochs} (the best {scores.kind}, {scores.score(epochs):.4g})"
 
     def push_to_hub(self, repo_id: str | None = None, *, dataset_name: str | None = None, **kwargs: Any) -> str:
         """Uploads the model with its card and returns the address; the repository defaults to the folder's name."""

@@ -16,10 +16,14 @@ from ddpo_fast.config import DDPOConfig
 from ddpo_fast.interruption import Interruption
 from ddpo_fast.processes import broadcast_from_main
 from ddpo_fast.run_folder import checkpoint
+from ddpo_fast.run_folder.epoch_scores import EpochScores
 from ddpo_fast.run_folder.resume_checks import refuse_changes
 from ddpo_fast.run_folder.run_log import RunLog
 
 logger = logging.getLogger(__name__)
+
+# a file of this name in the run's folder ends training after the epoch
+STOP = "stop"
 
 
 class Progress:
@@ -27,6 +31,7 @@ class Progress:
 
     Args:
         output_dir: the run's folder.
+        held_out: whether the best epoch is told by evaluations, see `EpochScores`.
     """
 
     def __init__(
@@ -36,6 +41,7 @@ class Progress:
         output_dir: Path,
         run_log: RunLog,
         interruption: Interruption,
+        held_out: bool = False,
     ) -> None:
         self.config = config
         self.accelerator = accelerator
@@ -50,6 +56,9 @@ class Progress:
         self._train_from = 0
         # whether the updates of an epoch have begun and not ended: the weights are then not those of any whole epoch
         self.is_updating = False
+        # in another folder the rewards, and so the scores, may be others
+        self.continues = checkpoint.continues_in(output_dir, config.resume_from)
+        self.scores = EpochScores(held_out)
         # the whole epochs when this process began, and the bytes of metrics.jsonl after the last whole epoch
         self._started_at = 0
         self._whole_bytes = 0
@@ -74,7 +83,7 @@ class Progress:
 
         Raises `ValueError` if the checkpoint is of another model, or of settings with which this run cannot go on.
         """
-        in_place = checkpoint.continues_in(self.output_dir, self.config.resume_from)
+        in_place = self.continues
         self.run_log.resume(state, in_place)
         if resume is None:
             logger.warning("%s has no checkpoint yet: the run starts from the beginning", self.config.resume_from)
@@ -123,12 +132,33 @@ class Progress:
     def train_begins(self) -> None:
         """Notes that a call of `train` has begun: if it is stopped from here on, the next call trains the rest."""
         self.was_interrupted, self._whole_at = True, time.monotonic()
+        if self.accelerator.is_main_process:
+            # one that came after the end of the last call
+            (self.output_dir / STOP).unlink(missing_ok=True)
 
     def epoch_is_whole(self, epochs: int, global_step: int) -> None:
         """Notes that `epochs` epochs have been trained and logged."""
         self.epochs, self.global_step, self.is_updating = epochs, global_step, False
         self._epoch_s, self._whole_at = time.monotonic() - self._whole_at, time.monotonic()
         self._whole_bytes = self.run_log.metrics.size()
+
+    def reason_to_end(self) -> str:
+        """Why training ends after this epoch before its time, in words, or ''. The main process decides."""
+        reason = ""
+        if self.accelerator.is_main_process:
+            patience, waited = self.config.early_stopping_patience, self.scores.epochs_without_gain()
+            if (self.output_dir / STOP).exists():
+                (self.output_dir / STOP).unlink()
+                reason = f"as there was a file {self.output_dir / STOP}"
+            elif patience and waited >= patience:
+                best = self.scores.best()
+                reason = f"as the best {self.scores.kind} was that after epoch {best}, {waited} epochs ago"
+        return broadcast_from_main(self.accelerator, reason)
+
+    def say_ended(self, reason: str) -> None:
+        """Prints that training has ended early, and how to go on."""
+        if self.accelerator.is_main_process:
+            self._say_how_to_go_on(f"after epoch {self.epochs} {reason}")
 
     def rewind_epoch(self) -> bool:
         """Drops the stopped epoch's metrics; returns whether its updates had begun and weights must be restored."""

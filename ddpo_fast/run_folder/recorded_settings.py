@@ -16,6 +16,7 @@ TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("reward_offload", "reward_normalize", "reward_process"), (bool,)),
     "reward_options": (dict,),
     "lora_target_modules": (list,),
+    "scores": (list,),
 }
 
 
