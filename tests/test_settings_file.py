@@ -38,14 +38,20 @@ train_learning_rate: 1e-5     # a number of YAML 1.2
 mixed_precision: no
 gpu_memory: null
 train_cfg: false
+sde_window: [0, 3]
 negative_prompts: [blurry, dark]
 tracker_kwargs: {wandb: {name: -x}}
 reward: jpeg_incompressibility
 """
     found = read(write(text), "--seed", "7", "--reward=jpeg_compressibility")
-    words = "--full_finetune --train_learning_rate 1e-5 --mixed_precision no --gpu_memory None --no_train_cfg --seed 7"
+    words = "--full_finetune --train_learning_rate 1e-5 --mixed_precision no --gpu_memory None --no_train_cfg"
     own = train_command.read_options(
-        [*words.split(), "--negative_prompts=blurry,dark", '--tracker_kwargs={"wandb": {"name": "-x"}}']
+        [
+            *words.split(),
+            *"--seed 7 --sde_window 0 3".split(),
+            "--negative_prompts=blurry,dark",
+            '--tracker_kwargs={"wandb": {"name": "-x"}}',
+        ]
     )
     assert found == {k: v for part in own for k, v in vars(part).items() if k not in PLACE_FIELDS}
     assert (found["train_learning_rate"], found["mixed_precision"], found["seed"]) == (1e-5, "no", 7)

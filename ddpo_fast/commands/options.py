@@ -197,6 +197,10 @@ class Parser(HfArgumentParser):
             name = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
             what = f"there is no option {name}" if name.startswith("-") else f"{name!r} belongs to no option"
             self.error(what + _did_you_mean(name, self._option_string_actions))
+        for dest, value in vars(namespace).items():
+            # the word None for an option that takes several values
+            if value == [None]:
+                setattr(namespace, dest, None)
         return namespace
 
 

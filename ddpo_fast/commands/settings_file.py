@@ -42,7 +42,7 @@ def expanded(arguments: Sequence[str], parser: argparse.ArgumentParser) -> list[
         raise ValueError(f"settings file {name!r} holds {shown(content)} but must have options with values")
     if "settings" in content and "known" in content:
         raise ValueError(f"{name!r} is a recipe: give it by --recipe {name}")
-    options = {action.dest for action in parser._actions}
+    options = {action.dest: action for action in reversed(parser._actions)}
     words = []
     for option, value in content.items():
         if option not in options:
@@ -51,7 +51,10 @@ def expanded(arguments: Sequence[str], parser: argparse.ArgumentParser) -> list[
                 parser.parse([f"--{option}"])  # type: ignore[attr-defined]
             except ValueError as error:
                 raise ValueError(f"settings file {name!r}: {error}") from None
-        words.append(f"--{option}={_as_word(value)}")
+        if isinstance(value, list) and options[option].nargs == "+":
+            words += [f"--{option}", *map(str, value)]
+        else:
+            words.append(f"--{option}={_as_word(value)}")
     return [*words, *arguments[1:]]
 
 
