@@ -14,6 +14,7 @@ class ConfigNumbers:
     # Set by `families.with_family` for models that differ in them from Stable Diffusion.
     guides_by_rows = True
     last_step_has_noise = True
+    is_flow_matching = False
 
     if TYPE_CHECKING:
         # all that is read here are fields of `DDPOConfig`

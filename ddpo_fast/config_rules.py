@@ -237,6 +237,15 @@ CONFLICTS: tuple[tuple[Callable[[Settings], bool], str], ...] = (
         "train_image_credit is 'coca', which compares the predictions of all steps with noise: leave out sde_window",
     ),
     (
+        lambda c: bool(c.negative_prompts) and not c.guides_by_rows,
+        "negative_prompts is set, but the model takes guidance as an input and no negative prompt: leave it out",
+    ),
+    (
+        lambda c: c.is_flow_matching and (c.train_image_credit == "coca" or c.objective == "rwr"),
+        "train_image_credit='coca' and objective='rwr' are made for diffusion's noise, and the model is of flow "
+        "matching: leave them out",
+    ),
+    (
         lambda c: c.objective == "rwr" and c.sde_window is not None,
         "objective is 'rwr', which trains on noised images and on no denoising steps: leave out sde_window",
     ),

@@ -47,7 +47,10 @@ def load_pipeline(name: str, revision: str = "main") -> Any:
     options: dict[str, Any] = {
         "use_safetensors": True,
         "scheduler": configs.sampling_scheduler,
-        **dict.fromkeys(part for part in family.optional if part not in configs.parts),
+        # diffusers does not take a part as optional because the index has none
+        **dict.fromkeys(
+            part for part in family.optional if part.replace("tokenizer", "text_encoder") not in configs.parts
+        ),
         **family.unloaded,
     }
     try:

@@ -113,6 +113,14 @@ def check_model(
     return configs
 
 
+def family_of_model(name: str, revision: str = "main") -> type[Family]:
+    """The family of a folder, Hub id or cached model, told from its `model_index.json` alone.
+
+    Raises `ValueError` for a model that cannot be trained, and `OSError` for an index that cannot be read.
+    """
+    return _family(_read(name, revision, model_folder(name), "model_index.json"))
+
+
 def model_folder(name: str) -> Path | None:
     """Returns the local folder that `name` means, or None if it is a Hub id.
 

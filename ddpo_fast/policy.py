@@ -145,6 +145,13 @@ class Policy:
         """A context in which the UNet has the weights to sample with: with `ema_sampling` their moving average."""
         return self.engine.computing_averages() if self.config.ema_sampling else nullcontext()
 
+    def negatives_of(self, embeds: Tensor) -> Tensor:
+        """The negative prompt's embedding for each of `embeds` [B, L, D].
+
+        Without tokens, [B, 0, D], for a network that has no use for it: FLUX's would take 4 MB an image.
+        """
+        return self.negative_embeds.expand_as(embeds) if self.family.guides_by_rows else embeds[:, :0]
+
     @torch.no_grad()
     def embeds_for_sampling(self, embeds: Tensor) -> Tensor:
         """A sampling call's embeddings from those of its prompts [B, L, D], in the UNet's precision.

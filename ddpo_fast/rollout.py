@@ -132,7 +132,7 @@ class Rollout:
             prompts=prompts,
             prompt_ids=ids,
             prompt_embeds=embeds,
-            negative_prompt_embeds=self.policy.negative_embeds.expand_as(embeds),
+            negative_prompt_embeds=self.policy.negatives_of(embeds),
             timesteps=self.family.keys.repeat(len(prompts), 1),
             trail=torch.stack(trail, dim=1),
             log_probs=by_step,
@@ -255,7 +255,7 @@ class PipelineRollout:
             if self.config.sample_group_noise == "shared":
                 shared["latents"] = torch.cat(list(islice(first_noise, batch_size)))
             ids, embeds = self.policy.embed_prompts(prompts)
-            negative_embeds = self.policy.negative_embeds.expand_as(embeds)
+            negative_embeds = self.policy.negatives_of(embeds)
             with self.policy.computing():
                 output = pipeline(
                     prompt_embeds=embeds,

@@ -59,7 +59,7 @@ def drift_limit(trainer, trajectory) -> float:
 
     A loss of means over k x k pixels sees the mean of d over them, D / k^2 elements, and noise of sigma / k.
     """
-    guided = trainer.config.guides_training
+    guided = trainer.policy.config.guides_training
     few = slice(0, 2)  # two images are enough, as the error is a mean over D elements
     noise = 0.0
     with trainer.policy.computing():
@@ -67,7 +67,7 @@ def drift_limit(trainer, trajectory) -> float:
         unet = trainer.sd_pipeline.unet
         exact = copy.deepcopy(unet).double()
         family = trainer.policy.family
-        for i in range(trajectory.timesteps.shape[1]):
+        for i in trainer.policy.config.trainable_steps:
             timesteps, embeds = trajectory.timesteps[few, i], trajectory.prompt_embeds[few]
             rows = trajectory.latents[few, i].to(unet.dtype)
             if guided:

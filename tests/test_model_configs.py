@@ -59,7 +59,7 @@ OTHER_KINDS = {
     "SD3": (
         INDEX,
         {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"]},
-        "has transformer",
+        "StableDiffusion3Pipeline, which has unet",
     ),
     "ControlNet": (INDEX, {"controlnet": ["diffusers", "ControlNetModel"]}, "has controlnet"),
     "refiner": (INDEX, {"text_encoder": [None, None], "tokenizer": [None, None]}, "has no text_encoder and tokenizer"),

@@ -42,7 +42,8 @@ PAPERS = ("sample_num_steps", "sample_guidance_scale", "per_prompt_stat_tracking
 
 
 def test_the_shipped_recipes():
-    assert SHIPPED == ["bundled-full", "bundled-lora", "sd-full", "sd-lora", "trl"]
+    kinds = ("bundled", "flux", "sd", "sd3", "sdxl")
+    assert SHIPPED == [*(f"{kind}-{weights}" for kind in kinds for weights in ("full", "lora")), "trl"]
 
 
 @each_recipe
@@ -325,7 +326,7 @@ def test_a_wrong_file_is_refused_in_one_sentence(text, words, tmp_path, monkeypa
     ("name", "words"),
     [
         ("sd-ful", "did you mean sd-full?"),
-        ("zzz", "one of bundled-full, bundled-lora, sd-full, sd-lora, trl"),
+        ("zzz", "one of bundled-full, bundled-lora, flux-full"),
         ("sub/none.yaml", "there is no such file"),
         ("a\0.yaml", "there is no such file"),
         ("~no-such-user/x.yaml", "there is no such file"),

@@ -24,6 +24,7 @@ from ddpo_fast.commands.option_groups import grouped_help
 from ddpo_fast.commands.reward_options import REWARD_HELP, RewardArguments
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.config_rules import MAX_LORA_RANK, one_of
+from ddpo_fast.model_configs import family_of_model
 from ddpo_fast.prompts import PROMPT_LISTS, existing
 from ddpo_fast.recipes import LORA_SETTINGS, Recipe, choose, fit, load
 from ddpo_fast.rewards import weights_of
@@ -264,7 +265,7 @@ def apply_recipe(options: argparse.Namespace, given: set[str]) -> Recipe:
     That is the one that the options name, else the one for their model and for a LoRA or all weights. `options` are
     those of `train` or `plan`, with their defaults. Raises `ValueError` for a recipe that is missing or wrong.
     """
-    recipe = load(options.recipe or choose(_is_bundled(options.pretrained_model), options.full_finetune))
+    recipe = load(options.recipe or _recipe_of(options))
     options.recipe = recipe.name
     config = {name: value for name, value in recipe.settings.items() if name not in LORA_SETTINGS}
     lora = {name: value for name, value in recipe.settings.items() if name in LORA_SETTINGS and name not in given}
@@ -283,6 +284,17 @@ def apply_bundled_scorer(options: argparse.Namespace) -> None:
     names = dict.fromkeys(name for spec in specs for name in weights_of(spec) if name in BUNDLED_SCORERS)
     if _is_bundled(options.pretrained_model) and not options.reward_model:
         options.reward_model = ",".join(f"{name}=bundled" for name in names)
+
+
+def _recipe_of(options: argparse.Namespace) -> str:
+    if _is_bundled(options.pretrained_model):
+        return choose(True, options.full_finetune)
+    try:
+        family = family_of_model(options.pretrained_model, options.pretrained_revision).recipe
+    except (OSError, ValueError):
+        # the command's check of the model says what is wrong
+        family = "sd"
+    return choose(False, options.full_finetune, family)
 
 
 def _is_bundled(model: str) -> bool:

@@ -8,12 +8,25 @@ from typing import Any
 
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.families.base import Family
+from ddpo_fast.families.flux import Flux
+from ddpo_fast.families.sd3 import StableDiffusion3
 from ddpo_fast.families.sdxl import SDXL
 from ddpo_fast.families.stable_diffusion import StableDiffusion
 
-__all__ = ["FAMILIES", "SDXL", "Family", "StableDiffusion", "family_of", "family_of_pipeline", "with_family", "working"]
+__all__ = [
+    "FAMILIES",
+    "SDXL",
+    "Family",
+    "Flux",
+    "StableDiffusion",
+    "StableDiffusion3",
+    "family_of",
+    "family_of_pipeline",
+    "with_family",
+    "working",
+]
 
-FAMILIES: tuple[type[Family], ...] = (StableDiffusion, SDXL)
+FAMILIES: tuple[type[Family], ...] = (StableDiffusion, SDXL, StableDiffusion3, Flux)
 
 
 def family_of(index: Mapping[str, Any]) -> type[Family]:
@@ -38,7 +51,7 @@ def with_family(config: DDPOConfig, family: type[Family] | Family) -> DDPOConfig
 
     Raises `ValueError` for settings that the model leaves no step to train on.
     """
-    found = {name: getattr(family, name) for name in ("guides_by_rows", "last_step_has_noise")}
+    found = {name: getattr(family, name) for name in ("guides_by_rows", "last_step_has_noise", "is_flow_matching")}
     if all(getattr(config, name) == value for name, value in found.items()):
         return config
     config = copy(config)

@@ -35,6 +35,8 @@ class Family:
     # of the kind, in words: for a saved model's card, and for messages
     name: ClassVar[str]
     title: ClassVar[str]
+    # the beginning of the names of its recipes
+    recipe: ClassVar[str]
     # diffusers' classes in `model_index.json`; the first is the one that opens a saved model
     pipelines: ClassVar[Sequence[str]]
     # the parts that a run uses, with the classes that each may have
@@ -53,6 +55,8 @@ class Family:
     guides_by_rows: ClassVar[bool] = True
     # whether the last step of the samplers has noise
     last_step_has_noise: ClassVar[bool] = True
+    # whether images are mixed with noise by x = (1 - s) x_0 + s eps, and not by diffusion's forward process
+    is_flow_matching: ClassVar[bool] = False
     # values of the setting `sampler`; 'auto' is the first
     samplers: ClassVar[Sequence[str]]
 

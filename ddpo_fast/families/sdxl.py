@@ -22,6 +22,7 @@ TIME_IDS = 6
 
 class SDXL(StableDiffusion):
     name = title = "Stable Diffusion XL"
+    recipe = "sdxl"
     pipelines = (
         "StableDiffusionXLPipeline",
         "StableDiffusionXLImg2ImgPipeline",

@@ -30,6 +30,7 @@ CONDITIONS = {
 class StableDiffusion(Family):
     name = "Stable Diffusion"
     title = "Stable Diffusion 1.x or 2.x"
+    recipe = "sd"
     pipelines: ClassVar[Sequence[str]] = ("StableDiffusionPipeline",)
     parts: ClassVar[Mapping[str, Sequence[str]]] = {
         "unet": ("UNet2DConditionModel",),
