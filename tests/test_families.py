@@ -55,12 +55,16 @@ def test_a_pooled_embedding_is_kept_in_rows_of_the_prompt(width):
 def test_what_depends_on_the_family_is_in_a_copy_of_the_settings():
     class Flow(StableDiffusion):
         guides_by_rows = last_step_has_noise = False
+        samplers = ("flow_sde",)
 
     config = DDPOConfig(sample_num_steps=4)
     assert with_family(config, StableDiffusion) is config
     found = with_family(config, Flow)
     assert (found.rows_per_image, found.rows_per_pair, found.num_train_timesteps) == (1, 1, 3)
     assert (config.rows_per_image, config.rows_per_pair, config.num_train_timesteps) == (2, 2, 4)
+    for settings in ({"train_image_credit": "coca"}, {"objective": "rwr"}):
+        with refused(ValueError, "is not sampled by DDIM"):
+            Flow.check_settings({}, DDPOConfig(**settings))
     with refused(ValueError, "no step with noise"):
         with_family(DDPOConfig(sample_num_steps=1), Flow)
 

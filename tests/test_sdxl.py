@@ -8,7 +8,7 @@ import torch
 from compare_runs import metrics_of, same_bits, trained_weights
 from rounding import drift_limits, in_fp64
 
-from ddpo_fast import DefaultDDPOStableDiffusionPipeline, ops
+from ddpo_fast import DefaultDDPOStableDiffusionPipeline, cli, ops
 
 STEPS = 3
 
@@ -208,3 +208,12 @@ def test_a_resumed_run_ends_with_the_same_bits(make_trainer, folder, tmp_path):
     resumed = make_trainer(output_dir=tmp_path / "cut", resume_from=str(tmp_path / "cut"), **settings)
     resumed.train()
     assert same_bits(trained_weights(whole), trained_weights(resumed))
+
+
+def test_the_command_line_trains_an_xl_model(folder, tmp_path):
+    options = f"--pretrained_model {folder} --output_dir {tmp_path / 'run'} --recipe trl --prompts animals"
+    options += " --num_epochs 1 --sample_num_steps 3 --sde_window 0 1 --height 24 --width 8"
+    cli.main(["train", *options.split()])
+    assert (tmp_path / "run" / "final" / "pytorch_lora_weights.safetensors").exists()
+    cli.main(["sample", str(tmp_path / "run"), "--num-images", "1"])
+    assert (tmp_path / "run" / "samples.png").exists()

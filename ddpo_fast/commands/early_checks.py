@@ -52,8 +52,7 @@ def check_before_loading(run: RunArguments, config: DDPOConfig) -> ModelConfigs:
     if config.push_to_hub and (problem := push_problem(folder.absolute().name)):
         raise ValueError(f"push_to_hub is True, but {problem}")
     configs = check_model(run.pretrained_model, run.pretrained_revision, config.sample_num_steps, config.sample_eta)
-    configs.family.check_sampler(config.sampler)
-    configs.family.check_size(configs.parts, config.height, config.width)
+    configs.family.check_settings(configs.parts, config)
     with_family(config, configs.family)
     return configs
 

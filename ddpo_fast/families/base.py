@@ -96,7 +96,8 @@ class Family:
         self.sampler = self.samplers[0] if sampler == "auto" else sampler
 
     def use_settings(self, config: DDPOConfig) -> None:
-        """`use` with the settings of a run."""
+        """`use` with the settings of a run. Raises `ValueError` for those that the model cannot have."""
+        self.check_settings(self.parts_configs(), config)
         self.use(config.height, config.width, config.sample_guidance_scale, config.sampler, config.sde_window)
 
     def at(self, height: int | None, width: int | None, guidance_scale: float) -> Family:
@@ -122,6 +123,18 @@ class Family:
     @classmethod
     def check_steps(cls, scheduler: Any, steps: int, level: float) -> None:
         """Raises `ValueError` if a scheduler cannot take `steps` steps with noise of `level`."""
+
+    @classmethod
+    def check_settings(cls, configs: Mapping[str, Config], config: DDPOConfig) -> None:
+        """Raises `ValueError` for settings of a run that models of this kind, or this one, cannot have."""
+        cls.check_sampler(config.sampler)
+        cls.check_size(configs, config.height, config.width)
+        for name, value in (("train_image_credit", "coca"), ("objective", "rwr")):
+            if getattr(config, name) == value and "ddim" not in cls.samplers:
+                raise ValueError(
+                    f"{name} is {value!r}, which is made of DDIM's noise levels, and the model is a {cls.name}, which "
+                    f"is not sampled by DDIM: leave out {name}"
+                )
 
     @classmethod
     def check_sampler(cls, sampler: str) -> None:
