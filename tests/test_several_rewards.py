@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import threading
 from types import ModuleType
 
 import numpy as np
@@ -199,6 +200,45 @@ def test_a_part_that_fails_is_named(part, said):
     several = SeveralRewards({"a": brightness, "b": part, "c": redness}, {"a": 1, "b": 1, "c": 1})
     with refused(PartFailed, "", said):
         score(several, IMAGES, PROMPTS, METADATA)
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_parts_in_threads_compute_side_by_side_and_the_others_in_the_callers(failing):
+    """From the second call on each part waits until all of them have begun."""
+    met, seen = threading.Barrier(3, timeout=20), {}
+
+    def meets(name):
+        def reward(images, prompts, metadata):
+            seen[name] = threading.current_thread(), torch.get_num_threads()
+            # at the first call the caller's parts come first, as they may load a network
+            if several._was_called:
+                met.wait()
+            if failing and several._was_called and name == "c":
+                raise ConnectionError("gone")
+            return images.mean((1, 2, 3)) * len(name), {"of": name}
+
+        return reward
+
+    names = ["bb", "a", "c"]
+    several = SeveralRewards({name: meets(name) for name in names}, dict.fromkeys(names, 1), in_threads=["c", "bb"])
+    first = score(several, IMAGES, PROMPTS, METADATA)
+    if failing:
+        with refused(PartFailed, "reward 'c' raised ConnectionError"):
+            score(several, IMAGES, PROMPTS, METADATA)
+        return
+    rewards, info = score(several, IMAGES, PROMPTS, METADATA)
+    assert torch.equal(rewards, first[0])
+    assert list(info["components"]) == list(info["metadata"]) == names
+    assert info["metadata"]["c"] == {"of": "c"}
+    assert [seen[name][0] is threading.current_thread() for name in names] == [False, True, False]
+    assert {threads for _, threads in seen.values()} == {torch.get_num_threads()}
+
+
+def test_a_users_function_stays_in_the_thread_that_calls(mine):
+    several = load("mine:brightness,jpeg_compressibility,mine:redness")
+    assert several.in_threads == ["jpeg_compressibility"]
+    assert load("jpeg_compressibility:2").in_threads == []
+    assert load("mine:brightness,mine:redness", own_process=True).in_threads == ["mine:brightness", "mine:redness"]
 
 
 def test_each_part_gets_the_images_as_they_were_sampled():

@@ -53,7 +53,7 @@ def load_each(
     kinds = {name: _kind(name) for each in weights for name in each}
     given = _options_by_name(kinds, options)
     made = {name: _made(name, kind, given[name], own_process) for name, kind in kinds.items()}
-    return [_sum_of(each, made, normalize) for each in weights]
+    return [_sum_of(each, made, normalize, own_process) for each in weights]
 
 
 def weights_of(spec: str) -> dict[str, float | None]:
@@ -148,11 +148,15 @@ def _made(name: str, kind: Any, options: dict[str, Any], own_process: bool) -> A
     return made
 
 
-def _sum_of(weights: Mapping[str, float | None], made: Mapping[str, Any], normalize: bool) -> Callable[..., Any]:
+def _sum_of(
+    weights: Mapping[str, float | None], made: Mapping[str, Any], normalize: bool, own_process: bool
+) -> Callable[..., Any]:
     names = list(weights)
     if len(names) == 1 and weights[names[0]] is None:
         return made[names[0]]
     from ddpo_fast.rewards.several import SeveralRewards
 
     filled = {name: 1.0 if weight is None else weight for name, weight in weights.items()}
-    return SeveralRewards({name: made[name] for name in names}, filled, normalize)
+    # a user's own function may need the thread that calls the trainer
+    in_threads = [name for name in names if name in REWARDS or own_process]
+    return SeveralRewards({name: made[name] for name in names}, filled, normalize, in_threads)

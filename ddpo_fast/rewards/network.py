@@ -14,6 +14,9 @@ from ddpo_fast.offload_frozen import offload, on_device
 
 # by the names of the setting `mixed_precision`, with which options in text give them
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# transformers replaces functions of torch while it loads a network: a second load at the same time would make the
+# replacements permanent
+_LOADING = threading.Lock()
 
 
 class Network:
@@ -59,7 +62,8 @@ class Network:
         """The network, loaded if this is its first use."""
         with self._lock:
             if self._module is None:
-                self._module = self._load().eval().requires_grad_(False)
+                with _LOADING:
+                    self._module = self._load().eval().requires_grad_(False)
             return self._module
 
     def _placed(self, device: torch.device, dtype: torch.dtype) -> nn.Module:

@@ -15,13 +15,16 @@ Shapes: B images, N images of all processes, K rewards.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import as_completed
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 
 from ddpo_fast.rewards.scoring import PartFailed, RewardFunction, score
+from ddpo_fast.worker_threads import WorkerThreads
 
 # a spread below this share of the values is rounding of fp32
 ROUNDING = 1e-6
@@ -71,14 +74,24 @@ class SeveralRewards:
         parts: reward functions by name.
         weights: of each part; negative for what is to be lowered.
         normalize: whether the parts are added in units of their spread; else they are added as they are.
+        in_threads: names of parts that compute side by side, each in a thread of its own; the others compute one after
+            the other in the thread that calls, meanwhile.
 
-    Raises `PartFailed` with the part's name if one raises, or returns what cannot be trained on.
+    Raises `PartFailed` with the part's name if one raises, or returns what cannot be trained on. The other parts then
+    finish what they have begun, so that their processes and networks can be used again.
     """
 
     def __init__(
-        self, parts: Mapping[str, RewardFunction], weights: Mapping[str, float], normalize: bool = True
+        self,
+        parts: Mapping[str, RewardFunction],
+        weights: Mapping[str, float],
+        normalize: bool = True,
+        in_threads: Collection[str] = (),
     ) -> None:
         self.parts, self.weights, self.normalize = dict(parts), dict(weights), normalize
+        # by itself a part gains nothing from a thread
+        self.in_threads = [name for name in self.parts if name in in_threads and len(self.parts) > 1]
+        self._was_called = False
         self.spreads = {name: RunningSpread() for name in self.parts}
 
     @classmethod
@@ -89,14 +102,31 @@ class SeveralRewards:
     def __call__(
         self, images: torch.Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ...]
     ) -> tuple[torch.Tensor, dict[str, Any]]:
-        components, infos = {}, {}
-        for name, part in self.parts.items():
+        place = _SamePlace(images)
+
+        def scored(name: str) -> tuple[torch.Tensor, Any]:
             try:
-                rewards, infos[name] = score(part, images, prompts, metadata, called=f"reward {name!r}")
+                rewards, info = score(self.parts[name], images, prompts, metadata, called=f"reward {name!r}")
             except (RuntimeError, ValueError) as error:
                 raise PartFailed(str(error)) from error
             # parts may compute on different devices
-            components[name] = rewards.cpu()
+            return rewards.cpu(), info
+
+        here = [name for name in self.parts if name not in self.in_threads]
+        # Libraries patch themselves while they load a network, so that two must not be loaded at the same time: ours
+        # take turns, and at its first call a user's function may load one.
+        found = {} if self._was_called else {name: scored(name) for name in here}
+        threads = WorkerThreads(len(self.in_threads), "part")
+        begun = {name: threads.submit(place.call, scored, name) for name in self.in_threads}
+        try:
+            found |= {name: scored(name) for name in here if name not in found}
+            for part in as_completed(begun.values()):
+                part.result()
+        finally:
+            threads.shutdown(wait=False)
+        self._was_called = True
+        found |= {name: part.result() for name, part in begun.items()}
+        components, infos = ({name: found[name][i] for name in self.parts} for i in (0, 1))
         return self._sum(components, normalize=False), {"components": components, "metadata": infos}
 
     def observe(self, components: Mapping[str, np.ndarray]) -> None:
@@ -136,3 +166,23 @@ class SeveralRewards:
 
     def _stateful(self) -> dict[str, Any]:
         return {name: p for name, p in self.parts.items() if hasattr(p, "state_dict") and hasattr(p, "load_state_dict")}
+
+
+class _SamePlace:
+    """Where a thread computes: with its number of CPU threads, and on a GPU on the images' and in its stream.
+
+    New threads have torch's defaults for these. Other sums of other numbers of threads would have other bits, and
+    another stream would not wait for the images.
+    """
+
+    def __init__(self, images: Any) -> None:
+        self.threads = torch.get_num_threads()
+        is_on_gpu = isinstance(images, torch.Tensor) and images.is_cuda
+        self.stream = torch.cuda.current_stream(images.device) if is_on_gpu else None
+
+    def call(self, function: Callable[[str], Any], name: str) -> Any:
+        """`function(name)` in another thread, as in the one that made this."""
+        torch.set_num_threads(self.threads)
+        stream: AbstractContextManager[Any] = nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
+        with stream:
+            return function(name)
