@@ -223,7 +223,7 @@ def test_images_of_another_type_are_refused(folder):
     ("missing", "words"),
     [
         ("config.json", "without config.json"),
-        ("model.safetensors", "without model.safetensors or pytorch_model.bin"),
+        ("model.safetensors", "without model.safetensors or model.safetensors.index.json or pytorch_model.bin"),
         ("preprocessor_config.json", "without preprocessor_config.json or processor_config.json"),
         ("tokenizer.json", "without tokenizer.json or vocab.json"),
     ],
@@ -317,3 +317,46 @@ def test_a_pickle_that_would_run_code_is_refused_and_runs_nothing(broken, tmp_pa
     assert not trace.exists()
     torch.load(broken / "pytorch_model.bin", weights_only=False)
     assert trace.exists()
+
+
+# weights in several files
+
+
+@pytest.fixture
+def sharded(broken):
+    """The CLIP in several files with an index, as transformers writes a large one."""
+    clip = CLIPModel.from_pretrained(broken)
+    (broken / "model.safetensors").unlink()
+    clip.save_pretrained(broken, max_shard_size="100KB")
+    assert not (broken / "model.safetensors").exists()
+    return broken
+
+
+def test_weights_in_several_files_are_read(sharded, folder):
+    images = examples(2)
+    assert torch.equal(ClipNetwork(str(sharded)).image_embeds(images), ClipNetwork(folder).image_embeds(images))
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "words"),
+    [
+        ({"a": "model-00001-of-00009.safetensors"}, "a folder without model-00001-of-00009.safetensors"),
+        ({"a": "../model.safetensors"}, "is not the index of a network's files"),
+        ({"a": ["model.safetensors"]}, "is not the index of a network's files"),
+        ({}, "is not the index of a network's files"),
+        ([], "is not the index of a network's files"),
+    ],
+)
+def test_a_broken_index_is_refused_at_once(sharded, weight_map, words):
+    (sharded / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with refused(ValueError, words):
+        ClipScore(model=str(sharded))
+
+
+def test_a_file_that_an_index_does_not_list_is_missed(sharded):
+    index = json.loads((sharded / "model.safetensors.index.json").read_text())
+    kept = min(index["weight_map"].values())
+    index["weight_map"] = dict.fromkeys(index["weight_map"], kept)
+    (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
+    with refused(ValueError, "do not fit its config"):
+        ClipNetwork(str(sharded)).image_embeds(examples(1))

@@ -20,8 +20,8 @@ from ddpo_fast.head_training.features import Features, embed_pictures
 from ddpo_fast.head_training.rows import Row, Rows, read_rows, shown
 from ddpo_fast.head_training.split import groups_of, validation_rows
 from ddpo_fast.interruption import Interruption, Signalled
-from ddpo_fast.rewards.clip import IMAGE_FORMATS, WEIGHTS, ClipNetwork
-from ddpo_fast.rewards.weight_files import fetch
+from ddpo_fast.rewards.clip import IMAGE_FORMATS, ClipNetwork
+from ddpo_fast.rewards.weight_files import fetch, fetch_weights
 from ddpo_fast.run_folder import files, folder_lock, pictures
 
 # fewer rows cannot be divided into two parts that say anything
@@ -158,8 +158,8 @@ def embeds_of(rows: Sequence[Row], features: Features) -> torch.Tensor:
 
 def clip_digest(clip: ClipNetwork) -> str:
     """A digest of the CLIP's weights and of how it takes images: embeddings are kept by it."""
-    found = [files.digest(fetch("clip", clip.model, *kinds)) for kinds in (WEIGHTS, IMAGE_FORMATS)]
-    return hashlib.sha256("".join(found).encode()).hexdigest()
+    read = [*fetch_weights("clip", clip.model), fetch("clip", clip.model, *IMAGE_FORMATS)]
+    return hashlib.sha256("".join(map(files.digest, read)).encode()).hexdigest()
 
 
 def clip_name(name: str) -> str:

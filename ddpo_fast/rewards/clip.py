@@ -14,7 +14,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizerFast
 from ddpo_fast.model_configs import first_line
 from ddpo_fast.rewards.clip_images import ImageFormat, read_image_format
 from ddpo_fast.rewards.network import Network, checked_batch_size, weight_bytes
-from ddpo_fast.rewards.weight_files import fetch, local_path, named_folder, read_weights
+from ddpo_fast.rewards.weight_files import fetch, fetch_weights, local_path, named_folder, read_weights
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 IMAGE_FORMATS = ("preprocessor_config.json", "processor_config.json")
@@ -116,7 +116,7 @@ class ClipNetwork:
         """Raises `ValueError` if a local folder is not a CLIP's or lacks a file."""
         if local_path(self.option, self.model) is not None:
             config, image_format = self._config(), self._image_format()
-            fetch(self.option, self.model, *WEIGHTS)
+            fetch_weights(self.option, self.model)
             if config.vision_config.image_size != image_format.size:
                 raise ValueError(
                     f"{self.option} is {self.model!r}, which takes images of {config.vision_config.image_size} pixels, "
@@ -140,7 +140,10 @@ class ClipNetwork:
             ) from error
 
     def _weights(self) -> dict[str, torch.Tensor]:
-        return read_weights(fetch(self.option, self.model, *WEIGHTS))
+        found: dict[str, torch.Tensor] = {}
+        for path in fetch_weights(self.option, self.model):
+            found |= read_weights(path)
+        return found
 
     def _image_format(self) -> ImageFormat:
         return read_image_format(fetch(self.processor_option, self.processor, *IMAGE_FORMATS))

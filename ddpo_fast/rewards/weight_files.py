@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import zipfile
 from pathlib import Path
@@ -16,6 +17,8 @@ from ddpo_fast.tiny_sd import SCORER
 
 # the name of the CLIP in this package, which scores the bundled model's images
 BUNDLED = "bundled"
+# how transformers names a network's weights; an index lists the files of weights that are in several
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def named_folder(name: str, part: str = "") -> str:
@@ -62,6 +65,26 @@ def fetch(option: str, name: str, *files: str) -> Path:
     if isinstance(missing, errors.LocalEntryNotFoundError):
         raise ValueError(hub_problem(name, missing, option)) from missing
     raise ValueError(f"{option} {name!r} on the Hub has no {' or '.join(files)}: give another repository or a folder")
+
+
+def fetch_weights(option: str, name: str) -> list[Path]:
+    """The files of the network's weights that the folder or the Hub repository `name` has: one, or those of an index.
+
+    Raises `ValueError` if there are none, if one is missing, or for an index that is broken.
+    """
+    path = fetch(option, name, *WEIGHTS)
+    if path.suffix != ".json":
+        return [path]
+    try:
+        files = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+        # a path would lead out of the folder
+        if not files or any(Path(file).name != file for file in files):
+            raise ValueError(f"it lists {files[:3]}")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{str(path)!r} is not the index of a network's files ({first_line(error)}): copy or download it again"
+        ) from error
+    return [fetch(option, name, file) for file in files]
 
 
 def file_of(option: str, name: str, *files: str) -> Path:
