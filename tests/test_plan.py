@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from one_sentence import error_of_command
-from tiny_clip import write_clip
 
 from ddpo_fast import DDPOConfig, cli
 from ddpo_fast.batch_sizes import kept_bytes
@@ -21,11 +20,11 @@ from ddpo_fast.device_memory import GB
 from ddpo_fast.engine.optimizers import BUCKET
 from ddpo_fast.model_configs import check_model
 from ddpo_fast.plan.candidates import MARGIN, SAVINGS, choose, with_settings
-from ddpo_fast.plan.footprint import Adapter, Footprint, RewardWeights
+from ddpo_fast.plan.footprint import Adapter, Footprint
 from ddpo_fast.plan.live_bytes import LiveBytes, trace
 from ddpo_fast.plan.phases import decode_bytes, predict
+from ddpo_fast.plan.reward_memory import RewardMemory
 from ddpo_fast.plan.update_bytes import state_bytes
-from ddpo_fast.rewards.clip_score import ClipScore
 from ddpo_fast.tiny_sd import MODEL
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
@@ -417,32 +416,24 @@ def test_auto_memory_changes_only_settings_that_are_not_given():
     assert all(line.startswith("auto_memory: ") for line in said)
 
 
-def test_the_weights_of_rewards_are_counted(tmp_path):
-    folder = str(write_clip(tmp_path))
-    size = ClipScore(model=folder).memory_bytes(torch.float16)
-
-    def weights(**options):
-        return plan.reward_weights(RunArguments(reward="clip_score", reward_model=folder, **options))
-
-    assert weights() == RewardWeights(resident=size)
-    assert weights(reward_offload=True) == RewardWeights(offloaded=size)
-    assert weights(reward_device="cpu") == RewardWeights()
-    assert weights(reward_options={"dtype": "fp32"}) == RewardWeights(resident=2 * size)
-    assert weights(eval_reward="clip_score") == RewardWeights(resident=size)
-    assert plan.reward_weights(RunArguments()) == RewardWeights()
-
-
-@pytest.mark.parametrize("offloaded", [False, True])
-def test_where_the_weights_of_a_reward_are(footprints, offloaded):
+@pytest.mark.parametrize("kind", ["resident", "offloaded", "activations", "processes"])
+def test_where_the_memory_of_a_reward_is(footprints, kind):
     size = 2 * 10**9
     without, footprint = predict(footprints["lora"], config()), copy.copy(footprints["lora"])
-    footprint.reward = RewardWeights(offloaded=size) if offloaded else RewardWeights(resident=size)
+    footprint.reward = RewardMemory(**{kind: size})
     with_reward = predict(footprint, config())
-    phases = [phase for phase in without.totals if phase != "loading"]
-    added = {phase: with_reward.totals[phase] - without.totals[phase] for phase in phases}
-    scoring = {"sampling", "decoding"}
-    assert added == {phase: size if phase in scoring or not offloaded else 0 for phase in phases}
-    assert sum(with_reward.host.values()) - sum(without.host.values()) == (size if offloaded else 0)
+    added = {phase: with_reward.totals[phase] - without.totals[phase] for phase in without.totals}
+    phases = {"resident": set(added) - {"loading"}, "processes": set(added)}.get(kind, {"sampling", "decoding"})
+    assert added == {phase: size if phase in phases else 0 for phase in added}
+    if kind == "processes":
+        # these have allocators of their own
+        assert with_reward.allocated == without.allocated
+
+
+def test_the_host_memory_of_a_reward_is_added(footprints):
+    footprint = copy.copy(footprints["lora"])
+    footprint.reward = RewardMemory(host=5)
+    assert predict(footprint, config()).host["reward"] == 5
 
 
 def test_auto_memory_needs_a_gpu_or_a_size():

@@ -11,7 +11,7 @@ import argparse
 import os
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from typing import Any
 
 import torch
@@ -29,9 +29,18 @@ from ddpo_fast.config import DDPOConfig
 from ddpo_fast.device_memory import CUDA_CONTEXT, GB
 from ddpo_fast.engine import compute_dtype
 from ddpo_fast.model_configs import ModelConfigs, check_model
-from ddpo_fast.plan import CUDA_WORKSPACES, MARGIN, Adapter, Choice, Footprint, RewardWeights, choose, predict
+from ddpo_fast.plan import (
+    CUDA_WORKSPACES,
+    MARGIN,
+    Adapter,
+    Choice,
+    Footprint,
+    RewardMemory,
+    choose,
+    predict,
+    reward_memory,
+)
 from ddpo_fast.recipes import LORA_SETTINGS
-from ddpo_fast.rewards import SeveralRewards
 
 
 def run(options: argparse.Namespace, arguments: Sequence[str]) -> None:
@@ -78,7 +87,7 @@ def footprint_of(
     config: DDPOConfig,
     configs: ModelConfigs,
     full: bool,
-    reward: RewardWeights,
+    reward: RewardMemory,
     device_type: str = "cuda",
 ) -> Footprint:
     """The sizes of the model's weights and activations, if all weights are trained (`full`) or a LoRA."""
@@ -94,35 +103,17 @@ def footprint_of(
     )
 
 
-def reward_weights(run: RunArguments) -> RewardWeights:
-    """The weights of the rewards' networks that compute on the first GPU, where the reward tells their bytes.
+def memory_of_rewards(
+    run: RunArguments, config: DDPOConfig, configs: ModelConfigs, device_type: str = "cuda"
+) -> RewardMemory:
+    """The memory of the rewards that are trained on and evaluated by, where they tell it.
 
     Raises what loading the rewards raises; no weights are loaded.
     """
-    resident = offloaded = 0
-    for reward in _single_rewards(run):
-        if not hasattr(reward, "memory_bytes"):
-            continue
-        # a reward function of the user's may tell its bytes, and have no `Network`
-        network = getattr(reward, "network", None)
-        device = getattr(network, "device", None) or torch.device("cuda")
-        if device.type != "cuda" or device.index:
-            continue
-        size = reward.memory_bytes(getattr(network, "dtype", None) or torch.float16)
-        if getattr(network, "offload", False):
-            offloaded += size
-        else:
-            resident += size
-    return RewardWeights(resident, offloaded)
-
-
-def _single_rewards(run: RunArguments) -> list[Any]:
-    """The rewards that are trained on and evaluated by, each once."""
-    found: dict[int, Any] = {}
-    for function in run.load(*run.reward_specs):
-        parts = function.parts.values() if isinstance(function, SeveralRewards) else [function]
-        found |= {id(part): part for part in parts}
-    return list(found.values())
+    # in this process, where they can be asked
+    functions = replace(run, reward_process=False).load(*run.reward_specs)
+    size = configs.family.image_size_of(configs.parts, config.height, config.width)
+    return reward_memory(functions, config.sample_batch_size, size, device_type, run.reward_process)
 
 
 def print_plans(cases: Sequence[Case], num_processes: int = 1) -> None:
@@ -131,7 +122,7 @@ def print_plans(cases: Sequence[Case], num_processes: int = 1) -> None:
     Raises `ValueError` where there is no GPU and no `gpu_memory`, and where none of the cases fits.
     """
     capacity = _capacity(cases[0].config)
-    configs, reward = configs_of(cases[0].run, cases[0].config), reward_weights(cases[0].run)
+    configs = configs_of(cases[0].run, cases[0].config)
     problems = []
     for case in cases:
         full = case.run.full_finetune
@@ -139,6 +130,7 @@ def print_plans(cases: Sequence[Case], num_processes: int = 1) -> None:
             f"== {'all weights' if full else f'a LoRA of rank {case.run.lora_rank}'} in {capacity / GB:g} GB, recipe "
             f"{case.recipe.name}\n"
         )
+        reward = memory_of_rewards(case.run, case.config, configs)
         try:
             footprint = footprint_of(case.run, case.config, configs, full, reward)
             choice = choose(footprint, case.config, capacity, num_processes)
@@ -151,8 +143,8 @@ def print_plans(cases: Sequence[Case], num_processes: int = 1) -> None:
         print(f"\n{train_command(case, choice)}\n")
     print(
         f"{MARGIN:.0%} of the memory is left for fragmentation. Not measured but assumed: {CUDA_CONTEXT / GB:.1f} GB "
-        f"for the CUDA context and {CUDA_WORKSPACES / GB:.1f} GB for workspaces. Of rewards, only the weights of "
-        "networks that tell their size are included."
+        f"for the CUDA context and {CUDA_WORKSPACES / GB:.1f} GB for workspaces. Rewards are counted as far as "
+        "they tell their memory: those with a CLIP do."
     )
     if len(problems) == len(cases):
         raise ValueError(problems[0])
@@ -199,7 +191,8 @@ def print_on_main(line: str) -> None:
 
 def prediction(run: RunArguments, config: DDPOConfig) -> list[str]:
     """Lines about the memory that a run takes on a GPU with the settings as they are, and what would fit."""
-    footprint = footprint_of(run, config, configs_of(run, config), run.full_finetune, reward_weights(run))
+    configs = configs_of(run, config)
+    footprint = footprint_of(run, config, configs, run.full_finetune, memory_of_rewards(run, config, configs))
     plan = predict(footprint, config, num_processes())
     lines = ["", "predicted memory of a GPU, in GB:", plan.table()]
     if config.gpu_memory is None and not torch.cuda.is_available():
@@ -229,7 +222,8 @@ def apply_auto_memory(
     if device.type != "cuda" and config.gpu_memory is None:
         say("auto_memory: there is no GPU here, so nothing is chosen")
         return {}
-    configs, reward = configs_of(run, config), reward_weights(run)
+    configs = configs_of(run, config)
+    reward = memory_of_rewards(run, config, configs, device.type)
     footprint = footprint_of(run, config, configs, run.full_finetune, reward, device.type)
     choice = choose(footprint, config, _capacity(config), num_processes())
     for name, value in choice.settings.items():

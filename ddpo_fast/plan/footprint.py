@@ -22,6 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from ddpo_fast import sampler
 from ddpo_fast.model_configs import ModelConfigs
 from ddpo_fast.plan.live_bytes import Trace, trace
+from ddpo_fast.plan.reward_memory import RewardMemory
 from ddpo_fast.prompt_embeddings import ENCODED_AT_ONCE
 from ddpo_fast.unet import (
     SDPAProcessor,
@@ -42,14 +43,6 @@ class Adapter:
     target_modules: Sequence[str] = ("to_k", "to_q", "to_v", "to_out.0")
 
 
-@dataclass(frozen=True)
-class RewardWeights:
-    """Bytes of the reward's networks: of those that stay on the GPU, and of those in host memory between calls."""
-
-    resident: int = 0
-    offloaded: int = 0
-
-
 class Footprint:
     """The sizes of a model in one kind of run. Each computation is traced at its first use, in a second or two.
 
@@ -61,7 +54,7 @@ class Footprint:
         fused: the setting `fuse_unet`.
         steps: denoising steps.
         cached: the setting `sample_cache`.
-        reward: the weights of the reward's networks, if it has any.
+        reward: the memory of the run's rewards.
     """
 
     def __init__(
@@ -73,11 +66,11 @@ class Footprint:
         fused: bool = True,
         steps: int = 50,
         cached: bool = True,
-        reward: RewardWeights | None = None,
+        reward: RewardMemory | None = None,
     ) -> None:
         self.configs, self.adapter, self.dtype, self.device_type = configs, adapter, dtype, device_type
         self.fused, self.steps, self.cached = fused, steps, cached
-        self.reward = reward or RewardWeights()
+        self.reward = reward or RewardMemory()
         with torch.device("meta"):
             self._vae: Any = AutoencoderKL.from_config(configs.vae)
             self._text_encoder: Any = CLIPTextModel(CLIPTextConfig(**configs.text_encoder))

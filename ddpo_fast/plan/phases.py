@@ -60,7 +60,7 @@ class Plan:
     @property
     def allocated(self) -> int:
         """Bytes at the peak that PyTorch's allocator counts (`torch.cuda.max_memory_allocated`), workspaces aside."""
-        outside = ("CUDA context", "workspaces")
+        outside = ("CUDA context", "workspaces", "reward processes")
         return max(sum(n for part, n in parts.items() if part not in outside) for parts in self.phases.values())
 
     def table(self) -> str:
@@ -91,8 +91,6 @@ def predict(
 ) -> Plan:
     """The plan of a run with these settings, in any epoch but the first, which needs less.
 
-    Of the reward's networks the plan includes the weights.
-
     Args:
         footprint: of the model, in the settings' precision.
         num_processes: each with a GPU of its own.
@@ -122,13 +120,13 @@ def predict(
         frozen = {}
         host = {**host, "VAE and text encoder": vae + text_encoder}
 
-    # The reward's networks score an epoch's images while the next ones are sampled.
+    # The rewards score an epoch's images while the next ones are sampled.
     if footprint.reward.resident:
         always["reward"] = footprint.reward.resident
-    reward = {}
-    if footprint.reward.offloaded:
-        reward = {"offloaded reward": footprint.reward.offloaded}
-        host = {**host, "reward": footprint.reward.offloaded}
+    named = {"offloaded reward": footprint.reward.offloaded, "reward's activations": footprint.reward.activations}
+    reward = {name: size for name, size in named.items() if size}
+    if footprint.reward.host:
+        host = {**host, "reward": footprint.reward.host}
 
     # Gradients exist from the first backward pass of an update to its step. CUDA graphs keep them between updates too.
     # With `optimizer_in_backward`, none is left at the end of the backward pass.
@@ -151,6 +149,8 @@ def predict(
     }
     # the memory of CUDA and its libraries themselves
     cuda = {"workspaces": CUDA_WORKSPACES, "CUDA context": CUDA_CONTEXT} if footprint.device_type == "cuda" else {}
+    if footprint.reward.processes:
+        cuda["reward processes"] = footprint.reward.processes
     phases = {
         name: {**always, **parts, "activations, buffers": temporary[name], **cuda} for name, parts in resident.items()
     }

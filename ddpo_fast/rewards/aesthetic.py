@@ -79,9 +79,14 @@ class AestheticScore:
             return self._networks
 
     @property
+    def clip(self) -> ClipNetwork:
+        """What embeds the images."""
+        return self.networks()[0]
+
+    @property
     def network(self) -> Network:
         """Where the weights of the CLIP are and their type."""
-        return self.networks()[0].network
+        return self.clip.network
 
     def memory_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of the weights, the CLIP's in `dtype`, from its config alone."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from ddpo_fast.rewards.clip_images import ImageFormat, read_image_format
 from ddpo_fast.rewards.network import Network, checked_batch_size, weight_bytes
 from ddpo_fast.rewards.weight_files import fetch, fetch_weights, local_path, named_folder, read_weights
 
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 IMAGE_FORMATS = ("preprocessor_config.json", "processor_config.json")
 TOKENIZERS = ("tokenizer.json", "vocab.json")
 # the CLIP that PickScore and HPS v2 were trained on
@@ -109,6 +108,21 @@ class ClipNetwork:
         """Bytes of the weights in `dtype`, from the config alone."""
         with torch.device("meta"):
             return weight_bytes(self._without_unused(CLIPModel(self._config())), dtype)
+
+    def on_meta(self, dtype: torch.dtype, size: tuple[int, int]) -> Callable[[int], None]:
+        """A function that embeds so many images of this size on the `meta` device, from the config files alone.
+
+        There an op has the shapes of its outputs but computes nothing, so that the memory can be traced.
+        """
+        with torch.device("meta"):
+            clip = self._without_unused(CLIPModel(self._config())).to(dtype).eval()
+        self._format = self._image_format()
+
+        @torch.no_grad()
+        def embed(images: int) -> None:
+            self._embed_images(clip, torch.empty(images, 3, *size, device="meta"), dtype)
+
+        return embed
 
     # what a CLIP in another layout has in its own way
 

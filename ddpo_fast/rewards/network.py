@@ -51,7 +51,7 @@ class Network:
         Gradients and autocast are off inside. Uses may be nested, which copies offloaded weights only once.
         """
         device = self.device or device
-        dtype = self.dtype or (torch.float16 if device.type == "cuda" else torch.float32)
+        dtype = self.dtype or default_dtype(device)
         with self._lock:
             module = self._placed(device, dtype)
             weights = on_device(module, device) if self.offload else nullcontext()
@@ -80,6 +80,11 @@ class Network:
                     torch.cuda.current_stream(device).synchronize()
             self._place = device, dtype
         return module
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """The type that networks compute in on the device, if none is given."""
+    return torch.float16 if device.type == "cuda" else torch.float32
 
 
 def checked_device(name: str) -> torch.device:
