@@ -8,12 +8,14 @@ import shutil
 import sys
 
 import pytest
+import torch
 from compare_runs import metrics_of
 from one_sentence import error_of_command, refused
 from test_cli import OPTIONS, write_state
 
-from ddpo_fast import cli
+from ddpo_fast import DDPOConfig, cli
 from ddpo_fast.commands import train as train_command
+from ddpo_fast.commands.early_checks import device_of, try_reward
 from ddpo_fast.commands.reward_options import RewardArguments, by_reward
 from ddpo_fast.rewards import SeveralRewards
 from ddpo_fast.run_folder import pictures
@@ -171,3 +173,35 @@ def test_sample_makes_the_rewards_as_the_run_did(copied, monkeypatch, capsys):
     assert "their_rewards" not in sys.modules
     cli.main([*asked, "--reward", "their_rewards:Above:1", "--reward_options", '{"limit": 0.75}'])
     assert made[-1].parts["their_rewards:Above"].limit == 0.75
+
+
+# the trial before a run
+
+
+def test_a_reward_is_tried_on_images_of_the_runs_device():
+    """No run can be on the meta device, but a reward can see where its images are."""
+    seen = []
+
+    def reward(images, prompts, metadata):
+        seen.append((images.device.type, tuple(images.shape), images.dtype))
+        return [0.0] * len(images), {}
+
+    try_reward(reward, (("a cat",), ({},)), (8, 16), torch.device("meta"))
+    assert seen == [("meta", (2, 3, 8, 16), torch.float32)]
+
+
+@pytest.mark.parametrize(
+    ("has_gpu", "kwargs", "environment", "device"),
+    [
+        (False, {}, {}, "cpu"),
+        (True, {}, {}, "cuda:0"),
+        (True, {}, {"LOCAL_RANK": "2"}, "cuda:2"),
+        (True, {"cpu": True}, {}, "cpu"),
+        (True, {}, {"ACCELERATE_USE_CPU": "true"}, "cpu"),
+    ],
+)
+def test_the_device_of_a_run_before_it_begins(has_gpu, kwargs, environment, device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert device_of(DDPOConfig(accelerator_kwargs=kwargs)) == torch.device(device)

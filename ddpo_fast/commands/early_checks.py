@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 
 from ddpo_fast import cuda_graphs, ops, rewards
 from ddpo_fast.commands.options import RunArguments
@@ -29,12 +30,12 @@ def check_before_loading(run: RunArguments, config: DDPOConfig) -> ModelConfigs:
     """
     # how this process was launched, and what its device can run
     check_launch()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    ops.require_backend(config.kernel_backend, device)
-    if config.attention == "xformers" and (problem := attention_problem("xformers", (), device)):
+    device = device_of(config)
+    ops.require_backend(config.kernel_backend, device.type)
+    if config.attention == "xformers" and (problem := attention_problem("xformers", (), device.type)):
         raise ValueError(f"attention is 'xformers', which cannot run: {problem}")
     if config.cuda_graphs:
-        cuda_graphs.check(torch.device(device))
+        cuda_graphs.check(device)
     if config.uses_deepspeed:
         zero_settings(config, config.mixed_precision)
 
@@ -57,6 +58,14 @@ def check_before_loading(run: RunArguments, config: DDPOConfig) -> ModelConfigs:
     return configs
 
 
+def device_of(config: DDPOConfig) -> torch.device:
+    """The device that accelerate will give this process, before there is an accelerator."""
+    uses_cpu = config.accelerator_kwargs.get("cpu") or parse_flag_from_env("ACCELERATE_USE_CPU")
+    if uses_cpu or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
 def check_can_write(folder: Path, option: str) -> None:
     """Writes a temporary file into `folder`, or into its nearest parent that exists.
 
@@ -77,15 +86,20 @@ def check_can_write(folder: Path, option: str) -> None:
 
 
 def try_reward(
-    reward_function: rewards.RewardFunction, examples: tuple[tuple[str, ...], tuple[Any, ...]], size: tuple[int, int]
+    reward_function: rewards.RewardFunction,
+    examples: tuple[tuple[str, ...], tuple[Any, ...]],
+    size: tuple[int, int],
+    device: torch.device,
 ) -> None:
     """Calls the reward function with two gray images of the model's size and the first two of (prompts, metadata).
+
+    The images are on the run's device, as those of training will be.
 
     Raises `ValueError` for a function that fails or returns what cannot be trained on.
     """
     # two prompts, also where there is only one: it is then given twice
     prompts, metadata = (part[:2] * (3 - len(part[:2])) for part in examples)
     try:
-        rewards.score(reward_function, torch.full((2, 3, *size), 0.5), prompts[:2], metadata[:2])
+        rewards.score(reward_function, torch.full((2, 3, *size), 0.5, device=device), prompts[:2], metadata[:2])
     except RuntimeError as error:
         raise ValueError(f"{error} (when it was tried on two gray images of {size[0]} x {size[1]})") from error

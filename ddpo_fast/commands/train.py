@@ -12,7 +12,7 @@ import torch
 
 from ddpo_fast import recipes
 from ddpo_fast.commands import before_after, plan, recorded_run, settings_file
-from ddpo_fast.commands.early_checks import check_before_loading, try_reward
+from ddpo_fast.commands.early_checks import check_before_loading, device_of, try_reward
 from ddpo_fast.commands.options import (
     RunArguments,
     apply_bundled_scorer,
@@ -59,14 +59,15 @@ def run(arguments: Sequence[str], dry_run: bool = False) -> None:
     eval_prompts = load_prompts(options.eval_prompts) if options.eval_prompts else None
     random.seed(config.seed)
     examples = distinct_prompts(prompt_function, EXAMPLE_PROMPTS)
+    size = configs.family.image_size_of(configs.parts, config.height, config.width)
     for function in (reward_function, *eval_rewards):
-        try_reward(function, examples, configs.family.image_size_of(configs.parts, config.height, config.width))
+        try_reward(function, examples, size, device_of(config))
 
     for line in recipe_lines(options, config, given_options(arguments)):
         plan.print_on_main(line)
     # Settings chosen by the predicted memory have to be in the config before the trainer reads it.
     if config.auto_memory:
-        plan.apply_auto_memory(options, config, "cuda" if torch.cuda.is_available() else "cpu")
+        plan.apply_auto_memory(options, config, device_of(config))
     if dry_run:
         for line in (config.batch_arithmetic(plan.num_processes()), *plan.prediction(options, config)):
             plan.print_on_main(line)
