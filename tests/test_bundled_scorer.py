@@ -7,12 +7,14 @@ import re
 import numpy as np
 import pytest
 import torch
+from compare_runs import same_bits
+from transformers import CLIPTokenizer
 
 from ddpo_fast.commands.train import read_options
 from ddpo_fast.rewards.aesthetic import AestheticScore
 from ddpo_fast.rewards.clip import ClipNetwork
 from ddpo_fast.rewards.clip_score import ClipScore
-from ddpo_fast.tiny_sd import SCORER, drawings
+from ddpo_fast.tiny_sd import SCORER, build_scorer, drawings
 from ddpo_fast.tiny_sd.build_scorer import NAMES, broken, is_held_out, variation
 
 
@@ -73,3 +75,19 @@ def test_it_scores_the_bundled_models_images_unless_a_model_is_named(given, mode
 
 def test_its_config_names_no_folder_of_a_machine():
     assert not re.findall(r'": "/', (SCORER / "config.json").read_text("utf-8"))
+
+
+def test_its_script_gives_the_same_bits_again(monkeypatch):
+    """Two steps of training on drawings of a few names, as if the bundled model had drawn some of them."""
+    few = NAMES[:12]
+    monkeypatch.setattr(build_scorer, "NAMES", few)
+    pictures = [np.asarray(drawing.convert("RGB")) for name, drawing in drawings.load_drawings() if name in few]
+    images = torch.from_numpy(np.stack(pictures))[:, :64, :64].permute(0, 3, 1, 2).contiguous()
+    names = torch.arange(len(images)) % len(few)
+    none = torch.zeros_like(names)
+    data = {"images": images, "names": names, "colours": none, "held_out": none.bool()}
+    drawn = {"images": images, "names": names, "colours": none, "guidances": none + 3.0}
+    tokenizer = CLIPTokenizer.from_pretrained(SCORER)
+    first, again = (build_scorer.train(data, drawn, tokenizer, steps=2).state_dict() for _ in range(2))
+    assert same_bits(first, again)
+    assert not same_bits(first, build_scorer.make_model().state_dict())
