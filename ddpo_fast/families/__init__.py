@@ -38,12 +38,15 @@ def family_of(index: Mapping[str, Any]) -> type[Family]:
 
 
 def family_of_pipeline(pipeline: Any) -> Family:
-    """The family of a loaded pipeline: its own attribute, else by its class.
+    """The family of a loaded pipeline: its own attribute, else by its class, which may be a subclass of diffusers'.
 
     A user's own `DDPOStableDiffusionPipeline` is Stable Diffusion.
     """
     family = getattr(pipeline, "family", None)
-    return family if isinstance(family, Family) else family_of({"_class_name": type(pipeline).__name__})(pipeline)
+    if isinstance(family, Family):
+        return family
+    names = {kind.__name__ for kind in type(pipeline).__mro__}
+    return next((kind for kind in FAMILIES if names.intersection(kind.pipelines)), StableDiffusion)(pipeline)
 
 
 def with_family(config: DDPOConfig, family: type[Family] | Family) -> DDPOConfig:

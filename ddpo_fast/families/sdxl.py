@@ -122,6 +122,14 @@ class SDXL(StableDiffusion):
             return_dict=False,
         )[0]
 
+    def latents_of_vae(self, latents: Tensor) -> Tensor:
+        config = self.pipe.vae.config
+        mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+        if mean is None or std is None:
+            return super().latents_of_vae(latents)
+        mean, std = (latents.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
+        return latents * std / config.scaling_factor + mean
+
     def _time_ids(self, embeds: Tensor) -> Tensor:
         """[1, 6] for images of the present size, in the dtype and on the device of `embeds`."""
         height, width = self.image_size_of(self.parts_configs(), self.height, self.width)
