@@ -43,7 +43,7 @@ PAPERS = ("sample_num_steps", "sample_guidance_scale", "per_prompt_stat_tracking
 
 def test_the_shipped_recipes():
     kinds = ("bundled", "flux", "sd", "sd3", "sdxl")
-    assert SHIPPED == [*(f"{kind}-{weights}" for kind in kinds for weights in ("full", "lora")), "trl"]
+    assert [*(f"{kind}-{weights}" for kind in kinds for weights in ("full", "lora")), "trl"] == SHIPPED
 
 
 @each_recipe
