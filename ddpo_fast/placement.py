@@ -39,7 +39,7 @@ def place_networks(
     # no device memory while they are idle.
     family = family_of_pipeline(pipeline)
     for name, frozen in family.frozen_parts.items():
-        own_dtype = family.dtype_of(name, frozen.config, dtype)
+        own_dtype = family.dtype_of(name, getattr(frozen, "config", {}), dtype)
         if config.offload_frozen:
             offload(frozen, own_dtype)
         else:

@@ -197,6 +197,8 @@ def test_first_ratios_are_one_for_any_micro_batch(make_trainer, folder, precisio
     trainer = make_trainer(model=folder, use_lora=True, **settings)
     limits = drift_limits(trainer)
     trainer.train()
+    assert trainer.sd_pipeline.vae.dtype == torch.float32, "its config has force_upcast"
+    assert trainer.sd_pipeline.sd_pipeline.text_encoder_2.dtype == trainer.sd_pipeline.unet.dtype
     assert metrics_of(trainer, "update")[0]["ratio_drift"] < limits[0]
 
 

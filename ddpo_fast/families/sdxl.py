@@ -52,7 +52,7 @@ class SDXL(StableDiffusion):
     @classmethod
     def dtype_of(cls, part: str, config: Config, dtype: torch.dtype) -> torch.dtype:
         # its activations leave the range of fp16, and the images are black
-        return torch.float32 if part == "vae" and getattr(config, "force_upcast", False) else dtype
+        return torch.float32 if part == "vae" and config.get("force_upcast") else dtype
 
     def encode(self, prompts: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
         ids = self.tokens(prompts).input_ids.to(device)
