@@ -46,7 +46,7 @@ class FlowMatching(Family):
         # T5's activations leave the range of fp16, and so do those of VAEs that say so
         if dtype == torch.float16 and getattr(config, "model_type", "") == "t5":
             return torch.bfloat16
-        upcast = part == "vae" and getattr(config, "force_upcast", False)
+        upcast = part == "vae" and config.get("force_upcast")
         return torch.float32 if dtype == torch.float16 and upcast else dtype
 
     @classmethod
