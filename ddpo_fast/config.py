@@ -285,7 +285,9 @@ class DDPOConfig(ConfigNumbers):
     )
     vae_slicing: bool = _option(False, "Decode one image at a time.")
     vae_tiling: bool = _option(False, "Decode images in overlapping tiles.")
-    offload_frozen: bool = _option(False, "Keep the VAE and the text encoder in host memory while they are idle.")
+    offload_frozen: bool = _option(False, "Keep the VAE and the text encoders in host memory while they are idle.")
+    embed_prompts_once: bool = _option(False, "Keep prompts' embeddings in the run's folder, and no text encoder.")
+    quantize_frozen: str = _option("none", "Bits of linear layers under a LoRA.", choices=["none", "8bit", "4bit"])
     ema_decay: float = _option(0.0, "Decay of a moving average of the trained weights; 0 keeps none.")
     ema_device: str = _option("auto", "Where the average is: with the weights, or cpu.", choices=["auto", "cpu"])
     auto_memory: bool = _option(
@@ -301,10 +303,9 @@ class DDPOConfig(ConfigNumbers):
         self.check()
 
     def check(self) -> None:
-        """Checks every field's type and range and the rules across fields.
+        """Checks every field, and the rules across fields; the trainer calls this again, as fields may have been set.
 
-        Raises `ValueError`, or `ImportError` for a package that is not installed. The trainer calls this again, as
-        fields may have been set after `__post_init__`.
+        Raises `ValueError`, or `ImportError` for a package that is not installed.
         """
         for option in fields(self):
             setattr(self, option.name, config_rules.plain(getattr(self, option.name)))

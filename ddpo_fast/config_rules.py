@@ -250,8 +250,8 @@ CONFLICTS: tuple[tuple[Callable[[Settings], bool], str], ...] = (
         "objective is 'rwr', which trains on noised images and on no denoising steps: leave out sde_window",
     ),
     (
-        lambda c: c.uses_deepspeed and (c.cuda_graphs or c.compile_unet),
-        "cuda_graphs and compile_unet do not work with ZeRO: leave them out",
+        lambda c: c.uses_deepspeed and (c.cuda_graphs or c.compile_unet or c.quantize_frozen != "none"),
+        "cuda_graphs, compile_unet and quantize_frozen do not work with ZeRO: leave them out",
     ),
     (
         lambda c: c.ema_sampling and not c.ema_decay,

@@ -28,6 +28,7 @@ from torch import nn
 
 from ddpo_fast.families import Family
 from ddpo_fast.model_configs import first_line, hub_problem, model_folder, pickle_problem
+from ddpo_fast.quantize_frozen import unquantized
 from ddpo_fast.temporary_values import temporary_values
 
 # diffusers' and TRL's name of an adapter's file
@@ -262,7 +263,7 @@ def without_adapter(network: Any) -> Any:
     for name, layer in _adapted_layers(network):
         others = [other for other in layer.active_adapters if other != ADAPTER]
         if others and not layer.disable_adapters:
-            fused = copy.deepcopy(layer)
+            fused = unquantized(copy.deepcopy(layer))
             fused.merge(adapter_names=others)
             weights |= {f"{name}.{key}": value for key, value in fused.get_base_layer().state_dict().items()}
     plain.load_state_dict(weights, assign=True)

@@ -17,6 +17,8 @@ def missing_package(config: Settings) -> str:
     on_host = config.offload != "none" and not config.uses_deepspeed
     if config.train_use_8bit_adam and not on_host and not _installed("bitsandbytes"):
         return "train_use_8bit_adam needs bitsandbytes: `pip install bitsandbytes`, or set it to False"
+    if config.quantize_frozen != "none" and not _installed("bitsandbytes"):
+        return "quantize_frozen needs bitsandbytes: `pip install bitsandbytes`, or set it to none"
     if config.uses_deepspeed and not _installed("deepspeed"):
         return "zero and deepspeed need DeepSpeed: `pip install 'deepspeed>=0.19.8'`, or leave them out"
     for tracker in _trackers(config):

@@ -21,6 +21,7 @@ from ddpo_fast.families import Family, family_of_pipeline
 from ddpo_fast.loading import IN_FP32, load_pipeline
 from ddpo_fast.lora import ADAPTER, LORA_WEIGHTS, TRL_RANK, TRL_TARGETS
 from ddpo_fast.model_configs import model_folder
+from ddpo_fast.quantize_frozen import check_is_lora
 from ddpo_fast.run_folder.files import follow_umask
 from ddpo_fast.sampler import DDPOPipelineOutput, DDPOSchedulerOutput
 
@@ -278,8 +279,12 @@ def check_pipeline(pipeline: DDPOStableDiffusionPipeline, config: DDPOConfig) ->
     steps_are_ours = ours.__call__ is kind.__call__ or ours.scheduler_step is getattr(kind, "scheduler_step", None)
     if isinstance(pipeline, ours) and steps_are_ours:
         family.check_steps(pipeline.scheduler, config.sample_num_steps, config.sample_eta)
-    if config.offload_frozen and kind.__call__ is not ours.__call__:
-        raise ValueError("offload_frozen is True, but the pipeline's own __call__ wants its networks on the device")
+    for name in ("offload_frozen", "embed_prompts_once"):
+        if getattr(config, name) and kind.__call__ is not ours.__call__:
+            raise ValueError(f"{name} is True, but the pipeline's own __call__ wants its networks on the device")
+    check_is_lora(config.quantize_frozen, getattr(pipeline, "use_lora", False))
+    if config.quantize_frozen != "none" and pipeline.autocast is not None:
+        raise ValueError("quantize_frozen is set, but this pipeline has an autocast, which needs fp32: use 'none'")
     if config.train_image_credit == "coca" and kind.__call__ is not ours.__call__:
         raise ValueError(
             "train_image_credit is 'coca', but the pipeline's own __call__ does not tell what each step predicts: use "

@@ -8,14 +8,16 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
+from transformers import T5EncoderModel
 
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.device_memory import limit_memory
 from ddpo_fast.engine import compute_dtype, exact_weights
 from ddpo_fast.families import family_of_pipeline
 from ddpo_fast.measured import Measured
-from ddpo_fast.offload_frozen import offload
+from ddpo_fast.offload_frozen import leave_as_loaded, offload
 from ddpo_fast.processes import broadcast_from_main
+from ddpo_fast.quantize_frozen import quantize_linears
 from ddpo_fast.unet import FusedLoraLinear, faster_layers, fuse_unet, set_attention, set_gradient_checkpointing
 
 
@@ -38,9 +40,15 @@ def place_networks(
     # The VAE and the text encoders are frozen. Without updates most need no fp32, and with `offload_frozen` they take
     # no device memory while they are idle.
     family = family_of_pipeline(pipeline)
+    quantizes = config.quantize_frozen != "none"
     for name, frozen in family.frozen_parts.items():
         own_dtype = family.dtype_of(name, getattr(frozen, "config", {}), dtype)
-        if config.offload_frozen:
+        idle = config.offload_frozen or (config.embed_prompts_once and name != "vae")
+        if quantizes and isinstance(frozen, T5EncoderModel):
+            quantize_linears(frozen, config.quantize_frozen, "cpu" if idle else device, own_dtype)
+        if config.embed_prompts_once and name != "vae":
+            leave_as_loaded(frozen, own_dtype)
+        elif config.offload_frozen:
             offload(frozen, own_dtype)
         else:
             frozen.to(device, dtype=own_dtype)
@@ -50,6 +58,9 @@ def place_networks(
     # device.
     layers = pipeline.get_trainable_layers()
     trained = {id(parameter) for parameter in trainable_parameters(layers)}
+    if quantizes:
+        # before the weights are rounded to the compute precision
+        quantize_linears(pipeline.unet, config.quantize_frozen, device, dtype)
     home = "cpu" if exact_weights(config) == "host" or config.uses_deepspeed else device
     for parameter in [*pipeline.unet.parameters(), *trainable_parameters(layers)]:
         is_trained = id(parameter) in trained

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from ddpo_fast.engine import Engine
 from ddpo_fast.families import Family, family_of_pipeline
 from ddpo_fast.ops.gaussian import LOG_SQRT_2PI, table_rows
 from ddpo_fast.prompt_embeddings import PromptEmbeddings
+from ddpo_fast.prompt_store import PromptStore, key_of
 
 
 def ratio_clip_range(config: DDPOConfig, family: Family) -> float:
@@ -47,16 +49,28 @@ class Policy:
     Args:
         pipeline: a `DDPOStableDiffusionPipeline`.
         engine: provides the trained weights in the precision that the UNet computes in.
+        prompt_folder: where `embed_prompts_once` keeps embeddings.
     """
 
-    def __init__(self, pipeline: Any, config: DDPOConfig, engine: Engine, device: torch.device) -> None:
+    def __init__(
+        self,
+        pipeline: Any,
+        config: DDPOConfig,
+        engine: Engine,
+        device: torch.device,
+        prompt_folder: Path | None = None,
+    ) -> None:
         self.pipeline = pipeline
         self.config = config
         self.engine = engine
         self.device = device
         self.family = family_of_pipeline(pipeline)
         self.family.use_settings(config)
-        self.embed_prompts = PromptEmbeddings(self.family, device, remembers=config.sample_cache)
+        store = None
+        if config.embed_prompts_once and prompt_folder is not None:
+            key = key_of(self.family.text_encoders.values(), f"{config.mixed_precision} {config.quantize_frozen}")
+            store = PromptStore(prompt_folder, key)
+        self.embed_prompts = PromptEmbeddings(self.family, device, config.sample_cache, store)
         # [1, L, D]
         self.negative_embeds = self.embed_prompts.negative(config.negative_prompts)
 
@@ -196,10 +210,15 @@ class Policy:
     def draw(self, prompts: Sequence[str], seed: int) -> tuple[Tensor, Tensor]:
         """One image per prompt from noise that `seed` fixes: (images [B, 3, height, width], latents [B, C, H, W])."""
         self.unet.eval()
+        negative = self.family.negatives(self.config.negative_prompts, len(prompts))
+        given: dict[str, Any] = {"prompt": list(prompts), "negative_prompt": negative}
         with self.computing():
+            if self.embed_prompts.store is not None:
+                given = {"prompt_embeds": self.embed_prompts(prompts)[1]}
+                if self.config.rows_per_image == 2:
+                    given["negative_prompt_embeds"] = self.negative_embeds.expand_as(given["prompt_embeds"])
             drawn = self.pipeline(
-                prompt=list(prompts),
-                negative_prompt=self.family.negatives(self.config.negative_prompts, len(prompts)),
+                **given,
                 num_inference_steps=self.config.sample_num_steps,
                 guidance_scale=self.config.sample_guidance_scale,
                 eta=self.config.sample_eta,

@@ -37,7 +37,7 @@ from ddpo_fast.placement import compute_precision, place_networks, trainable_par
 from ddpo_fast.policy import Policy, ratio_clip_range
 from ddpo_fast.ppo import PPO
 from ddpo_fast.processes import broadcast_from_main, make_accelerator, with_launch_settings
-from ddpo_fast.prompts import PromptFunction, load_prompts
+from ddpo_fast.prompts import ListPrompts, PromptFunction, load_prompts
 from ddpo_fast.rollout import PipelineRollout, Rollout
 from ddpo_fast.run_folder import checkpoint
 from ddpo_fast.run_folder.hub import HubModel
@@ -51,6 +51,10 @@ from ddpo_fast.user_functions import function_name, require_function
 from ddpo_fast.worker_threads import WorkerThreads
 
 logger = logging.getLogger(__name__)
+
+# of the run's folder: where `embed_prompts_once` keeps embeddings, of a list at most this many before training
+EMBEDDINGS = "prompt_embeddings"
+MOST_EMBEDDED = 4096
 
 
 class DDPOTrainer(ScoringMixin, CheckpointMixin, HubModel):
@@ -142,7 +146,11 @@ class DDPOTrainer(ScoringMixin, CheckpointMixin, HubModel):
             self.accelerator,
         )
         self.optimizer = self.engine.optimizer
-        self.policy = Policy(sd_pipeline, settings, self.engine, self.accelerator.device)
+        self.policy = Policy(sd_pipeline, settings, self.engine, self.accelerator.device, self.output_dir / EMBEDDINGS)
+        if config.embed_prompts_once and isinstance(self.prompt_fn, ListPrompts):
+            # the other processes read what the main one has written
+            with self.accelerator.main_process_first():
+                self.policy.embed_prompts.embed_all(list(dict.fromkeys(self.prompt_fn.prompts))[:MOST_EMBEDDED])
         # attributes of TRL's trainer, which its users' subclasses may read
         self.autocast, self.neg_prompt_embed = sd_pipeline.autocast or nullcontext, self.policy.negative_embeds
         self.sizes = BatchSizes(settings, self.policy, self.engine, self.accelerator, self.measured)

@@ -69,8 +69,8 @@ def config(**settings) -> DDPOConfig:
 
 def test_weights_are_counted(footprints):
     full, lora = footprints["full"], footprints["lora"]
-    assert (full.trained_weights, full.frozen_weights) == (SD15_WEIGHTS, 0)
-    assert (lora.trained_weights, lora.frozen_weights) == (797_184, SD15_WEIGHTS)
+    assert (full.trained_weights, full.frozen_bytes) == (SD15_WEIGHTS, 0)
+    assert (lora.trained_weights, lora.frozen_bytes) == (797_184, 2 * SD15_WEIGHTS)
     assert (full.vae_weights, full.text_weights) == (83_653_863, 123_060_480)
 
 
@@ -237,6 +237,25 @@ def test_offloaded_networks_take_device_memory_only_while_they_compute(footprint
     }
     phases = predict(footprints["lora"], config(train_micro_batch_size=1)).phases
     assert all((parts["VAE"], parts["text encoder"]) == (vae, text) for parts in phases.values())
+
+
+def test_prompts_that_are_embedded_once_leave_the_text_encoder_out(footprints):
+    text = 2 * footprints["lora"].text_weights
+    plan = predict(footprints["lora"], config(embed_prompts_once=True, train_micro_batch_size=1))
+    found = {name: parts.get("text encoder", 0) for name, parts in plan.phases.items()}
+    assert found == {name: text if name == "encoding" else 0 for name in plan.phases}
+    # mapped from its file, it takes no host memory either
+    away = predict(footprints["lora"], config(embed_prompts_once=True, offload_frozen=True, train_micro_batch_size=1))
+    assert (plan.host, away.host) == ({}, {"VAE": 2 * footprints["lora"].vae_weights})
+
+
+@pytest.mark.parametrize(("kind", "each"), [("8bit", 1 + 4 / 256), ("4bit", 1 / 2 + 4 / 64)])
+def test_quantized_weights_under_an_adapter(sd15, kind, each):
+    footprint = Footprint(check_model(sd15, has_weights=False), Adapter(), torch.bfloat16, quantized=kind)
+    layers = make_sd15("meta").unet.modules()
+    linear = sum(layer.weight.numel() for layer in layers if isinstance(layer, torch.nn.Linear))
+    assert footprint.frozen_bytes == 2 * (SD15_WEIGHTS - linear) + each * linear
+    assert footprint.trained_weights == 797_184
 
 
 def test_latents_of_an_epoch(footprints):

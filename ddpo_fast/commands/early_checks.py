@@ -17,6 +17,7 @@ from ddpo_fast.engine import zero_settings
 from ddpo_fast.families import with_family
 from ddpo_fast.model_configs import ModelConfigs, check_model
 from ddpo_fast.processes import check_launch
+from ddpo_fast.quantize_frozen import check_is_lora
 from ddpo_fast.run_folder import checkpoint
 from ddpo_fast.run_folder.hub import push_problem
 from ddpo_fast.run_folder.run_log import folder_problem, output_folder
@@ -36,6 +37,7 @@ def check_before_loading(run: RunArguments, config: DDPOConfig) -> ModelConfigs:
         raise ValueError(f"attention is 'xformers', which cannot run: {problem}")
     if config.cuda_graphs:
         cuda_graphs.check(device)
+    check_is_lora(config.quantize_frozen, not run.full_finetune)
     if config.uses_deepspeed:
         zero_settings(config, config.mixed_precision)
 

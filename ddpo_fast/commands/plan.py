@@ -100,6 +100,7 @@ def footprint_of(
         config.sample_num_steps,
         config.sample_cache,
         reward,
+        "none" if full else config.quantize_frozen,
     )
 
 

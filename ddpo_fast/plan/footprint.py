@@ -24,6 +24,7 @@ from ddpo_fast.model_configs import ModelConfigs
 from ddpo_fast.plan.live_bytes import Trace, trace
 from ddpo_fast.plan.reward_memory import RewardMemory
 from ddpo_fast.prompt_embeddings import ENCODED_AT_ONCE
+from ddpo_fast.quantize_frozen import quantize_linears
 from ddpo_fast.unet import (
     SDPAProcessor,
     UNetCache,
@@ -55,6 +56,7 @@ class Footprint:
         steps: denoising steps.
         cached: the setting `sample_cache`.
         reward: the memory of the run's rewards.
+        quantized: the setting `quantize_frozen`.
     """
 
     def __init__(
@@ -67,10 +69,11 @@ class Footprint:
         steps: int = 50,
         cached: bool = True,
         reward: RewardMemory | None = None,
+        quantized: str = "none",
     ) -> None:
         self.configs, self.adapter, self.dtype, self.device_type = configs, adapter, dtype, device_type
         self.fused, self.steps, self.cached = fused, steps, cached
-        self.reward = reward or RewardMemory()
+        self.reward, self.quantized = reward or RewardMemory(), quantized
         with torch.device("meta"):
             self._vae: Any = AutoencoderKL.from_config(configs.vae)
             self._text_encoder: Any = CLIPTextModel(CLIPTextConfig(**configs.text_encoder))
@@ -79,7 +82,9 @@ class Footprint:
         unet = self._unet()
         trained = [p for p in unet.parameters() if p.requires_grad]
         self.trained_sizes = [p.numel() for p in trained]
-        self.unet_weights = sum(p.numel() for p in unet.parameters())
+        frozen_tensors = [*(p for p in unet.parameters() if not p.requires_grad), *unet.buffers()]
+        # of the UNet's frozen weights, in the precision that the networks compute in unless they are quantized
+        self.frozen_bytes = sum(tensor.nbytes for tensor in frozen_tensors)
         self.vae_weights, self.text_weights = (
             sum(p.numel() for p in network.parameters()) for network in (self._vae, self._text_encoder)
         )
@@ -97,9 +102,9 @@ class Footprint:
         return sum(self.trained_sizes)
 
     @property
-    def frozen_weights(self) -> int:
-        """The number of the UNet's weights that are not trained."""
-        return self.unet_weights - self.trained_weights
+    def unet_bytes(self) -> int:
+        """Bytes of the weights that the UNet computes with."""
+        return self.frozen_bytes + self.itemsize * self.trained_weights
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -130,6 +135,8 @@ class Footprint:
             if self.adapter is not None:
                 unet.requires_grad_(False)
                 unet.add_adapter(LoraConfig(r=self.adapter.rank, target_modules=list(self.adapter.target_modules)))
+            if self.adapter is not None and self.quantized != "none":
+                quantize_linears(unet, self.quantized, "meta", self.dtype)
         _in_precision(unet, self.dtype)
         for module in unet.modules():
             # the processor that `set_attention` chooses without xformers

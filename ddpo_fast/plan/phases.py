@@ -114,11 +114,12 @@ def predict(
         always["recorded graphs"] = temporary["sampling"] + temporary["training"]
 
     # The frozen networks are resident too, unless `offload_frozen` brings each to the GPU only while it computes.
+    # `embed_prompts_once` leaves the text encoder as it was loaded, mapped from its file, which takes no memory.
     vae, text_encoder = (footprint.itemsize * n for n in (footprint.vae_weights, footprint.text_weights))
-    frozen = {"VAE": vae, "text encoder": text_encoder}
+    frozen = {"VAE": vae} if config.embed_prompts_once else {"VAE": vae, "text encoder": text_encoder}
     if config.offload_frozen:
+        host = {**host, " and ".join(frozen): sum(frozen.values())}
         frozen = {}
-        host = {**host, "VAE and text encoder": vae + text_encoder}
 
     # The rewards score an epoch's images while the next ones are sampled.
     if footprint.reward.resident:
@@ -155,8 +156,9 @@ def predict(
         name: {**always, **parts, "activations, buffers": temporary[name], **cuda} for name, parts in resident.items()
     }
     if footprint.device_type == "cuda":
-        # Before the first epoch the UNet is copied to the GPU in fp32 and cast there, one tensor after the other.
-        phases = {"loading": {"UNet": FP32_BYTES * footprint.unet_weights, **frozen, **cuda}, **phases}
+        # Before the first epoch frozen weights are converted on their way to the GPU, and trained ones come in fp32.
+        unet = footprint.frozen_bytes + FP32_BYTES * footprint.trained_weights
+        phases = {"loading": {"UNet": unet, **frozen, **cuda}, **phases}
     return Plan(phases, host)
 
 
@@ -185,7 +187,7 @@ def _weight_bytes(footprint: Footprint, config: DDPOConfig, num_processes: int) 
     offloads = config.offload != "none"
 
     # the weights that the UNet computes with
-    unet = size * footprint.unet_weights
+    unet = footprint.unet_bytes
     if config.zero == 3:
         # this process's part, and the weights that are gathered at the same time, assumed to be two of the largest
         # blocks
@@ -230,7 +232,7 @@ def _weight_bytes(footprint: Footprint, config: DDPOConfig, num_processes: int) 
             # the 8-bit optimizer reads half-precision gradients without an fp32 copy
             host["fp32 gradients"] = fp32_gradient_bytes(footprint, config)
     if config.zero == 3 and config.offload == "all":
-        host["UNet"] = size * footprint.unet_weights // num_processes
+        host["UNet"] = footprint.unet_bytes // num_processes
     return gpu, host
 
 

@@ -13,6 +13,7 @@ from ddpo_fast.config import SAMPLING_FIELDS, DDPOConfig
 from ddpo_fast.families import family_of_pipeline
 from ddpo_fast.measured import device_name
 from ddpo_fast.processes import broadcast_from_main
+from ddpo_fast.quantize_frozen import QuantizedLinear
 from ddpo_fast.run_folder import checkpoint
 
 # settings that a resumed run must have unchanged
@@ -82,7 +83,7 @@ def base_digest(pipeline: Any) -> str:
     """A digest of the first 64 elements of each frozen tensor, which tells one base model from another.
 
     '' unless all frozen weights are in fp32, or as they were stored, and in host memory: a digest of rounded weights
-    would not match.
+    would not match, nor would one without those that an earlier trainer has quantized.
     """
     found = hashlib.sha256()
     stored = getattr(getattr(pipeline, "sd_pipeline", None), "stored_dtypes", {})
@@ -92,6 +93,8 @@ def base_digest(pipeline: Any) -> str:
         if module is None and part in family.optional:
             continue
         if not isinstance(module, torch.nn.Module):
+            return ""
+        if any(isinstance(layer, QuantizedLinear) for layer in module.modules()):
             return ""
         for name, parameter in module.named_parameters():
             if parameter.requires_grad or "lora_" in name:
