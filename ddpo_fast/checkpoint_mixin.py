@@ -91,7 +91,8 @@ class CheckpointMixin:
 
     def _kept_checkpoints(self, present: list[int]) -> set[int]:
         """Of checkpoints of so many epochs, those that are kept beyond the limit: the best, and every so many."""
-        best, every = self.progress.scores.best(present), self.config.keep_checkpoint_every
+        best = self.progress.scores.best(present) if self.config.keep_best_checkpoint else None
+        every = self.config.keep_checkpoint_every
         return {epochs for epochs in present if epochs == best or (every and epochs % every == 0)}
 
     def load_best_checkpoint(self) -> int | None:

@@ -69,9 +69,7 @@ class DDPOConfig(ConfigNumbers):
     logdir: str = _option("logs", "Top-level folder that runs are written to.")
     num_epochs: int = _option(100, "Number of epochs to train.")
     save_freq: int = _option(1, "Number of epochs between checkpoints.")
-    num_checkpoint_limit: int = _option(
-        5, "Number of checkpoints to keep beside the best one and the last healthy one; the oldest goes first."
-    )
+    num_checkpoint_limit: int = _option(5, "Number of checkpoints to keep; the oldest goes first.")
     # None, which TRL takes too, is accelerate's choice: `processes.with_launch_settings` fills it in for the trainer,
     # and `commands.options.precision_or_default` for a command, whose checks come before the accelerator.
     mixed_precision: Precision = _option(
@@ -132,6 +130,7 @@ class DDPOConfig(ConfigNumbers):
         "reward, or by that of training where there is no eval_reward.",
         choices=["last", "best"],
     )
+    keep_best_checkpoint: bool = _option(False, "Keep the best checkpoint (see export) beyond num_checkpoint_limit.")
     early_stopping_patience: int = _option(
         0, "End the run when its best epoch (see export) is this many epochs ago; 0 never does."
     )

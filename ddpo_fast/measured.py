@@ -17,7 +17,14 @@ T = TypeVar("T", int, float, str)
 HARMLESS = {
     *("num_epochs", "save_freq", "num_checkpoint_limit", "resume_from", "output_dir", "logdir", "exp_name", "run_name"),
     *("log_with", "tracker_kwargs", "tracker_project_name", "project_kwargs", "push_to_hub", "train_learning_rate"),
-    *("eval_freq", "eval_num_images", "export", "early_stopping_patience", "keep_checkpoint_every"),
+    *(
+        "eval_freq",
+        "eval_num_images",
+        "export",
+        "keep_best_checkpoint",
+        "early_stopping_patience",
+        "keep_checkpoint_every",
+    ),
 }
 
 

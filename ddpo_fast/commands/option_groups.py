@@ -95,6 +95,7 @@ GROUPS = (
             "run_name",
             "logdir",
             "num_checkpoint_limit",
+            "keep_best_checkpoint",
             "keep_checkpoint_every",
             "early_stopping_patience",
             "project_kwargs",

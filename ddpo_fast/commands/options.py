@@ -334,7 +334,7 @@ def train_parser() -> Parser:
     # says the same in the environment.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     # None lets `precision_or_default` choose
-    parser.set_defaults(logdir="runs", mixed_precision=None)
+    parser.set_defaults(logdir="runs", mixed_precision=None, keep_best_checkpoint=True)
     parser.group_help()
     return parser
 
