@@ -214,8 +214,8 @@ class PPO:
             loss, log_probs, *metrics = add(*pairs, scale)
             if not scores_first:
                 self._measure(pairs, count, total, scored, Call(loss, log_probs, tuple(metrics)))
-        # Under ZeRO stage 3 a pass gathers weights from all processes, so all must make as many passes as the one with
-        # the most pairs. A gradient of zero changes nothing.
+        # Under ZeRO's stages 2 and 3 a pass exchanges gradients or weights with all processes, so all must make as many
+        # passes as the one with the most pairs. A gradient of zero changes nothing.
         for output in self._passes_for_others(batches, index):
             self.engine.loss_scale()
             self.engine.backward_from(output, torch.zeros_like(output))
@@ -276,7 +276,7 @@ class PPO:
     def _passes_for_others(self, batches: Sequence[TrainingBatch], index: np.ndarray) -> Iterator[Tensor]:
         """Yields the outputs of forward passes that only serve other processes, which have more pairs than this one.
 
-        They need this process's share of the weights in each of their passes.
+        They need this process's share of the weights or gradients in each of their passes.
         """
         mine = -(-len(index) // self.sizes.micro_batch_size)
         for _ in range(self.engine.forward_passes(mine) - mine):

@@ -17,6 +17,7 @@ from unittest import mock
 import torch
 from accelerate.utils import gather_object
 from compare_runs import trained_weights
+from gradient_sums import measure
 from test_groups import FlatAtFirst, Numbered, keep_trained
 from tiny_run import SETTINGS, build_trainer
 
@@ -41,6 +42,8 @@ def main() -> None:
     for name, settings in cases.items():
         if name == "groups":
             draw_groups(model, folder / name, **settings)
+        elif name == "gradients":
+            measure(folder / name)
         else:
             run(model, folder, name, settings)
 

@@ -139,15 +139,20 @@ def test_zero_splits_states_over_processes(footprints, stage):
     plan = predict(footprints["full"], config(train_micro_batch_size=1, zero=stage), num_processes=4)
     parts = plan.phases["training"]
     assert parts["fp32 weights"] + parts["optimizer states"] == (4 + 8) * SD15_WEIGHTS // 4
-    assert parts["gradients"] == 4 * SD15_WEIGHTS
+    assert parts["gradients"] == 4 * SD15_WEIGHTS // (1 if stage == 1 else 4)
+    # DeepSpeed keeps stage 3's
+    assert plan.phases["sampling"].get("gradients", 0) == (SD15_WEIGHTS if stage == 3 else 0)
     gathered = 2 * 2 * footprints["full"].largest_block
     assert parts["UNet"] == (2 * SD15_WEIGHTS if stage < 3 else 2 * SD15_WEIGHTS // 4 + gathered)
     away = predict(footprints["full"], config(train_micro_batch_size=1, zero=stage, offload="optimizer"), 4)
     assert away.host == {
         "fp32 weights": SD15_WEIGHTS,
         "optimizer states": 2 * SD15_WEIGHTS,
-        "gradients": SD15_WEIGHTS,
+        # in fp32 for the step; stage 3 adds them up in host memory too
+        "gradients": SD15_WEIGHTS * (2 if stage == 3 else 1),
     }
+    averaged = predict(footprints["full"], config(train_micro_batch_size=1, zero=stage, ema_decay=0.9), 4)
+    assert averaged.phases["training"]["moving average"] == SD15_WEIGHTS
 
 
 def test_recorded_graphs_keep_gradients_and_their_own_memory(footprints):

@@ -16,11 +16,13 @@ Other packages import from here only.
 """
 
 from ddpo_fast.engine.make_engine import compute_dtype, exact_weights, make_engine
-from ddpo_fast.engine.optimizers import buckets, make_optimizer
+from ddpo_fast.engine.optimizers import BUCKET, buckets, make_optimizer
 from ddpo_fast.engine.protocol import Engine
-from ddpo_fast.engine.zero_settings import accelerate_settings, zero_settings
+from ddpo_fast.engine.zero_settings import SUB_GROUP, accelerate_settings, zero_settings
 
 __all__ = [
+    "BUCKET",
+    "SUB_GROUP",
     "Engine",
     "accelerate_settings",
     "buckets",

@@ -17,8 +17,9 @@ class Engine(Protocol):
     """Owns the trained weights from the backward pass to the optimizer's step.
 
     An update consists of `backward` or `backward_from` for each micro-batch, and then one `step`. Gradients are summed
-    over the micro-batches on each process, and combined across processes once, in `step`. The network is called
-    directly: there is no wrapper such as DistributedDataParallel, which a call of the bare network would bypass.
+    over the micro-batches on each process, and combined across processes once, in `step`; ZeRO's stages 2 and 3 combine
+    them in each backward pass. The network is called directly: there is no wrapper such as DistributedDataParallel,
+    which a call of the bare network would bypass.
     """
 
     optimizer: torch.optim.Optimizer
@@ -68,13 +69,13 @@ class Engine(Protocol):
         """
 
     def zero_gradients(self) -> None:
-        """Discards the gradients since the last update."""
+        """Discards the gradients since the last update, if the engine `can_begin_again`."""
 
     def forward_passes(self, mine: int) -> int:
-        """The number of forward passes that this process must run, given that its own pairs need `mine`.
+        """The number of forward and backward passes that this process must run, given that its own pairs need `mine`.
 
-        The number is larger than `mine` if weights are split over processes and another process needs more passes: each
-        process has to contribute its part of the weights to every pass of the others.
+        The number is larger than `mine` if weights or gradients are split over processes and another process needs more
+        passes: each has to contribute its part of the weights, or its gradients, to every pass of the others.
         """
 
     def step(self, settle: Callable[[], float] | None = None) -> dict[str, Tensor]:

@@ -2,11 +2,13 @@
 
 ZeRO (Rajbhandari et al., arXiv 1910.02054) has three stages. From stage 1 on, each process stores only its part of the
 fp32 weights and of Adam's moments, and updates only that part. From stage 2 on, it also keeps only its part of the
-averaged gradients. At stage 3 the half-precision weights are split too; each layer's weights are gathered from all
-processes when the layer computes.
+gradients. At stage 3 the half-precision weights are split too; each layer's weights are gathered from all processes
+when the layer computes.
 
-As without ZeRO, each device adds up the gradients of all micro-batches of an update. The sums are split, averaged and
-(with offload) copied to the host once per update, not once per micro-batch.
+At stage 1, as without ZeRO, each device adds up whole gradients over the micro-batches of an update, and the processes
+exchange them once per update. From stage 2 on DeepSpeed averages the gradients of each micro-batch over the processes
+during its backward pass, a bucket at a time, and each process adds up its part of them: so there is never a whole
+gradient on a device, but all processes must make the same number of backward passes, and exchange gradients in each.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from ddpo_fast.config import DDPOConfig
 from ddpo_fast.engine import moments
 from ddpo_fast.engine.ema import EMA
 from ddpo_fast.engine.master_weights import accumulate_into
-from ddpo_fast.engine.optimizers import LearningRate, buckets
+from ddpo_fast.engine.optimizers import LearningRate
 from ddpo_fast.engine.zero_fragments import ZeroFragments
 from ddpo_fast.temporary_values import temporary_values
 
@@ -100,14 +102,14 @@ class ZeroEngine:
         # the fp32 tensors that the optimizer trains
         self._flats = self._fragments.flats
         self._fragments.set_weights([_from_main(values, accelerator) for values in exact])
-        # From the first backward pass of an update to its step, this holds the DeepSpeed context that keeps gradients
-        # on this device.
+        # At stage 1, from the first backward pass of an update to its step, this holds the DeepSpeed context that keeps
+        # gradients on this device.
         self._accumulation = ExitStack()
         self._is_accumulating = False
         # the sums of gradients in fp32, because autograd would add up half-precision gradients in half precision
         self._fp32_gradients: list[Tensor | None] = [None] * len(self.parameters)
         self._gradient_dtype = torch.float32 if config.train_gradient_dtype == "fp32" else self.parameters[0].dtype
-        if self._gradient_dtype != self.parameters[0].dtype:
+        if not self._splits_gradients and self._gradient_dtype != self.parameters[0].dtype:
             for i, parameter in enumerate(self.parameters):
                 parameter.register_post_accumulate_grad_hook(accumulate_into(self._fp32_gradients, i, torch.float32))
         on_host = config.ema_device == "cpu"
@@ -119,6 +121,11 @@ class ZeroEngine:
     def stage(self) -> int:
         """ZeRO's stage, 1, 2 or 3."""
         return self.deepspeed.zero_optimization_stage()
+
+    @property
+    def _splits_gradients(self) -> bool:
+        """Whether each process keeps only its part of the gradients between micro-batches."""
+        return self.stage >= 2
 
     def computing(self) -> AbstractContextManager[None]:
         # the network's parameters are in the compute precision all the time
@@ -155,7 +162,6 @@ class ZeroEngine:
     # gradients
 
     def loss_scale(self) -> Tensor:
-        self._begin_accumulating()
         # DeepSpeed's `scale` must be called before a backward pass that DeepSpeed does not start itself. It accepts
         # only a scalar with a grad_fn, and multiplying a leaf by 1 makes one.
         with torch.enable_grad():
@@ -163,29 +169,35 @@ class ZeroEngine:
             return self.deepspeed.scale(one * 1.0).detach()
 
     def backward(self, loss: Tensor) -> None:
-        self._begin_accumulating()
+        self._begin_backward()
         # the loss is weighted already, so DeepSpeed must not divide it by the number of accumulated micro-batches
         self.deepspeed.backward(loss, scale_wrt_gas=False)
 
     def backward_from(self, output: Tensor, gradient: Tensor) -> None:
-        self._begin_accumulating()
+        self._begin_backward()
         output.backward(gradient)
 
     def zero_gradients(self) -> None:
-        for i, parameter in enumerate(self.parameters):
-            self._fp32_gradients[i] = parameter.grad = None
+        """Not supported, as an update cannot begin again."""
+        raise NotImplementedError
 
     def forward_passes(self, mine: int) -> int:
-        """At stage 3 the largest `mine` of all processes, because each pass gathers weights from all of them."""
-        if self.stage != 3 or self.accelerator.num_processes == 1:
+        """From stage 2 on the largest `mine` of all processes, and at least 1, as a step needs gradients."""
+        if not self._splits_gradients:
             return mine
-        most = torch.tensor(mine, device=self.accelerator.device)
-        dist.all_reduce(most, dist.ReduceOp.MAX)
+        most = torch.tensor(max(1, mine), device=self.accelerator.device)
+        if self.accelerator.num_processes > 1:
+            dist.all_reduce(most, dist.ReduceOp.MAX)
         return int(most)
 
-    def _begin_accumulating(self) -> None:
-        """Keeps gradients on this device until the step; by default DeepSpeed reduces them in each micro-batch."""
-        if not self._is_accumulating:
+    def _begin_backward(self) -> None:
+        """Must be called before each backward pass: prepares DeepSpeed's hooks for the pass's gradients."""
+        if self._splits_gradients:
+            # what DeepSpeed does in the forward and backward passes of its own wrapper of the network
+            self._zero.clear_backward_seen_flag()
+            self.deepspeed._backward_prologue()
+        elif not self._is_accumulating:
+            # keeps gradients on this device until the step
             self._accumulation.enter_context(self.deepspeed.coalesce_grad_reduction())
             self._is_accumulating = True
 
@@ -195,31 +207,25 @@ class ZeroEngine:
         Missing gradients become zeros. DeepSpeed reduces only the gradients that a process has, so if one process
         lacked a gradient that the others have, the others would wait forever for its message.
         """
-        for parameter in self.parameters:
-            # DeepSpeed does not release a gathered parameter while a layer is marked as using it. The layer's backward
-            # hook removes the mark, but that hook is not called for a layer whose input needs no gradient.
-            getattr(parameter, "ds_active_sub_modules", set()).clear()
-        missing = [i for i, parameter in enumerate(self.parameters) if parameter.grad is None]
-        for bucket in buckets(self._fragments.shapes[i].numel() for i in missing):
-            members = [missing[i] for i in bucket]
-            # a gradient must have its parameter's shape, and stage 3's parameters are empty unless they are gathered
-            with self._gathered_parameters([self.parameters[i] for i in members]):
-                for i in members:
-                    parameter, total = self.parameters[i], self._fp32_gradients[i]
-                    if total is None:
-                        parameter.grad = torch.zeros_like(parameter)
-                    else:
-                        parameter.grad = total.to(parameter.dtype)
-                    self._fp32_gradients[i] = None
+        for i, (parameter, total) in enumerate(zip(self.parameters, self._fp32_gradients, strict=True)):
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter) if total is None else total.to(parameter.dtype)
+            self._fp32_gradients[i] = None
 
     # one update
 
     def step(self, settle: Callable[[], float] | None = None) -> dict[str, Tensor]:
-        self._begin_accumulating()
-        self._complete_gradients()
-        # closing the context makes DeepSpeed reduce the gradients
-        self._accumulation.close()
-        self._is_accumulating = False
+        if not self._splits_gradients:
+            if not self._is_accumulating:
+                self._begin_backward()
+            self._complete_gradients()
+            # closing the context makes DeepSpeed reduce the gradients
+            self._accumulation.close()
+            self._is_accumulating = False
+        for parameter in self.parameters:
+            # Stage 3 does not release a gathered parameter while a layer is marked as using it. The layer's backward
+            # hook removes the mark, but that hook is not called for a layer whose input needs no gradient.
+            getattr(parameter, "ds_active_sub_modules", set()).clear()
         # read before the step, which changes the scale
         scale = self._zero.loss_scale
         before = [flat.detach().clone() for flat in self._flats] if settle is not None else []
@@ -252,10 +258,12 @@ class ZeroEngine:
         return torch.tensor(float(value), device=self.accelerator.device)
 
     def bytes_before_first_step(self) -> int:
-        # each process has whole gradients until the step, and its part of Adam's two fp32 moments (8 bytes a weight)
-        weights = sum(shape.numel() for shape in self._fragments.shapes)
+        part = sum(flat.numel() for flat in self._flats)
+        # The sums of gradients: whole at stage 1; at stage 3 they exist already. Of Adam's two fp32 moments each
+        # process has its part, of 8 bytes a weight.
+        weights = {1: sum(shape.numel() for shape in self._fragments.shapes), 2: part, 3: 0}[self.stage]
         states = 0 if self.optimizer.state or self._flats[0].device.type == "cpu" else 8
-        return weights * self._gradient_dtype.itemsize + states * sum(flat.numel() for flat in self._flats)
+        return weights * self._gradient_dtype.itemsize + states * part
 
     # whole parameters
 

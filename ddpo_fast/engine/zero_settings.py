@@ -17,6 +17,10 @@ from ddpo_fast.config_rules import shown
 from ddpo_fast.engine.loss_scale import GROWTH_INTERVAL, INITIAL_SCALE
 from ddpo_fast.engine.optimizers import BUCKET
 
+# Stage 3's step copies the gradients of one group of tensors after the other. A process's parts of the tensors of a
+# group have this many elements; by default DeepSpeed's groups have a thousand million.
+SUB_GROUP = 4 * BUCKET
+
 
 def zero_settings(config: DDPOConfig, precision: str, given: dict[str, Any] | None = None) -> dict[str, Any]:
     """DeepSpeed's settings: from the file `config.deepspeed`, or for stage `config.zero`, completed with the run's own.
@@ -75,6 +79,10 @@ def zero_settings(config: DDPOConfig, precision: str, given: dict[str, Any] | No
         )
     if stage.get("stage", 0) not in (1, 2, 3):
         raise ValueError(f"{source} has no ZeRO stage of 1, 2 or 3: without one, leave DeepSpeed out")
+    # From stage 2 on DeepSpeed adds up gradients, however many backward passes there are before a step.
+    settings["managed_gradient_accumulation"] = stage["stage"] == 1
+    if stage["stage"] > 1 and config.train_gradient_dtype == "fp32":
+        settings["data_types"] = {**settings.get("data_types", {}), "grad_accum_dtype": "fp32"}
     return settings
 
 
@@ -99,6 +107,7 @@ def _stage(config: DDPOConfig) -> dict[str, Any]:
         # DeepSpeed's defaults are for language models of many billions of weights: they would allow buffers of a
         # gigabyte, and all of a UNet's weights gathered at the same time
         "reduce_bucket_size": BUCKET,
+        "sub_group_size": SUB_GROUP,
         "stage3_prefetch_bucket_size": BUCKET // 2,
         "stage3_max_live_parameters": 4 * BUCKET,
         "stage3_max_reuse_distance": 4 * BUCKET,

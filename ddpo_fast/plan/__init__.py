@@ -3,6 +3,7 @@
     live_bytes.py     the bytes of a computation's tensors after each op, traced on PyTorch's `meta` device
     footprint.py      a model's weights and the live bytes of each of its computations, from its config files
     update_bytes.py   the memory of an update: gradients, optimizer states, temporary copies
+    zero_bytes.py     the memory of DeepSpeed's gradients, sums and buckets
     reward_memory.py  the memory of the rewards
     phases.py         the total memory of each phase of a run
     candidates.py     the fastest settings that fit

@@ -26,6 +26,7 @@ from ddpo_fast.plan.update_bytes import (
     step_bytes,
     update_bytes,
 )
+from ddpo_fast.plan.zero_bytes import zero_backward_bytes, zero_host_gradient_bytes
 
 # Bytes of the workspaces of cuBLAS and cuDNN, inside PyTorch's allocator: assumed, not measured. cuDNN chooses
 # algorithms with smaller workspaces if memory is short.
@@ -129,10 +130,10 @@ def predict(
     if footprint.reward.host:
         host = {**host, "reward": footprint.reward.host}
 
-    # Gradients exist from the first backward pass of an update to its step. CUDA graphs keep them between updates too.
-    # With `optimizer_in_backward`, none is left at the end of the backward pass.
-    gradients = {"gradients": gradient_bytes(footprint, config)}
-    gradients_between_updates = gradients if config.cuda_graphs else {}
+    # Gradients exist from the first backward pass of an update to its step. CUDA graphs and ZeRO's stage 3 keep them
+    # between updates too. With `optimizer_in_backward`, none is left at the end of the backward pass.
+    gradients = {"gradients": gradient_bytes(footprint, config, num_processes)}
+    gradients_between_updates = gradients if config.cuda_graphs or config.zero == 3 else {}
     gradients_at_step = {} if config.optimizer_in_backward else gradients
 
     # An epoch's trajectories and images are kept until the epoch's training has ended.
@@ -195,11 +196,12 @@ def _weight_bytes(footprint: Footprint, config: DDPOConfig, num_processes: int) 
         unet = gathered + (0 if config.offload == "all" else unet // num_processes)
 
     # The fp32 weights that the optimizer trains, unless they are the UNet's own tensors. They are separate tensors if
-    # the UNet computes in half precision (except with stochastic rounding), and if they are in host memory.
-    has_masters = (size < FP32_BYTES and not config.stochastic_rounding) or (offloads and not config.zero)
+    # the UNet computes in half precision (except with stochastic rounding), if they are in host memory, and if only a
+    # part of them is this process's.
+    has_masters = (size < FP32_BYTES and not config.stochastic_rounding) or offloads or config.zero in (1, 2)
     masters = FP32_BYTES * trained // parts if has_masters else 0
     states = state_bytes(footprint.trained_sizes, config) // parts
-    ema = FP32_BYTES * trained if config.ema_decay > 0 else 0
+    ema = FP32_BYTES * trained // parts if config.ema_decay > 0 else 0
 
     gpu: Bytes = {"UNet": unet}
     if config.train_kl_weight > 0:
@@ -223,8 +225,7 @@ def _weight_bytes(footprint: Footprint, config: DDPOConfig, num_processes: int) 
         host["best weights"] = (size if config.stochastic_rounding else FP32_BYTES) * trained
     # an offloaded step needs more host memory than the weights and states
     if offloads and config.zero:
-        # DeepSpeed keeps this process's part of the gradients there, in fp32
-        host["gradients"] = FP32_BYTES * trained // parts
+        host["gradients"] = zero_host_gradient_bytes(footprint, config, num_processes)
     elif offloads:
         # gradients are copied to the host through pinned buffers, and half-precision weights to the GPU
         host["pinned buffers"] = staged_weights(footprint) * (gradient_itemsize(footprint, config) + size)
@@ -263,7 +264,7 @@ def _temporary_bytes(footprint: Footprint, config: DDPOConfig, num_processes: in
         # the larger of a denoising step, and the copy that is made when the latents of all steps are stacked at the end
         "sampling": max(footprint.sampling.peak(sampled_rows), _rollout_bytes(footprint, config, batches)),
         "decoding": decode_bytes(footprint, config, max(config.sample_batch_size, evaluated_images)),
-        "training": _training_bytes(footprint, config, pairs_per_call(config)),
+        "training": _training_bytes(footprint, config, num_processes, pairs_per_call(config)),
         "updating": update_bytes(footprint, config, num_processes),
     }
 
@@ -278,7 +279,7 @@ def decode_bytes(footprint: Footprint, config: DDPOConfig, images: int) -> int:
     return max(decoding, 3 * images * pixels)
 
 
-def _training_bytes(footprint: Footprint, config: DDPOConfig, pairs: int) -> int:
+def _training_bytes(footprint: Footprint, config: DDPOConfig, num_processes: int, pairs: int) -> int:
     """The memory of a micro-batch of `pairs` pairs, and of the copies of its data."""
     channels, height, width = footprint.latent_shape
     tokens, embedding = footprint.embedding_shape
@@ -293,7 +294,8 @@ def _training_bytes(footprint: Footprint, config: DDPOConfig, pairs: int) -> int
     # with `optimizer_in_backward` the largest weight may be updated at the peak of the activations, the worst case
     step = step_bytes(footprint, config) if config.optimizer_in_backward else 0
     rows = pairs * config.rows_per_pair
-    return _micro_batch_bytes(footprint, config, rows, pairs >= config.pairs_per_update) + step + batches + picked
+    passes = _micro_batch_bytes(footprint, config, rows, pairs >= config.pairs_per_update)
+    return passes + zero_backward_bytes(footprint, config, num_processes) + step + batches + picked
 
 
 def _micro_batch_bytes(footprint: Footprint, config: DDPOConfig, rows: int, is_whole_update: bool) -> int:
@@ -311,4 +313,4 @@ def _micro_batch_bytes(footprint: Footprint, config: DDPOConfig, rows: int, is_w
     # subtracted here.
     dtype = torch.float32 if config.train_gradient_dtype == "fp32" else footprint.dtype
     peak = footprint.training(config.gradient_checkpointing, dtype).peak(rows)
-    return max(0, peak - gradient_bytes(footprint, config))
+    return max(0, peak - gradient_bytes(footprint, config, num_processes=1))

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.engine import buckets
 from ddpo_fast.plan.footprint import Footprint
+from ddpo_fast.plan.zero_bytes import FP32_BYTES, zero_gradient_bytes, zero_step_bytes
 
-FP32_BYTES = 4
 # elements of an 8-bit state that share an fp32 scale
 BLOCK_8BIT = 256
 # for each weight that is rounded stochastically: 32 random bits, the rounded weight in fp32, and in bf16
@@ -35,8 +35,10 @@ def gradient_itemsize(footprint: Footprint, config: DDPOConfig) -> int:
     return FP32_BYTES if config.train_gradient_dtype == "fp32" else footprint.itemsize
 
 
-def gradient_bytes(footprint: Footprint, config: DDPOConfig) -> int:
-    """The gradients of an update, which are whole on each GPU: ZeRO splits them only when the update is complete."""
+def gradient_bytes(footprint: Footprint, config: DDPOConfig, num_processes: int) -> int:
+    """The sums of gradients on each GPU between the micro-batches of an update."""
+    if config.zero:
+        return zero_gradient_bytes(footprint, config, num_processes)
     # with the optimizer in the backward pass a gradient is freed before the next is computed
     weights = max(footprint.trained_sizes) if config.optimizer_in_backward else footprint.trained_weights
     return gradient_itemsize(footprint, config) * weights
@@ -54,9 +56,7 @@ def update_bytes(footprint: Footprint, config: DDPOConfig, num_processes: int) -
     step_in_buckets = gradient < FP32_BYTES or config.stochastic_rounding or config.train_use_8bit_adam
     copies = 0
     if config.zero:
-        # DeepSpeed's buckets: gradients for the host and weights from the host, or fp32 copies of gradients
-        offloads = config.offload != "none"
-        copies = largest * (gradient + footprint.itemsize if offloads else FP32_BYTES if gradient < FP32_BYTES else 0)
+        copies = zero_step_bytes(footprint, config, num_processes, largest)
     elif step_in_buckets and config.offload == "none" and not config.optimizer_in_backward:
         copies = step_bytes(footprint, config)
     # PyTorch's fused AdamW on fp32 gradients copies nothing, and an offloaded step copies on the host
