@@ -149,8 +149,9 @@ def test_every_setting_ends_at_the_same_weights(runs, start, name):
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_gradients_of_all_micro_batches_and_processes_are_averaged(runs, precision):
-    """In bf16 the error is at most twice that of plain averages, and norms follow rounded weights. In fp32 a gradient's element is a sum of 40 products
-    in each of 12 layers, and a product's rounding is 2^-24: in all 12 sqrt(40) 2^-24 = 5e-6 of it.
+    """In bf16 the error is at most twice that of plain averages, and norms follow rounded weights. In fp32 a gradient's
+    element is a sum of 40 products in each of 12 layers, and a product's rounding is 2^-24: in all 12 sqrt(40) 2^-24 =
+    5e-6 of it.
     """
     folder, _ = runs
     found = torch.load(folder / "gradients" / "gradients.pt", weights_only=True)
