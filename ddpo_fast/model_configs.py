@@ -76,7 +76,7 @@ def check_model(
     """Reads a model's configs from a folder, the Hub or its cache, checks them, and returns them.
 
     Args:
-        name: folder or Hub id; '' is the bundled model.
+        name: folder or Hub id; '' and 'bundled-flow' are the bundled models.
         revision: git revision on the Hub.
         steps: if given, the model must be able to take this number of sampling steps, with `eta`.
         has_weights: whether a folder must hold weights; predicting a run's memory needs none.
@@ -126,8 +126,8 @@ def model_folder(name: str) -> Path | None:
 
     Raises `ValueError` for a file, and for a folder without a pipeline.
     """
-    if name == "":
-        return tiny_sd.MODEL
+    if name in tiny_sd.MODELS:
+        return tiny_sd.MODELS[name]
     path = Path(name).expanduser()
     if not path.exists() and not name.startswith(("/", "./", "../", "~")):
         return None

@@ -24,6 +24,7 @@ from ddpo_fast.model_configs import model_folder
 from ddpo_fast.quantize_frozen import check_is_lora
 from ddpo_fast.run_folder.files import follow_umask
 from ddpo_fast.sampler import DDPOPipelineOutput, DDPOSchedulerOutput
+from ddpo_fast.tiny_sd import MODELS
 
 
 class DDPOStableDiffusionPipeline:
@@ -85,8 +86,8 @@ class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
     """A diffusers pipeline of one of `families`, of which the denoising network, or a LoRA of it, is trained.
 
     Args:
-        pretrained_model_name: folder or Hub id; '' is the bundled tiny model. If there is an adapter's file beside the
-            model, training continues with that adapter.
+        pretrained_model_name: folder or Hub id; '' and 'bundled-flow' are the bundled tiny models. If there is an
+            adapter's file beside the model, training continues with that adapter.
         pretrained_model_revision: git revision on the Hub.
         use_lora: whether to train a low-rank adapter (TRL's default) or all weights of the network.
         lora_rank, lora_alpha, lora_target_modules: the settings of a new adapter; the defaults are TRL's, and stand for
@@ -111,7 +112,7 @@ class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
         name = str(pretrained_model_name)
         folder = model_folder(name)
         # absolute, because a resumed run may be started in another folder
-        self.pretrained_model = str(folder.absolute()) if name and folder else name
+        self.pretrained_model = str(folder.absolute()) if name not in MODELS and folder else name
         self.pretrained_revision = pretrained_model_revision
         self.use_lora = use_lora
         targets = [lora_target_modules] if isinstance(lora_target_modules, str) else list(lora_target_modules)

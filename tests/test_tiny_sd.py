@@ -1,13 +1,20 @@
-"""The bundled model has the format of Stable Diffusion, is small, and follows prompts and guidance."""
+"""The bundled models have the formats of Stable Diffusion, are small, and follow prompts and guidance."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from ddpo_fast.tiny_sd import MODEL, drawings
+from ddpo_fast.rewards.clip import ClipNetwork
+from ddpo_fast.tiny_sd import FLOW_MODEL, MODEL, drawings
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +48,15 @@ def test_the_background_follows_the_prompt(pipeline):
     """The corners of 'a lion on a red background' are red, and so for other colours."""
     names = ["red", "blue", "green", "yellow", "black", "white"]
     images = draw(pipeline, [f"a lion on a {name} background" for name in names])
+    assert share_with_backgrounds(images, names) >= 5 / 6
+
+
+def share_with_backgrounds(images, names):
+    """The share of images [B, H, W, 3] whose corner is nearer to the colour that is named than to the others."""
     corners = images[:, :6, :6].mean((1, 2)) * 255
     wanted = torch.tensor([drawings.BACKGROUNDS[name] for name in names], dtype=torch.float32)
     distances = torch.cdist(torch.tensor(corners, dtype=torch.float32), wanted)
-    assert (distances.argmin(1) == torch.arange(len(names))).float().mean() >= 5 / 6
+    return (distances.argmin(1) == torch.arange(len(names))).float().mean()
 
 
 def test_guidance_and_prompt_change_the_image(pipeline):
@@ -53,6 +65,39 @@ def test_guidance_and_prompt_change_the_image(pipeline):
     assert abs(lion - empty).mean() > 0.05
     weak, strong = draw(pipeline, ["a lion"], 1.0)[0], draw(pipeline, ["a lion"], 7.5)[0]
     assert abs(weak - strong).mean() > 0.02
+
+
+@pytest.fixture(scope="module")
+def flow_pipeline():
+    pipe = StableDiffusion3Pipeline.from_pretrained(
+        FLOW_MODEL, torch_dtype=torch.float32, text_encoder_3=None, tokenizer_3=None
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_the_flow_matching_model_is_small():
+    assert sum(path.stat().st_size for path in FLOW_MODEL.rglob("*")) < 6e6
+
+
+# rows of zeros in T5's place: diffusers' number, and none
+@pytest.mark.parametrize("rows", [256, 0])
+def test_the_flow_matching_model_follows_prompts(flow_pipeline, rows):
+    colours = ["red", "blue", "green", "yellow", "black", "white"]
+    animals = ["lion", "penguin", "frog", "panda", "whale", "fox"]
+    images = flow_pipeline(
+        [f"a {animal} on a {colour} background" for animal, colour in zip(animals, colours, strict=True)],
+        num_inference_steps=10,
+        guidance_scale=3.0,
+        max_sequence_length=rows,
+        generator=torch.Generator().manual_seed(0),
+        output_type="np",
+    ).images
+    assert share_with_backgrounds(images, colours) >= 5 / 6
+    clip = ClipNetwork("bundled")
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
+    cosines = clip.image_embeds(pixels) @ clip.text_embeds([f"a {animal}" for animal in animals]).T
+    assert (cosines.argmax(1) == torch.arange(len(animals))).float().mean() >= 4 / 6
 
 
 def test_drawings_are_all_there():

@@ -13,6 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 from ddpo_fast.families import Family, family_of_pipeline
 from ddpo_fast.processes import broadcast_from_main
 from ddpo_fast.run_folder import files
+from ddpo_fast.tiny_sd import MODELS
 
 TEMPLATE = """---
 {{ card_data }}
@@ -194,8 +195,8 @@ class HubModel(PyTorchModelHubMixin):
         card = make_model_card(
             model_name or name,
             family_of_pipeline(self.sd_pipeline),
-            # a path on this machine means nothing to a reader
-            base if base and not Path(base).expanduser().exists() else None,
+            # a path on this machine, or a bundled model's name, is no model of the Hub
+            None if base is None or base in MODELS or Path(base).expanduser().exists() else base,
             bool(getattr(self.sd_pipeline, "use_lora", False)),
             {*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])},
             dataset_name,

@@ -138,16 +138,24 @@ def training_set(repeats: int, rng: np.random.Generator) -> Iterator[tuple[str, 
     drawings = load_drawings()
     for _ in range(repeats):
         for name, drawing in drawings:
-            yield _variation(name, drawing, rng)
+            yield variation(name, drawing, rng)
 
 
-def _variation(name: str, drawing: Image.Image, rng: np.random.Generator) -> tuple[str, np.ndarray]:
+def variation(
+    name: str,
+    drawing: Image.Image,
+    rng: np.random.Generator,
+    sizes: tuple[float, float] = (0.78, 0.97),
+    degrees: float = 6,
+    mirrored: float = 0.25,
+) -> tuple[str, np.ndarray]:
     """The drawing on a random plain background, with random size, place, mirroring and rotation, and its caption."""
     colour = rng.choice(list(BACKGROUNDS))
     canvas = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), BACKGROUNDS[colour])
-    size = round(IMAGE_SIZE * rng.uniform(0.78, 0.97))
-    figure = drawing.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.25 else drawing
-    figure = figure.rotate(rng.uniform(-6, 6), Image.Resampling.BICUBIC).resize((size, size), Image.Resampling.LANCZOS)
+    size = round(IMAGE_SIZE * rng.uniform(*sizes))
+    figure = drawing.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < mirrored else drawing
+    figure = figure.rotate(rng.uniform(-degrees, degrees), Image.Resampling.BICUBIC)
+    figure = figure.resize((size, size), Image.Resampling.LANCZOS)
     slack = IMAGE_SIZE - size
     canvas.paste(figure, (round(rng.uniform(0, slack)), round(rng.uniform(0, slack))), figure)
     noun = with_article(name)
