@@ -14,7 +14,7 @@ from ddpo_fast import DDPOConfig, cli, config_rules, package_rules, recipes
 from ddpo_fast.commands import options as command_options
 from ddpo_fast.commands import plan, train
 from ddpo_fast.recipes.fit import BATCH_SIZES
-from ddpo_fast.tiny_sd import MODEL
+from ddpo_fast.tiny_sd import FLOW_MODEL, MODEL
 
 DEFAULTS = DDPOConfig()
 SHIPPED = recipes.names()
@@ -42,7 +42,7 @@ PAPERS = ("sample_num_steps", "sample_guidance_scale", "per_prompt_stat_tracking
 
 
 def test_the_shipped_recipes():
-    kinds = ("bundled", "flux", "sd", "sd3", "sdxl")
+    kinds = ("bundled-flow", "bundled", "flux", "sd", "sd3", "sdxl")
     assert [*(f"{kind}-{weights}" for kind in kinds for weights in ("full", "lora")), "trl"] == SHIPPED
 
 
@@ -83,6 +83,8 @@ def test_each_setting_of_a_shipped_recipe_has_a_reason(name):
         ([], "bundled-lora"),
         (["--full-finetune"], "bundled-full"),
         (["--pretrained_model", str(MODEL)], "bundled-lora"),
+        (["--pretrained_model", "bundled-flow"], "bundled-flow-lora"),
+        (["--pretrained_model", str(FLOW_MODEL), "--full-finetune"], "bundled-flow-full"),
         (OTHER_MODEL, "sd-lora"),
         ([*OTHER_MODEL, "--full-finetune"], "sd-full"),
         ([*OTHER_MODEL, "--full-finetune=False"], "sd-lora"),
@@ -409,7 +411,7 @@ def test_the_command_of_a_plan_has_the_settings_that_were_planned(given, monkeyp
         assert "--step_credit" not in command
         run, config = train.read_options(command)
         assert run.full_finetune is full
-        name = "trl" if "--recipe" in given else recipes.choose(bundled=True, full_finetune=full)
+        name = "trl" if "--recipe" in given else recipes.choose("bundled", full_finetune=full)
         assert f"recipe {name}\n" in printed
         wanted = train.read_options([*given, *(["--full-finetune"] if full else [])])[1]
         wanted.train_micro_batch_size = 5

@@ -28,7 +28,7 @@ from ddpo_fast.model_configs import family_of_model
 from ddpo_fast.prompts import PROMPT_LISTS, existing
 from ddpo_fast.recipes import LORA_SETTINGS, Recipe, choose, fit, load
 from ddpo_fast.rewards import weights_of
-from ddpo_fast.tiny_sd import MODEL
+from ddpo_fast.tiny_sd import MODELS
 
 # the layers that TRL adapts
 TRL_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
@@ -63,7 +63,11 @@ class RunArguments(RewardArguments):
     """The model, the part of it to train, the rewards and the prompts."""
 
     pretrained_model: str = field(
-        default="", metadata={"help": "Folder or Hub id of a Stable Diffusion (default: the bundled tiny model)."}
+        default="",
+        metadata={
+            "help": "Folder or Hub id of a model (default: the bundled tiny Stable Diffusion; `bundled-flow`: the "
+            "bundled flow-matching one)."
+        },
     )
     pretrained_revision: str = field(default="main", metadata={"help": "Revision of the model on the Hub."})
     full_finetune: bool = field(default=False, metadata={"help": "Train all weights of the UNet instead of a LoRA."})
@@ -275,31 +279,35 @@ def apply_recipe(options: argparse.Namespace, given: set[str]) -> Recipe:
 
 
 def apply_bundled_scorer(options: argparse.Namespace) -> None:
-    """Sets `reward_model` to the bundled scorer, for rewards that it has, if the model is the bundled one.
+    """Sets `reward_model` to the bundled scorer, for rewards that it has, if the model is a bundled one.
 
-    Its images are like no others, and other scorers' weights would have to be fetched. Raises `ValueError` for a reward
-    that is written wrongly.
+    Their images are like no others, and other scorers' weights would have to be fetched. Raises `ValueError` for a
+    reward that is written wrongly.
     """
     specs = [spec for spec in (options.reward, options.eval_reward) if spec]
     names = dict.fromkeys(name for spec in specs for name in weights_of(spec) if name in BUNDLED_SCORERS)
-    if _is_bundled(options.pretrained_model) and not options.reward_model:
+    if _bundled_name(options.pretrained_model) is not None and not options.reward_model:
         options.reward_model = ",".join(f"{name}=bundled" for name in names)
 
 
 def _recipe_of(options: argparse.Namespace) -> str:
-    if _is_bundled(options.pretrained_model):
-        return choose(True, options.full_finetune)
+    bundled = _bundled_name(options.pretrained_model)
+    if bundled is not None:
+        return choose(bundled or "bundled", options.full_finetune)
     try:
         family = family_of_model(options.pretrained_model, options.pretrained_revision).recipe
     except (OSError, ValueError):
         # the command's check of the model says what is wrong
         family = "sd"
-    return choose(False, options.full_finetune, family)
+    return choose(family, options.full_finetune)
 
 
-def _is_bundled(model: str) -> bool:
-    path = existing(model)
-    return not model or (path is not None and path.resolve() == MODEL.resolve())
+def _bundled_name(model: str) -> str | None:
+    """The name of the bundled model that is meant by its name or folder, or None for any other."""
+    folder = existing(model)
+    if folder is None:
+        return model if model in MODELS else None
+    return next((name for name, bundled in MODELS.items() if folder.resolve() == bundled.resolve()), None)
 
 
 def precision_or_default(given: str | None, on_gpu: bool) -> str:

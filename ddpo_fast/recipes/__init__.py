@@ -91,9 +91,9 @@ def names() -> list[str]:
     return sorted(path.stem for path in Path(__file__).parent.glob("*.yaml"))
 
 
-def choose(bundled: bool, full_finetune: bool, family: str = "sd") -> str:
-    """The name of the recipe for the bundled model or one of a `Family.recipe`, and for all weights or a LoRA."""
-    return f"{'bundled' if bundled else family}-{'full' if full_finetune else 'lora'}"
+def choose(kind: str, full_finetune: bool) -> str:
+    """The name of the recipe for a bundled model or a `Family.recipe`, and for all weights or a LoRA."""
+    return f"{kind}-{'full' if full_finetune else 'lora'}"
 
 
 def path_of(name: str) -> Path:
