@@ -1,5 +1,5 @@
 """The bundled models: a Stable Diffusion of 6 million weights that draws animals, trained by `build.py`, and a
-Stable Diffusion 3 of 2.4 million weights that draws the same, by flow matching, trained by `build_flow.py`.
+Stable Diffusion 3 of 2.3 million weights that draws the same, by flow matching, trained by `build_flow.py`.
 
 Beside them lies a scorer of their images: a CLIP of a million weights, trained by `build_scorer.py`.
 """

@@ -1,6 +1,6 @@
 """Trains the bundled flow-matching model: `python -m ddpo_fast.tiny_sd.build_flow --work-dir build/flow`.
 
-A Stable Diffusion 3 of 2.4 million weights, T5 left out, that draws the animals of the bundled model: it has that
+A Stable Diffusion 3 of 2.3 million weights, T5 left out, that draws the animals of the bundled model: it has that
 model's autoencoder and vocabulary, and its first text encoder began as that model's. A quarter of an hour on one CPU
 core; all draws are seeded, so the same machine and number of threads give the same weights.
 """
