@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from compare_runs import metrics_of, trained_weights
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -11,6 +12,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from tiny_run import build_trainer
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ddpo_fast.rewards.clip import ClipNetwork
@@ -98,6 +100,21 @@ def test_the_flow_matching_model_follows_prompts(flow_pipeline, rows):
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
     cosines = clip.image_embeds(pixels) @ clip.text_embeds([f"a {animal}" for animal in animals]).T
     assert (cosines.argmax(1) == torch.arange(len(animals))).float().mean() >= 4 / 6
+
+
+def test_the_flow_matching_model_trains(tmp_path):
+    settings = {"sample_num_steps": 2, "sample_eta": 0.7, "sample_batch_size": 2, "sample_num_batches_per_epoch": 1}
+    trainer = build_trainer(
+        "bundled-flow", tmp_path / "run", use_lora=True, train_gradient_accumulation_steps=1, **settings
+    )
+    before = trained_weights(trainer)
+    trainer.train()
+    after = trained_weights(trainer)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    updates = [row for row in metrics_of(tmp_path / "run") if row["kind"] == "update"]
+    # two epochs of an update each, the first on images of the weights that drew them
+    assert [row["ratio_drift"] for row in updates[:1]] == pytest.approx([0.0], abs=1e-4)
+    assert all(row["grad_norm"] > 0 and row["skipped"] == 0 for row in updates)
 
 
 def test_drawings_are_all_there():
