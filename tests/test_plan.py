@@ -71,7 +71,8 @@ def test_weights_are_counted(footprints):
     full, lora = footprints["full"], footprints["lora"]
     assert (full.trained_weights, full.frozen_bytes) == (SD15_WEIGHTS, 0)
     assert (lora.trained_weights, lora.frozen_bytes) == (797_184, 2 * SD15_WEIGHTS)
-    assert (full.vae_weights, full.text_weights) == (83_653_863, 123_060_480)
+    # the text encoder also has the numbers of its 77 positions
+    assert (full.vae_bytes, full.text_bytes) == (2 * 83_653_863, 2 * 123_060_480 + 8 * 77)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +229,7 @@ def test_an_offloaded_step_makes_fp32_gradients_unless_it_reads_them_in_half_pre
 
 
 def test_offloaded_networks_take_device_memory_only_while_they_compute(footprints):
-    vae, text = (2 * n for n in (footprints["lora"].vae_weights, footprints["lora"].text_weights))
+    vae, text = footprints["lora"].vae_bytes, footprints["lora"].text_bytes
     phases = predict(footprints["lora"], config(offload_frozen=True, train_micro_batch_size=1)).phases
     found = {name: (parts.get("VAE", 0), parts.get("text encoder", 0)) for name, parts in phases.items()}
     none = (0, 0)
@@ -245,13 +246,13 @@ def test_offloaded_networks_take_device_memory_only_while_they_compute(footprint
 
 
 def test_prompts_that_are_embedded_once_leave_the_text_encoder_out(footprints):
-    text = 2 * footprints["lora"].text_weights
+    text = footprints["lora"].text_bytes
     plan = predict(footprints["lora"], config(embed_prompts_once=True, train_micro_batch_size=1))
     found = {name: parts.get("text encoder", 0) for name, parts in plan.phases.items()}
     assert found == {name: text if name == "encoding" else 0 for name in plan.phases}
     # mapped from its file, it takes no host memory either
     away = predict(footprints["lora"], config(embed_prompts_once=True, offload_frozen=True, train_micro_batch_size=1))
-    assert (plan.host, away.host) == ({}, {"VAE": 2 * footprints["lora"].vae_weights})
+    assert (plan.host, away.host) == ({}, {"VAE": footprints["lora"].vae_bytes})
 
 
 @pytest.mark.parametrize(("kind", "each"), [("8bit", 1 + 4 / 256), ("4bit", 1 / 2 + 4 / 64)])
@@ -302,7 +303,7 @@ def test_the_peak_of_a_row_is_above_what_it_keeps_and_least_with_blocks(footprin
 def test_the_trace_keeps_what_the_network_keeps(adapter):
     """Of the bundled model on a CPU, where no layer that keeps less is fused."""
     footprint = Footprint(check_model(str(MODEL)), adapter, torch.float32, "cpu", fused=False)
-    unet = footprint._unet().to_empty(device="cpu").train()
+    unet = footprint._network().to_empty(device="cpu").train()
     there = {p.untyped_storage().data_ptr() for p in unet.parameters()}
     inputs = (torch.empty_like(x, device="cpu").zero_() for x in footprint._inputs(8))
     assert 8 * footprint.kept_per_row() == pytest.approx(kept_bytes(lambda: unet(*inputs), there), rel=0.01)

@@ -28,6 +28,8 @@ from ddpo_fast.commands.options import (
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.device_memory import CUDA_CONTEXT, GB
 from ddpo_fast.engine import compute_dtype
+from ddpo_fast.families import with_family
+from ddpo_fast.lora import TRL_TARGETS
 from ddpo_fast.model_configs import ModelConfigs, check_model
 from ddpo_fast.plan import (
     CUDA_WORKSPACES,
@@ -93,15 +95,21 @@ def footprint_of(
     """The sizes of the model's weights and activations, if all weights are trained (`full`) or a LoRA."""
     return Footprint(
         configs,
-        None if full else Adapter(run.lora_rank, tuple(run.target_modules)),
+        None if full else Adapter(run.lora_rank, _targets(run)),
         compute_dtype(config.mixed_precision),
         device_type,
         config.fuse_unet,
         config.sample_num_steps,
         config.sample_cache,
         reward,
+        (config.height, config.width),
         "none" if full else config.quantize_frozen,
     )
+
+
+def _targets(run: RunArguments) -> tuple[str, ...] | None:
+    """The layers of a new adapter; TRL's default stands for the family's usual ones."""
+    return None if set(run.target_modules) == set(TRL_TARGETS) else tuple(run.target_modules)
 
 
 def memory_of_rewards(
@@ -133,8 +141,8 @@ def print_plans(cases: Sequence[Case], num_processes: int = 1) -> None:
         )
         reward = memory_of_rewards(case.run, case.config, configs)
         try:
-            footprint = footprint_of(case.run, case.config, configs, full, reward)
-            choice = choose(footprint, case.config, capacity, num_processes)
+            config = with_family(case.config, configs.family)
+            choice = choose(footprint_of(case.run, config, configs, full, reward), config, capacity, num_processes)
         except ValueError as error:
             problems.append(str(error))
             print(f"{error}\n")
@@ -226,7 +234,7 @@ def apply_auto_memory(
     configs = configs_of(run, config)
     reward = memory_of_rewards(run, config, configs, device.type)
     footprint = footprint_of(run, config, configs, run.full_finetune, reward, device.type)
-    choice = choose(footprint, config, _capacity(config), num_processes())
+    choice = choose(footprint, with_family(config, configs.family), _capacity(config), num_processes())
     for name, value in choice.settings.items():
         setattr(config, name, value)
     config.check()

@@ -4,7 +4,7 @@ Networks are built on PyTorch's `meta` device, where a tensor has a shape and a 
 there: each op computes the shape of its output and allocates nothing. So no weights are read, no GPU is needed, and the
 model may be larger than this machine's memory. live_bytes.py counts the bytes that the tensors would take.
 
-Shapes: R rows of a UNet's batch, or images, C H W latent, L tokens, D width of the text embedding.
+Shapes: R rows of a network's batch, or images, C H W latent, L tokens, D width of the text embedding.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from peft import LoraConfig
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import T5EncoderModel
 
 from ddpo_fast import sampler
+from ddpo_fast.families import Family
 from ddpo_fast.model_configs import ModelConfigs
+from ddpo_fast.plan import meta_model
 from ddpo_fast.plan.live_bytes import Trace, trace
 from ddpo_fast.plan.reward_memory import RewardMemory
 from ddpo_fast.prompt_embeddings import ENCODED_AT_ONCE
@@ -38,10 +39,10 @@ from ddpo_fast.unet import (
 
 @dataclass(frozen=True)
 class Adapter:
-    """The shape of a LoRA: its rank, and the names of the UNet's layers that have one."""
+    """The shape of a LoRA: its rank, and the names of the layers that have one (None: the family's usual)."""
 
     rank: int = 4
-    target_modules: Sequence[str] = ("to_k", "to_q", "to_v", "to_out.0")
+    target_modules: Sequence[str] | None = None
 
 
 class Footprint:
@@ -49,13 +50,14 @@ class Footprint:
 
     Args:
         configs: the model's.
-        adapter: the LoRA that is trained, or None if all weights of the UNet are.
+        adapter: the LoRA that is trained, or None if all weights of the network are.
         dtype: what the networks compute in.
         device_type: 'cuda' or 'cpu', which decides which layers are fused and which kernels run.
         fused: the setting `fuse_unet`.
         steps: denoising steps.
         cached: the setting `sample_cache`.
         reward: the memory of the run's rewards.
+        size: (height, width) of images in pixels; None for the model's own.
         quantized: the setting `quantize_frozen`.
     """
 
@@ -69,27 +71,36 @@ class Footprint:
         steps: int = 50,
         cached: bool = True,
         reward: RewardMemory | None = None,
+        size: tuple[int | None, int | None] = (None, None),
         quantized: str = "none",
     ) -> None:
         self.configs, self.adapter, self.dtype, self.device_type = configs, adapter, dtype, device_type
         self.fused, self.steps, self.cached = fused, steps, cached
-        self.reward, self.quantized = reward or RewardMemory(), quantized
-        with torch.device("meta"):
-            self._vae: Any = AutoencoderKL.from_config(configs.vae)
-            self._text_encoder: Any = CLIPTextModel(CLIPTextConfig(**configs.text_encoder))
-        for frozen in (self._vae, self._text_encoder):
-            _in_precision(frozen.eval().requires_grad_(False), dtype)
-        unet = self._unet()
-        trained = [p for p in unet.parameters() if p.requires_grad]
+        self.reward = reward or RewardMemory()
+        self.size, self.quantized = size, quantized
+        self._frozen = meta_model.frozen_networks(configs, dtype)
+        if quantized != "none":
+            for encoder in self._frozen.values():
+                if isinstance(encoder, T5EncoderModel):
+                    quantize_linears(encoder, quantized, "meta", encoder.dtype)
+        self._vae: Any = self._frozen["vae"]
+        network = self._network()
+        trained = [p for p in network.parameters() if p.requires_grad]
         self.trained_sizes = [p.numel() for p in trained]
-        frozen_tensors = [*(p for p in unet.parameters() if not p.requires_grad), *unet.buffers()]
-        # of the UNet's frozen weights, in the precision that the networks compute in unless they are quantized
-        self.frozen_bytes = sum(tensor.nbytes for tensor in frozen_tensors)
-        self.vae_weights, self.text_weights = (
-            sum(p.numel() for p in network.parameters()) for network in (self._vae, self._text_encoder)
-        )
-        blocks = [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
-        self.largest_block = max(sum(p.numel() for p in block.parameters()) for block in blocks)
+        # bytes of the network's frozen weights, of the VAE, and of all text encoders
+        self.frozen_bytes = meta_model.bytes_of(network)
+        self.vae_bytes = meta_model.bytes_of(self._vae)
+        self.text_bytes = sum(map(meta_model.bytes_of, self._encoders.values()))
+        self.largest_block = meta_model.largest_block(network)
+
+    @property
+    def _encoders(self) -> dict[str, Any]:
+        return {name: network for name, network in self._frozen.items() if name != "vae"}
+
+    @property
+    def name(self) -> str:
+        """What the trained network is, for tables."""
+        return "UNet" if self.configs.family.network == "unet" else "transformer"
 
     @property
     def itemsize(self) -> int:
@@ -102,25 +113,31 @@ class Footprint:
         return sum(self.trained_sizes)
 
     @property
-    def unet_bytes(self) -> int:
-        """Bytes of the weights that the UNet computes with."""
+    def network_bytes(self) -> int:
+        """Bytes of the weights that the network computes with."""
         return self.frozen_bytes + self.itemsize * self.trained_weights
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, H, W)."""
-        return self.configs.latent_shape
+        return self.configs.family.latent_shape_of(self.configs.parts, *self.size)
 
     @property
     def embedding_shape(self) -> tuple[int, int]:
-        """(L, D)."""
-        return self.configs.text_encoder["max_position_embeddings"], self.configs.unet["cross_attention_dim"]
+        """(L, D), with the rows of a pooled embedding."""
+        return meta_model.embedding_shape(self.configs)
 
     @property
-    def pixels(self) -> int:
-        """The number of values of an image, three for each pixel."""
-        height, width = self.configs.image_size
-        return 3 * height * width
+    def negative_shape(self) -> tuple[int, int]:
+        """(L, D) of the negative prompt's embedding, which a family that is not guided by rows has none of."""
+        tokens, width = self.embedding_shape
+        return (tokens if self.configs.family.guides_by_rows else 0), width
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of an image as the VAE gives it, three values for each pixel."""
+        height, width = self.configs.family.image_size_of(self.configs.parts, *self.size)
+        return self._vae.dtype.itemsize * 3 * height * width
 
     @property
     def decoded_at_once(self) -> int:
@@ -128,31 +145,41 @@ class Footprint:
         _, height, width = self.latent_shape
         return max(1, sampler.DECODED_AT_ONCE // (height * width))
 
-    def _unet(self) -> Any:
-        """The UNet on `meta`, with the fused layers and the attention that `placement.py` gives it."""
-        with torch.device("meta"):
-            unet: Any = UNet2DConditionModel.from_config(self.configs.unet)
-            if self.adapter is not None:
-                unet.requires_grad_(False)
-                unet.add_adapter(LoraConfig(r=self.adapter.rank, target_modules=list(self.adapter.target_modules)))
-            if self.adapter is not None and self.quantized != "none":
-                quantize_linears(unet, self.quantized, "meta", self.dtype)
-        _in_precision(unet, self.dtype)
-        for module in unet.modules():
+    def _network(self) -> Any:
+        """The trained network on `meta`, with the layers and the attention that `placement.py` gives it."""
+        network = meta_model.made(self.configs, self.configs.family.network)
+        if self.adapter is not None:
+            network.requires_grad_(False)
+            targets = self.adapter.target_modules or self.configs.family.targets
+            with torch.device("meta"):
+                network.add_adapter(LoraConfig(r=self.adapter.rank, target_modules=list(targets)))
+            if self.quantized != "none":
+                quantize_linears(network, self.quantized, "meta", self.dtype)
+        meta_model.in_precision(network, self.dtype)
+        for module in network.modules():
             # the processor that `set_attention` chooses without xformers
             if hasattr(module, "set_processor") and is_plain(module):
                 module.set_processor(SDPAProcessor())
         if self.fused:
-            fuse_unet(unet.to(memory_format=torch.channels_last), faster_layers(self.device_type))
-        return unet
+            fuse_unet(network.to(memory_format=torch.channels_last), faster_layers(self.device_type))
+        return network
+
+    def _family(self, network: Any) -> Family:
+        return meta_model.family_of_network(self.configs, network, self._frozen, self.steps, self.size)
+
+    def _call(self, family: Family, rows: int) -> torch.Tensor:
+        """The network's output [R, C, H, W]."""
+        # made again in each call, as a trace compares calls op by op
+        family.buffers.clear()
+        return family.call(*self._inputs(rows))
 
     def _inputs(self, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The UNet's inputs: latents [R, C, H, W], timesteps [R] and embeddings [R, L, D]."""
+        """The network's inputs: latents [R, C, H, W], keys of steps [R] and embeddings [R, L, D]."""
         # stored latents are fp32, and the copy that the cast makes counts too
         latents = torch.empty(rows, *self.latent_shape, device="meta")
-        timesteps = torch.empty(rows, dtype=torch.int64, device="meta")
+        keys = torch.empty(rows, dtype=torch.int64, device="meta")
         embeds = torch.empty(rows, *self.embedding_shape, dtype=self.dtype, device="meta")
-        return latents.to(self.dtype), timesteps, embeds
+        return latents.to(self.dtype), keys, embeds
 
     @functools.cache  # noqa: B019 (a footprint lives as long as its plan)
     def training(self, mode: str = "none", gradients: torch.dtype | None = None) -> Trace:
@@ -164,7 +191,8 @@ class Footprint:
                 it has been added to its total, and the totals are not counted. Otherwise the dtype of the totals, which
                 the pass creates: they are counted, and stay until the end.
         """
-        unet = set_gradient_checkpointing(self._unet(), mode).train()
+        network = set_gradient_checkpointing(self._network(), mode).train()
+        family = self._family(network)
         # the totals of gradients, if the pass creates them
         kept: list[torch.Tensor] = []
 
@@ -175,12 +203,12 @@ class Footprint:
                 kept.append(parameter.grad.to(gradients))
             parameter.grad = None
 
-        for parameter in unet.parameters():
+        for parameter in network.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(add)
 
         def compute(rows: int) -> None:
-            output = unet(*self._inputs(rows)).sample
+            output = self._call(family, rows)
             # `ppo_loss` computes the gradient with respect to the output without autograd, so backward starts there
             torch.autograd.backward(output, torch.empty_like(output))
             kept.clear()
@@ -190,10 +218,10 @@ class Footprint:
     @functools.cache  # noqa: B019
     def kept_per_row(self, mode: str = "none") -> int:
         """Bytes that each row of a training forward pass keeps for the backward pass."""
-        unet = set_gradient_checkpointing(self._unet(), mode).train()
+        family = self._family(set_gradient_checkpointing(self._network(), mode).train())
 
         def compute(rows: int) -> None:
-            output = unet(*self._inputs(rows)).sample
+            output = self._call(family, rows)
             # The count is taken after each op, when the temporary tensors of the UNet's last layer still exist. This op
             # on an empty tensor makes one more count, when only the output and its autograd graph exist.
             torch.empty(0, device=output.device)
@@ -203,8 +231,8 @@ class Footprint:
     @functools.cached_property
     def sampling(self) -> Trace:
         """A denoising step of R rows, without the tensors that `cached_bytes` counts."""
-        unet = self._unet().eval()
-        return trace(torch.no_grad()(lambda rows: unet(*self._inputs(rows))), self.device_type)
+        family = self._family(self._network().eval())
+        return trace(torch.no_grad()(lambda rows: self._call(family, rows)), self.device_type)
 
     @functools.cache  # noqa: B019
     def cached_bytes(self, rows: int) -> int:
@@ -213,11 +241,11 @@ class Footprint:
         These are the prompts' embeddings and, with `sample_cache`, their keys and values in each cross-attention, and
         the projected time embedding of each residual block at each timestep (see unet/sampling_cache.py).
         """
-        unet = self._unet()
+        network = self._network()
         tokens, width = self.embedding_shape
         values = rows * tokens * width
-        if self.cached and not cache_problem(unet):
-            cache = UNetCache(unet)
+        if self.cached and not cache_problem(network):
+            cache = UNetCache(network)
             values += rows * tokens * sum(projection.out_features for projection in cache.projections)
             values += (self.steps + 1) * sum(block.time_emb_proj.out_features for block in cache.blocks)
         return values * self.dtype.itemsize
@@ -229,7 +257,7 @@ class Footprint:
 
         @torch.no_grad()
         def compute(images: int) -> None:
-            self._vae.decode(torch.empty(images, *self.latent_shape, dtype=self.dtype, device="meta"))
+            self._vae.decode(torch.empty(images, *self.latent_shape, dtype=self._vae.dtype, device="meta"))
 
         return trace(compute, self.device_type)
 
@@ -239,12 +267,7 @@ class Footprint:
 
         @torch.no_grad()
         def compute(prompts: int) -> None:
-            self._text_encoder(torch.empty(prompts, self.embedding_shape[0], dtype=torch.int64, device="meta"))
+            for name, encoder in self._encoders.items():
+                meta_model.encode(self.configs, name, encoder, prompts)
 
         return trace(compute, self.device_type).peak(ENCODED_AT_ONCE)
-
-
-def _in_precision(network: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Casts a network's parameters without `network.to(dtype)`, for which diffusers prints a warning."""
-    for parameter in network.parameters():
-        parameter.data = parameter.data.to(dtype)

@@ -115,12 +115,12 @@ def predict(
         always["recorded graphs"] = temporary["sampling"] + temporary["training"]
 
     # The frozen networks are resident too, unless `offload_frozen` brings each to the GPU only while it computes.
-    # `embed_prompts_once` leaves the text encoder as it was loaded, mapped from its file, which takes no memory.
-    vae, text_encoder = (footprint.itemsize * n for n in (footprint.vae_weights, footprint.text_weights))
-    frozen = {"VAE": vae} if config.embed_prompts_once else {"VAE": vae, "text encoder": text_encoder}
+    # `embed_prompts_once` leaves the text encoders where they were loaded, which takes no memory between their calls.
+    vae, text_encoder = footprint.vae_bytes, footprint.text_bytes
+    kept = {"VAE": vae, "text encoder": 0 if config.embed_prompts_once else text_encoder}
+    frozen = {} if config.offload_frozen else {name: size for name, size in kept.items() if size}
     if config.offload_frozen:
-        host = {**host, " and ".join(frozen): sum(frozen.values())}
-        frozen = {}
+        host = {**host, "VAE and text encoder" if kept["text encoder"] else "VAE": sum(kept.values())}
 
     # The rewards score an epoch's images while the next ones are sampled.
     if footprint.reward.resident:
@@ -138,8 +138,7 @@ def predict(
 
     # An epoch's trajectories and images are kept until the epoch's training has ended.
     images = config.sample_batch_size * config.sample_num_batches_per_epoch
-    image_bytes = footprint.itemsize * footprint.pixels
-    epoch = {"trajectories, images": _rollout_bytes(footprint, config) + images * image_bytes}
+    epoch = {"trajectories, images": _rollout_bytes(footprint, config) + images * footprint.image_bytes}
 
     resident: dict[str, Bytes] = {
         # prompts are encoded at the beginning of an epoch, before there are trajectories
@@ -158,8 +157,8 @@ def predict(
     }
     if footprint.device_type == "cuda":
         # Before the first epoch frozen weights are converted on their way to the GPU, and trained ones come in fp32.
-        unet = footprint.frozen_bytes + FP32_BYTES * footprint.trained_weights
-        phases = {"loading": {"UNet": unet, **frozen, **cuda}, **phases}
+        network = footprint.frozen_bytes + FP32_BYTES * footprint.trained_weights
+        phases = {"loading": {footprint.name: network, **frozen, **cuda}, **phases}
     return Plan(phases, host)
 
 
@@ -187,13 +186,13 @@ def _weight_bytes(footprint: Footprint, config: DDPOConfig, num_processes: int) 
     parts = num_processes if config.zero else 1
     offloads = config.offload != "none"
 
-    # the weights that the UNet computes with
-    unet = footprint.unet_bytes
+    # the weights that the network computes with
+    network = footprint.network_bytes
     if config.zero == 3:
         # this process's part, and the weights that are gathered at the same time, assumed to be two of the largest
         # blocks
         gathered = 2 * size * footprint.largest_block
-        unet = gathered + (0 if config.offload == "all" else unet // num_processes)
+        network = gathered + (0 if config.offload == "all" else network // num_processes)
 
     # The fp32 weights that the optimizer trains, unless they are the UNet's own tensors. They are separate tensors if
     # the UNet computes in half precision (except with stochastic rounding), if they are in host memory, and if only a
@@ -203,7 +202,7 @@ def _weight_bytes(footprint: Footprint, config: DDPOConfig, num_processes: int) 
     states = state_bytes(footprint.trained_sizes, config) // parts
     ema = FP32_BYTES * trained // parts if config.ema_decay > 0 else 0
 
-    gpu: Bytes = {"UNet": unet}
+    gpu: Bytes = {footprint.name: network}
     if config.train_kl_weight > 0:
         # of the weights that are trained, in the compute precision (see reference.py)
         gpu["reference weights"] = size * trained
@@ -233,7 +232,7 @@ def _weight_bytes(footprint: Footprint, config: DDPOConfig, num_processes: int) 
             # the 8-bit optimizer reads half-precision gradients without an fp32 copy
             host["fp32 gradients"] = fp32_gradient_bytes(footprint, config)
     if config.zero == 3 and config.offload == "all":
-        host["UNet"] = footprint.unet_bytes // num_processes
+        host[footprint.name] = footprint.network_bytes // num_processes
     return gpu, host
 
 
@@ -248,7 +247,7 @@ def _rollout_bytes(footprint: Footprint, config: DDPOConfig, batches: int | None
     scalars = (8 + 4) * steps
     # int64 token ids, the prompt's embedding, and the negative prompt's, which is repeated for each image when the
     # trajectories of batches are joined
-    text = tokens * (8 + 2 * embedding * footprint.itemsize)
+    text = tokens * 8 + (tokens + footprint.negative_shape[0]) * embedding * footprint.itemsize
     return (latents + scalars + text) * config.sample_batch_size * (batches or config.sample_num_batches_per_epoch)
 
 
@@ -272,7 +271,7 @@ def _temporary_bytes(footprint: Footprint, config: DDPOConfig, num_processes: in
 def decode_bytes(footprint: Footprint, config: DDPOConfig, images: int) -> int:
     """The memory of decoding a batch, a few images at a time, into one tensor that is then scaled to [0, 1]."""
     at_once = 1 if config.vae_slicing else min(images, footprint.decoded_at_once)
-    pixels = footprint.itemsize * footprint.pixels
+    pixels = footprint.image_bytes
     # while the last images are decoded, the others exist already
     decoding = footprint.decoding(config.vae_tiling).peak(at_once) + (images - at_once) * pixels
     # at the end all images exist three times: the parts joined, clamped, and stacked
@@ -284,13 +283,13 @@ def _training_bytes(footprint: Footprint, config: DDPOConfig, num_processes: int
     channels, height, width = footprint.latent_shape
     tokens, embedding = footprint.embedding_shape
     latents = FP32_BYTES * channels * height * width
-    text = tokens * embedding * footprint.itemsize
-    # The factor 2: latents before and after a step, and embeddings of the prompt and of the negative prompt. The data
-    # of an update's images is copied from the epoch's trajectories, and the data of a micro-batch's pairs from that
-    # copy.
+    # embeddings of the prompt and of the negative prompt
+    text = (tokens + footprint.negative_shape[0]) * embedding * footprint.itemsize
+    # The factor 2: latents before and after a step. The data of an update's images is copied from the epoch's
+    # trajectories, and the data of a micro-batch's pairs from that copy.
     images = config.train_batch_size * config.train_gradient_accumulation_steps
-    batches = images * 2 * (config.sample_num_steps * latents + text)
-    picked = pairs * 2 * (latents + text)
+    batches = images * (2 * config.sample_num_steps * latents + text)
+    picked = pairs * (2 * latents + text)
     # with `optimizer_in_backward` the largest weight may be updated at the peak of the activations, the worst case
     step = step_bytes(footprint, config) if config.optimizer_in_backward else 0
     rows = pairs * config.rows_per_pair

@@ -1,0 +1,92 @@
+"""Predicted memory of each family: against what small models take here, and of published models at full size."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from peft import LoraConfig
+from tiny_models import save
+
+from ddpo_fast.families import family_of_pipeline
+from ddpo_fast.model_configs import check_model
+from ddpo_fast.plan.footprint import Adapter, Footprint
+from ddpo_fast.unet import faster_layers, fuse_unet
+
+sys.path.append(str(Path(__file__).parents[1] / "bench"))
+from lib import published_configs
+from lib.call_costs import peak_bytes
+
+FAMILIES = ("sdxl", "sd35", "flux_dev")
+ROWS = 4
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("families")
+    return {name: save(name, folder / name) for name in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("published")
+    return {name: published_configs.write(name, folder / name) for name in published_configs.MODELS}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_predicted_against_measured(folders, name):
+    """A forward and a backward pass over an adapter, and a prompt's embedding."""
+    footprint = Footprint(check_model(folders[name]), Adapter(4), torch.float32, "cpu", steps=4)
+    family = family_of_pipeline(DiffusionPipeline.from_pretrained(folders[name]))
+    with torch.no_grad():
+        _, embeds = family.encode(["a cat"], torch.device("cpu"))
+    assert embeds.shape[1:] == footprint.embedding_shape
+    assert family.latent_shape == footprint.latent_shape
+    assert footprint.text_bytes == sum(
+        tensor.nbytes for part in family.text_encoders.values() for tensor in (*part.parameters(), *part.buffers())
+    )
+
+    network = family.denoiser.requires_grad_(False).train()
+    network.add_adapter(LoraConfig(r=4, target_modules=list(family.targets)))
+    fuse_unet(network.to(memory_format=torch.channels_last), faster_layers("cpu"))
+    assert footprint.trained_weights == sum(p.numel() for p in network.parameters() if p.requires_grad)
+    family.set_steps(4, "cpu")
+
+    def passes() -> None:
+        latents = torch.randn(ROWS, *family.latent_shape)
+        output = family.call(latents, family.keys[:1].repeat(ROWS), embeds.repeat(ROWS, 1, 1))
+        torch.autograd.backward(output, torch.ones_like(output))
+        for parameter in network.parameters():
+            parameter.grad = None
+
+    passes()
+    # the same within a tenth: ops allocate workspaces inside, and adding up gradients is counted as it is in training
+    assert footprint.training().peak(ROWS) == pytest.approx(peak_bytes(passes, "cpu"), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "network", "text", "shape"),
+    [
+        ("sdxl", 2_567_463_684, 123_060_480 + 694_659_840, (78, 2048)),
+        ("sd35_medium", 2_243_171_520, 123_650_304 + 694_659_840 + 4_762_310_656, (334, 4096)),
+        ("flux_dev", 11_901_408_320, 123_060_480 + 4_762_310_656, (513, 4096)),
+    ],
+)
+def test_published_models(published, name, network, text, shape):
+    """Their weights, as their files have them, and the rows of a prompt."""
+    footprint = Footprint(check_model(published[name], has_weights=False), Adapter(16), torch.bfloat16)
+    # buffers are positions
+    assert footprint.frozen_bytes == pytest.approx(2 * network, rel=1e-3)
+    assert footprint.text_bytes == pytest.approx(2 * text, rel=1e-3)
+    assert footprint.embedding_shape == shape
+
+
+def test_images_of_another_size(published):
+    configs = check_model(published["sdxl"], has_weights=False)
+    wide = Footprint(configs, Adapter(), torch.bfloat16, size=(768, 1344))
+    assert wide.latent_shape == (4, 96, 168)
+    # the VAE computes in fp32, whose images in fp16 are black
+    assert wide.image_bytes == 4 * 3 * 768 * 1344
