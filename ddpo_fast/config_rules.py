@@ -254,6 +254,10 @@ CONFLICTS: tuple[tuple[Callable[[Settings], bool], str], ...] = (
         "cuda_graphs, compile_unet and quantize_frozen do not work with ZeRO: leave them out",
     ),
     (
+        lambda c: c.compile_unet and c.quantize_frozen != "none",
+        "compile_unet is True, and quantize_frozen has layers that the compiler cannot read: leave out one of them",
+    ),
+    (
         lambda c: c.ema_sampling and not c.ema_decay,
         "ema_sampling is True, which needs a moving average of the weights: set ema_decay (0.99, for instance)",
     ),

@@ -62,6 +62,20 @@ def step_credits(credit: str, c_m: Tensor, sigma: Tensor, sampled: Tensor, layou
     return torch.where(weight.isfinite() & found.isfinite(), found, 1.0)
 
 
+def of_window(credit: str, rows: Tensor) -> Tensor:
+    """The credits of some `rows` [W, 4] of a table if no other steps have noise: means of w and s over these alone.
+
+    In the formulas at the top of this module both means are constants. With the credits a of all steps' means, a w is
+    in proportion to mean(w) for 'equal' and 'layout', and a^2 w is for 'sqrt', so that these give the constants.
+    """
+    c_m, sigma, found = rows[:, 1], rows[:, 2], rows[:, 3]
+    noisy = sigma > 0
+    weight, power = (c_m / sigma).abs()[noisy], 2 if credit == "sqrt" else 1
+    if credit == "none" or not noisy.any() or not weight.any():
+        return found
+    return found * (weight.mean() / (found[noisy].pow(power) * weight).mean()) ** (1 / power)
+
+
 def _influence(sigma: Tensor, sampled: Tensor, noisy: Tensor, layout: Tensor) -> Tensor:
     """s / mean(s) of each row, [K]; between sampled rows it is interpolated."""
     # the product over later steps: 1 for the last one

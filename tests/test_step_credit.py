@@ -15,7 +15,7 @@ from tiny_run import build_pipeline
 from ddpo_fast import DDPOTrainer, ops
 from ddpo_fast.ddim import PREDICTION_TYPES, DDIMCoefficients
 from ddpo_fast.policy import ratio_clip_range
-from ddpo_fast.step_credit import LAYOUT_VARIANCE
+from ddpo_fast.step_credit import LAYOUT_VARIANCE, of_window, step_credits
 from ddpo_fast.tiny_sd.build import SCHEDULER
 
 
@@ -260,3 +260,20 @@ def test_layout_is_how_much_a_steps_noise_changes_the_image(prediction, eta, ste
     expected = weight.mean() / weight * influence / influence.mean()
     # the table is in fp32
     torch.testing.assert_close(credit, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("credit", ["none", "equal", "sqrt", "layout"])
+def test_a_windows_credits_are_those_of_its_steps_alone(credit):
+    """As in a table of these steps only; for layout, whose means are over the steps with noise, in proportion."""
+    generator = torch.Generator().manual_seed(0)
+    c_m, sigma, layout = torch.rand(3, 12, generator=generator, dtype=torch.float64) + 0.1
+    sampled = torch.arange(12)
+    whole = torch.stack([c_m, c_m, sigma, step_credits(credit, c_m, sigma, sampled, layout)], dim=1)
+    found = of_window(credit, whole[2:6])
+    weight = (c_m / sigma)[2:6]
+    if credit == "layout":
+        assert torch.allclose((found * weight).mean(), weight.mean())
+        assert torch.allclose(found / found[0], whole[2:6, 3] / whole[2, 3])
+    else:
+        alone = step_credits(credit, c_m[2:6], sigma[2:6], sampled[:4], layout[2:6])
+        assert torch.allclose(found, alone)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpo_fast.config import DDPOConfig
+from ddpo_fast.step_credit import of_window
 
 Config = Mapping[str, Any]
 
@@ -297,7 +298,7 @@ class Family:
     def table(self, level: float, device: torch.device, credit: str = "none") -> Tensor:
         """(c_x, c_m, sigma, credit) of the step from each key, [K, 4] fp32 on the device.
 
-        Steps outside the window are those of level 0, without noise.
+        Steps outside the window are those of level 0, without noise, and credits are those of the steps within.
 
         Args:
             level: of noise, the setting `sample_eta`.
@@ -310,10 +311,11 @@ class Family:
         made = self._windowed.get(name)
         if made is None or made[0] is not noisy:
             first, last = self.window
-            inside = torch.zeros(len(noisy), 1, dtype=torch.bool, device=device)
-            inside[self.keys[first : last + 1].to(device)] = True
-            made = noisy, torch.where(inside, noisy, self.steps_table(0.0, device, credit))
-            self._windowed[name] = made
+            inside = self.keys[first : last + 1].to(device)
+            windowed = self.steps_table(0.0, device, credit).clone()
+            windowed[inside] = noisy[inside]
+            windowed[inside, 3] = of_window(credit, noisy[inside])
+            self._windowed[name] = made = noisy, windowed
         return made[1]
 
     # the network
