@@ -27,7 +27,7 @@ TEMPLATE = """---
 ```python
 from diffusers import {{ pipeline }}
 
-pipeline = {{ pipeline }}.from_pretrained({{ path }})
+pipeline = {{ pipeline }}.from_pretrained({{ path }}{{ absent }})
 {%- if lora %}
 pipeline.load_lora_weights({{ path }})
 {%- endif %}
@@ -102,6 +102,8 @@ def make_model_card(
         lora=lora,
         what="a LoRA adapter" if lora else f"all weights of the {network}",
         path=json.dumps(path or model_name, ensure_ascii=False),
+        # diffusers looks for every part of the class's constructor
+        absent="".join(f", {part}=None" for part in family.optional if family.pipe_part(part) is None),
         settings={name: _in_table(value) for name, value in (settings or {}).items()},
     )
 
