@@ -3,7 +3,7 @@
 A bounded update cannot run away, but many of them can wander: where the gradient is mostly noise, each moves the policy
 as far as a good one would. The mean reward of an epoch's images shows it, at no cost, once the differences between
 prompts are taken out (prompt_levels.py). It is noisy, so two epochs are averaged, and a fall counts if it is larger
-than a fifth of what was gained, and than 2.5 times its standard error.
+than a fifth of what was gained, and than 2.5 times the standard error of plain means.
 
 Where images that are all alike score best, the reward does not fall. So their variety is watched as well: the step
 shrinks as it is lost, and where an epoch has lost most of it the weights go back.

@@ -11,9 +11,8 @@ lambda = sigma^2 / tau^2, and a eliminated,
 
     S b = sum_e - sum_p n_ep sum_p / (n_p + lambda),    S = diag(n_e) - n_ep diag(1 / (n_p + lambda)) n_ep^T,
 
-and the covariance of b is sigma^2 S^-1. sigma^2 is the variance within the images of an epoch and prompt; tau^2 is what
-the variance within epochs has beyond it. Where no prompt repeats in an epoch, or prompts do not differ, b are the
-epochs' plain means with their usual errors.
+sigma^2 is the variance within the images of an epoch and prompt; tau^2 is what the variance within epochs has beyond
+it. Where no prompt repeats in an epoch, or prompts do not differ, b are the epochs' plain means.
 """
 
 from __future__ import annotations
@@ -70,13 +69,13 @@ class PromptLevels:
         within_epochs = _variance(squares.sum() + between.sum(), counts.sum() - len(numbers))
         of_prompts = within_epochs - within_cells
         if within_cells <= 0 or of_prompts <= 0:
-            return Fit(numbers, plain, np.diag(within_epochs / of_epoch))
+            return Fit(numbers, plain, within_epochs / of_epoch)
         # 1 / (n_p + lambda)
         shrunk = 1 / (of_prompt + within_cells / of_prompts)
         spread = np.linalg.inv(np.diag(of_epoch) - (counts * shrunk) @ counts.T)
         sums = counts * means
         levels = spread @ (sums.sum(1) - counts @ (shrunk * sums.sum(0)))
-        return Fit(numbers, levels, within_cells * spread)
+        return Fit(numbers, levels, within_epochs / of_epoch)
 
     def state_dict(self) -> dict[str, Any]:
         return {"added": self.added, "epochs": [[number, cells] for number, cells in self._epochs.items()]}
@@ -87,20 +86,23 @@ class PromptLevels:
 
 
 class Fit:
-    """The levels of epochs, by number, and how well they are known."""
+    """The levels of epochs, by number, and the squared errors of their plain means."""
 
-    def __init__(self, numbers: Sequence[int], levels: Array, covariance: Array) -> None:
+    def __init__(self, numbers: Sequence[int], levels: Array, squared_errors: Array) -> None:
         self._rows = {number: row for row, number in enumerate(numbers)}
-        self._levels, self._covariance = levels, covariance
+        self._levels, self._squared_errors = levels, squared_errors
 
     def level(self, epochs: Sequence[int]) -> float:
         """The mean level of some epochs."""
         return float(self._weights(epochs) @ self._levels)
 
     def error(self, epochs: Sequence[int], others: Sequence[int]) -> float:
-        """The standard error of the difference between the levels of some epochs and of others."""
-        contrast = self._weights(epochs) - self._weights(others)
-        return float(np.sqrt(contrast @ self._covariance @ contrast))
+        """The standard error of the difference between the plain means of some epochs and of others.
+
+        It is larger than that of the levels, as the prompts' differences are in it. A policy's level goes up and down
+        from update to update, and a fall of a few errors of the level is often made up for by the next ones.
+        """
+        return float(np.sqrt(sum(self._weights(part) ** 2 @ self._squared_errors for part in (epochs, others))))
 
     def _weights(self, epochs: Sequence[int]) -> Array:
         weights = np.zeros(len(self._levels))

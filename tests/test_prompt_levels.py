@@ -48,8 +48,9 @@ def test_levels_are_generalised_least_squares():
     fit = fitted(DRAWN, rewards)
     assert [fit.level([i]) for i in range(3)] == pytest.approx(expected)
     assert fit.level([0, 2]) == pytest.approx((expected[0] + expected[2]) / 2)
-    contrast = np.array([0.5, 0.5, -1.0])
-    assert fit.error([0, 1], [2]) == pytest.approx(np.sqrt(contrast @ covariance @ contrast))
+    # of the plain means, as if all images were drawn anew
+    plain = variance(x) / np.array([len(prompts) for prompts in DRAWN])
+    assert fit.error([0, 1], [2]) == pytest.approx(np.sqrt((plain[0] + plain[1]) / 4 + plain[2]))
     # the plain means say 1.3, 0.7 and -1.8: nothing but the mixtures
     assert expected - expected[0] == pytest.approx([0.0, 1.0, 0.5], abs=0.5)
 
