@@ -24,7 +24,6 @@ from ddpo_fast.commands.option_groups import grouped_help
 from ddpo_fast.commands.reward_options import REWARD_HELP, RewardArguments
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.config_rules import MAX_LORA_RANK, one_of
-from ddpo_fast.model_configs import family_of_model
 from ddpo_fast.prompts import PROMPT_LISTS, existing
 from ddpo_fast.recipes import LORA_SETTINGS, Recipe, choose, fit, load
 from ddpo_fast.rewards import weights_of
@@ -294,6 +293,9 @@ def _recipe_of(options: argparse.Namespace) -> str:
     bundled = _bundled_name(options.pretrained_model)
     if bundled is not None:
         return choose(bundled or "bundled", options.full_finetune)
+    # this imports torch
+    from ddpo_fast.model_configs import family_of_model
+
     try:
         family = family_of_model(options.pretrained_model, options.pretrained_revision).recipe
     except (OSError, ValueError):
