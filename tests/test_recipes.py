@@ -102,8 +102,8 @@ def test_the_recipe_follows_from_model_and_weights(options, name):
 def test_the_recipe_trl_has_the_defaults_of_the_api():
     config = read("--recipe", "trl", "--mixed_precision", "fp16")
     differing = {f.name for f in fields(DDPOConfig) if getattr(config, f.name) != getattr(DEFAULTS, f.name)}
-    # the command line's own: the folder for runs, and its name
-    assert differing == {"logdir", "exp_name"}
+    # the command line's own: the folder for runs, its name, and the best checkpoint
+    assert differing == {"logdir", "exp_name", "keep_best_checkpoint"}
     assert recipes.load("trl").settings == {}
     assert DDPOConfig().train_batch_size == 1, "the API keeps TRL's defaults"
 
@@ -328,7 +328,7 @@ def test_a_wrong_file_is_refused_in_one_sentence(text, words, tmp_path, monkeypa
     ("name", "words"),
     [
         ("sd-ful", "did you mean sd-full?"),
-        ("zzz", "one of bundled-full, bundled-lora, flux-full"),
+        ("zzz", "one of bundled-flow-full, bundled-flow-lora, bundled-full"),
         ("sub/none.yaml", "there is no such file"),
         ("a\0.yaml", "there is no such file"),
         ("~no-such-user/x.yaml", "there is no such file"),

@@ -15,6 +15,7 @@ SETTINGS = {
     "train_batch_size": 2,
     "sample_num_batches_per_epoch": 1,
     "train_gradient_accumulation_steps": 1,
+    "keep_best_checkpoint": True,
 }
 
 
