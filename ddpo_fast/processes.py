@@ -22,10 +22,8 @@ T = TypeVar("T")
 def make_accelerator(config: DDPOConfig, output_dir: Path) -> Accelerator:
     """The accelerator of a run, over the processes that torchrun, `deepspeed` or `accelerate launch` started.
 
-    `accelerator_kwargs` take precedence over what is chosen here. Raises `ValueError` for a way of splitting the run
-    that is not supported.
+    `accelerator_kwargs` take precedence over what is chosen here.
     """
-    check_launch()
     project: dict[str, Any] = {"project_dir": str(output_dir), "logging_dir": str(output_dir), **config.project_kwargs}
     # checkpoints are written by `run_folder.checkpoint`, not by accelerate
     project["automatic_checkpoint_naming"] = False

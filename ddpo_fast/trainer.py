@@ -36,7 +36,7 @@ from ddpo_fast.pipeline import DDPOStableDiffusionPipeline, DefaultDDPOStableDif
 from ddpo_fast.placement import compute_precision, place_networks, trainable_parameters
 from ddpo_fast.policy import Policy, ratio_clip_range
 from ddpo_fast.ppo import PPO
-from ddpo_fast.processes import broadcast_from_main, make_accelerator, with_launch_settings
+from ddpo_fast.processes import broadcast_from_main, check_launch, make_accelerator, with_launch_settings
 from ddpo_fast.prompts import ListPrompts, PromptFunction, load_prompts
 from ddpo_fast.rollout import PipelineRollout, Rollout
 from ddpo_fast.run_folder import checkpoint
@@ -87,6 +87,7 @@ class DDPOTrainer(ScoringMixin, CheckpointMixin, HubModel):
         eval_prompt_function: PromptFunction | str | None = None,
     ) -> None:
         config.check()
+        check_launch()
         self.reward_fn = _function("reward_function", reward_function, rewards.load)
         self.prompt_fn = _function("prompt_function", prompt_function, load_prompts)
         given = {"reward": reward_function, "prompts": prompt_function}

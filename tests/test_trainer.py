@@ -442,3 +442,8 @@ def test_fsdp_and_megatron_are_refused(make_trainer, monkeypatch, variable):
     monkeypatch.setenv(variable, "true")
     with pytest.raises(ValueError, match=r"accelerate's config asks for .*, which is not supported: "):
         make_trainer(pipeline=object())
+
+
+def test_something_that_is_no_pipeline_is_refused(make_trainer):
+    with pytest.raises(ValueError, match="sd_pipeline is of class object, without a unet: give a "):
+        make_trainer(pipeline=object())
