@@ -17,7 +17,7 @@ from ddpo_fast.plan.footprint import Adapter, Footprint
 from ddpo_fast.unet import faster_layers, fuse_unet
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
-from lib import published_configs
+from lib import random_families
 from lib.call_costs import peak_bytes
 
 FAMILIES = ("sdxl", "sd35", "flux_dev")
@@ -33,7 +33,7 @@ def folders(tmp_path_factory) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def published(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("published")
-    return {name: published_configs.write(name, folder / name) for name in published_configs.MODELS}
+    return {name: str(random_families.save_configs(name, folder / name)) for name in random_families.FAMILIES}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -71,15 +71,15 @@ def test_predicted_against_measured(folders, name):
     ("name", "network", "text", "shape"),
     [
         ("sdxl", 2_567_463_684, 123_060_480 + 694_659_840, (78, 2048)),
-        ("sd35_medium", 2_243_171_520, 123_650_304 + 694_659_840 + 4_762_310_656, (334, 4096)),
-        ("flux_dev", 11_901_408_320, 123_060_480 + 4_762_310_656, (513, 4096)),
+        ("sd3.5-medium", 2_243_171_520, 123_650_304 + 694_659_840 + 4_762_310_656, (334, 4096)),
+        ("flux.1-dev", 11_901_408_320, 123_060_480 + 4_762_310_656, (513, 4096)),
     ],
 )
 def test_published_models(published, name, network, text, shape):
     """Their weights, as their files have them, and the rows of a prompt."""
     footprint = Footprint(check_model(published[name], has_weights=False), Adapter(16), torch.bfloat16)
     # SD3 keeps its positions, 384 x 384 of 1536 elements, in a buffer of fp32
-    positions = 4 * 384 * 384 * 1536 if name == "sd35_medium" else 0
+    positions = 4 * 384 * 384 * 1536 if name == "sd3.5-medium" else 0
     assert footprint.frozen_bytes == pytest.approx(2 * network + positions, rel=1e-3)
     assert footprint.text_bytes == pytest.approx(2 * text, rel=1e-3)
     assert footprint.embedding_shape == shape
