@@ -16,7 +16,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch.utils.checkpoint import checkpoint
 
 from ddpo_fast import ops
-from ddpo_fast.families import Family
+from ddpo_fast.families import Family, Prompts
 from ddpo_fast.offload_frozen import on_device
 
 # In pixels of the latents (64 x 64 for an image of 512 x 512). Such an image takes about a gigabyte while it is decoded
@@ -219,16 +219,16 @@ def _generate(
     family = family.at(height, width, guidance_scale)
     device, guides = family.denoiser.device, guidance_scale > 1.0 and family.guides_by_rows
     with torch.no_grad():
-        text, negative = family.prepare_prompts(
+        given = Prompts(
             prompt,
             negative_prompt,
             prompt_embeds,
             negative_prompt_embeds,
-            num_images_per_prompt,
-            guides,
-            device,
-            (cross_attention_kwargs or {}).get("scale"),
+            copies=num_images_per_prompt,
+            guides=guides,
+            lora_scale=(cross_attention_kwargs or {}).get("scale"),
         )
+        text, negative = family.prepare_prompts(given, device)
         embeds = (text if negative is None else torch.cat([negative, text])).to(family.denoiser.dtype)
         family.set_steps(num_inference_steps, device)
         if isinstance(generator, list) and len(generator) != len(text):
@@ -246,8 +246,8 @@ def _generate(
     def draw_noise() -> torch.Tensor:
         return randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
 
-    given = family, embeds, guidance_scale if guides else None, eta, guidance_rescale, cross_attention_kwargs
-    chain = DenoisingChain(*given) if truncation is None else TruncatedChain(truncation, *given)
+    run = family, embeds, guidance_scale if guides else None, eta, guidance_rescale, cross_attention_kwargs
+    chain = DenoisingChain(*run) if truncation is None else TruncatedChain(truncation, *run)
     trail, log_probs = chain.run(latents, draw_noise, after_step)
     return DDPOPipelineOutput(decode(family, trail[-1], output_type), trail, log_probs if eta > 0 else [])
 

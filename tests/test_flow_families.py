@@ -16,7 +16,7 @@ from torch.distributions import Normal
 
 from ddpo_fast import DDPOConfig, DefaultDDPOStableDiffusionPipeline, recipes
 from ddpo_fast.commands import train
-from ddpo_fast.families import family_of_pipeline, with_family
+from ddpo_fast.families import Prompts, family_of_pipeline, with_family
 from ddpo_fast.families.flow import USUAL_LEVELS
 from ddpo_fast.families.flux import Flux, packed, unpacked
 from ddpo_fast.families.sd3 import StableDiffusion3
@@ -94,9 +94,8 @@ def test_inputs_and_images_are_those_of_plain_diffusers(pipeline_of, name, guida
     sized = family.at(height, width, guidance_scale)
     sized.set_steps(STEPS, "cpu")
     guides = guidance_scale > 1 and family.guides_by_rows
-    embeds, negatives = sized.prepare_prompts(
-        PROMPTS, guided.get("negative_prompt"), None, None, 1, guides, torch.device("cpu"), None
-    )
+    given = Prompts(PROMPTS, guided.get("negative_prompt"), guides=guides)
+    embeds, negatives = sized.prepare_prompts(given, torch.device("cpu"))
     embeds = torch.cat([negatives, embeds]) if guides else embeds
     assert len(theirs) == STEPS
     for key, other in zip(sized.keys, theirs, strict=True):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import tiny_models
 import torch
 from tiny_run import build_pipeline
 
-from ddpo_fast.families import StableDiffusion
+from ddpo_fast.families import Flux, StableDiffusion
 from ddpo_fast.prompt_embeddings import PromptEmbeddings
 
 PROMPTS = ["a <toy> on a table", "a cat"]
@@ -35,3 +36,14 @@ def test_embeddings_equal_those_of_diffusers(pipe, remembers, masked):
         torch.testing.assert_close(embeddings, torch.cat([negative, theirs]), rtol=0, atol=1e-5)
     tokens = pipe.tokenizer.convert_ids_to_tokens(ids[0].tolist())
     assert tokens[2:5] == ["<toy>", "<toy>_1", "<toy>_2"]
+
+
+def test_the_ids_of_a_textual_inversion_are_those_that_flux_reads():
+    pipe = tiny_models.flux()
+    vectors = torch.randn(3, tiny_models.CLIP, generator=torch.Generator().manual_seed(1))
+    pipe.load_textual_inversion({"<toy>": vectors}, token="<toy>", text_encoder=pipe.text_encoder)
+    read = []
+    pipe.text_encoder.register_forward_pre_hook(lambda encoder, inputs: read.append(inputs[0]))
+    ids, _ = Flux(pipe).encode(PROMPTS, torch.device("cpu"))
+    assert torch.equal(ids, read[0])
+    assert pipe.tokenizer.convert_ids_to_tokens(ids[0].tolist())[2:5] == ["<toy>", "<toy>_1", "<toy>_2"]

@@ -7,7 +7,7 @@ from copy import copy
 from typing import Any
 
 from ddpo_fast.config import DDPOConfig
-from ddpo_fast.families.base import Family
+from ddpo_fast.families.base import Family, Prompts
 from ddpo_fast.families.flux import Flux
 from ddpo_fast.families.sd3 import StableDiffusion3
 from ddpo_fast.families.sdxl import SDXL
@@ -18,6 +18,7 @@ __all__ = [
     "SDXL",
     "Family",
     "Flux",
+    "Prompts",
     "StableDiffusion",
     "StableDiffusion3",
     "family_of",

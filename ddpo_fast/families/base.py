@@ -15,15 +15,36 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from diffusers.loaders import TextualInversionLoaderMixin
 from torch import Tensor, nn
 
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.step_credit import of_window
 
 Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What a call of the pipeline is given of its prompts: the texts, or their embeddings as `Family.encode` has them.
+
+    Args:
+        copies: images for each prompt, whose embeddings come this many times.
+        guides: whether the call has rows with the negative prompt.
+        lora_scale: of adapters of the text encoders; None for 1.
+    """
+
+    prompt: str | list[str] | None = None
+    negative_prompt: str | list[str] | None = None
+    prompt_embeds: Tensor | None = None
+    negative_prompt_embeds: Tensor | None = None
+    copies: int = 1
+    guides: bool = False
+    lora_scale: float | None = None
 
 
 class Family:
@@ -243,6 +264,19 @@ class Family:
         """Encodes B prompts: (token ids [B, L'], embeddings [B, L, D]), on the device."""
         raise NotImplementedError
 
+    def tokens(self, prompts: Sequence[str]) -> Any:
+        """The first tokenizer's ids and mask, [B, L] each, truncated or padded to its length."""
+        tokenizer = self.pipe.tokenizer
+        # a textual inversion of several vectors is one word in the prompt and several tokens
+        whole = TextualInversionLoaderMixin().maybe_convert_prompt(list(prompts), tokenizer)
+        return tokenizer(
+            whole,
+            return_tensors="pt",
+            padding="max_length",
+            truncation=True,
+            max_length=tokenizer.model_max_length,
+        )
+
     def no_negative(self, empty: Tensor) -> Tensor:
         """What guidance leads away from without a negative prompt, from the embedding `empty` [1, L, D] of ''."""
         return empty
@@ -251,20 +285,8 @@ class Family:
         """The argument `negative_prompt` of the pipeline's call for `count` prompts of a run."""
         return [prompt or ""] * count
 
-    def prepare_prompts(
-        self,
-        prompt: str | list[str] | None,
-        negative_prompt: str | list[str] | None,
-        prompt_embeds: Tensor | None,
-        negative_prompt_embeds: Tensor | None,
-        copies: int,
-        guides: bool,
-        device: torch.device,
-        lora_scale: float | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """The embeddings of a call of the pipeline: (of the prompts, and if it `guides` of the negative prompts).
-
-        Each prompt's come `copies` times.
+    def prepare_prompts(self, given: Prompts, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """The embeddings of a call of the pipeline: (of the prompts, and if it guides, of the negative prompts).
 
         Raises `ValueError` for arguments that do not fit together.
         """

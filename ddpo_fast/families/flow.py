@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpo_fast.families.base import Config, Family, with_pooled, without_pooled
+from ddpo_fast.families.base import Config, Family, Prompts, with_pooled, without_pooled
 from ddpo_fast.flow_matching import dynamic_shift, flow_scheduler, flow_table, noise_levels
 from ddpo_fast.offload_frozen import on_device
 
@@ -114,43 +114,27 @@ class FlowMatching(Family):
         return self.pipe.transformer.config.pooled_projection_dim
 
     def encode(self, prompts: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
-        tokenizer = self.pipe.tokenizer
-        ids = tokenizer(
-            list(prompts),
-            return_tensors="pt",
-            padding="max_length",
-            truncation=True,
-            max_length=tokenizer.model_max_length,
-        ).input_ids
+        ids = self.tokens(prompts).input_ids.to(device)
         with on_device(self.text_encoders.values(), device):
-            return ids.to(device), with_pooled(*self._encoded(list(prompts), device))
+            return ids, with_pooled(*self._encoded(list(prompts), device))
 
     def _encoded(self, prompts: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
         """(token rows [B, L, D], pooled embeddings [B, P])."""
         raise NotImplementedError
 
-    def prepare_prompts(
-        self,
-        prompt: str | list[str] | None,
-        negative_prompt: str | list[str] | None,
-        prompt_embeds: Tensor | None,
-        negative_prompt_embeds: Tensor | None,
-        copies: int,
-        guides: bool,
-        device: torch.device,
-        lora_scale: float | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        if (prompt is None) == (prompt_embeds is None):
+    def prepare_prompts(self, given: Prompts, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        if (given.prompt is None) == (given.prompt_embeds is None):
             raise ValueError("give either prompt or prompt_embeds")
-        embeds = self._embeds_of(prompt, prompt_embeds, device)
-        if not guides:
-            return embeds.repeat_interleave(copies, dim=0), None
-        if negative_prompt is None or isinstance(negative_prompt, str):
-            negative_prompt = [negative_prompt or ""] * len(embeds)
-        negative = self._embeds_of(negative_prompt, negative_prompt_embeds, device)
+        embeds = self._embeds_of(given.prompt, given.prompt_embeds, device)
+        if not given.guides:
+            return embeds.repeat_interleave(given.copies, dim=0), None
+        texts = given.negative_prompt
+        if texts is None or isinstance(texts, str):
+            texts = [texts or ""] * len(embeds)
+        negative = self._embeds_of(texts, given.negative_prompt_embeds, device)
         if len(negative) != len(embeds):
             raise ValueError(f"negative_prompt has {len(negative)} prompts, but prompt has {len(embeds)}")
-        return embeds.repeat_interleave(copies, dim=0), negative.repeat_interleave(copies, dim=0)
+        return embeds.repeat_interleave(given.copies, dim=0), negative.repeat_interleave(given.copies, dim=0)
 
     def _embeds_of(self, prompt: str | list[str] | None, embeds: Tensor | None, device: torch.device) -> Tensor:
         if embeds is not None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpo_fast.families.base import Config, with_pooled, without_pooled
+from ddpo_fast.families.base import Config, Prompts, with_pooled, without_pooled
 from ddpo_fast.families.stable_diffusion import StableDiffusion, check_unet
 from ddpo_fast.offload_frozen import on_device
 
@@ -69,38 +69,28 @@ class SDXL(StableDiffusion):
     def negatives(self, prompt: str | None, count: int) -> list[str] | None:
         return [prompt] * count if prompt else None
 
-    def prepare_prompts(
-        self,
-        prompt: str | list[str] | None,
-        negative_prompt: str | list[str] | None,
-        prompt_embeds: Tensor | None,
-        negative_prompt_embeds: Tensor | None,
-        copies: int,
-        guides: bool,
-        device: torch.device,
-        lora_scale: float | None,
-    ) -> tuple[Tensor, Tensor | None]:
+    def prepare_prompts(self, given: Prompts, device: torch.device) -> tuple[Tensor, Tensor | None]:
         size = self.image_size_of(self.parts_configs(), self.height, self.width)
-        embeds, pooled = self._parts_of(prompt_embeds)
-        negative, negative_pooled = self._parts_of(negative_prompt_embeds)
-        given = {
-            "negative_prompt": negative_prompt,
+        embeds, pooled = self._parts_of(given.prompt_embeds)
+        negative, negative_pooled = self._parts_of(given.negative_prompt_embeds)
+        texts = {
+            "negative_prompt": given.negative_prompt,
             "prompt_embeds": embeds,
             "negative_prompt_embeds": negative,
             "pooled_prompt_embeds": pooled,
             "negative_pooled_prompt_embeds": negative_pooled,
         }
-        self.pipe.check_inputs(prompt, None, *size, 1, **given)
+        self.pipe.check_inputs(given.prompt, None, *size, 1, **texts)
         with on_device(self.text_encoders.values(), device):
             embeds, negative, pooled, negative_pooled = self.pipe.encode_prompt(
-                prompt,
+                given.prompt,
                 device=device,
-                num_images_per_prompt=copies,
-                do_classifier_free_guidance=guides,
-                lora_scale=lora_scale,
-                **given,
+                num_images_per_prompt=given.copies,
+                do_classifier_free_guidance=given.guides,
+                lora_scale=given.lora_scale,
+                **texts,
             )
-        return with_pooled(embeds, pooled), with_pooled(negative, negative_pooled) if guides else None
+        return with_pooled(embeds, pooled), with_pooled(negative, negative_pooled) if given.guides else None
 
     def _parts_of(self, embeds: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         return (None, None) if embeds is None else without_pooled(embeds, self._pooled_width)

@@ -6,12 +6,11 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from diffusers.loaders import TextualInversionLoaderMixin
 from packaging.version import Version
 from torch import Tensor
 
 from ddpo_fast.ddim import DDIMCoefficients, check_steps, ddim_scheduler
-from ddpo_fast.families.base import Config, Family
+from ddpo_fast.families.base import Config, Family, Prompts
 from ddpo_fast.offload_frozen import on_device
 
 # the tasks of UNets whose input has more channels than their output, by the number of input channels
@@ -63,42 +62,20 @@ class StableDiffusion(Family):
         with on_device(text_encoder, device):
             return ids, text_encoder(ids, attention_mask=mask)[0]
 
-    def tokens(self, prompts: Sequence[str]) -> Any:
-        """The tokenizer's ids and mask, [B, L] each, truncated or padded to its length."""
-        tokenizer = self.pipe.tokenizer
-        # a textual inversion of several vectors is one word in the prompt and several tokens
-        whole = TextualInversionLoaderMixin().maybe_convert_prompt(list(prompts), tokenizer)
-        return tokenizer(
-            whole,
-            return_tensors="pt",
-            padding="max_length",
-            truncation=True,
-            max_length=tokenizer.model_max_length,
-        )
-
-    def prepare_prompts(
-        self,
-        prompt: str | list[str] | None,
-        negative_prompt: str | list[str] | None,
-        prompt_embeds: Tensor | None,
-        negative_prompt_embeds: Tensor | None,
-        copies: int,
-        guides: bool,
-        device: torch.device,
-        lora_scale: float | None,
-    ) -> tuple[Tensor, Tensor | None]:
+    def prepare_prompts(self, given: Prompts, device: torch.device) -> tuple[Tensor, Tensor | None]:
         size = self.image_size_of(self.parts_configs(), self.height, self.width)
-        self.pipe.check_inputs(prompt, *size, 1, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        embeds, negative = given.prompt_embeds, given.negative_prompt_embeds
+        self.pipe.check_inputs(given.prompt, *size, 1, given.negative_prompt, embeds, negative)
         with on_device(self.pipe.text_encoder, device):
             return self.pipe.encode_prompt(
-                prompt,
+                given.prompt,
                 device,
-                copies,
-                guides,
-                negative_prompt,
-                prompt_embeds=prompt_embeds,
-                negative_prompt_embeds=negative_prompt_embeds,
-                lora_scale=lora_scale,
+                given.copies,
+                given.guides,
+                given.negative_prompt,
+                prompt_embeds=embeds,
+                negative_prompt_embeds=negative,
+                lora_scale=given.lora_scale,
             )
 
     def set_steps(self, steps: int, device: torch.device | str) -> None:
