@@ -278,8 +278,8 @@ def check_pipeline(pipeline: DDPOStableDiffusionPipeline, config: DDPOConfig) ->
     kind, ours, family = type(pipeline), DefaultDDPOStableDiffusionPipeline, family_of_pipeline(pipeline)
     if family.denoiser is None:
         raise ValueError(
-            f"sd_pipeline is of class {kind.__name__}, without a {family.network}: give a DefaultDDPOStableDiffusionPipeline, "
-            "or a class derived from DDPOStableDiffusionPipeline"
+            f"sd_pipeline is of class {kind.__name__}, without a {family.network}: give a "
+            "DefaultDDPOStableDiffusionPipeline, or a class derived from DDPOStableDiffusionPipeline"
         )
     family.use_settings(config)
     steps_are_ours = ours.__call__ is kind.__call__ or ours.scheduler_step is getattr(kind, "scheduler_step", None)
