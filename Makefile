@@ -15,7 +15,9 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # DeepSpeed's own kernels are compiled where they are used, and not when it is installed
 export DS_BUILD_OPS ?= 0
 
-# Python compiles a module when it is first imported, which two thirds of the packages' modules never are.
+# Python compiles a module when it is first imported, which two thirds of the packages' modules never are. It has to keep
+# the result, whatever the user's environment says: the tests start some hundred processes.
+export PYTHONDONTWRITEBYTECODE :=
 PIP_OPTIONS := --quiet --disable-pip-version-check --no-compile
 
 .PHONY: setup demo test test-fast test-bench lint clean
