@@ -29,6 +29,7 @@ from torch import nn
 from ddpo_fast.families import Family
 from ddpo_fast.model_configs import first_line, hub_problem, model_folder, pickle_problem
 from ddpo_fast.quantize_frozen import unquantized
+from ddpo_fast.single_file import file_of
 from ddpo_fast.temporary_values import temporary_values
 
 # diffusers' and TRL's name of an adapter's file
@@ -48,6 +49,8 @@ def find_adapter(name: str, revision: str = "main") -> Path | None:
 
     Raises `OSError` if the Hub cannot be asked whether there is one, `ValueError` if the file is a pickle.
     """
+    if file_of(name) is not None:
+        return None
     folder = model_folder(name)
     if folder is not None:
         path = folder / LORA_WEIGHTS

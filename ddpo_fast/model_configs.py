@@ -20,6 +20,7 @@ from transformers import CLIPTextConfig, T5Config
 
 from ddpo_fast import tiny_sd
 from ddpo_fast.families import Family, family_of, working
+from ddpo_fast.single_file import SingleFile, file_of
 
 # two ends of error messages
 REMEDY = f"give a text-to-image {working()} as a diffusers folder or Hub id"
@@ -71,20 +72,29 @@ class ModelConfigs:
 
 
 def check_model(
-    name: str, revision: str = "main", steps: int | None = None, eta: float = 1.0, has_weights: bool = True
+    name: str,
+    revision: str = "main",
+    steps: int | None = None,
+    eta: float = 1.0,
+    has_weights: bool = True,
+    single_file_config: str = "",
 ) -> ModelConfigs:
     """Reads a model's configs from a folder, the Hub or its cache, checks them, and returns them.
 
     Args:
-        name: folder or Hub id; '' and 'bundled-flow' are the bundled models.
+        name: folder, Hub id or single file; '' and 'bundled-flow' are the bundled models.
         revision: git revision on the Hub.
         steps: if given, the model must be able to take this number of sampling steps, with `eta`.
         has_weights: whether a folder must hold weights; predicting a run's memory needs none.
+        single_file_config: where a single file's configs are, see `SingleFile.configs`.
 
     Raises `ValueError` with the reason and the remedy for a model that cannot be trained, and `OSError` for configs
     that cannot be read.
     """
-    folder = model_folder(name)
+    refusal = f"pretrained_model {name!r} cannot be trained"
+    single, folder = _file_and_folder(name, single_file_config)
+    if single is not None:
+        refusal = f"pretrained_model {name!r} cannot be trained with the configs of {str(folder)!r}"
     try:
         index = _read(name, revision, folder, "model_index.json")
         family = _family(index)
@@ -102,40 +112,43 @@ def check_model(
             file = _read(name, revision, folder, f"{tokenizer}/tokenizer_config.json", needed=False)
             _check_tokenizer(tokenizer, file, configs)
         sampler = configs.sampling_scheduler
+        if single is not None:
+            single.check_fits(family, parts, sampler)
+        elif folder is not None:
+            _check_files(folder, present, has_weights)
         if folder is not None:
-            _check_files(folder, family, present, has_weights)
+            _check_tokenizers(folder, family, has_weights)
     except ValueError as error:
-        raise ValueError(f"pretrained_model {name!r} cannot be trained: {error}") from None
+        raise ValueError(f"{refusal}: {error}") from None
     except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"pretrained_model {name!r} cannot be trained: its configs are broken ({error!r})") from error
+        raise ValueError(f"{refusal}: its configs are broken ({error!r})") from error
     if steps is not None:
         family.check_steps(sampler, steps, eta)
     return configs
 
 
 def family_of_model(name: str, revision: str = "main") -> type[Family]:
-    """The family of a folder, Hub id or cached model, told from its `model_index.json` alone.
+    """The family of a model, told from its `model_index.json`, or the names of a single file's tensors, alone.
 
     Raises `ValueError` for a model that cannot be trained, and `OSError` for an index that cannot be read.
     """
+    if (file := file_of(name)) is not None:
+        return SingleFile(file).family
     return _family(_read(name, revision, model_folder(name), "model_index.json"))
 
 
 def model_folder(name: str) -> Path | None:
-    """Returns the local folder that `name` means, or None if it is a Hub id.
+    """Returns the local folder that `name` means, or None if it is a single file or a Hub id.
 
-    Raises `ValueError` for a file, and for a folder without a pipeline.
+    Raises `ValueError` for a folder without a pipeline.
     """
     if name in tiny_sd.MODELS:
         return tiny_sd.MODELS[name]
     path = Path(name).expanduser()
+    if path.is_file():
+        return None
     if not path.exists() and not name.startswith(("/", "./", "../", "~")):
         return None
-    if path.is_file():
-        raise ValueError(
-            f"pretrained_model is {name!r}, which is a file: make a folder of it with "
-            "StableDiffusionPipeline.from_single_file(file).save_pretrained(folder)"
-        )
     if not (path / "model_index.json").exists():
         part = path / "config.json"
         what = " (it is one part of a pipeline: give the folder of the whole)" if part.exists() else ""
@@ -145,6 +158,25 @@ def model_folder(name: str) -> Path | None:
             else f"pretrained_model is {name!r}, and there is no such folder"
         )
     return path
+
+
+def _file_and_folder(name: str, single_file_config: str) -> tuple[SingleFile | None, Path | None]:
+    """The single file that `name` means, or None, and the local folder with its configs, or None for a Hub id.
+
+    Raises what `SingleFile` and `model_folder` raise.
+    """
+    if (file := file_of(name)) is None:
+        if single_file_config:
+            raise ValueError(
+                f"single_file_config is {single_file_config!r}, but pretrained_model {name!r} is no file, and has "
+                "configs of its own: leave it out"
+            )
+        return None, model_folder(name)
+    try:
+        single = SingleFile(file)
+        return single, single.configs(single_file_config)
+    except ValueError as error:
+        raise ValueError(f"pretrained_model {name!r} cannot be trained: {error}") from None
 
 
 def variant_of(folder: Path, parts: Collection[str]) -> str | None:
@@ -294,10 +326,9 @@ def _check_tokenizer(tokenizer: str, settings: Mapping[str, Any], configs: Model
         )
 
 
-def _check_files(folder: Path, family: type[Family], networks: Collection[str], has_weights: bool) -> None:
-    """Raises `ValueError` if a folder lacks a part's files, or has its weights as pickles only."""
-    tokenizers = [part for part in family.parts if part.startswith("tokenizer") and part not in family.optional]
-    for part in (*networks, *tokenizers):
+def _check_files(folder: Path, networks: Collection[str], has_weights: bool) -> None:
+    """Raises `ValueError` if a folder lacks a network's files, or has its weights as pickles only."""
+    for part in networks:
         if not (folder / part).is_dir():
             raise ValueError(f"it has no folder {part}: {AGAIN}")
     variant = variant_of(folder, networks)
@@ -310,7 +341,13 @@ def _check_files(folder: Path, family: type[Family], networks: Collection[str], 
             raise ValueError(pickle_problem(f"{part}/{pickles[0]}"))
         if has_weights:
             raise ValueError(f"it has no {wanted}: {AGAIN}")
-    for part in tokenizers:
+
+
+def _check_tokenizers(folder: Path, family: type[Family], has_weights: bool) -> None:
+    """Raises `ValueError` if a folder lacks a tokenizer."""
+    for part in (part for part in family.parts if part.startswith("tokenizer") and part not in family.optional):
+        if not (folder / part).is_dir():
+            raise ValueError(f"it has no folder {part}: {AGAIN}")
         files = ("tokenizer.json", "vocab.json", "spiece.model")
         if has_weights and not any((folder / part / file).exists() for file in files):
             raise ValueError(f"its {part} has neither tokenizer.json nor vocab.json: {AGAIN}")

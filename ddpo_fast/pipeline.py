@@ -24,6 +24,7 @@ from ddpo_fast.model_configs import model_folder
 from ddpo_fast.quantize_frozen import check_is_lora
 from ddpo_fast.run_folder.files import follow_umask
 from ddpo_fast.sampler import DDPOPipelineOutput, DDPOSchedulerOutput
+from ddpo_fast.single_file import file_of
 from ddpo_fast.tiny_sd import MODELS
 
 
@@ -86,9 +87,12 @@ class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
     """A diffusers pipeline of one of `families`, of which the denoising network, or a LoRA of it, is trained.
 
     Args:
-        pretrained_model_name: folder or Hub id; '' and 'bundled-flow' are the bundled tiny models. If there is an
-            adapter's file beside the model, training continues with that adapter.
+        pretrained_model_name: folder, Hub id, or `.safetensors` file of Stable Diffusion 1.x, 2.x or XL in its original
+            layout; '' and 'bundled-flow' are the bundled tiny models. If there is an adapter's file beside the model's
+            folders, training continues with that adapter.
         pretrained_model_revision: git revision on the Hub.
+        single_file_config: folder or Hub id of a diffusers model of the same kind, whose configs and tokenizers are
+            those of a single file. By default they are looked for beside the file, then in the Hub's cache.
         use_lora: whether to train a low-rank adapter (TRL's default) or all weights of the network.
         lora_rank, lora_alpha, lora_target_modules: the settings of a new adapter; the defaults are TRL's, and stand for
             the family's usual layers.
@@ -104,16 +108,20 @@ class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
         pretrained_model_name: str,
         *,
         pretrained_model_revision: str = "main",
+        single_file_config: str = "",
         use_lora: bool = True,
         lora_rank: int = TRL_RANK,
         lora_alpha: float = TRL_RANK,
         lora_target_modules: Sequence[str] = TRL_TARGETS,
     ) -> None:
         name = str(pretrained_model_name)
-        folder = model_folder(name)
+        local = file_of(name) or model_folder(name)
         # absolute, because a resumed run may be started in another folder
-        self.pretrained_model = str(folder.absolute()) if name not in MODELS and folder else name
+        self.pretrained_model = str(local.absolute()) if name not in MODELS and local else name
         self.pretrained_revision = pretrained_model_revision
+        self.single_file_config = single_file_config
+        if single_file_config and (configs := Path(single_file_config).expanduser()).exists():
+            self.single_file_config = str(configs.absolute())
         self.use_lora = use_lora
         targets = [lora_target_modules] if isinstance(lora_target_modules, str) else list(lora_target_modules)
         beside = lora.find_adapter(self.pretrained_model, pretrained_model_revision)
@@ -122,7 +130,7 @@ class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
                 f"use_lora is False (--full-finetune), and there is an adapter beside the model, {beside}: make one "
                 f"model of both first ({lora.FUSE_COMMANDS}), move the adapter away, or train it with use_lora=True"
             )
-        self.sd_pipeline: Any = load_pipeline(self.pretrained_model, pretrained_model_revision)
+        self.sd_pipeline: Any = load_pipeline(self.pretrained_model, pretrained_model_revision, self.single_file_config)
         if set(targets) == set(TRL_TARGETS):
             targets = list(self.family.targets)
         self.lora_config = LoraConfig(

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from tiny_run import build_pipeline, build_trainer
 
 from ddpo_fast import DefaultDDPOStableDiffusionPipeline
-from ddpo_fast.loading import stored_dtype
 from ddpo_fast.lora import LORA_WEIGHTS
 from ddpo_fast.model_configs import check_model, variant_of, weight_files
 from ddpo_fast.run_folder.resume_checks import base_digest
+from ddpo_fast.safetensors_header import stored_dtype
 from ddpo_fast.tiny_sd import MODEL
 
 

@@ -8,7 +8,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from one_sentence import error_of_command, refused
+from safetensors.torch import save_file
 
 from ddpo_fast import DefaultDDPOStableDiffusionPipeline
 from ddpo_fast.model_configs import check_model
@@ -164,11 +166,12 @@ def test_models_that_do_not_exist_are_refused(name, words, tmp_path, monkeypatch
         check_model(name)
 
 
-def test_a_file_or_a_part_of_a_model_is_refused(folder):
+def test_a_part_of_a_model_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="one part of a pipeline"):
         check_model(str(folder / "unet"))
-    with pytest.raises(ValueError, match="from_single_file"):
-        check_model(str(folder / "unet" / "diffusion_pytorch_model.safetensors"))
+    with refused(ValueError, "one part of a pipeline in diffusers' layout"):
+        save_file({"down_blocks.0.resnets.0.conv1.weight": torch.zeros(2)}, tmp_path / "unet.safetensors")
+        check_model(str(tmp_path / "unet.safetensors"))
 
 
 @pytest.mark.parametrize("steps", [1000, 1001])

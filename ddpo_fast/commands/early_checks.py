@@ -54,7 +54,13 @@ def check_before_loading(run: RunArguments, config: DDPOConfig) -> ModelConfigs:
     # the Hub and the model, which may be on another machine
     if config.push_to_hub and (problem := push_problem(folder.absolute().name)):
         raise ValueError(f"push_to_hub is True, but {problem}")
-    configs = check_model(run.pretrained_model, run.pretrained_revision, config.sample_num_steps, config.sample_eta)
+    configs = check_model(
+        run.pretrained_model,
+        run.pretrained_revision,
+        config.sample_num_steps,
+        config.sample_eta,
+        single_file_config=run.single_file_config,
+    )
     configs.family.check_settings(configs.parts, config)
     with_family(config, configs.family)
     return configs

@@ -30,7 +30,7 @@ GROUPS = (
     Group(
         "model and task",
         ("pretrained_model", "full_finetune", "lora_rank", "reward", "prompts", "num_epochs", "recipe", "seed"),
-        ("pretrained_revision",),
+        ("pretrained_revision", "single_file_config"),
         ("lora_",),
     ),
     Group("rewards", ("reward_model", "eval_reward"), (), ("reward_", "eval_", "async_", "max_workers")),

@@ -60,11 +60,18 @@ class RunArguments(RewardArguments):
     pretrained_model: str = field(
         default="",
         metadata={
-            "help": "Folder or Hub id of a model (default: the bundled tiny Stable Diffusion; `bundled-flow`: the "
-            "bundled flow-matching one)."
+            "help": "Folder, Hub id or .safetensors file of a model (default: the bundled tiny Stable Diffusion; "
+            "`bundled-flow`: the bundled flow-matching one)."
         },
     )
     pretrained_revision: str = field(default="main", metadata={"help": "Revision of the model on the Hub."})
+    single_file_config: str = field(
+        default="",
+        metadata={
+            "help": "Of a .safetensors file: folder or Hub id of a diffusers model of its kind, for the configs and "
+            "tokenizers (default: beside the file, or in the Hub's cache)."
+        },
+    )
     full_finetune: bool = field(default=False, metadata={"help": "Train all weights of the UNet instead of a LoRA."})
     lora_rank: int = field(default=4, metadata={"help": "Rank of the LoRA adapter."})
     lora_alpha: float = field(default=4, metadata={"help": "Scale of the LoRA adapter, divided by its rank."})

@@ -80,7 +80,12 @@ class Case:
 def configs_of(run: RunArguments, config: DDPOConfig) -> ModelConfigs:
     """The model's config files. Raises `ValueError` or `OSError` for a model that cannot be trained."""
     return check_model(
-        run.pretrained_model, run.pretrained_revision, config.sample_num_steps, config.sample_eta, has_weights=False
+        run.pretrained_model,
+        run.pretrained_revision,
+        config.sample_num_steps,
+        config.sample_eta,
+        has_weights=False,
+        single_file_config=run.single_file_config,
     )
 
 

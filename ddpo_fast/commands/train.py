@@ -163,14 +163,15 @@ def make_absolute(options: RunArguments, namespace: Any) -> None:
     """Makes the paths of files and folders absolute, so that the run can be resumed from any working directory."""
     options.reward_model = with_absolute_models(options.reward_model, options.reward_names)
     options.prompts, options.eval_prompts = absolute(options.prompts), absolute(options.eval_prompts)
-    paths = [(options, "pretrained_model"), (namespace, "deepspeed")]
+    paths = [(options, "pretrained_model"), (options, "single_file_config"), (namespace, "deepspeed")]
     # a file may have the name of a recipe
     if options.recipe not in recipes.names():
         paths.append((options, "recipe"))
     for holder, name in paths:
         path = existing(getattr(holder, name) or "")
         if path is not None:
-            setattr(holder, name, str(path.resolve()))
+            # a file in the Hub's cache is a link to one without an ending
+            setattr(holder, name, str(path.resolve() if path.is_dir() else path.absolute()))
 
 
 def recipe_lines(options: RunArguments, config: DDPOConfig, given: set[str]) -> list[str]:
@@ -202,6 +203,7 @@ def make_pipeline(options: RunArguments) -> DefaultDDPOStableDiffusionPipeline:
     return DefaultDDPOStableDiffusionPipeline(
         options.pretrained_model,
         pretrained_model_revision=options.pretrained_revision,
+        single_file_config=options.single_file_config,
         use_lora=not options.full_finetune,
         lora_rank=options.lora_rank,
         lora_alpha=options.lora_alpha,

@@ -120,7 +120,7 @@ def run_settings(config: DDPOConfig, accelerator: Accelerator, pipeline: Any, ba
         "device": device_name(accelerator.device),
         "base": base,
     }
-    for name in ("pretrained_model", "pretrained_revision", "use_lora"):
+    for name in ("pretrained_model", "pretrained_revision", "single_file_config", "use_lora"):
         if hasattr(pipeline, name):
             found[name] = getattr(pipeline, name)
     model = found.get("pretrained_model")
