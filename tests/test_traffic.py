@@ -1,0 +1,131 @@
+"""The counts of bench/traffic.py against counts made by hand, in half precision; M rows, I inputs, O outputs."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
+
+sys.path.append(str(Path(__file__).parents[1] / "bench"))
+
+import traffic
+from lib import traffic_networks
+from lib.traffic_count import count
+from lib.traffic_rules import Launch
+
+from ddpo_fast.unet import fuse_unet
+
+HALF = 2
+empty = partial(torch.empty, dtype=torch.float16, device="meta")
+
+
+def on_meta(module: nn.Module) -> nn.Module:
+    return module.to("meta", torch.float16).to(memory_format=torch.channels_last)
+
+
+def images(*shape: int) -> torch.Tensor:
+    return empty(shape).to(memory_format=torch.channels_last).requires_grad_()
+
+
+def test_a_linear_layer():
+    m, i, o = 6, 8, 4
+    layer = on_meta(nn.Linear(i, o))
+    found = count(layer, lambda: layer(empty(m, i, requires_grad=True)))
+    x, w, y, b = (HALF * size for size in (m * i, i * o, m * o, o))
+    assert found.forward == [Launch("matmul", x + w + b, y, 2 * m * i * o)]
+    # dx = dy w, dw = dy^T x, and db the sum of dy
+    expected = [
+        Launch("matmul", y + w, x, 2 * m * i * o),
+        Launch("matmul", y + x, w, 2 * m * i * o),
+        Launch("bias", y, b),
+    ]
+    assert sorted(found.backward) == sorted(expected)
+    assert found.saved == x
+
+
+def test_a_convolution_copies_what_is_in_another_layout():
+    """Of 3x3 on 2 images of 4x4 pixels: 16 pixels x 9 taps x I x O multiply-adds an image."""
+    i, o = 8, 16
+    layer = on_meta(nn.Conv2d(i, o, 3, padding=1))
+    x, w, y, b = (HALF * size for size in (2 * i * 16, 9 * i * o, 2 * o * 16, o))
+    flops = 2.0 * 2 * 16 * 9 * i * o
+    convolved = [Launch("conv", x + w, y, flops), Launch("bias", y + b, y)]
+    last, first = images(2, i, 4, 4), empty(2, i, 4, 4, requires_grad=True)
+    assert count(layer, lambda: layer(last)).forward == convolved
+    found = count(layer, lambda: layer(first))
+    assert found.forward == [Launch("copy", x, x), *convolved]
+    products = [launch for launch in found.backward if launch.kind == "conv"]
+    assert products == [Launch("conv", y + w, x, flops), Launch("conv", y + x, w, flops)]
+    assert Launch("bias", y, b) in found.backward
+
+
+def test_attention_is_one_kernel_and_its_gradient_three():
+    rows, heads, tokens, width = 2, 3, 64, 8
+    q = empty(rows, heads, tokens, width, requires_grad=True)
+    k, v = q.detach().clone().requires_grad_(), q.detach().clone().requires_grad_()
+    layer = nn.Module()
+    found = count(layer, lambda: nn.functional.scaled_dot_product_attention(q, k, v))
+    one, sums = HALF * q.numel(), 4 * rows * heads * tokens
+    product = 2.0 * rows * heads * tokens * tokens * width
+    assert found.forward == [Launch("attention", 3 * one, one + sums, 2 * product)]
+    assert [launch.kind for launch in found.backward] == ["attention"] * 3
+    assert sum(launch.flops for launch in found.backward) == 5 * product
+    # and the state of the random generator, which it has without dropout too
+    assert found.saved == pytest.approx(4 * one + sums, abs=24)
+
+
+def residual_block() -> nn.Module:
+    return on_meta(ResnetBlock2D(in_channels=32, temb_channels=16, eps=1e-5))
+
+
+def test_a_residual_block_plain_and_fused():
+    """What is saved follows too: of the fused block its input, both norms' inputs and outputs, and statistics."""
+    x, temb = images(2, 32, 4, 4), empty(2, 16, requires_grad=True)
+    activations, statistics = HALF * x.numel(), 4 * 2 * 32
+    plain, fused = residual_block(), fuse_unet(residual_block())
+    kinds = [[launch.kind for launch in count(block, lambda b=block: b(x, temb)).forward] for block in (plain, fused)]
+    embedding = ["activation", "matmul", "bias"]
+    norm, conv = ["norm"] * 3, ["conv", "bias"]
+    # the last kernel of `plain` divides by an output factor of 1
+    end = ["add", "activation"]
+    without_copies = [kind for kind in kinds[0] if kind != "copy"]
+    assert without_copies == [*norm, "activation", *conv, *embedding, *norm, "activation", *conv, *end]
+    assert kinds[1] == ["norm", *conv, *embedding, "norm", *conv, "add"]
+    found = count(fused, lambda: fused(x, temb))
+    silu_of_temb = HALF * 2 * 16
+    assert found.saved == 4 * activations + 2 * 2 * statistics + 2 * silu_of_temb
+    norms = [launch for launch in found.forward if launch.kind == "norm"]
+    weights = HALF * 2 * 32
+    assert norms == [Launch("norm", activations + weights, activations + 2 * statistics)] * 2
+
+
+def test_an_op_without_a_rule_is_refused():
+    with pytest.raises(NotImplementedError, match=r"no rule for aten\.cumsum"):
+        count(nn.Module(), lambda: empty(3, requires_grad=True).cumsum(0))
+
+
+def test_the_least_time_is_the_longer_of_flops_and_bytes():
+    launches = [Launch("matmul", 6, 4, 1000.0), Launch("add", 60, 40)]
+    assert traffic.least_seconds(launches, flops_per_s=100.0, bytes_per_s=10.0) == 10 + 10
+
+
+def test_sd15_with_a_lora(tmp_path, capsys):
+    """803 GFLOP are the UNet's own (bench/lib/scaling_model.py), and the adapters add less than a hundredth."""
+    chosen = "--network sd1.5 --variant fused --trained lora --rows 2".split()
+    traffic.main([*chosen, "--output", str(tmp_path / "t")])
+    forward, backward = traffic.records.read([tmp_path / "t"])
+    assert traffic.total(forward, "flops") == pytest.approx(803e9, rel=0.01)
+    # norms, convolutions and SDPA of SD 1.5: 61 norms in front of convolutions and 48 layer norms
+    launches = {kind: of["launches"] for kind, of in forward["kinds"].items()}
+    assert (launches["norm"], launches["conv"], launches["attention"]) == (61 + 48, 98, 32)
+    assert (forward["phase"], backward["phase"]) == ("forward", "backward")
+    assert "of 798 TFLOP/s" in capsys.readouterr().out
+
+
+def test_networks_are_known_by_name():
+    assert list(traffic_networks.PIPELINES) == ["sd1.5", "sdxl", "sd3.5-medium"]
