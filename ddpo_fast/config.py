@@ -139,6 +139,12 @@ class DDPOConfig(ConfigNumbers):
     )
     eval_freq: int = _option(10, "Number of epochs between evaluations, if there is a reward to evaluate by.")
     eval_num_images: int = _option(16, "Images of an evaluation, each of a prompt and noise that stay the same.")
+    sample_freq: int = _option(
+        0,
+        "Number of epochs between images of fixed prompts and noise, kept in the run's folder and sent to the "
+        "tracker; also drawn before the first epoch and at the end. 0 draws none.",
+    )
+    sample_num_images: int = _option(8, "Number of these images, each of a prompt and noise that stay the same.")
     output_dir: Optional[str] = _option(  # noqa: UP045
         None, "Folder that the run writes to (default: project_kwargs['project_dir'], or a new one under `logdir`)."
     )

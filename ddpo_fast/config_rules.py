@@ -121,7 +121,7 @@ RULES: tuple[tuple[str, Predicate, str], ...] = (
     ("num_epochs", whole(0, 10**9), f"a whole number from 0 to {10**9}"),
     (
         "train_warmup_steps train_target_decay train_min_8bit_size sample_redraws early_stopping_patience "
-        "keep_checkpoint_every",
+        "keep_checkpoint_every sample_freq",
         whole(0),
         "a whole number of at least 0",
     ),
@@ -137,7 +137,8 @@ RULES: tuple[tuple[str, Predicate, str], ...] = (
     (
         "sample_num_steps sample_batch_size sample_num_batches_per_epoch train_batch_size "
         "train_gradient_accumulation_steps train_num_inner_epochs max_workers per_prompt_stat_tracking_buffer_size "
-        "per_prompt_stat_tracking_min_count sample_group_size train_pool_latents eval_num_images",
+        "per_prompt_stat_tracking_min_count sample_group_size train_pool_latents eval_num_images "
+        "sample_num_images",
         whole(1, MAX_SIZE),
         f"a whole number from 1 to {MAX_SIZE}",
     ),

@@ -5,6 +5,7 @@ Shapes: N images.
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Mapping
 from itertools import cycle, islice
@@ -42,16 +43,7 @@ class Evaluation:
     ) -> None:
         self.config, self.accelerator, self.policy = config, accelerator, policy
         self.reward_function = reward_function
-        # drawn from the run's seed, so that a resumed run has the same
-        random_state = checkpoint.random_state()
-        random.seed(config.seed)
-        np.random.seed(config.seed)
-        torch.default_generator.manual_seed(config.seed)
-        drawn = distinct_prompts(prompt_function, config.eval_num_images)
-        checkpoint.restore_random_state(random_state)
-        # fewer distinct ones are repeated, each time with other noise
-        pairs = list(islice(cycle(zip(*drawn, strict=True)), config.eval_num_images))
-        self.prompts, self.metadata = zip(*broadcast_from_main(accelerator, pairs), strict=True)
+        self.prompts, self.metadata = fixed_prompts(config.seed, accelerator, prompt_function, config.eval_num_images)
 
     def is_due(self, epochs: int) -> bool:
         """Whether images are scored after so many epochs."""
@@ -89,6 +81,31 @@ class Evaluation:
             for name, part in info["components"].items():
                 found.setdefault(name, []).append(part.numpy())
         return {name: np.concatenate(parts) for name, parts in found.items()}
+
+
+def fixed_prompts(
+    seed: int, accelerator: Accelerator, prompt_function: PromptFunction, count: int
+) -> tuple[tuple[str, ...], tuple[Any, ...]]:
+    """`count` prompts with their metadata, the same in all processes and in a resumed run.
+
+    They are drawn from the run's `seed`, and the random generators are restored. An object's own state stays as it was:
+    a copy of it draws. Only a function that keeps a state elsewhere, an iterator for instance, goes on.
+    """
+    random_state = checkpoint.random_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    try:
+        own = copy.deepcopy(prompt_function)
+    # of an object with a lock, a file or a connection
+    except Exception:
+        own = prompt_function
+    drawn = distinct_prompts(own, count)
+    checkpoint.restore_random_state(random_state)
+    # fewer distinct ones are repeated, each time with other noise
+    pairs = list(islice(cycle(zip(*drawn, strict=True)), count))
+    prompts, metadata = zip(*broadcast_from_main(accelerator, pairs), strict=True)
+    return prompts, metadata
 
 
 def distinct_prompts(prompt_function: PromptFunction, count: int) -> tuple[tuple[str, ...], tuple[Any, ...]]:

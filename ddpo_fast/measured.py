@@ -20,6 +20,8 @@ HARMLESS = {
     *(
         "eval_freq",
         "eval_num_images",
+        "sample_freq",
+        "sample_num_images",
         "export",
         "keep_best_checkpoint",
         "early_stopping_patience",

@@ -207,11 +207,16 @@ class Policy:
         return scored.log_probs
 
     @torch.no_grad()
-    def draw(self, prompts: Sequence[str], seed: int) -> tuple[Tensor, Tensor]:
-        """One image per prompt from noise that `seed` fixes: (images [B, 3, height, width], latents [B, C, H, W])."""
+    def draw(self, prompts: Sequence[str], seed: int | Sequence[int]) -> tuple[Tensor, Tensor]:
+        """One image per prompt from noise that `seed` fixes: (images [B, 3, height, width], latents [B, C, H, W]).
+
+        With a seed for each image its noise does not depend on the others of the batch.
+        """
         self.unet.eval()
         negative = self.family.negatives(self.config.negative_prompts, len(prompts))
         given: dict[str, Any] = {"prompt": list(prompts), "negative_prompt": negative}
+        seeds = [seed] if isinstance(seed, int) else seed
+        generators = [torch.Generator().manual_seed(one) for one in seeds]
         with self.computing():
             if self.embed_prompts.store is not None:
                 given = {"prompt_embeds": self.embed_prompts(prompts)[1]}
@@ -222,7 +227,7 @@ class Policy:
                 num_inference_steps=self.config.sample_num_steps,
                 guidance_scale=self.config.sample_guidance_scale,
                 eta=self.config.sample_eta,
-                generator=torch.Generator().manual_seed(seed),
+                generator=generators[0] if isinstance(seed, int) else generators,
                 output_type="pt",
                 **self.size,
             )

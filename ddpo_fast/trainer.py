@@ -26,8 +26,9 @@ from ddpo_fast.config import DDPOConfig
 from ddpo_fast.engine import make_engine, make_optimizer
 from ddpo_fast.evaluation import Evaluation
 from ddpo_fast.families import family_of_pipeline, with_family
+from ddpo_fast.fixed_images_mixin import FixedImagesMixin
 from ddpo_fast.guard import Guard
-from ddpo_fast.health import SampleHealth, check_images
+from ddpo_fast.health import SampleHealth
 from ddpo_fast.interruption import Interruption
 from ddpo_fast.measured import Measured
 from ddpo_fast.metrics import EpochTimer, approx_kl, clip_fraction
@@ -45,6 +46,7 @@ from ddpo_fast.run_folder.progress import Progress
 from ddpo_fast.run_folder.resume_checks import base_digest, verify
 from ddpo_fast.run_folder.run_log import RunLog, agree_on_folder, output_folder
 from ddpo_fast.run_folder.trackers import first_tracker
+from ddpo_fast.samples import Samples
 from ddpo_fast.scoring_mixin import ScoringMixin
 from ddpo_fast.trajectory import Trajectory, in_groups
 from ddpo_fast.user_functions import function_name, require_function
@@ -57,7 +59,7 @@ EMBEDDINGS = "prompt_embeddings"
 MOST_EMBEDDED = 4096
 
 
-class DDPOTrainer(ScoringMixin, CheckpointMixin, HubModel):
+class DDPOTrainer(ScoringMixin, FixedImagesMixin, CheckpointMixin, HubModel):
     """Fine-tunes a Stable Diffusion pipeline on a reward (arXiv 2305.13301), with TRL 0.23.1's interface.
 
     Args:
@@ -72,6 +74,7 @@ class DDPOTrainer(ScoringMixin, CheckpointMixin, HubModel):
         eval_reward_function: scores images of fixed prompts and noise before the first epoch and after every
             `eval_freq` epochs; it is not trained on.
         eval_prompt_function: gives the prompts of these images, when the trainer is made (default: `prompt_function`).
+        sample_prompt_function: as `eval_prompt_function`, for the images of `sample_freq`.
 
     Raises `ValueError` for settings that do not fit together and for a `resume_from` that cannot be resumed.
     """
@@ -85,6 +88,7 @@ class DDPOTrainer(ScoringMixin, CheckpointMixin, HubModel):
         image_samples_hook: Callable[[Any, Any, Any], Any] | None = None,
         eval_reward_function: rewards.RewardFunction | str | None = None,
         eval_prompt_function: PromptFunction | str | None = None,
+        sample_prompt_function: PromptFunction | str | None = None,
     ) -> None:
         config.check()
         check_launch()
@@ -92,8 +96,10 @@ class DDPOTrainer(ScoringMixin, CheckpointMixin, HubModel):
         self.prompt_fn = _function("prompt_function", prompt_function, load_prompts)
         given = {"reward": reward_function, "prompts": prompt_function}
         self.named = {name: spec for name, spec in given.items() if isinstance(spec, str)}
-        eval_prompts = prompt_function if eval_prompt_function is None else eval_prompt_function
-        eval_prompts = _function("eval_prompt_function", eval_prompts, load_prompts)
+        others = {"eval_prompt_function": eval_prompt_function, "sample_prompt_function": sample_prompt_function}
+        eval_prompts, sample_prompts = (
+            self.prompt_fn if given is None else _function(name, given, load_prompts) for name, given in others.items()
+        )
         eval_reward = None
         if eval_reward_function is not None:
             function = _function("eval_reward_function", eval_reward_function, rewards.load)
@@ -176,6 +182,9 @@ class DDPOTrainer(ScoringMixin, CheckpointMixin, HubModel):
         self.evaluation = None
         if eval_reward is not None:
             self.evaluation = Evaluation(settings, self.accelerator, self.policy, eval_reward, eval_prompts)
+        self.samples = None
+        if config.sample_freq:
+            self.samples = Samples(settings, self.accelerator, self.policy, self.reward_fn, sample_prompts)
         self.guard = None
         if config.train_guard:
             self.guard = Guard(self.engine, list(self.trainable_parameters(self.trainable_layers)))
@@ -220,7 +229,7 @@ class DDPOTrainer(ScoringMixin, CheckpointMixin, HubModel):
                 self._rewind_epoch()
             self.progress.train_begins()
             if self.progress.epochs == 0:
-                self._evaluate_if_due(0, self.progress.global_step)
+                self._draw_fixed_images(0, self.progress.global_step)
             for epoch in bar:
                 self.step(epoch, self.progress.global_step)
                 bar.set_postfix_str(self.run_log.summary)
@@ -232,6 +241,7 @@ class DDPOTrainer(ScoringMixin, CheckpointMixin, HubModel):
                 if ends:
                     self.progress.say_ended(ends)
                     break
+            self._draw_last_samples()
         self.run_log.draw_reward_curve()
         self.accelerator.wait_for_everyone()
 
@@ -249,6 +259,7 @@ class DDPOTrainer(ScoringMixin, CheckpointMixin, HubModel):
         # An advantage is a reward's distance from those that it is compared with, in units of their spread.
         all_rewards, prompts = self._gathered_rewards(scored.batches), self._gathered_prompts(scored.trajectory.prompts)
         components = self._gathered_components(scored.batches)
+        self._note_extremes(scored.batches)
         self.run_log.log_rewards(epoch, global_step, all_rewards)
         if not self.progress.scores.held_out:
             self.progress.scores.add(epoch, all_rewards.mean().item())
@@ -264,7 +275,7 @@ class DDPOTrainer(ScoringMixin, CheckpointMixin, HubModel):
         # Log the epoch, then save a checkpoint: it records how much had been logged.
         timings = timer.timings(images * self.accelerator.num_processes)
         self.run_log.log_epoch(epoch, global_step, all_rewards, timings, variety, components)
-        self._evaluate_if_due(epoch + 1, global_step)
+        self._draw_fixed_images(epoch + 1, global_step)
         self.progress.epoch_is_whole(epoch + 1, global_step)
         if (epoch + 1) % self.config.save_freq == 0:
             self._save(epoch + 1)
@@ -355,29 +366,6 @@ class DDPOTrainer(ScoringMixin, CheckpointMixin, HubModel):
         if is_own:
             refuse_own_loss(self.config)
         return self.calculate_loss if is_own else None
-
-    # images of fixed prompts and noise
-
-    def _evaluate_if_due(self, epochs: int, global_step: int) -> None:
-        if self.evaluation is not None and self.evaluation.is_due(epochs):
-            scores = self.evaluation.scores()
-            self.run_log.log_evaluation(epochs, global_step, scores)
-            self.progress.scores.add(epochs, self.evaluation.mean_of(scores))
-
-    @torch.no_grad()
-    def evaluate(
-        self, prompts: tuple[str, ...], metadata: tuple[Any, ...], seed: int = 0
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draws and scores one image per prompt from noise that `seed` fixes: (images [B, 3, H, W], rewards [B]).
-
-        The random generators are restored afterwards, so that training draws the same as without this call.
-        """
-        random_state = checkpoint.random_state()
-        images, latents = self.policy.draw(prompts, seed)
-        check_images(images, prompts, latents)
-        scores, _ = rewards.score(self.reward_fn, images, prompts, metadata)
-        checkpoint.restore_random_state(random_state)
-        return images.cpu(), scores.cpu()
 
     @property
     def _hides_bars(self) -> bool | None:

@@ -55,7 +55,7 @@ def run(model: str, folder: Path, name: str, settings: dict) -> None:
         settings["resume_from"] = str(folder / resumed)
     settings = {"per_prompt_stat_tracking": True, **settings}
     prompts = load_prompts("animals") if like is None else repeated_prompts(folder / like)
-    trainer = build_trainer(model, folder / name, prompts=prompts, **settings)
+    trainer = build_trainer(model, folder / name, prompts=prompts, sample_prompts="animals", **settings)
     process = trainer.accelerator.process_index
     if like is None:
         torch.save(checkpoint.random_state(), folder / name / f"states_{process}.pt")

@@ -162,9 +162,11 @@ def test_a_setting_whose_package_is_missing_is_refused(settings, words, monkeypa
     """Even if the working directory has a folder of the package's name, as wandb creates one."""
     (tmp_path / "wandb").mkdir()
     monkeypatch.syspath_prepend(str(tmp_path))
-    find = importlib.util.find_spec
     absent = ("tensorboard", "tensorboardX", "bitsandbytes", "deepspeed")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in absent else find(name))
+    here = importlib.machinery.PathFinder.find_spec("wandb", [str(tmp_path)])
+    specs = {"wandb": here, **dict.fromkeys(absent)}
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: specs[name] if name in specs else find(name))
     with refused(ImportError, "", words):
         DDPOConfig(**settings)
 

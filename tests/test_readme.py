@@ -43,6 +43,7 @@ PREFIXES = ("train_", "sample_", "per_prompt_", "vae_", "ema_", "lora_")
 # files of a reader's own
 MADE_UP = {"my_rewards.py"}
 OTHER_NAMES = {"lora_rank", "lora_alpha", "lora_target_modules", "lora_linear", "sample_s", "train_s"}
+OTHER_NAMES |= {"sample_prompt_function"}
 
 # capitals that no module defines: a file, signals, environment variables
 NOT_CONSTANTS = {"NOTICE", "SIGTERM", "SIGHUP", "DDPO_FAST_BACKEND", "DDPO_FAST_CACHE", "PIP_EXTRA_INDEX_URL"}

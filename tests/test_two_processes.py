@@ -28,7 +28,7 @@ TWO = {
     "ddp": EPOCH,
     "zero-1": EPOCH | {"zero": 1},
     "zero-2": EPOCH | {"zero": 2},
-    "zero-3": EPOCH | {"zero": 3, "ema_decay": 0.5},
+    "zero-3": EPOCH | {"zero": 3, "ema_decay": 0.5, "sample_freq": 1, "sample_num_images": 2},
     "offload": EPOCH | {"offload": "optimizer"},
     "zero-1-offload": EPOCH | {"zero": 1, "offload": "optimizer"},
     "zero-2-offload": EPOCH | {"zero": 2, "offload": "optimizer"},
@@ -62,7 +62,7 @@ RESUMED = {
 }
 TWICE = {"train_batch_size": 4, "train_gradient_accumulation_steps": 4, "sample_num_batches_per_epoch": 4, "epochs": 1}
 ONE = {
-    "one": TWICE | {"like": "ddp"},
+    "one": TWICE | {"like": "ddp", "sample_freq": 1, "sample_num_images": 2},
     "one-several": TWICE | SEVERAL | {"like": "several"},
     "one-zero-2": TWICE | {"like": "ddp", "zero": 2},
     "one-lora": TWICE | {"like": "lora", "use_lora": True},
@@ -111,6 +111,21 @@ def apart(results: dict, name: str, other: str, start: dict[str, torch.Tensor]) 
     one, two = results[name]["weights"], results[other]["weights"]
     # an adapter is not in the model's folder: here it starts from zero
     return relative_distance(one, two, {name: start.get(name, torch.zeros_like(two[name])) for name in two})
+
+
+def test_images_of_fixed_noise_are_those_of_one_process(runs):
+    """Of a ZeRO 3 whose weights are split too; the best images of training are those of all processes."""
+    folder, _ = runs
+    for epoch in (0, 1):
+        two, one = (
+            json.loads((folder / name / "samples" / f"epoch_{epoch:05d}" / "samples.json").read_text())["samples"]
+            for name in ("zero-3", "one")
+        )
+        assert [entry["reward"] for entry in two] == pytest.approx([entry["reward"] for entry in one], rel=1e-4)
+    assert len({entry["reward"] for entry in two}) == 2
+    extremes = json.loads((folder / "zero-3" / "samples" / "epoch_00001" / "extremes.json").read_text())["samples"]
+    assert len(extremes) == 8
+    assert max(entry["reward"] for entry in extremes) == extremes[0]["reward"]
 
 
 def test_several_rewards_are_measured_over_the_images_of_all_processes(runs):

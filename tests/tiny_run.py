@@ -106,6 +106,7 @@ def build_trainer(
     hook: Any = None,
     eval_reward: Any = None,
     eval_prompts: Any = None,
+    sample_prompts: Any = None,
     use_lora: bool = False,
     pipeline: Any = None,
     trainer_class: type[DDPOTrainer] = DDPOTrainer,
@@ -120,6 +121,7 @@ def build_trainer(
     config = DDPOConfig(**{**SETTINGS, "output_dir": output_dir and str(output_dir), **settings})
     pipeline = pipeline or DefaultDDPOStableDiffusionPipeline(str(model), use_lora=use_lora)
     functions = {"eval_reward_function": eval_reward, "eval_prompt_function": eval_prompts}
+    functions["sample_prompt_function"] = sample_prompts
     functions = {name: function for name, function in functions.items() if function is not None}
     trainer = trainer_class(config, reward, prompts or Prompts(), pipeline, image_samples_hook=hook, **functions)
     if not draws:

@@ -87,10 +87,12 @@ GROUPS = (
     ),
     Group(
         "run and logging",
-        ("output_dir", "resume_from", "log_with", "save_freq", "export", "push_to_hub"),
+        ("output_dir", "resume_from", "log_with", "save_freq", "sample_freq", "export", "push_to_hub"),
         (
             "trust_run",
             "dry_run",
+            "sample_num_images",
+            "sample_prompts",
             "exp_name",
             "run_name",
             "logdir",

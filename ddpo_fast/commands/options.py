@@ -91,6 +91,9 @@ class RunArguments(RewardArguments):
         metadata={"help": "Rewards, as in --reward, that score images of fixed noise every --eval_freq epochs."},
     )
     eval_prompts: str = field(default="", metadata={"help": "Prompts of these images (default: those of --prompts)."})
+    sample_prompts: str = field(
+        default="", metadata={"help": "Prompts of the images of --sample_freq (default: those of --prompts)."}
+    )
     recipe: str = field(
         default="",
         metadata={
@@ -265,7 +268,7 @@ def train_parser() -> Parser:
     # says the same in the environment.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     # None lets `precision_or_default` choose
-    parser.set_defaults(logdir="runs", mixed_precision=None, keep_best_checkpoint=True)
+    parser.set_defaults(logdir="runs", mixed_precision=None, keep_best_checkpoint=True, sample_freq=10)
     parser.group_help()
     return parser
 

@@ -24,7 +24,7 @@ from ddpo_fast.rewards import is_local
 from ddpo_fast.run_folder import checkpoint, recorded_settings
 
 # options that may name a function to import
-FUNCTIONS = ("reward", "prompts", "eval_reward", "eval_prompts")
+FUNCTIONS = ("reward", "prompts", "eval_reward", "eval_prompts", "sample_prompts")
 # where images and prompts are sent to, with the user's password in the environment, and arguments of any meaning
 SERVERS = ("reward_url", "reward_options")
 # settings of other programs, which can name files and addresses, and the one that sends the model to the Hub
@@ -88,7 +88,7 @@ class RecordedRun:
     def _is_harmless(self, name: str, value: Any) -> bool:
         if name in ("reward", "eval_reward"):
             return _is_local_reward(value)
-        if name in ("prompts", "eval_prompts"):
+        if name in ("prompts", "eval_prompts", "sample_prompts"):
             return isinstance(value, str) and not names_function(value)
         if name == "project_kwargs":
             return isinstance(value, dict) and set(value) <= {"total_limit"}

@@ -57,6 +57,7 @@ def run(arguments: Sequence[str], dry_run: bool = False) -> None:
     prompt_function = load_prompts(options.prompts)
     # None: the trainer evaluates by the prompts of training
     eval_prompts = load_prompts(options.eval_prompts) if options.eval_prompts else None
+    sample_prompts = load_prompts(options.sample_prompts) if options.sample_prompts else None
     random.seed(config.seed)
     examples = distinct_prompts(prompt_function, EXAMPLE_PROMPTS)
     size = configs.family.image_size_of(configs.parts, config.height, config.width)
@@ -81,6 +82,7 @@ def run(arguments: Sequence[str], dry_run: bool = False) -> None:
         make_pipeline(options),
         eval_reward_function=SeveralRewards.of(eval_rewards[0], options.eval_reward) if eval_rewards else None,
         eval_prompt_function=eval_prompts,
+        sample_prompt_function=sample_prompts,
     )
     trainer.run_settings.update(command_settings(options))
     trainer.run_log.write_config(trainer.run_settings)
@@ -162,7 +164,8 @@ def read_options(arguments: Sequence[str]) -> tuple[RunArguments, DDPOConfig]:
 def make_absolute(options: RunArguments, namespace: Any) -> None:
     """Makes the paths of files and folders absolute, so that the run can be resumed from any working directory."""
     options.reward_model = with_absolute_models(options.reward_model, options.reward_names)
-    options.prompts, options.eval_prompts = absolute(options.prompts), absolute(options.eval_prompts)
+    for name in ("prompts", "eval_prompts", "sample_prompts"):
+        setattr(options, name, absolute(getattr(options, name)))
     paths = [(options, "pretrained_model"), (options, "single_file_config"), (namespace, "deepspeed")]
     # a file may have the name of a recipe
     if options.recipe not in recipes.names():
@@ -188,6 +191,7 @@ def command_settings(options: RunArguments) -> dict[str, Any]:
         "prompts": [options.prompts],
         "eval_reward": list(weights_of(options.eval_reward)) if options.eval_reward else [],
         "eval_prompts": [options.eval_prompts],
+        "sample_prompts": [options.sample_prompts],
     }
     folders = {name: recorded_run.import_folders(*each) for name, each in specs.items()}
     made = {option.name: getattr(options, option.name) for option in fields(RewardArguments)}

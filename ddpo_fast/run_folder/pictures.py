@@ -9,6 +9,7 @@ Shapes: B images, H x W pixels.
 from __future__ import annotations
 
 import functools
+import io
 import logging
 import unicodedata
 import warnings
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from matplotlib import font_manager
 from matplotlib.figure import Figure
+from PIL import Image
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +111,19 @@ def draw_grid(prompts: Sequence[str], rows: Sequence[Row], path: Path) -> None:
 
     After `COLUMNS` prompts the rows go on in a block below.
     """
+    figure = _grid(prompts, rows)
+    _save(figure, path, dpi=_dpi(figure))
+
+
+@_plain_text()
+def grid_pixels(prompts: Sequence[str], rows: Sequence[Row]) -> np.ndarray:
+    """What `draw_grid` draws, as pixels [H, W, 3] in uint8."""
+    figure, buffer = _grid(prompts, rows), io.BytesIO()
+    figure.savefig(buffer, dpi=_dpi(figure), format="png")
+    return np.asarray(Image.open(buffer).convert("RGB"))
+
+
+def _grid(prompts: Sequence[str], rows: Sequence[Row]) -> Figure:
     # The layout, in inches: a block is its titles' lines, then for each row an image, a gap and a caption.
     columns = min(len(prompts), COLUMNS)
     titles = [wrapped(prompt) for prompt in prompts]
@@ -139,7 +154,11 @@ def draw_grid(prompts: Sequence[str], rows: Sequence[Row], path: Path) -> None:
             y += CELL + GAP + room
         y += GAP
     axis.set(xlim=(0, width), ylim=(height, 0), aspect="auto")
-    _save(figure, path, dpi=min(DPI, MAX_PIXELS / height))
+    return figure
+
+
+def _dpi(figure: Figure) -> float:
+    return min(DPI, MAX_PIXELS / figure.get_figheight())
 
 
 def _pixels(image: torch.Tensor) -> np.ndarray:

@@ -69,6 +69,11 @@ class Progress:
     def checkpoints(self) -> Path:
         return self.output_dir / "checkpoints"
 
+    @property
+    def has_trained(self) -> bool:
+        """Whether this process has trained a whole epoch."""
+        return self.epochs > self._started_at
+
     # resuming
 
     def prepare_resume(

@@ -12,6 +12,7 @@ TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("use_lora", "healthy"), (bool,)),
     **dict.fromkeys(("pretrained_model", "pretrained_revision", "base"), (str, type(None))),
     **dict.fromkeys(("recipe", "reward", "prompts", "eval_reward", "eval_prompts"), (str, type(None))),
+    **dict.fromkeys(("sample_prompts",), (str, type(None))),
     **dict.fromkeys(("reward_model", "reward_device", "reward_url", "single_file_config"), (str,)),
     **dict.fromkeys(("reward_offload", "reward_normalize", "reward_process"), (bool,)),
     "reward_options": (dict,),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from ddpo_fast.health import Health
 from ddpo_fast.processes import broadcast_from_main
 from ddpo_fast.run_folder import checkpoint, folder_lock, pictures
 from ddpo_fast.run_folder.metrics_file import MetricsFile
-from ddpo_fast.run_folder.trackers import tracker_config
+from ddpo_fast.run_folder.trackers import image_trackers, log_images, tracker_config
 
 logger = logging.getLogger(__name__)
 
@@ -164,6 +164,20 @@ class RunLog:
         images = max(map(len, scores.values()), default=0)
         counts = {"kind": "eval", "epoch": epochs, "updates": global_step, "images": images}
         self._write({**counts, **found, "elapsed_s": self.elapsed_s()})
+
+    def show_images(
+        self, epochs: int, global_step: int, prompts: Sequence[str], images: torch.Tensor, scores: Sequence[float]
+    ) -> None:
+        """Sends a grid of images [B, 3, H, W] of fixed prompts, with their rewards, to the trackers that take images.
+
+        Called in the main process.
+        """
+        takers = image_trackers(self.accelerator)
+        rows = [(f"epoch {epochs}", images, scores)]
+        grid = pictures.attempt(pictures.grid_pixels, prompts, rows) if takers else None
+        if grid is not None:
+            for tracker in takers:
+                log_images(tracker, {"samples": grid}, max(global_step - 1, 0))
 
     def draw_reward_curve(self) -> None:
         """Draws rewards.png from metrics.jsonl."""
