@@ -20,7 +20,7 @@ export DS_BUILD_OPS ?= 0
 export PYTHONDONTWRITEBYTECODE :=
 PIP_OPTIONS := --quiet --disable-pip-version-check --no-compile
 
-.PHONY: setup demo test test-fast test-bench lint clean
+.PHONY: setup demo test test-fast test-bench lint browser clean
 
 setup: $(READY)
 
@@ -60,6 +60,16 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --no-
 
 test: lint
 	$(PYTEST) -m "not benchmark"
+
+# A headless Chromium for tests/test_report_browser.py, which is skipped without one. A target of its own, as it installs
+# packages of the system.
+browser:
+	@for name in chromium-headless-shell chromium chromium-browser google-chrome; do \
+		command -v $$name && exit; \
+	done; \
+	apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends \
+		chromium-headless-shell fonts-dejavu-core >/dev/null || \
+		echo "no Chromium could be installed: tests/test_report_browser.py is skipped"
 
 # whole tiny runs of the benchmarks' scripts, to be tested before a figure is recorded
 test-bench: $(READY)

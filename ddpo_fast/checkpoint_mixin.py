@@ -16,7 +16,8 @@ from ddpo_fast.config import DDPOConfig
 from ddpo_fast.guard import Guard
 from ddpo_fast.health import check_weights
 from ddpo_fast.processes import broadcast_from_main
-from ddpo_fast.run_folder import checkpoint
+from ddpo_fast.report import page
+from ddpo_fast.run_folder import checkpoint, pictures
 from ddpo_fast.run_folder.progress import Progress
 from ddpo_fast.run_folder.resume_checks import run_settings
 from ddpo_fast.run_folder.run_log import RunLog
@@ -53,6 +54,16 @@ class CheckpointMixin:
     def first_epoch(self) -> int:
         """The number of whole epochs so far, under TRL's name for it."""
         return self.progress.epochs
+
+    def draw_reports(self) -> None:
+        """Draws `rewards.png` and `report.html` in the run's folder, from what it holds."""
+        self.run_log.draw_reward_curve()
+        self.write_report()
+
+    def write_report(self) -> None:
+        """Writes `report.html` in the run's folder, from what it holds."""
+        if self.accelerator.is_main_process:
+            pictures.attempt(page.write, [self.output_dir], page.default_path([self.output_dir]))
 
     def _save(self, epochs: int, name: str = "") -> None:
         """Writes the checkpoint of `epochs` whole epochs into its numbered folder, or into one called `name`."""

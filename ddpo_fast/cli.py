@@ -1,4 +1,5 @@
-"""The command line: `ddpo-fast train`, `init`, `train-reward`, `plan`, `sample`, `recipes` and `info`.
+"""The command line: `ddpo-fast train`, `init`, `train-reward`, `plan`, `sample`, `report`, `recipes` and
+`info`.
 
 A command is a function in `COMMANDS`: it reads its options, which needs no torch, and then imports and runs its module
 in `commands/`. So `--help` and a misspelt option are answered before the seconds that torch takes to import.
@@ -23,6 +24,7 @@ Fine-tune Stable Diffusion with reinforcement learning.
   init          print a file of settings for train, with every option
   train-reward  train a reward on rated images, or on pairs with a preference
   sample        draw a trained run's images beside the base model's
+  report        write a page about one run or several, or serve it while they go on
   plan          predict the memory that training takes, and choose settings that fit
   recipes       list the named sets of settings that train uses, or print one
   info          print what runs on this machine, and why the rest does not
@@ -141,6 +143,15 @@ def sample(arguments: Sequence[str]) -> None:
     sample.run(options)
 
 
+def report(arguments: Sequence[str]) -> None:
+    from ddpo_fast.commands.options import report_parser
+
+    options = report_parser().parse(arguments)
+    from ddpo_fast.commands import report
+
+    report.run(options)
+
+
 def info(arguments: Sequence[str]) -> None:
     from ddpo_fast.commands.options import info_parser
 
@@ -165,6 +176,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train-reward": train_reward,
     "plan": plan,
     "sample": sample,
+    "report": report,
     "recipes": recipes,
     "info": info,
 }

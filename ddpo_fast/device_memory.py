@@ -56,6 +56,14 @@ def free_bytes(device: torch.device, num_processes: int = 1, gpu_memory: float |
     return psutil.virtual_memory().available // num_processes
 
 
+def memory_held(device: torch.device) -> dict[str, float]:
+    """GB that this process holds: `host_gb` now, and on a GPU `device_gb`, the most that tensors have taken so far."""
+    found = {"host_gb": psutil.Process().memory_info().rss / GB}
+    if device.type == "cuda":
+        found["device_gb"] = torch.cuda.max_memory_allocated(device) / GB
+    return found
+
+
 def limit_memory(gpu_memory: float, device: torch.device) -> None:
     """Limits PyTorch's allocator so that the process takes `gpu_memory` GB of the GPU at most.
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from ddpo_fast.engine import Engine
-from ddpo_fast.health import LEAST_VARIETY
 from ddpo_fast.prompt_levels import PromptLevels
+from ddpo_fast.warning_limits import LEAST_VARIETY
 
 logger = logging.getLogger(__name__)
 

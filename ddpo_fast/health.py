@@ -15,6 +15,7 @@ import torch
 
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.trajectory import Trajectory
+from ddpo_fast.warning_limits import FAR_LOG_RATIO, FIRST_EPOCHS, LEAST_VARIETY
 
 logger = logging.getLogger(__name__)
 
@@ -22,11 +23,6 @@ logger = logging.getLogger(__name__)
 # mean in standard deviations. If that mean has moved by 20 standard deviations, the log-ratio is about -20^2 / 2: the
 # policy has nothing left of the one that sampled.
 LARGEST_LOG_RATIO = 20**2 / 2
-# A log-ratio of this root mean square means that a typical ratio is exp(0.5) or exp(-0.5). PPO assumes ratios near 1.
-FAR_LOG_RATIO = 0.5
-# Variety is lost where less than this share is left of what the first epochs had.
-LEAST_VARIETY = 1 / 3
-FIRST_EPOCHS = 2
 # the remedy in several messages
 HALF_PRECISION = "a higher mixed_precision ('bf16' or 'no')"
 

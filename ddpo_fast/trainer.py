@@ -242,7 +242,7 @@ class DDPOTrainer(ScoringMixin, FixedImagesMixin, CheckpointMixin, HubModel):
                     self.progress.say_ended(ends)
                     break
             self._draw_last_samples()
-        self.run_log.draw_reward_curve()
+        self.draw_reports()
         self.accelerator.wait_for_everyone()
 
     def step(self, epoch: int, global_step: int) -> int:
@@ -274,7 +274,7 @@ class DDPOTrainer(ScoringMixin, FixedImagesMixin, CheckpointMixin, HubModel):
         timer.ends("training")
         # Log the epoch, then save a checkpoint: it records how much had been logged.
         timings = timer.timings(images * self.accelerator.num_processes)
-        self.run_log.log_epoch(epoch, global_step, all_rewards, timings, variety, components)
+        self.run_log.log_epoch(epoch, global_step, all_rewards, timings, variety, components, prompts)
         self._draw_fixed_images(epoch + 1, global_step)
         self.progress.epoch_is_whole(epoch + 1, global_step)
         if (epoch + 1) % self.config.save_freq == 0:

@@ -10,8 +10,8 @@ from run_process import read_records
 
 Weights = dict[str, torch.Tensor]
 
-# the values of metrics.jsonl that a clock gives, and so no two runs share
-TIMINGS = {"sample_s", "reward_s", "train_s", "images_per_s", "elapsed_s"}
+# the values of metrics.jsonl that a clock or the system gives, and so no two runs share
+TIMINGS = {"sample_s", "reward_s", "train_s", "images_per_s", "elapsed_s", "host_gb"}
 
 
 def trained_weights(trainer: Any) -> Weights:

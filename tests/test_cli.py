@@ -273,6 +273,9 @@ def test_what_a_run_leaves(trained, model_dir):
     assert saved["use_lora"] is True
     for name in ("metrics.jsonl", "rewards.png", "before_after.png", "before.pt", "final/model_index.json"):
         assert (run / name).stat().st_size > 0
+    # the page has been written after the picture
+    written = [(run / name).stat().st_mtime_ns for name in ("before_after.png", "report.html")]
+    assert written == sorted(written)
     assert [path.name for path in run.glob(".*")] == [folder_lock.LOCK]
 
 

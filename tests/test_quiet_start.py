@@ -14,7 +14,7 @@ from run_process import finish
 import ddpo_fast
 from ddpo_fast.commands import library_warnings
 
-HEAVY = ("torch", "numpy", "transformers", "diffusers", "accelerate", "matplotlib")
+HEAVY = ("torch", "numpy", "transformers", "diffusers", "accelerate", "matplotlib", "plotly", "jinja2")
 
 
 def run(code: str, **options) -> subprocess.CompletedProcess:
@@ -29,6 +29,8 @@ def run(code: str, **options) -> subprocess.CompletedProcess:
         ("from ddpo_fast import DDPOConfig", ("torch", "transformers", "diffusers", "accelerate", "matplotlib")),
         ("from ddpo_fast.cli import main; main(['train', '--help'])", ("torch", "diffusers", "accelerate")),
         ("from ddpo_fast.cli import main; main(['sample', '--help'])", ("torch", "diffusers", "accelerate")),
+        ("from ddpo_fast.cli import main; main(['report', '--help'])", ("torch", "diffusers", "accelerate", "plotly")),
+        ("from ddpo_fast.report import page, serve", ("torch", "transformers", "diffusers", "accelerate", "plotly")),
         ("from ddpo_fast.cli import main; main(['recipes'])", ("torch", "diffusers", "accelerate")),
         ("from ddpo_fast import recipes", ("torch", "transformers", "diffusers", "accelerate")),
         ("from ddpo_fast.cli import main; main(['plan', '--num_epoch', '3'])", ("torch", "diffusers", "accelerate")),

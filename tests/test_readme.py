@@ -19,6 +19,7 @@ from ddpo_fast.commands.options import (
     info_parser,
     plan_parser,
     recipes_parser,
+    report_parser,
     sample_parser,
     train_parser,
     train_reward_parser,
@@ -35,6 +36,7 @@ PARSERS = {
     "train-reward": train_reward_parser,
     "plan": plan_parser,
     "sample": sample_parser,
+    "report": report_parser,
     "recipes": recipes_parser,
     "info": info_parser,
 }

@@ -115,7 +115,7 @@ def build_trainer(
 ) -> DDPOTrainer:
     """A trainer with `SETTINGS`, but for `settings`, as the first one of its process.
 
-    It draws rewards.png only if `draws` is set, as that takes a fifth of such a run's time.
+    It draws rewards.png and report.html only if `draws` is set, as that takes a fifth of such a run's time.
     """
     forget_accelerate_state()
     config = DDPOConfig(**{**SETTINGS, "output_dir": output_dir and str(output_dir), **settings})
@@ -125,5 +125,5 @@ def build_trainer(
     functions = {name: function for name, function in functions.items() if function is not None}
     trainer = trainer_class(config, reward, prompts or Prompts(), pipeline, image_samples_hook=hook, **functions)
     if not draws:
-        trainer.run_log.draw_reward_curve = lambda: None
+        trainer.draw_reports = lambda: None
     return trainer

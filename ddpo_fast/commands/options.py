@@ -306,6 +306,27 @@ def sample_parser() -> Parser:
     return parser
 
 
+def report_parser() -> Parser:
+    parser = Parser(
+        prog="ddpo-fast report",
+        description="Write a page about one run, or about several side by side: one file that opens without a network.",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="output folder of a run")
+    parser.add_argument(
+        "--output", type=Path, help="where the page goes (default: report.html, or comparison.html, in the first RUN)"
+    )
+    parser.add_argument("--watch", action="store_true", help="serve the page on this machine while the run goes on")
+    parser.add_argument("--port", type=_port, default=0, help="port for --watch (default: any that is free)")
+    return parser
+
+
+def _port(text: str) -> int:
+    port = int(text)
+    if not 0 <= port < 2**16:
+        raise argparse.ArgumentTypeError(f"{text} is no port: use a whole number from 1 to {2**16 - 1}")
+    return port
+
+
 def train_reward_parser() -> Parser:
     return Parser(
         [HeadArguments],

@@ -107,9 +107,11 @@ def run(arguments: Sequence[str], dry_run: bool = False) -> None:
         drawn = trainer.accelerator.is_main_process and pictures.attempt(
             before.draw, trainer.output_dir, examples[0], images, scores
         )
+        # again, now that there are images from after training
+        trainer.write_report()
 
     say(f"reward of the shown images: {before.rewards.mean():.3f} {before.label}, {scores.mean():.3f} after")
-    where = f"see {drawn.name} and rewards.png in {trainer.output_dir}; " if drawn else ""
+    where = f"see report.html, {drawn.name} and rewards.png in {trainer.output_dir}; " if drawn else ""
     say(f"{where}the model is in {trainer.output_dir / 'final'}")
     if config.push_to_hub:
         say(f"pushed to {trainer.push_to_hub()}")

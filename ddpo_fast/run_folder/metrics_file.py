@@ -26,10 +26,9 @@ class MetricsFile:
     def read(self) -> list[dict[str, Any]]:
         if not self.path.exists():
             return []
-        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
-        records = [record for record in map(_parsed, lines) if record]
-        if lost := len(lines) - len(records):
-            logger.warning("%s is damaged: %d of its %d lines are left out", self.path, lost, len(lines))
+        records, lost = records_in(self.path.read_text(encoding="utf-8", errors="replace"))
+        if lost:
+            logger.warning("%s is damaged: %d of its %d lines are left out", self.path, lost, lost + len(records))
         return records
 
     def size(self) -> int:
@@ -50,6 +49,14 @@ class MetricsFile:
             file.truncate(min(size, present))
             content = file.read()
             file.truncate(content.rfind(b"\n") + 1)
+
+
+def records_in(text: str) -> tuple[list[dict[str, Any]], int]:
+    """The records of a metrics file's text, and how many of its lines are none."""
+    # not `splitlines`, which also splits at characters that a prompt may have
+    lines = text.removesuffix("\n").split("\n") if text else []
+    records = [record for record in map(_parsed, lines) if record]
+    return records, len(lines) - len(records)
 
 
 def _parsed(line: str) -> dict[str, Any] | None:

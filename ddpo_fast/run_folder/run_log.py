@@ -15,13 +15,18 @@ import torch
 from accelerate import Accelerator
 
 from ddpo_fast.config import DDPOConfig
+from ddpo_fast.device_memory import memory_held
 from ddpo_fast.health import Health
 from ddpo_fast.processes import broadcast_from_main
 from ddpo_fast.run_folder import checkpoint, folder_lock, pictures
 from ddpo_fast.run_folder.metrics_file import MetricsFile
 from ddpo_fast.run_folder.trackers import image_trackers, log_images, tracker_config
+from ddpo_fast.warning_limits import DRIFT_SHARE
 
 logger = logging.getLogger(__name__)
+
+# Letters of an epoch's different prompts up to which their mean rewards are logged: 400 short ones, or 100 sentences.
+MOST_LETTERS = 8000
 
 
 class RunLog:
@@ -135,19 +140,23 @@ class RunLog:
         timings: dict[str, float],
         variety: dict[str, torch.Tensor],
         components: Mapping[str, np.ndarray],
+        prompts: Sequence[str],
     ) -> None:
-        """Logs an epoch's mean reward, variety and timings, and sets `summary` to one line about the epoch.
+        """Logs an epoch's rewards, variety, timings and memory, and sets `summary` to one line about the epoch.
 
         Args:
+            all_rewards, prompts: of the images of all processes.
             components: rewards [images] of each of several reward functions, as these returned them.
         """
         means = {"reward_mean": all_rewards.mean().item(), "reward_std": all_rewards.std(correction=0).item()}
-        parts = _moments("reward", components)
+        parts, quantiles = _moments("reward", components), _quantiles(all_rewards)
         spreads = {name: value.item() for name, value in variety.items()}
         self.health.variety(epoch, spreads)
-        self.accelerator.log({**timings, **spreads, **parts}, step=global_step - 1)
+        numbers = {**quantiles, **parts, **spreads, **timings, **memory_held(self.accelerator.device)}
+        self.accelerator.log(numbers, step=global_step - 1)
         counts = {"kind": "epoch", "epoch": epoch, "updates": global_step, "images": len(all_rewards)}
-        self._write({**counts, **means, **parts, **spreads, **timings, "elapsed_s": self.elapsed_s()})
+        counts |= {"clip_range": self.clip_range, **_of_prompts(prompts, all_rewards)}
+        self._write({**counts, **means, **numbers, "elapsed_s": self.elapsed_s()})
         # an objective measures some of these, and a user's own `_train_batched_samples` may log no updates
         formats = {"approx_kl": "kl {:.1e}, ", "clipfrac": "clipped {:.0%}, "}
         of_update = "".join(
@@ -195,7 +204,7 @@ class RunLog:
         """
         if self.config.ema_sampling:
             return
-        if drift > 0.5 * self.clip_range and not self._warned_of_drift:
+        if drift > DRIFT_SHARE * self.clip_range and not self._warned_of_drift:
             self._warned_of_drift = True
             logger.warning(
                 "before the first update the ratio is already %.1e away from 1, and the clip range is %.1e: set "
@@ -213,6 +222,23 @@ def _moments(kind: str, values: Mapping[str, np.ndarray]) -> dict[str, float]:
         # TensorBoard drops NumPy's scalars
         found |= {f"{kind}/{name}_mean": float(of_images.mean()), f"{kind}/{name}_std": float(of_images.std())}
     return found
+
+
+def _quantiles(rewards: torch.Tensor) -> dict[str, float]:
+    """The lowest, the highest and the quartiles of the rewards [images]."""
+    names = ("reward_min", "reward_p25", "reward_median", "reward_p75", "reward_max")
+    values = np.quantile(rewards.double().cpu().numpy(), (0, 0.25, 0.5, 0.75, 1))
+    return dict(zip(names, map(float, values), strict=True))
+
+
+def _of_prompts(prompts: Sequence[str], rewards: torch.Tensor) -> dict[str, Any]:
+    """`prompt_rewards`, by prompt the mean reward and the number of images; nothing where they would fill the file."""
+    of_each: dict[str, list[float]] = {}
+    for prompt, reward in zip(prompts, rewards.tolist(), strict=True):
+        of_each.setdefault(prompt, []).append(reward)
+    if sum(map(len, of_each)) > MOST_LETTERS:
+        return {}
+    return {"prompt_rewards": {prompt: [sum(found) / len(found), len(found)] for prompt, found in of_each.items()}}
 
 
 def folder_problem(folder: Path) -> str:

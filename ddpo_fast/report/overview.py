@@ -1,0 +1,88 @@
+"""A run in a sentence, and its main figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import median
+
+from ddpo_fast.report.curves import epoch_axes
+from ddpo_fast.report.run_records import METRICS, RunRecords
+from ddpo_fast.report.settings import shown
+
+# what a value that is not known is shown as
+UNKNOWN = "not known"
+
+
+def sentence(run: RunRecords) -> str:
+    """What was trained for what, and how it went, for a reader who knows nothing of the run."""
+    said = f"{_model(run)} is trained ({_part(run)}) to make images of higher reward"
+    reward, prompts = run.settings.get("reward"), run.settings.get("prompts")
+    said += f", {shown(reward)}" if reward else ""
+    said += f", for prompts from {_short(shown(prompts))}" if prompts else ""
+    means = run.known("reward_mean")
+    if len(means) < 2:
+        return f"{said}."
+    done = len(run.epochs)
+    whole = run.planned_epochs is not None and run.epochs[-1]["epoch"] + 1 >= run.planned_epochs
+    over = f"all {done} epochs" if whole else f"the {done} epochs so far"
+    return f"{said}. Over {over} the mean reward went from {means[0]:.4g} to {means[-1]:.4g}."
+
+
+def tiles(run: RunRecords) -> list[tuple[str, str, str]]:
+    """(name, value, remark) of the main figures."""
+    found = []
+    if means := run.known("reward_mean"):
+        best = max(range(len(means)), key=means.__getitem__)
+        found.append(("Reward", f"{means[0]:.4g} → {means[-1]:.4g}", f"best {means[best]:.4g}, epoch {best + 1}"))
+    for name in run.names("eval"):
+        points = [record[f"{name}_mean"] for record in run.evaluations if f"{name}_mean" in record]
+        if points and all(isinstance(point, (int, float)) for point in points):
+            what = f"Held-out {name.partition('/')[2]}"
+            found.append((what, f"{points[0]:.4g} → {points[-1]:.4g}", f"{len(points)} evaluations"))
+    planned = f"of {run.planned_epochs} planned" if run.planned_epochs else ""
+    last = f"{int(run.epochs[-1]['epoch']) + 1}" if run.epochs else "0"
+    found.append(("Epochs", last, planned))
+    axes = epoch_axes(run.epochs)
+    if run.epochs:
+        found.append(("Images", f"{axes['images'][-1]:,.0f}", f"{len(run.updates)} updates"))
+    if minutes := [value for value in axes["minutes"] if value is not None]:
+        found.append(("Time", _duration(minutes[-1]), _written(run)))
+    if speeds := run.known("images_per_s"):
+        device = run.settings.get("device")
+        found.append(("Images per second", f"{median(speeds):.3g}", f"{device}" if device else "median of the epochs"))
+    return found
+
+
+def _model(run: RunRecords) -> str:
+    if "pretrained_model" not in run.settings:
+        return "A model"
+    return _short(run.settings["pretrained_model"] or "The bundled tiny Stable Diffusion")
+
+
+def _part(run: RunRecords) -> str:
+    if run.settings.get("use_lora"):
+        rank = run.settings.get("lora_rank")
+        return f"a LoRA of rank {rank}" if rank else "a LoRA"
+    return "all weights" if "use_lora" in run.settings else "weights"
+
+
+def _short(text: object) -> str:
+    """The last part of a path, or the text itself."""
+    return Path(text).name if isinstance(text, str) and text.startswith("/") else str(text)
+
+
+def _duration(minutes: float) -> str:
+    if minutes < 1:
+        return f"{60 * minutes:.0f} s"
+    if minutes < 60:
+        return f"{minutes:.3g} min"
+    return f"{int(minutes // 60)} h {int(minutes % 60)} min"
+
+
+def _written(run: RunRecords) -> str:
+    from datetime import datetime
+
+    try:
+        return f"until {datetime.fromtimestamp((run.folder / METRICS).stat().st_mtime):%Y-%m-%d %H:%M}"
+    except OSError:
+        return ""
