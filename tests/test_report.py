@@ -109,7 +109,7 @@ def test_images_and_scores_are_embedded(run):
     assert [sample["prompt"] for sample in epochs[0]["samples"]] == list(ODD_PROMPTS)
     assert epochs[1]["samples"][2]["reward"] == pytest.approx(0.3)
     assert all(sample["src"].startswith("data:image/jpeg;base64,") for epoch in epochs for sample in epoch["samples"])
-    assert "Best images that epoch 9 was trained on" in shown.text
+    assert "Best of the images that epoch 9 was trained on" in shown.text
     assert "worst <i>cat</i>" in shown.text
     alternatives = [attributes.get("alt") for tag, attributes in shown.tags if tag == "img"]
     assert len(alternatives) == 2

@@ -26,7 +26,7 @@ def falling(epoch):
         ({"reward_std": 0.0}, {}, "All rewards were equal in 9 of 9 epochs", "--reward"),
         ({"reward_median": 1.4, "reward_max": 1.4}, {}, "saturated", "--reward"),
         ({"reward_mean": lambda epoch: 1 - epoch / 9}, {}, "has fallen", "--train_learning_rate"),
-        ({"reward_mean": lambda epoch: 1 - abs(epoch - 4) / 4}, {}, "better before the end", "--export"),
+        ({"reward_mean": lambda epoch: 1 - abs(epoch - 4) / 4}, {}, "better before the end", "--export best"),
         ({"reward_mean": lambda epoch: 0.5 + 0.01 * (-1) ** epoch}, {}, "not clearly risen", "--recipe"),
         ({"ratio_drift": 9e-5}, {}, "drift is near the clip range", "--train_recompute_log_probs"),
         ({"approx_kl": 0.5}, {}, "moved far", "--train_num_inner_epochs"),
@@ -48,6 +48,12 @@ def test_what_is_unusual_is_said(tmp_path, changes, config, title, option):
     (remark,) = [remark for remark in found if title in remark.title]
     assert option in dict(remark.options)
     assert remark.title in page_of(folder).text
+
+
+def test_options_that_are_on_are_not_named(tmp_path):
+    run = write_run(tmp_path / "run", epoch_records(image_spread=falling), train_guard=True)
+    (remark,) = remarks.remarks_on(read(run))
+    assert [option for option, _ in remark.options] == ["--train_target_update", "--train_kl_weight"]
 
 
 def test_a_held_out_reward_that_falls_is_said(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from statistics import median
 
@@ -9,15 +11,12 @@ from ddpo_fast.report.curves import epoch_axes
 from ddpo_fast.report.run_records import METRICS, RunRecords
 from ddpo_fast.report.settings import shown
 
-# what a value that is not known is shown as
-UNKNOWN = "not known"
-
 
 def sentence(run: RunRecords) -> str:
     """What was trained for what, and how it went, for a reader who knows nothing of the run."""
     said = f"{_model(run)} is trained ({_part(run)}) to make images of higher reward"
     reward, prompts = run.settings.get("reward"), run.settings.get("prompts")
-    said += f", {shown(reward)}" if reward else ""
+    said += f", {shown(reward).replace(',', ', ')}" if reward else ""
     said += f", for prompts from {_short(shown(prompts))}" if prompts else ""
     means = run.known("reward_mean")
     if len(means) < 2:
@@ -25,7 +24,8 @@ def sentence(run: RunRecords) -> str:
     done = len(run.epochs)
     whole = run.planned_epochs is not None and run.epochs[-1]["epoch"] + 1 >= run.planned_epochs
     over = f"all {done} epochs" if whole else f"the {done} epochs so far"
-    return f"{said}. Over {over} the mean reward went from {means[0]:.4g} to {means[-1]:.4g}."
+    first, last = (figure(mean, means) for mean in (means[0], means[-1]))
+    return f"{said}. Over {over} the mean reward went from {first} to {last}."
 
 
 def tiles(run: RunRecords) -> list[tuple[str, str, str]]:
@@ -33,7 +33,8 @@ def tiles(run: RunRecords) -> list[tuple[str, str, str]]:
     found = []
     if means := run.known("reward_mean"):
         best = max(range(len(means)), key=means.__getitem__)
-        found.append(("Reward", f"{means[0]:.4g} → {means[-1]:.4g}", f"best {means[best]:.4g}, epoch {best + 1}"))
+        first, last, highest = (figure(means[at], means) for at in (0, -1, best))
+        found.append(("Reward", f"{first} → {last}", f"best {highest}, in epoch {best + 1}"))
     for name in run.names("eval"):
         points = [record[f"{name}_mean"] for record in run.evaluations if f"{name}_mean" in record]
         if points and all(isinstance(point, (int, float)) for point in points):
@@ -51,6 +52,11 @@ def tiles(run: RunRecords) -> list[tuple[str, str, str]]:
         device = run.settings.get("device")
         found.append(("Images per second", f"{median(speeds):.3g}", f"{device}" if device else "median of the epochs"))
     return found
+
+
+def figure(value: float, others: Sequence[float]) -> str:
+    """A value in four digits; 0 for what is rounding beside the others, as the first sum of rewards in their units."""
+    return "0" if abs(value) < 1e-5 * max(map(abs, others)) else f"{value:.4g}"
 
 
 def _model(run: RunRecords) -> str:
@@ -80,8 +86,6 @@ def _duration(minutes: float) -> str:
 
 
 def _written(run: RunRecords) -> str:
-    from datetime import datetime
-
     try:
         return f"until {datetime.fromtimestamp((run.folder / METRICS).stat().st_mtime):%Y-%m-%d %H:%M}"
     except OSError:

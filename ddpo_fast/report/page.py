@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 from collections.abc import Sequence
 from datetime import datetime
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from ddpo_fast.report import curves, images, overview, prompts, settings
 from ddpo_fast.report.remarks import remarks_on
@@ -87,6 +88,7 @@ def render(folders: Sequence[Path], is_live: bool = False, version: str = "") ->
     )
     # keys stay in their order, and `tojson` escapes what could end a script
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    environment.filters["with_options"] = _with_options
     return environment.get_template("page.html").render(
         generator=GENERATOR,
         version=version,
@@ -124,6 +126,11 @@ def _view(run: RunRecords, at: int) -> dict[str, Any]:
         "changed": settings.changed(run),
         "all": settings.listed(run),
     }
+
+
+def _with_options(text: str) -> Markup:
+    """A text in which the options of a command line are set as code."""
+    return Markup(re.sub(r"--\w+", r"<code>\g<0></code>", str(escape(text))))
 
 
 def _rounded(value: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ddpo_fast.report.curves import stage_seconds
 from ddpo_fast.report.run_records import RunRecords
@@ -40,9 +40,18 @@ class Remark:
 
 
 def remarks_on(run: RunRecords) -> list[Remark]:
-    """All remarks about a run, the serious ones first."""
+    """All remarks about a run, the serious ones first, without options that the run has already switched on."""
     found = [remark for rule in RULES for remark in rule(run)]
+    found = [
+        replace(remark, options=tuple(option for option in remark.options if not _is_on(run, option[0])))
+        for remark in found
+    ]
     return sorted(found, key=lambda remark: not remark.is_serious)
+
+
+def _is_on(run: RunRecords, option: str) -> bool:
+    name, _, value = option.removeprefix("--").partition(" ")
+    return run.settings.get(name) in ((value,) if value else (True,))
 
 
 def _unread(run: RunRecords) -> Iterator[Remark]:
@@ -60,12 +69,11 @@ def _variety(run: RunRecords) -> Iterator[Remark]:
         first = sum(spreads[:FIRST_EPOCHS]) / FIRST_EPOCHS
         low = min(spreads[FIRST_EPOCHS:])
         if low < LEAST_VARIETY * first:
-            last = spreads[-1]
-            now = "and still do at the end" if last < LEAST_VARIETY * first else f"and by {last:.2g} at the end"
+            least = "" if low == spreads[-1] else f", by {low:.2g} at the least,"
             yield Remark(
                 f"The {what} of a prompt have become alike",
-                f"They differed by {first:.2g} at the start, by {low:.2g} at the least, {now} ({name}). The policy may "
-                "have collapsed onto a few images; go on from an earlier checkpoint.",
+                f"They differed by {first:.2g} at the start{least} and by {spreads[-1]:.2g} at the end ({name}). The "
+                "policy may have collapsed onto a few images; go on from an earlier checkpoint.",
                 (
                     (
                         "--train_target_update",
@@ -109,7 +117,7 @@ def _course(run: RunRecords) -> Iterator[Remark]:
             f"It was {first[0]:.4g} in the first third of the epochs and {last[0]:.4g} in the last.",
             (
                 ("--train_learning_rate", "a lower one, or a smaller --train_target_update"),
-                ("--export", "best: the best checkpoint becomes the final model"),
+                ("--export best", "the best checkpoint becomes the final model"),
                 ("--train_guard", "goes back to the best weights when the reward falls"),
             ),
         )
@@ -118,7 +126,7 @@ def _course(run: RunRecords) -> Iterator[Remark]:
             "The reward was better before the end",
             f"Around epoch {best_at + 1} it was {best[0]:.4g}, and {last[0]:.4g} in the last third of the epochs.",
             (
-                ("--export", "best: the best checkpoint becomes the final model"),
+                ("--export best", "the best checkpoint becomes the final model"),
                 ("--early_stopping_patience", "ends a run whose best epoch is long ago"),
                 ("--train_guard", "goes back to the best weights when the reward falls"),
             ),
@@ -177,7 +185,7 @@ def _held_out(run: RunRecords) -> Iterator[Remark]:
                     f"It was {best[0]:.4g} at its best and {points[-1][0]:.4g} at the end: the policy may exploit the "
                     "reward that it is trained on.",
                     (
-                        ("--export", "best: the checkpoint with the best held-out reward becomes the final model"),
+                        ("--export best", "the checkpoint with the best held-out reward becomes the final model"),
                         ("--train_kl_weight", "keeps the policy near the model before training"),
                     ),
                 )
@@ -227,7 +235,7 @@ def _far(run: RunRecords) -> Iterator[Remark]:
     if far:
         yield Remark(
             f"The policy moved far from the one that sampled in {far} of {len(kls)} updates",
-            f"The KL estimate reached {max(kls):.1e}. PPO assumes that an epoch's updates are small.",
+            f"The KL estimate reached {max(kls):.2g}. PPO assumes that an epoch's updates are small.",
             (
                 ("--train_learning_rate", "a lower one, or --train_target_update"),
                 ("--train_num_inner_epochs", "fewer passes over an epoch's images"),

@@ -19,18 +19,17 @@
 
   function layoutOf(chart) {
     const colour = colours();
-    const line = { gridcolor: colour("--line"), zeroline: false, linecolor: colour("--line"), automargin: true, fixedrange: touch };
+    const line = { gridcolor: colour("--line"), zeroline: false, linecolor: colour("--line"), fixedrange: touch };
     return {
       ...chart.layout,
       height: 260,
-      margin: { l: 8, r: 10, t: 8, b: 8 },
+      margin: { l: 58, r: 10, t: 8, b: 40 },
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
       font: { family: "inherit", size: 13, color: colour("--text") },
       hovermode: "x unified",
       hoverlabel: { bgcolor: colour("--card"), bordercolor: colour("--line"), font: { color: colour("--text") } },
       dragmode: touch ? false : "zoom",
-      legend: { orientation: "h", x: 0, y: -0.28, yanchor: "top", font: { size: 12 } },
       xaxis: { ...line, title: { text: axisTitles[axis.value], font: { size: 12 }, standoff: 6 } },
       yaxis: { ...line, exponentformat: "e", ...(chart.layout.yaxis || {}) },
     };
@@ -67,30 +66,42 @@
     image.src = sample.src;
     image.alt = `${sample.prompt}, ${when(epoch)}`;
     made.append(image, element("span", "when", when(epoch)));
-    if (sample.reward !== null) made.append(element("span", "score", `reward ${format(sample.reward)}`));
-    const parts = Object.entries(sample.rewards).filter(([, value]) => value !== null);
-    if (parts.length > 1) {
-      for (const [name, value] of parts) made.append(element("span", "score part", `${name} ${format(value)}`));
-    }
     return made;
   }
 
+  // the scores of an image by name; a single reward is the reward itself
+  function scores(sample) {
+    const parts = Object.entries(sample.rewards);
+    return [["reward", sample.reward], ...(parts.length > 1 ? parts : [])].filter(([, value]) => value !== null);
+  }
+
+  const epochsOf = (viewer) => data.samples[Number(viewer.dataset.run)];
+
+  function cardOf(first, sample, epochs) {
+    const card = element("figure", "card");
+    const pair = element("div", "pair");
+    const before = first ? Object.fromEntries(scores(first)) : {};
+    if (first) pair.append(half(first, epochs[0]));
+    pair.append(half(sample, epochs[1]));
+    const caption = element("figcaption");
+    caption.append(element("span", "prompt", sample.prompt));
+    for (const [name, value] of scores(sample)) {
+      const from = name in before ? `${format(before[name])} → ` : "";
+      caption.append(element("span", "score", `${name} ${from}${format(value)}`));
+    }
+    card.append(pair, caption);
+    return card;
+  }
+
   function show(viewer) {
-    const epochs = data.samples[Number(viewer.dataset.run)];
+    const epochs = epochsOf(viewer);
     const slider = viewer.querySelector("input");
     const shown = epochs[Number(slider.value)];
     viewer.querySelector("output").textContent = when(shown.epoch);
     slider.setAttribute("aria-valuetext", when(shown.epoch));
     const cards = shown.samples.map((sample) => {
-      const card = element("figure", "card");
-      const pair = element("div", "pair");
       const first = epochs[0].samples.find((one) => one.file === sample.file && one.prompt === sample.prompt);
-      if (first) pair.append(half(first, epochs[0].epoch));
-      pair.append(half(sample, shown.epoch));
-      const caption = element("figcaption");
-      caption.append(element("span", "prompt", sample.prompt));
-      card.append(pair, caption);
-      return card;
+      return cardOf(first, sample, [epochs[0].epoch, shown.epoch]);
     });
     viewer.querySelector(".cards").replaceChildren(...cards);
   }
@@ -105,24 +116,31 @@
   const version = document.body.dataset.version;
   const KEPT = "ddpo-fast-report";
 
+  // the place of a reader is in a section, as what is above it may grow
+  const sections = [...document.querySelectorAll("section[id]")];
+  const topOf = (section) => section.getBoundingClientRect().top;
+
   function keep() {
+    const read = sections.filter((section) => topOf(section) < window.innerHeight / 2).pop();
+    const place = read && window.scrollY ? { id: read.id, top: topOf(read) } : null;
     const sliders = viewers.map((viewer) => {
       const slider = viewer.querySelector("input");
-      return slider.value === slider.max ? null : slider.value;
+      return slider.value === slider.max ? null : epochsOf(viewer)[Number(slider.value)].epoch;
     });
-    sessionStorage.setItem(KEPT, JSON.stringify({ sliders, axis: axis ? axis.value : null, y: window.scrollY }));
+    sessionStorage.setItem(KEPT, JSON.stringify({ sliders, axis: axis ? axis.value : null, place }));
   }
 
   function restore() {
     const kept = JSON.parse(sessionStorage.getItem(KEPT) || "null");
-    if (!kept) return;
+    if (!kept) return null;
     sessionStorage.removeItem(KEPT);
     viewers.forEach((viewer, at) => {
       // one at the end follows the run
-      if (kept.sliders[at] != null) viewer.querySelector("input").value = kept.sliders[at];
+      const index = epochsOf(viewer).findIndex((one) => one.epoch === kept.sliders[at]);
+      if (index >= 0) viewer.querySelector("input").value = index;
     });
     if (axis && kept.axis) axis.value = kept.axis;
-    return kept.y;
+    return kept.place;
   }
 
   async function follow() {
@@ -142,11 +160,13 @@
     setTimeout(follow, 3000);
   }
 
-  const y = version === undefined ? undefined : restore();
+  if (version !== undefined) history.scrollRestoration = "manual";
+  const place = version === undefined ? null : restore();
   viewers.forEach(show);
   drawAll().then(() => {
+    const section = place && document.getElementById(place.id);
+    if (section) window.scrollBy(0, topOf(section) - place.top);
     document.body.dataset.ready = "yes";
-    if (y !== undefined) window.scrollTo(0, y);
   });
   if (version !== undefined) setTimeout(follow, 3000);
 })();
