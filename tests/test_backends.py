@@ -11,6 +11,7 @@ import torch
 from file_damage import cut, flip_a_bit
 from run_process import PYTHONPATH, ROOT, finish
 from step_example import step_example
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpo_fast import ops
 from ddpo_fast.ops import backend, extension
@@ -226,3 +227,35 @@ def test_cpp_checks_its_arguments():
     example.timesteps = torch.tensor([1, 1000])
     with pytest.raises(RuntimeError, match="timestep 1000 is not a row of the table"):
         step(*example.arguments(), *made)
+
+
+def test_a_direct_call_gives_the_registered_op_s_bits_and_gradients():
+    x, weight = torch.randn(2, 3, 8, requires_grad=True), torch.randn(4, 8)
+    low, high = torch.randn(2, 8, requires_grad=True), torch.randn(4, 2, requires_grad=True)
+    op = backend.OPS["lora_linear"]
+    arguments = (x, weight, None, low, high, 0.5)
+    outputs = [call(*arguments)[0] for call in (op, op._torch_op)]
+    assert "lora_linear" in type(outputs[0].grad_fn).__name__
+    assert torch.equal(*outputs)
+    gradients = [torch.autograd.grad(output.square().sum(), (x, low, high)) for output in outputs]
+    assert all(map(torch.equal, *gradients))
+
+
+def test_a_direct_call_refuses_a_second_differentiation():
+    x = torch.randn(2, 8, requires_grad=True)
+    (gradient,) = torch.autograd.grad(ops.geglu(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_what_traces_sees_the_op_and_not_what_it_runs():
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func._schema.name)
+            return func(*args, **(kwargs or {}))
+
+    names = []
+    with Seen():
+        ops.geglu(torch.randn(2, 8, requires_grad=True)).sum().backward()
+    assert {"ddpo_fast::geglu", "ddpo_fast::geglu_backward"} <= set(names)
+    assert not any("gelu" in name and "geglu" not in name for name in names)

@@ -38,6 +38,10 @@ class Op:
 
     The first argument must be a tensor; its device and dtype decide which implementation runs.
 
+    The registered op is called only where something traces it: torch.compile, a dispatch mode, the device `meta`. Other
+    calls run the implementation directly, through a `torch.autograd.Function` if a gradient is needed, because a
+    registered Python op costs the host about ten times as much per call (`bench/host_time.py`).
+
     Args:
         name: the op's name, which is also the name of its modules and kernels.
         reference: the definition in plain PyTorch. Its annotations give the op's schema.
@@ -60,7 +64,9 @@ class Op:
         self.name = name
         self.csrc_devices = csrc_devices
         self.implementations = {"triton": triton, "csrc": csrc, "reference": reference}
+        self._has_only_reference = triton is None and csrc is None
         OPS[name] = self
+        self._function: Any = None
         if empty is None:
             self._torch_op: Any = self._run
             return
@@ -69,10 +75,27 @@ class Op:
         self._torch_op.register_fake(empty)
 
     def __call__(self, *arguments: Any) -> Any:
-        return self._torch_op(*arguments)
+        if _is_traced(arguments[0]):
+            return self._torch_op(*arguments)
+        if not torch.is_grad_enabled() or not any(isinstance(a, torch.Tensor) and a.requires_grad for a in arguments):
+            return self._run(*arguments)
+        # an op without a formula for its gradient: the registered one says so when a gradient is asked for
+        return self._torch_op(*arguments) if self._function is None else self._function.apply(*arguments)
 
     def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
+        """Registers the gradient, as `torch.library.register_autograd` takes it."""
         self._torch_op.register_autograd(backward, setup_context=setup_context)
+
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            # not a `setup_context` of its own, for which PyTorch would inspect the signature at each call
+            output = self._run(*arguments)
+            setup_context(ctx, arguments, output)
+            return output
+
+        # a second differentiation would take a kernel's result for a constant
+        once = torch.autograd.function.once_differentiable(backward)
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(once)}
+        self._function = type(self.name, (torch.autograd.Function,), methods)
 
     def _run(self, first: torch.Tensor, *others: Any) -> Any:
         # CUDA refuses a launch with an empty grid, and the reference returns what PyTorch does for empty tensors
@@ -86,6 +109,8 @@ class Op:
 
         Raises `RuntimeError` with the reason if the chosen one cannot run.
         """
+        if self._has_only_reference:
+            return "reference"
         choice = chosen_backend()
         if choice == "auto" or self.implementations[choice] is None:
             return next(name for name in BACKENDS if not self.reasons(name, device_type, dtype))
@@ -109,6 +134,16 @@ class Op:
         if device_type not in self.csrc_devices:
             return f"{self.name} has C++ for {' and '.join(self.csrc_devices)} only"
         return extension.reasons(device_type)
+
+
+def _is_traced(first: torch.Tensor) -> bool:
+    """Whether torch.compile, a dispatch mode or a tensor without values must see an op, and not what it runs."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or type(first) not in (torch.Tensor, torch.nn.Parameter)
+        or first.device.type == "meta"
+    )
 
 
 def triton_kernel(name: str, empty: Callable[..., Any]) -> Callable[..., Any]:
