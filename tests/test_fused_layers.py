@@ -28,6 +28,49 @@ def test_the_same_output_and_gradients(kind, lora):
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_the_same_in_channels_last_without_a_contiguous_image(kind, lora):
+    """1x1 convolutions are linear layers of the pixels there, and every convolution gets channels_last images."""
+    unet = make_unet(kind, lora, torch.float64)
+    expected = output_and_gradients(unet)
+    fuse_unet(unet).to(memory_format=torch.channels_last)
+    layouts = []
+    for module in unet.modules():
+        if isinstance(module, torch.nn.GroupNorm):
+            module.register_forward_pre_hook(lambda _, inputs: layouts.append(inputs[0].stride()[1]))
+    fused = output_and_gradients(unet, sample=inputs_of(unet)["sample"].to(memory_format=torch.channels_last))
+    torch.testing.assert_close(fused, expected, rtol=1e-7, atol=1e-10)
+    assert set(layouts) == {1}
+
+
+@pytest.mark.parametrize("layer", ["conv1", "conv2", "conv_shortcut", "proj_in"])
+def test_a_hook_of_a_convolution_runs_although_others_could_add_its_bias(layer):
+    unet = make_unet("sd15", dtype=torch.float64)
+    modules = [module for name, module in unet.named_modules() if name.endswith(f".{layer}")]
+    for module in modules:
+        module.register_forward_hook(lambda module, inputs, output: 1.1 * output)
+    fuse_unet(unet).to(memory_format=torch.channels_last)
+    fused = predict(unet)
+    torch.testing.assert_close(fused, predict(unfuse_unet(unet)), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norms_of_transformers(dtype):
+    exact, x = fusing.RMSNorm(24, eps=1e-6).double(), torch.randn(5, 24, dtype=torch.float64)
+    exact.weight.data.uniform_(0.5, 2)
+    plain = copy.deepcopy(exact).to(dtype)
+    fused = fuse_unet(torch.nn.Sequential(copy.deepcopy(plain)))[0]
+    assert type(fused) is fusing.FusedRMSNorm
+    exact.weight.data.copy_(plain.weight)
+    x = x.to(dtype)
+    # diffusers computes the variance in fp32 for fp64 too
+    wide = x.double()
+    expected = wide * (wide.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * exact.weight
+    assert_as_exact_as_plain(fused(x), plain(x), expected)
+    assert torch.equal(fused(x.double()), plain(x.double()))
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_as_exact_as_the_plain_unet_in_fp32(kind, lora):
     unet = make_unet(kind, lora)

@@ -82,8 +82,8 @@ def memory_format(*operands: Tensor) -> torch.memory_format:
     return torch.channels_last if last else torch.contiguous_format
 
 
-class FlashAttention(TorchFunctionMode):
-    """SDPA by the kernel that a GPU has for it. On the device `meta`, PyTorch would compose it of matrix products."""
+class OpsOfGPU(TorchFunctionMode):
+    """SDPA and RMS norm by the kernels that a GPU has for them; on the device `meta`, PyTorch would compose them."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
@@ -92,6 +92,8 @@ class FlashAttention(TorchFunctionMode):
             assert not kwargs.pop("dropout_p", 0.0), "counted without dropout"
             kwargs.pop("is_causal", None), kwargs.pop("enable_gqa", None)
             return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, **kwargs)[0]
+        if func is F.rms_norm:
+            return torch.ops.traffic.rms_norm(args[0], kwargs["weight"])[0]
         return func(*args, **(kwargs or {}))
 
 
@@ -110,7 +112,7 @@ def count(network: nn.Module, call: Callable[[], Tensor], trained: bool = True) 
             saved[storage._cdata] = storage
         return tensor
 
-    with FlashAttention(), torch.set_grad_enabled(trained), saved_tensors_hooks(keep, lambda tensor: tensor):
+    with OpsOfGPU(), torch.set_grad_enabled(trained), saved_tensors_hooks(keep, lambda tensor: tensor):
         with Counter() as forward:
             out = call()
         if not trained:

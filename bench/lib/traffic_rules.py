@@ -228,6 +228,51 @@ def fused_group_norm_backward(out: list[Tensor], x: Tensor, grad: Tensor, *args:
             yield Launch("cast", FLOAT * gradient.numel(), bytes_of(gradient))
 
 
+# PyTorch's RMS norm on a GPU: its own op is composed of others on the device `meta`
+
+
+@torch.library.custom_op("traffic::rms_norm", mutates_args=())
+def rms_norm(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    raise NotImplementedError
+
+
+@rms_norm.register_fake
+def _(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.custom_op("traffic::rms_norm_backward", mutates_args=())
+def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, affine: bool) -> list[Tensor]:
+    raise NotImplementedError
+
+
+@rms_norm_backward.register_fake
+def _(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, affine: bool) -> list[Tensor]:
+    return [torch.empty_like(x), *([torch.empty_like(weight)] if affine else [])]
+
+
+def _save(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs, output[1])
+
+
+def _differentiate(ctx: Any, grad: Tensor, *unused: None) -> Any:
+    affine = ctx.needs_input_grad[1]
+    dx, *dweight = torch.ops.traffic.rms_norm_backward(grad, *ctx.saved_tensors, affine)
+    return (dx, *(dweight or [None]))
+
+
+rms_norm.register_autograd(_differentiate, setup_context=_save)
+
+
+def fused_rms_norm_backward(out: list[Tensor], grad: Tensor, x: Tensor, *args: Any) -> Iterator[Launch]:
+    """As of the layer norm: dx, then the weight's gradient."""
+    dx, *dweight = out
+    yield Launch("norm", bytes_of(grad, x, *tensors_in(args)), bytes_of(dx))
+    if dweight:
+        yield Launch("norm", bytes_of(grad, x), bytes_of(*dweight))
+
+
 # ops that only allocate, or whose result is their argument
 FREE = {
     *(aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided),
@@ -247,6 +292,8 @@ RULES: dict[Any, Rule] = {
     aten.native_group_norm_backward: group_norm_backward,
     aten.native_layer_norm: one_launch("norm"),
     aten.native_layer_norm_backward: layer_norm_backward,
+    torch.ops.traffic.rms_norm: one_launch("norm"),
+    torch.ops.traffic.rms_norm_backward: fused_rms_norm_backward,
     aten.mean: one_launch("norm"),
     # sums of gradients, of a bias or of a tensor that was added to many
     aten.sum: one_launch("bias"),

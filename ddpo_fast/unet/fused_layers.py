@@ -14,18 +14,32 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.normalization import RMSNorm
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 from peft.tuners import lora
 from torch import nn
 
-from ddpo_fast.ops.frozen import frozen_conv2d
 from ddpo_fast.ops.geglu import geglu
 from ddpo_fast.ops.groupnorm_silu import groupnorm_silu
 from ddpo_fast.ops.linear import linear, onednn_is_faster
 from ddpo_fast.ops.lora_linear import lora_linear
 from ddpo_fast.unet.attention import SDPAProcessor, is_plain
+from ddpo_fast.unet.convolutions import (
+    FrozenConv2d,
+    convolve,
+    fits_conv,
+    images_of,
+    is_bare,
+    is_hooked,
+    is_patched,
+    is_pointwise,
+    project,
+    rows_of,
+)
 
+CONVOLUTIONS = (nn.Conv2d, FrozenConv2d)
 # the most output elements of PyTorch's nearest upsampling of channels_last images, which counts them in an int32
 MOST_UPSAMPLED = 2**31 - 1
 
@@ -61,16 +75,80 @@ class FusedResnetBlock2D(ResnetBlock2D):
     """
 
     def forward(self, input_tensor: torch.Tensor, temb: torch.Tensor | None, *args: Any, **kwargs: Any) -> torch.Tensor:
-        hidden = self.conv1(self.norm1(input_tensor))
-        if self.time_emb_proj is not None:
+        hidden = self.norm1(input_tensor)
+        if self.time_emb_proj is None:
+            hidden = self.conv1(hidden)
+            hidden = hidden if temb is None else hidden + temb
+        else:
             assert temb is not None
-            temb = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))[:, :, None, None]
-        if temb is not None:
-            hidden = hidden + temb
-        hidden = self.conv2(self.dropout(self.norm2(hidden)))
-        residual = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
-        total = residual + hidden
+            added = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
+            if is_bare(self.conv1, *CONVOLUTIONS) and self.conv1.bias is not None:
+                # the embedding's sum adds the convolution's bias too
+                hidden = convolve(self.conv1, hidden, None)
+                added = added + self.conv1.bias.to(added.dtype)
+            else:
+                hidden = self.conv1(hidden)
+            hidden = hidden + added[:, :, None, None]
+        total = self._with_residual(input_tensor, self.dropout(self.norm2(hidden)))
         return total if self.output_scale_factor == 1.0 else total / self.output_scale_factor
+
+    def _with_residual(self, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """`shortcut(x) + conv2(hidden)`; a 1x1 shortcut adds both biases in its matrix product."""
+        shortcut, conv = self.conv_shortcut, self.conv2
+        if shortcut is None:
+            return x + conv(hidden)
+        # in another layout the rows would be a copy
+        as_rows = x.is_contiguous(memory_format=torch.channels_last) and is_pointwise(shortcut)
+        if not (as_rows and shortcut.bias is not None and is_bare(conv, *CONVOLUTIONS) and conv.bias is not None):
+            return shortcut(x) + conv(hidden)
+        residual = project(shortcut, rows_of(x), shortcut.bias + conv.bias)
+        return images_of(residual, *x.shape[2:]) + convolve(conv, hidden, None)
+
+
+class FusedTransformer2DModel(Transformer2DModel):
+    """The transformer of images with its 1x1 convolutions as linear layers of the tokens.
+
+    diffusers makes the tokens contiguous images for the convolution; channels_last needs no copy.
+    """
+
+    def _operate_on_continuous_inputs(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, int]:
+        if not self._projects_rows():
+            return super()._operate_on_continuous_inputs(hidden_states)
+        tokens = self._project(self.proj_in, rows_of(self.norm(hidden_states)))
+        return tokens, tokens.shape[-1]
+
+    def _get_output_for_continuous_inputs(
+        self,
+        hidden_states: torch.Tensor,
+        residual: torch.Tensor,
+        batch_size: int,
+        height: int,
+        width: int,
+        inner_dim: int,
+    ) -> torch.Tensor:
+        if not self._projects_rows():
+            return super()._get_output_for_continuous_inputs(
+                hidden_states, residual, batch_size, height, width, inner_dim
+            )
+        # the sum has the memory format of its first operand
+        return with_rows_of(hidden_states, residual) + images_of(
+            self._project(self.proj_out, hidden_states), height, width
+        )
+
+    def _projects_rows(self) -> bool:
+        return self.use_linear_projection or (is_pointwise(self.proj_in) and is_pointwise(self.proj_out))
+
+    def _project(self, layer: Any, rows: torch.Tensor) -> torch.Tensor:
+        return layer(rows) if self.use_linear_projection else project(layer, rows)
+
+
+class FusedRMSNorm(RMSNorm):
+    """An RMS norm that PyTorch computes in one kernel on a GPU, with one rounding; diffusers composes it of eight."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if hidden_states.dtype != self.weight.dtype:
+            return super().forward(hidden_states)
+        return F.rms_norm(hidden_states, self.dim, self.weight, self.eps)
 
 
 class FusedUpsample2D(Upsample2D):
@@ -92,17 +170,6 @@ class FusedGEGLU(GEGLU):
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return geglu(self.proj(hidden_states))
-
-
-class FrozenConv2d(nn.Conv2d):
-    """A convolution that does not save its input for the backward pass while its weights are frozen."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not (torch.is_grad_enabled() and x.requires_grad) or _any_requires_grad(self):
-            return super().forward(x)
-        # `_fits_conv` accepts layers whose padding is a tuple
-        padding: Any = self.padding
-        return frozen_conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
 
 
 class FusedLinear(nn.Linear):
@@ -143,7 +210,7 @@ class FusedLoraLinear(lora.Linear):
             and not (self.training and getattr(dropout, "p", 0.0) > 0)
             and type(base) in (nn.Linear, FusedLinear)
             and not _any_requires_grad(base)
-            and not any(map(_is_hooked, (base, low, high)))
+            and not any(map(is_hooked, (base, low, high)))
         )
         return adapter if plain else None
 
@@ -152,20 +219,9 @@ def _any_requires_grad(layer: nn.Linear | nn.Conv2d) -> bool:
     return layer.weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad)
 
 
-def _is_hooked(module: nn.Module) -> bool:
-    """Whether the module has hooks (accelerate's offload, for instance), which run only if the module is called."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or _is_patched(module)
-
-
-def _is_patched(module: nn.Module) -> bool:
-    """Whether `forward` is set on the instance. Changing the class would then have no effect."""
-    return "forward" in vars(module)
-
-
 def _are_plain(norm: Any, activation: Any) -> bool:
     unchanged = type(norm) is nn.GroupNorm and type(activation) is nn.SiLU
-    return unchanged and norm.affine and not _is_patched(norm) and not _is_patched(activation)
+    return unchanged and norm.affine and not is_patched(norm) and not is_patched(activation)
 
 
 def _fits_resnet(block: ResnetBlock2D) -> bool:
@@ -182,17 +238,15 @@ def _fits_upsample(layer: Upsample2D) -> bool:
     return plain and layer.use_conv and layer.name == "conv"
 
 
-def _fits_conv(conv: nn.Conv2d) -> bool:
-    return conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
-
-
 # for each class, its fused version and which modules it fits
 FUSED: dict[type[nn.Module], tuple[type[nn.Module], Callable[[Any], bool]]] = {
     ResnetBlock2D: (FusedResnetBlock2D, _fits_resnet),
+    Transformer2DModel: (FusedTransformer2DModel, lambda transformer: transformer.is_input_continuous),
     nn.GroupNorm: (FusedGroupNorm, lambda norm: norm.affine),
+    RMSNorm: (FusedRMSNorm, lambda norm: norm.weight is not None and norm.bias is None),
     Upsample2D: (FusedUpsample2D, _fits_upsample),
     GEGLU: (FusedGEGLU, lambda _: True),
-    nn.Conv2d: (FrozenConv2d, _fits_conv),
+    nn.Conv2d: (FrozenConv2d, fits_conv),
     nn.Linear: (FusedLinear, lambda _: True),
     lora.Linear: (FusedLoraLinear, lambda _: True),
 }
@@ -219,9 +273,10 @@ def fuse_unet(unet: Any, layers: Collection[type[nn.Module]] = frozenset(FUSED))
     """Fuses layers of a diffusers UNet or transformer in place and returns it; it computes the same up to rounding.
 
     Group norms compute the SiLU that follows them, GEGLU and linear layers with an adapter become one op each,
-    convolutions with frozen weights do not save their input, and divisions by 1 are left out. A module that has no
-    fitting version stays as it is. Layers that are fused already do not change, so this function can be called again
-    after an adapter was added.
+    convolutions with frozen weights do not save their input, 1x1 convolutions around transformers are linear layers,
+    biases of a residual block are added with the time embedding and the shortcut, RMS norms are one kernel, and
+    divisions by 1 are left out. A module that has no fitting version stays as it is. Layers that are fused already do
+    not change, so this function can be called again after an adapter was added.
 
     Args:
         layers: the classes to fuse, of those in `FUSED`.
@@ -233,8 +288,8 @@ def fuse_unet(unet: Any, layers: Collection[type[nn.Module]] = frozenset(FUSED))
     # `modules` yields parents before children. So the norms of a residual block become `GroupNormSiLU` before the loop
     # visits them; visited earlier, they would become `FusedGroupNorm`, without the SiLU.
     for module in unet.modules():
-        fused, fits = FUSED[type(module)] if type(module) in layers else (None, None)
-        if fused is not None and fits is not None and not _is_patched(module) and fits(module):
+        fused, fits = FUSED.get(type(module), (None, None)) if type(module) in layers else (None, None)
+        if fused is not None and fits is not None and not is_patched(module) and fits(module):
             module.__class__ = fused
         if isinstance(module, FusedResnetBlock2D):
             module.norm1.__class__ = module.norm2.__class__ = GroupNormSiLU
