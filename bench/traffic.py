@@ -108,8 +108,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--peak-tflops", type=float, default=798.0, help="what the share is of (default: an H100 at its power limit)")
     add("--output", type=Path, help="records of all passes; a file that exists is replaced")
     options = parser.parse_args(arguments)
-    if options.rows < 1:
-        parser.error(f"--rows is {options.rows} but must be 1 or more")
+    if options.rows < 2 or options.rows % 2:
+        parser.error(f"--rows is {options.rows} but must be even: guidance takes two rows an image")
     options.origin = "given" if options.tflops and options.tb_per_s else "assumed"
     options.tflops, options.tb_per_s = options.tflops or 550.0, options.tb_per_s or 2.8
     return options

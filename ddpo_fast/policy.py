@@ -24,6 +24,7 @@ from ddpo_fast.families import Family, family_of_pipeline
 from ddpo_fast.ops.gaussian import LOG_SQRT_2PI, table_rows
 from ddpo_fast.prompt_embeddings import PromptEmbeddings
 from ddpo_fast.prompt_store import PromptStore, key_of
+from ddpo_fast.unet import shares_halves
 
 
 def ratio_clip_range(config: DDPOConfig, family: Family) -> float:
@@ -181,11 +182,13 @@ class Policy:
 
         Latents are [N, C, H, W], timesteps [N], and embeds have as many rows as the output, the negative prompts first.
         """
-        # guidance needs each pair twice: a row with the negative prompt and a row with the prompt
+        # guidance needs each pair twice: a row with the negative prompt and a row with the prompt. A UNet that shares
+        # halves makes the second row itself.
         copies = self.config.rows_per_pair
         with self.computing():
-            rows = torch.cat([latents] * copies).to(self.unet.dtype)
-            return self.family.call(rows, torch.cat([timesteps] * copies), embeds.to(self.unet.dtype))
+            if copies == 2 and not shares_halves(self.unet):
+                latents, timesteps = torch.cat([latents] * 2), torch.cat([timesteps] * 2)
+            return self.family.call(latents.to(self.unet.dtype), timesteps, embeds.to(self.unet.dtype))
 
     def log_prob(self, latents: Tensor, timesteps: Tensor, next_latents: Tensor, embeds: Tensor) -> Tensor:
         """Log-density of the steps from `latents` to `next_latents` [N, C, H, W] by the pipeline's own step, [N].

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from ddpo_fast import ops
 from ddpo_fast.families import Family, Prompts
 from ddpo_fast.offload_frozen import on_device
+from ddpo_fast.unet import shares_halves
 
 # In pixels of the latents (64 x 64 for an image of 512 x 512). Such an image takes about a gigabyte while it is decoded
 # in half precision, and eight of them keep a GPU busy.
@@ -79,6 +80,9 @@ class DenoisingChain:
 
     def predict(self, rows: torch.Tensor, t: torch.Tensor, i: int) -> torch.Tensor:
         """The UNet's output for the rows of step i, [B, C, H, W], or twice as many with guidance."""
+        if self.guidance_scale is not None and shares_halves(self.family.denoiser):
+            # both halves are the same latents
+            rows = rows[: len(rows) // 2]
         return self.family.call(rows, t, self.embeds, self.cross_attention_kwargs)
 
     def take_step(

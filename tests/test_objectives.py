@@ -162,8 +162,8 @@ def test_noised_batches_are_of_the_forward_process(prediction_type):
 def test_regression_leaves_images_without_weight_out(make):
     trainer = make(objective="rwr", rwr_top_fraction=0.34, **ONE_UPDATE, **RANKS)
     pairs = []
-    trainer.sd_pipeline.unet.register_forward_pre_hook(
-        lambda unet, inputs: pairs.append(len(inputs[0]) // 2) if unet.training else None
+    trainer.sd_pipeline.unet.register_forward_hook(
+        lambda unet, inputs, output: pairs.append(len(output[0]) // 2) if unet.training else None
     )
     trainer.train(1)
     (update,) = metrics_of(trainer, "update")

@@ -69,13 +69,13 @@ class Watched:
         self.updates: list[list[tuple[int, bool]]] = []
         self.gradient = torch.zeros(())
         self.trainer, self.step = trainer, trainer.engine.step
-        trainer.sd_pipeline.unet.register_forward_pre_hook(self.see_call)
+        trainer.sd_pipeline.unet.register_forward_hook(self.see_call)
         trainer.engine.step = self.see_update
 
-    def see_call(self, unet, inputs) -> None:
+    def see_call(self, unet, inputs, output) -> None:
         # guidance makes two rows of each pair; sampling calls the network in evaluation mode
         if unet.training:
-            self.calls.append((len(inputs[0]) // 2, torch.is_grad_enabled()))
+            self.calls.append((len(output[0]) // 2, torch.is_grad_enabled()))
 
     def see_update(self) -> dict:
         self.gradient = torch.cat([parameter.grad.flatten() for parameter in self.trainer.engine.parameters])

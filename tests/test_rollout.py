@@ -27,7 +27,7 @@ from ddpo_fast.unet import UNetCache, cache_problem
 
 def rows_seen(trainer) -> list[int]:
     rows = []
-    trainer.sd_pipeline.unet.register_forward_pre_hook(lambda _module, inputs: rows.append(len(inputs[0])))
+    trainer.sd_pipeline.unet.register_forward_hook(lambda _module, _inputs, output: rows.append(len(output[0])))
     return rows
 
 

@@ -50,10 +50,14 @@ def prepare(network: nn.Module, variant: str, lora: bool) -> nn.Module:
 
 
 def call_of(network: Any, name: str, rows: int, channels_last: bool) -> Callable[[], Tensor]:
-    """A call of the network with `rows` rows."""
+    """A call of the network with `rows` rows, half of them with the negative prompt."""
+    from ddpo_fast.unet.shared_halves import shares_halves
+
     config, edge = network.config, PIPELINES[name][1] // 8
     empty = partial(torch.empty, dtype=HALF, device="meta")
-    latents = empty(rows, config.in_channels, edge, edge)
+    # both rows of guidance have the same latents and timestep
+    latent_rows = rows // 2 if shares_halves(network) else rows
+    latents = empty(latent_rows, config.in_channels, edge, edge)
     if channels_last:
         latents = latents.to(memory_format=torch.channels_last)
     if name == "sd3.5-medium":
@@ -66,5 +70,5 @@ def call_of(network: Any, name: str, rows: int, channels_last: bool) -> Callable
         given = {"encoder_hidden_states": empty(rows, 77, config.cross_attention_dim)}
     if config.get("addition_embed_type"):
         given["added_cond_kwargs"] = {"text_embeds": empty(rows, 1280), "time_ids": empty(rows, 6)}
-    timesteps = torch.empty(rows, dtype=torch.int64, device="meta")
+    timesteps = torch.empty(latent_rows, dtype=torch.int64, device="meta")
     return lambda: network(latents, timestep=timesteps, return_dict=False, **given)[0]

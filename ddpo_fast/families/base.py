@@ -347,6 +347,8 @@ class Family:
     ) -> Tensor:
         """The network's output [R, C, H, W] for latents [R, C, H, W], keys [R] or [], and embeddings [R, L, D].
 
+        A UNet that shares the halves of guidance (`unet/shared_halves.py`) may be given R / 2 latents and keys.
+
         Everything that it reads beside its arguments stays at its address, as CUDA graphs need it.
         """
         raise NotImplementedError

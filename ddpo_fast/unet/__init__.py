@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ddpo_fast.unet.fused_layers import FusedLoraLinear, faster_layers, fuse_unet, unfuse_unet
     from ddpo_fast.unet.gradient_checkpointing import set_gradient_checkpointing
     from ddpo_fast.unet.sampling_cache import UNetCache, cache_problem
+    from ddpo_fast.unet.shared_halves import shares_halves
 
 __all__ = [
     "FEW_SCORES",
@@ -42,6 +43,7 @@ __all__ = [
     "is_plain",
     "set_attention",
     "set_gradient_checkpointing",
+    "shares_halves",
     "unfuse_unet",
 ]
 
@@ -62,6 +64,7 @@ _MODULES = {
     "is_plain": "attention",
     "set_attention": "attention",
     "set_gradient_checkpointing": "gradient_checkpointing",
+    "shares_halves": "shared_halves",
     "unfuse_unet": "fused_layers",
 }
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.normalization import RMSNorm
@@ -38,6 +39,7 @@ from ddpo_fast.unet.convolutions import (
     project,
     rows_of,
 )
+from ddpo_fast.unet.shared_halves import UNSHARED, share_halves, with_rows_of
 
 CONVOLUTIONS = (nn.Conv2d, FrozenConv2d)
 # the most output elements of PyTorch's nearest upsampling of channels_last images, which counts them in an int32
@@ -127,8 +129,9 @@ class FusedTransformer2DModel(Transformer2DModel):
         inner_dim: int,
     ) -> torch.Tensor:
         if not self._projects_rows():
+            residual = with_rows_of(hidden_states, residual)
             return super()._get_output_for_continuous_inputs(
-                hidden_states, residual, batch_size, height, width, inner_dim
+                hidden_states, residual, len(hidden_states), height, width, inner_dim
             )
         # the sum has the memory format of its first operand
         return with_rows_of(hidden_states, residual) + images_of(
@@ -253,9 +256,12 @@ FUSED: dict[type[nn.Module], tuple[type[nn.Module], Callable[[Any], bool]]] = {
 # for each fused version, the class that it replaced
 PLAIN: dict[type[nn.Module], type[nn.Module]] = {
     **{fused: plain for plain, (fused, _) in FUSED.items()},
+    **UNSHARED,
     GroupNormSiLU: nn.GroupNorm,
     SkippedSiLU: nn.SiLU,
 }
+# what `fuse_unet` changes: these, and a UNet as a whole (`share_halves`)
+FUSIBLE = frozenset((*FUSED, UNet2DConditionModel))
 
 
 def faster_layers(device: torch.device | str) -> frozenset[type[nn.Module]]:
@@ -265,11 +271,11 @@ def faster_layers(device: torch.device | str) -> frozenset[type[nn.Module]]:
     PyTorch's linear layers are already the fastest.
     """
     if torch.device(device).type == "cpu":
-        return frozenset((nn.Linear, lora.Linear, nn.Conv2d))
-    return frozenset(FUSED) - {nn.Linear}
+        return frozenset((nn.Linear, lora.Linear, nn.Conv2d, UNet2DConditionModel))
+    return FUSIBLE - {nn.Linear}
 
 
-def fuse_unet(unet: Any, layers: Collection[type[nn.Module]] = frozenset(FUSED)) -> Any:
+def fuse_unet(unet: Any, layers: Collection[type[nn.Module]] = FUSIBLE) -> Any:
     """Fuses layers of a diffusers UNet or transformer in place and returns it; it computes the same up to rounding.
 
     Group norms compute the SiLU that follows them, GEGLU and linear layers with an adapter become one op each,
@@ -279,7 +285,8 @@ def fuse_unet(unet: Any, layers: Collection[type[nn.Module]] = frozenset(FUSED))
     not change, so this function can be called again after an adapter was added.
 
     Args:
-        layers: the classes to fuse, of those in `FUSED`.
+        layers: the classes to fuse, of those in `FUSIBLE`. With `UNet2DConditionModel`, the rows of guidance share what
+            they have in common (`shared_halves.py`).
     """
     # a transformer has no such layers
     last_norm = getattr(unet, "conv_norm_out", None)
@@ -295,7 +302,7 @@ def fuse_unet(unet: Any, layers: Collection[type[nn.Module]] = frozenset(FUSED))
             module.norm1.__class__ = module.norm2.__class__ = GroupNormSiLU
         if isinstance(module, Attention) and type(module.processor) is AttnProcessor2_0 and is_plain(module):
             module.set_processor(SDPAProcessor())
-    return unet
+    return share_halves(unet) if UNet2DConditionModel in layers else unet
 
 
 def unfuse_unet(unet: Any) -> Any:
