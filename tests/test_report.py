@@ -14,7 +14,7 @@ from recorded_run import ODD_PROMPTS, epoch_records, write_run, write_samples
 from report_page import Page, page_of
 from tiny_run import build_trainer
 
-from ddpo_fast.report import curves, images, page, remarks, settings
+from ddpo_fast.report import curves, images, overview, page, prompts, remarks, settings
 from ddpo_fast.report.run_records import read, read_all
 
 
@@ -226,6 +226,29 @@ def test_damaged_lines_and_files_are_left_out(tmp_path):
     (epochs,) = shown.data["samples"]
     assert [(epoch["epoch"], len(epoch["samples"])) for epoch in epochs] == [(0, 4), (9, 3)]
     json.dumps(shown.data, allow_nan=False)
+
+
+ODD_VALUES = (None, "x", [1], {"a": 1}, True, -1, 1e308, float("nan"))
+
+
+def test_values_of_any_kind_are_read(tmp_path):
+    """Each value of each kind of line is replaced by each odd one: nothing raises, and all numbers are finite."""
+    lines = epoch_records(3, ODD_PROMPTS[:1])
+    folder = write_run(tmp_path / "run")
+    for kind in ("update", "epoch", "eval"):
+        (*_, example) = (record for record in lines if record["kind"] == kind)
+        for name in example:
+            for odd in ODD_VALUES:
+                changed = [{**record, name: odd} if record["kind"] == kind else record for record in lines[:-1]]
+                (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in changed), "utf-8")
+                run = read(folder)
+                charts = [curves.reward_charts([run]), curves.update_charts([run]), curves.speed_charts([run])]
+                json.dumps(charts, allow_nan=False)
+                remarks.remarks_on(run), overview.sentence(run), overview.tiles(run), prompts.table(run)
+    for odd in ODD_VALUES:
+        for name in ("num_epochs", "train_clip_range", "pretrained_model", "reward", "use_lora", "config"):
+            (folder / "config.json").write_text(json.dumps({"config": {name: odd}, name: odd}), "utf-8")
+            page._view(read(folder), 0)
 
 
 def test_a_run_without_an_epoch_has_a_page(tmp_path):

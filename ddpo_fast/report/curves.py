@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ddpo_fast.report.run_records import RunRecords, number
+from ddpo_fast.report.run_records import RunRecords, image_count, number
 
 Chart = dict[str, Any]
 Values = Sequence[float | None]
@@ -240,7 +240,7 @@ def _moments_chart(runs: Sequence[RunRecords], name: str, title: str, note: str)
         axes = _evaluation_axes(run) if is_eval else epoch_axes(records)
         means = [number(record.get(f"{name}_mean")) for record in records]
         stds = [number(record.get(f"{name}_std")) for record in records]
-        images = [number(record.get("images")) or 1.0 for record in records]
+        images = [image_count(record) for record in records]
         # a normal distribution's middle half, or two standard errors
         widths = [
             None if std is None else 2 * std / count**0.5 if is_eval else 0.674 * std
@@ -319,7 +319,7 @@ def _add_band(
 
 
 def _add_clip_range(chart: Chart, runs: Sequence[RunRecords]) -> None:
-    ranges = {run.clip_range for run in runs if run.clip_range is not None}
+    ranges = {run.clip_range for run in runs if run.clip_range is not None and run.clip_range > 0}
     if len(ranges) == 1:
         (clip_range,) = ranges
         line = {"color": "#c0504d", "width": 1, "dash": "dash"}
@@ -327,7 +327,7 @@ def _add_clip_range(chart: Chart, runs: Sequence[RunRecords]) -> None:
             {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": clip_range, "y1": clip_range, "line": line}
         ]
         # a logarithmic axis cannot show exact zeros
-        shown = [value for trace in chart["data"] for value in trace["y"] if value]
+        shown = [value for trace in chart["data"] for value in trace["y"] if value and value > 0]
         if shown:
             # plotly writes the digits between powers of ten too small to read
             powers = [math.log10(value) for value in (*shown, clip_range)]
@@ -339,7 +339,7 @@ def _add_clip_range(chart: Chart, runs: Sequence[RunRecords]) -> None:
                 "ticktext": [f"1e{exponent}" for exponent in exponents],
             }
             for trace in chart["data"]:
-                trace["y"] = [value or None for value in trace["y"]]
+                trace["y"] = [value if value and value > 0 else None for value in trace["y"]]
 
 
 def _append(chart: Chart, trace: dict[str, Any], axes: dict[str, Values]) -> None:

@@ -8,21 +8,23 @@ from pathlib import Path
 from statistics import median
 
 from ddpo_fast.report.curves import epoch_axes
-from ddpo_fast.report.run_records import METRICS, RunRecords
+from ddpo_fast.report.run_records import METRICS, RunRecords, number
 from ddpo_fast.report.settings import shown
+
+BUNDLED = {"": "The bundled tiny Stable Diffusion", "bundled-flow": "The bundled tiny flow-matching model"}
 
 
 def sentence(run: RunRecords) -> str:
     """What was trained for what, and how it went, for a reader who knows nothing of the run."""
-    said = f"{_model(run)} is trained ({_part(run)}) to make images of higher reward"
+    done = len(run.epochs)
+    whole = bool(done) and run.planned_epochs is not None and run.epochs[-1]["epoch"] + 1 >= run.planned_epochs
+    said = f"{_model(run)} {'was' if whole else 'is'} trained ({_part(run)}) to make images of higher reward"
     reward, prompts = run.settings.get("reward"), run.settings.get("prompts")
     said += f", {shown(reward).replace(',', ', ')}" if reward else ""
     said += f", for prompts from {_short(shown(prompts))}" if prompts else ""
     means = run.known("reward_mean")
     if len(means) < 2:
         return f"{said}."
-    done = len(run.epochs)
-    whole = run.planned_epochs is not None and run.epochs[-1]["epoch"] + 1 >= run.planned_epochs
     over = f"all {done} epochs" if whole else f"the {done} epochs so far"
     first, last = (figure(mean, means) for mean in (means[0], means[-1]))
     return f"{said}. Over {over} the mean reward went from {first} to {last}."
@@ -32,12 +34,12 @@ def tiles(run: RunRecords) -> list[tuple[str, str, str]]:
     """(name, value, remark) of the main figures."""
     found = []
     if means := run.known("reward_mean"):
-        best = max(range(len(means)), key=means.__getitem__)
-        first, last, highest = (figure(means[at], means) for at in (0, -1, best))
-        found.append(("Reward", f"{first} → {last}", f"best {highest}, in epoch {best + 1}"))
+        first, last, highest = (figure(mean, means) for mean in (means[0], means[-1], max(means)))
+        best = next(int(r["epoch"]) + 1 for r in run.epochs if r.get("reward_mean") == max(means))
+        found.append(("Reward", f"{first} → {last}", f"best {highest}, in epoch {best}"))
     for name in run.names("eval"):
-        points = [record[f"{name}_mean"] for record in run.evaluations if f"{name}_mean" in record]
-        if points and all(isinstance(point, (int, float)) for point in points):
+        points = [mean for record in run.evaluations if (mean := number(record.get(f"{name}_mean"))) is not None]
+        if points:
             what = f"Held-out {name.partition('/')[2]}"
             found.append((what, f"{points[0]:.4g} → {points[-1]:.4g}", f"{len(points)} evaluations"))
     planned = f"of {run.planned_epochs} planned" if run.planned_epochs else ""
@@ -62,7 +64,8 @@ def figure(value: float, others: Sequence[float]) -> str:
 def _model(run: RunRecords) -> str:
     if "pretrained_model" not in run.settings:
         return "A model"
-    return _short(run.settings["pretrained_model"] or "The bundled tiny Stable Diffusion")
+    name = shown(run.settings["pretrained_model"])
+    return BUNDLED.get(name) or _short(name)
 
 
 def _part(run: RunRecords) -> str:

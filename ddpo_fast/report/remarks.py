@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ddpo_fast.report.curves import stage_seconds
-from ddpo_fast.report.run_records import RunRecords
+from ddpo_fast.report.run_records import RunRecords, image_count, number
 from ddpo_fast.warning_limits import DRIFT_SHARE, FAR_LOG_RATIO, FIRST_EPOCHS, LEAST_VARIETY
 
 # A difference of two means counts from this many standard errors on.
@@ -102,7 +102,13 @@ def _no_spread(run: RunRecords) -> Iterator[Remark]:
 def _course(run: RunRecords) -> Iterator[Remark]:
     """Whether the reward rises, falls, or has come to rest."""
     means, errors = run.values("reward_mean"), _standard_errors(run)
-    known = [(mean, error) for mean, error in zip(means, errors, strict=True) if mean is not None and error is not None]
+    epochs = [int(record["epoch"]) + 1 for record in run.epochs]
+    whole = [
+        (mean, error, epoch)
+        for mean, error, epoch in zip(means, errors, epochs, strict=True)
+        if mean is not None and error is not None
+    ]
+    known = [(mean, error) for mean, error, _ in whole]
     if len(known) < FEW_EPOCHS:
         return
     third = len(known) // 3
@@ -124,7 +130,7 @@ def _course(run: RunRecords) -> Iterator[Remark]:
     elif _is_above(best, last) and best_at < len(known) - third:
         yield Remark(
             "The reward was better before the end",
-            f"Around epoch {best_at + 1} it was {best[0]:.4g}, and {last[0]:.4g} in the last third of the epochs.",
+            f"It was {best[0]:.4g} around epoch {whole[best_at][2]}, and {last[0]:.4g} in the last third of them all.",
             (
                 ("--export best", "the best checkpoint becomes the final model"),
                 ("--early_stopping_patience", "ends a run whose best epoch is long ago"),
@@ -172,11 +178,11 @@ def _saturated(run: RunRecords) -> Iterator[Remark]:
 def _held_out(run: RunRecords) -> Iterator[Remark]:
     known = run.known("reward_mean")
     for name in run.names("eval"):
-        points = [
-            (record[f"{name}_mean"], record[f"{name}_std"] / record["images"] ** 0.5)
-            for record in run.evaluations
-            if _has_numbers(record, f"{name}_mean", f"{name}_std", "images")
-        ]
+        points = []
+        for record in run.evaluations:
+            mean, std = (number(record.get(f"{name}_{moment}")) for moment in ("mean", "std"))
+            if mean is not None and std is not None:
+                points.append((mean, std / math.sqrt(image_count(record))))
         if len(points) >= 3 and len(known) >= FEW_EPOCHS and known[-1] > known[0]:
             best = max(points, key=lambda point: point[0])
             if _is_above(best, points[-1]):
@@ -331,8 +337,9 @@ def _ceiling(run: RunRecords) -> bool:
 
 
 def _standard_errors(run: RunRecords) -> list[float | None]:
-    pairs = zip(run.values("reward_std"), run.values("images"), strict=True)
-    return [None if std is None or not images else std / images**0.5 for std, images in pairs]
+    stds = run.values("reward_std")
+    counts = map(image_count, run.epochs)
+    return [None if std is None else std / math.sqrt(count) for std, count in zip(stds, counts, strict=True)]
 
 
 def _average(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
@@ -347,7 +354,3 @@ def _is_above(one: tuple[float, float], two: tuple[float, float]) -> bool:
 
 def _last_third(values: Sequence[float]) -> Sequence[float]:
     return values[-max(1, len(values) // 3) :]
-
-
-def _has_numbers(record: dict[str, object], *names: str) -> bool:
-    return all(isinstance(record.get(name), (int, float)) for name in names)

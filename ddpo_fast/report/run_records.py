@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ddpo_fast.run_folder.metrics_file import records_in
 
+# of all numbers that are read
+LARGEST = 1e100
 METRICS, SETTINGS = "metrics.jsonl", "config.json"
 
 
@@ -19,7 +20,7 @@ class RunRecords:
 
     Args:
         name: what the page calls the run.
-        epochs, updates, evaluations: the lines of metrics.jsonl of each kind.
+        epochs, updates, evaluations: the lines of metrics.jsonl of each kind that have an epoch.
         settings: of config.json, those of `DDPOConfig` and of the command line in one dict.
         lost: lines of metrics.jsonl that are damaged.
         problems: what could not be read, in words.
@@ -87,11 +88,16 @@ def read_all(folders: list[Path]) -> list[RunRecords]:
     return [read(folder, "/".join(part[-length:])) for folder, part in zip(folders, parts, strict=True)]
 
 
+def image_count(record: dict[str, Any]) -> float:
+    """The images of an epoch or an evaluation, at least 1."""
+    return max(1.0, number(record.get("images")) or 1.0)
+
+
 def number(value: Any) -> float | None:
-    """The value as a float, or None if it is no finite number."""
+    """The value as a float, or None if it is none, or none that can be added up."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return float(value) if math.isfinite(value) else None
+    return float(value) if abs(value) < LARGEST else None
 
 
 def _read_metrics(run: RunRecords) -> None:
@@ -104,7 +110,7 @@ def _read_metrics(run: RunRecords) -> None:
     records, run.lost = records_in(text[: text.rfind("\n") + 1])
     by_kind = {"epoch": run.epochs, "update": run.updates, "eval": run.evaluations}
     for record in records:
-        if record["kind"] in by_kind and number(record.get("epoch")) is not None:
+        if str(record["kind"]) in by_kind and number(record.get("epoch")) is not None:
             by_kind[record["kind"]].append(record)
     if run.lost:
         run.problems.append(f"{run.lost} of the lines of {METRICS} are damaged and left out")
