@@ -266,15 +266,18 @@ def test_records_from_before_there_were_quantiles(tmp_path):
 
 
 def test_long_runs_are_thinned(tmp_path):
-    run = read(
-        write_run(tmp_path / "run", epoch_records(2000, ("a cat",), grad_norm=lambda epoch: float(epoch == 777)))
-    )
-    chart = next(c for c in curves.update_charts([run]) if c["title"].startswith("Gradient"))
-    (trace,) = chart["data"]
-    assert len(trace["y"]) <= curves.MOST_POINTS
+    lines = epoch_records(2000, ("a cat",), grad_norm=lambda epoch: float(epoch == 777))
+    charts = {chart["title"]: chart for chart in curves.update_charts([read(write_run(tmp_path / "run", lines))])}
+    low, high, line = charts["Gradient norm, before clipping"]["data"]
+    assert len(line["y"]) == len(high["y"]) <= curves.MOST_POINTS
     # a single high value is not averaged away
-    assert max(trace["y"]) == 1.0
-    assert trace["x"][-1] == 2000
+    assert max(line["y"]) == max(high["y"]) == 1.0
+    assert line["x"][-1] == 2000
+    # an epoch's updates have 0 and 1e-4
+    low, high, line = charts["KL from the policy that sampled"]["data"]
+    assert (low["y"][5], line["y"][5], high["y"][5]) == (0, 5e-5, 1e-4)
+    # which only an epoch's first update has
+    assert None not in charts["Ratio drift before the first update"]["data"][-1]["y"]
 
 
 # several runs

@@ -11,15 +11,17 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ddpo_fast.report.axes import Axes, Values, by_epoch, epoch_axes, evaluation_axes, mean
 from ddpo_fast.report.run_records import RunRecords, image_count, number
 
 Chart = dict[str, Any]
-Values = Sequence[float | None]
 
 # readable on white and on black, and told apart by the colour-blind as far as eight colours can be
 COLOURS = ("#3b82c4", "#e07b39", "#2a9d78", "#a86fd0", "#d9578a", "#97892a", "#5f7f95", "#c0504d")
 # Points of a curve: of more, blocks are drawn by their mean, or by their largest value.
 MOST_POINTS = 800
+
+BY_EPOCH = "The line is an epoch's mean, the band reaches from its lowest to its highest update."
 
 # name in metrics.jsonl, title, what is normal, and whether blocks of updates are drawn by their largest value
 UPDATE_CHARTS: tuple[tuple[str, str, str, bool], ...] = (
@@ -110,8 +112,12 @@ def update_charts(runs: Sequence[RunRecords]) -> list[Chart]:
     for name, title, note, by_largest in UPDATE_CHARTS:
         chart = _chart(title, note, from_zero=name != "loss")
         for at, run in enumerate(runs):
-            values = run.update_values(name)
-            _add(chart, _thinned(update_axes(run), values, max if by_largest else _mean), run.name, COLOURS[at % 8])
+            values, colour = run.update_values(name), COLOURS[at % 8]
+            axes, (low, middle, high) = by_epoch(run, values)
+            if len(middle) < len(values):
+                chart["note"] = f"{note} {BY_EPOCH}"
+                _add_band(chart, axes, low, high, colour, 0.2)
+            _add(chart, _thinned(axes, middle, max if by_largest else mean), run.name, colour)
         if name == "ratio_drift" and chart["data"]:
             _add_clip_range(chart, runs)
         found.append(chart)
@@ -123,7 +129,7 @@ def variety_charts(runs: Sequence[RunRecords]) -> list[Chart]:
     for name, title, note in EPOCH_CHARTS:
         chart = _chart(title, note, from_zero=True)
         for at, run in enumerate(runs):
-            _add(chart, _thinned(epoch_axes(run.epochs), run.values(name), _mean), run.name, COLOURS[at % 8])
+            _add(chart, _thinned(epoch_axes(run.epochs), run.values(name), mean), run.name, COLOURS[at % 8])
         found.append(chart)
     return [chart for chart in found if chart["data"]]
 
@@ -138,16 +144,16 @@ def speed_charts(runs: Sequence[RunRecords]) -> list[Chart]:
     )
     for at, run in enumerate(runs):
         axes, colour = epoch_axes(run.epochs), COLOURS[at % 8]
-        _add(speed, _thinned(axes, run.values("images_per_s"), _mean), run.name, colour)
+        _add(speed, _thinned(axes, run.values("images_per_s"), mean), run.name, colour)
         for name, where, dash in (("device_gb", "device", "solid"), ("host_gb", "host", "dash")):
             _add(memory, _thinned(axes, run.values(name), max), f"{run.name} {where}", colour, dash)
     times = [_time_chart(run, len(runs) > 1) for run in runs]
     return [chart for chart in (speed, *times, memory) if chart["data"]]
 
 
-def stage_seconds(run: RunRecords) -> dict[str, list[float | None]]:
+def stage_seconds(run: RunRecords) -> Axes:
     """Seconds of each stage of every epoch; `other` is the rest of the time between the ends of two epochs."""
-    found: dict[str, list[float | None]] = {name: run.values(name) for name, _ in STAGES[:3]}
+    found: Axes = {name: run.values(name) for name, _ in STAGES[:3]}
     ends, found["other"] = run.values("elapsed_s"), []
     for at, end in enumerate(ends):
         before = ends[at - 1] if at else (0.0 if run.epochs and run.epochs[0].get("epoch") == 0 else None)
@@ -157,55 +163,6 @@ def stage_seconds(run: RunRecords) -> dict[str, list[float | None]]:
         else:
             found["other"].append(max(0.0, end - before - sum(stage for stage in stages if stage is not None)))
     return found
-
-
-# axes
-
-
-def epoch_axes(records: Sequence[dict[str, Any]]) -> dict[str, list[float | None]]:
-    """x of the lines of epochs: the number of epochs, of images and of minutes at their ends."""
-    images, total = [], 0.0
-    for record in records:
-        total += number(record.get("images")) or 0
-        images.append(total)
-    return {
-        "epochs": [number(record["epoch"] + 1) for record in records],
-        "images": list(images),
-        "minutes": [_minutes(record) for record in records],
-    }
-
-
-def update_axes(run: RunRecords) -> dict[str, list[float | None]]:
-    """x of the lines of updates, which share their epoch evenly."""
-    ends = epoch_axes(run.epochs)
-    by_epoch = {record["epoch"]: at for at, record in enumerate(run.epochs)}
-    counts: dict[Any, int] = {}
-    for record in run.updates:
-        counts[record["epoch"]] = counts.get(record["epoch"], 0) + 1
-    seen: dict[Any, int] = {}
-    found: dict[str, list[float | None]] = {"epochs": [], "images": [], "minutes": []}
-    for record in run.updates:
-        epoch = record["epoch"]
-        seen[epoch] = seen.get(epoch, 0) + 1
-        share = seen[epoch] / counts[epoch]
-        found["epochs"].append(epoch + share)
-        at = by_epoch.get(epoch)
-        for name in ("images", "minutes"):
-            found[name].append(_between(ends[name], at, share))
-    return found
-
-
-def _between(ends: Values, at: int | None, share: float) -> float | None:
-    """The value at a share of the way from one epoch's end to the next; None in an epoch that has not ended."""
-    if at is None or (end := ends[at]) is None:
-        return None
-    start = (ends[at - 1] if at else 0.0) or 0.0
-    return start + share * (end - start)
-
-
-def _minutes(record: dict[str, Any]) -> float | None:
-    seconds = number(record.get("elapsed_s"))
-    return None if seconds is None else seconds / 60
 
 
 # charts
@@ -228,7 +185,7 @@ def _reward_chart(runs: Sequence[RunRecords]) -> Chart:
             # lines from before there were quantiles
             low, high = _around(run.values("reward_mean"), run.values("reward_std"))
         _add_band(chart, axes, low, high, colour, 0.22)
-        _add(chart, _thinned(axes, run.values("reward_mean"), _mean), run.name, colour)
+        _add(chart, _thinned(axes, run.values("reward_mean"), mean), run.name, colour)
     return chart
 
 
@@ -237,7 +194,7 @@ def _moments_chart(runs: Sequence[RunRecords], name: str, title: str, note: str)
     is_eval = name.startswith("eval/")
     for at, run in enumerate(runs):
         records = run.evaluations if is_eval else run.epochs
-        axes = _evaluation_axes(run) if is_eval else epoch_axes(records)
+        axes = evaluation_axes(run) if is_eval else epoch_axes(records)
         means = [number(record.get(f"{name}_mean")) for record in records]
         stds = [number(record.get(f"{name}_std")) for record in records]
         images = [image_count(record) for record in records]
@@ -247,18 +204,8 @@ def _moments_chart(runs: Sequence[RunRecords], name: str, title: str, note: str)
             for std, count in zip(stds, images, strict=True)
         ]
         _add_band(chart, axes, *_around(means, widths), COLOURS[at % 8], 0.2)
-        _add(chart, _thinned(axes, means, _mean), run.name, COLOURS[at % 8])
+        _add(chart, _thinned(axes, means, mean), run.name, COLOURS[at % 8])
     return chart
-
-
-def _evaluation_axes(run: RunRecords) -> dict[str, list[float | None]]:
-    """x of evaluations: their `epoch` counts whole epochs, and their images are those trained on by then."""
-    images = dict(zip((record["epoch"] + 1 for record in run.epochs), epoch_axes(run.epochs)["images"], strict=True))
-    return {
-        "epochs": [number(record["epoch"]) for record in run.evaluations],
-        "images": [images.get(record["epoch"], 0.0 if record["epoch"] == 0 else None) for record in run.evaluations],
-        "minutes": [_minutes(record) for record in run.evaluations],
-    }
 
 
 def _time_chart(run: RunRecords, is_one_of_several: bool) -> Chart:
@@ -269,7 +216,7 @@ def _time_chart(run: RunRecords, is_one_of_several: bool) -> Chart:
     )
     seconds = stage_seconds(run)
     for (stage, title), colour in zip(STAGES, ("#3b82c4", "#d9578a", "#2a9d78", "#8a8f98"), strict=True):
-        axes, values = _thinned(epoch_axes(run.epochs), seconds[stage], _mean)
+        axes, values = _thinned(epoch_axes(run.epochs), seconds[stage], mean)
         if _any(values):
             trace = {"type": "bar", "name": title, "y": list(values), "marker": {"color": colour}}
             _append(chart, trace, axes)
@@ -297,6 +244,8 @@ def _add(chart: Chart, points: tuple[dict[str, Values], Values], name: str, colo
         "mode": "lines+markers" if len(known) < 30 else "lines",
         "name": plain(name),
         "y": list(values),
+        # only an epoch's first update has a ratio drift
+        "connectgaps": True,
         "line": {"color": colour, "width": 2, "dash": dash},
         "marker": {"size": 4},
         "hovertemplate": "%{y:.4g}<extra>" + plain(name) + "</extra>",
@@ -305,9 +254,7 @@ def _add(chart: Chart, points: tuple[dict[str, Values], Values], name: str, colo
     chart["summary"] += f"{name}: from {known[0]:.4g} to {known[-1]:.4g}. "
 
 
-def _add_band(
-    chart: Chart, axes: dict[str, list[float | None]], low: Values, high: Values, colour: str, opacity: float
-) -> None:
+def _add_band(chart: Chart, axes: Axes, low: Values, high: Values, colour: str, opacity: float) -> None:
     """Adds an area between two curves."""
     if not _any(low) or not _any(high):
         return
@@ -359,13 +306,7 @@ def _any(values: Values) -> bool:
     return any(value is not None for value in values)
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _thinned(
-    axes: dict[str, list[float | None]], values: Values, of_block: Callable[[Any], float]
-) -> tuple[dict[str, Values], Values]:
+def _thinned(axes: Axes, values: Values, of_block: Callable[[Any], float]) -> tuple[dict[str, Values], Values]:
     """The curve, by blocks if it has more than `MOST_POINTS` points; a block's x is that of its last point."""
     size = -(-len(values) // MOST_POINTS)
     if size <= 1:

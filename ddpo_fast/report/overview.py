@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from statistics import median
 
-from ddpo_fast.report.curves import epoch_axes
+from ddpo_fast.report.axes import epoch_axes
 from ddpo_fast.report.run_records import METRICS, RunRecords, number
 from ddpo_fast.report.settings import shown
 
