@@ -46,7 +46,7 @@ demo: $(READY)
 	@for goal in compressibility incompressibility; do \
 		$(BIN)/ddpo-fast train --reward jpeg_$$goal --output_dir $(DEMO_FOLDER)/$$goal $(DEMO_$(DEMO)) || exit 1; \
 	done
-	@echo "look at before_after.png and rewards.png in $(DEMO_FOLDER)/compressibility and $(DEMO_FOLDER)/incompressibility"
+	@echo "look at report.html in $(DEMO_FOLDER)/compressibility and $(DEMO_FOLDER)/incompressibility"
 
 lint: $(READY)
 	$(BIN)/ruff check .
