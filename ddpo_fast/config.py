@@ -145,6 +145,11 @@ class DDPOConfig(ConfigNumbers):
         "tracker; also drawn before the first epoch and at the end. 0 draws none.",
     )
     sample_num_images: int = _option(8, "Number of these images, each of a prompt and noise that stay the same.")
+    hub_model_id: Optional[str] = _option(  # noqa: UP045
+        None, "With push_to_hub: the repository, owner/name or a name of your own (default: the folder's name)."
+    )
+    hub_private: bool = _option(False, "With push_to_hub: make a new repository a private one.")
+    kohya_lora: bool = _option(False, "Write the final LoRA in kohya's layout too, for ComfyUI and A1111.")
     output_dir: Optional[str] = _option(  # noqa: UP045
         None, "Folder that the run writes to (default: project_kwargs['project_dir'], or a new one under `logdir`)."
     )

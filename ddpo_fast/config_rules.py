@@ -131,6 +131,7 @@ RULES: tuple[tuple[str, Predicate, str], ...] = (
     ("gpu_memory", _none_or(_number(lambda v: v > 0)), "None or a number above 0 (GB)"),
     ("deepspeed", _none_or(lambda v: v != "" and is_path(v)), "None or the path of a JSON file"),
     ("output_dir", _none_or(is_path), "None or the path of a folder"),
+    ("hub_model_id", _none_or(lambda v: isinstance(v, str) and v != ""), "None or a name, owner/name"),
     ("logdir resume_from", is_path, "a string, the path of a folder"),
     ("run_name exp_name", is_path, "a string that can name a folder"),
     ("save_freq num_checkpoint_limit eval_freq", whole(1), "a whole number of at least 1"),

@@ -17,13 +17,17 @@ from typing import Any
 
 import huggingface_hub
 import torch
-from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
+from diffusers.utils import (
+    convert_state_dict_to_diffusers,
+    convert_state_dict_to_kohya,
+    convert_unet_state_dict_to_peft,
+)
 from huggingface_hub import _CACHED_NO_EXIST, constants, errors, hf_hub_download, try_to_load_from_cache
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ddpo_fast.families import Family
@@ -36,6 +40,9 @@ from ddpo_fast.temporary_values import temporary_values
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 # the name of the adapter that is trained: peft's default, which TRL uses
 ADAPTER = "default"
+# an adapter's file in kohya's layout, which ComfyUI and A1111 read
+KOHYA_WEIGHTS = "kohya_lora_weights.safetensors"
+KOHYA_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
 TRL_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
 TRL_RANK = 4
 # the settings that determine, apart from its weights, what an adapter adds to a layer
@@ -287,6 +294,42 @@ def save_adapter(family: Family, network: Any, output_dir: str | Path) -> None:
             written[f"{name}_lora_adapter_metadata"] = _with_sorted_sets(part.peft_config[ADAPTER].to_dict())
     family.pipe.save_lora_weights(save_directory=output_dir, **written)
     _sort_metadata(Path(output_dir) / LORA_WEIGHTS)
+
+
+def check_kohya(network: str, is_lora: bool) -> None:
+    """Raises `ValueError` for a run whose model does not come in kohya's layout."""
+    if not is_lora:
+        raise ValueError("kohya_lora is True, and the run trains all weights and no LoRA: leave it out")
+    if network != "unet":
+        raise ValueError(
+            f"kohya_lora is for UNets, and the model has a {network}, whose {LORA_WEIGHTS} ComfyUI reads: leave it out"
+        )
+
+
+def save_kohya(family: Family, path: Path) -> None:
+    """Writes the trained adapter in kohya's layout: `lora_unet_<layer>.lora_down`, `.lora_up` and `.alpha`.
+
+    An adapter adds `alpha / rank * up @ down` to a layer, and the alpha of every layer is written. Raises `ValueError`
+    for a model whose adapters do not come in this layout.
+    """
+    check_kohya(family.network, is_lora=True)
+    kept: dict[str, torch.Tensor] = {}
+    for name, prefix in KOHYA_PREFIXES.items():
+        part = family.pipe_part(name)
+        if ADAPTER not in getattr(part, "peft_config", {}):
+            continue
+        state = get_peft_model_state_dict(part, adapter_name=ADAPTER)
+        kept |= convert_state_dict_to_kohya({f"{name}.{key}": value for key, value in state.items()})
+        for layer_name, layer in _adapted_layers(part):
+            # the converter takes the rank for alpha
+            if ADAPTER in layer.lora_A:
+                alpha = layer.scaling[ADAPTER] * layer.r[ADAPTER]
+                kept[f"{prefix}_{layer_name.replace('.', '_')}.alpha"] = torch.tensor(float(alpha))
+    if "text_encoder_2" not in family.text_encoders:
+        kept = {key.replace("lora_te1_", "lora_te_"): value for key, value in kept.items()}
+    tensors = {key: value.detach().cpu().contiguous() for key, value in kept.items()}
+    save_file(tensors, path, metadata={"format": "pt", "ss_network_module": "networks.lora"})
+    _sort_metadata(path)
 
 
 def _in_one_naming(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -297,6 +297,8 @@ def check_pipeline(pipeline: DDPOStableDiffusionPipeline, config: DDPOConfig) ->
         if getattr(config, name) and kind.__call__ is not ours.__call__:
             raise ValueError(f"{name} is True, but the pipeline's own __call__ wants its networks on the device")
     check_is_lora(config.quantize_frozen, getattr(pipeline, "use_lora", False))
+    if config.kohya_lora:
+        lora.check_kohya(family.network, getattr(pipeline, "use_lora", False))
     if config.quantize_frozen != "none" and pipeline.autocast is not None:
         raise ValueError("quantize_frozen is set, but this pipeline has an autocast, which needs fp32: use 'none'")
     if config.train_image_credit == "coca" and kind.__call__ is not ours.__call__:

@@ -252,7 +252,7 @@ def test_cuda_graphs_without_a_gpu(no_model):
     ],
 )
 def test_push_to_hub_without_a_login_is_refused(error, said, no_model, monkeypatch):
-    def refuse():
+    def refuse(token=None):
         raise error
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)

@@ -55,7 +55,7 @@ def test_5_model_can_be_saved_and_pushed(make_trainer, tmp_path, monkeypatch):
             pushed["card"] = (Path(folder_path) / "README.md").read_text()
             return "url"
 
-    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Api)
+    monkeypatch.setattr("ddpo_fast.run_folder.hub.HfApi", Api)
     assert trainer.push_to_hub() == "url"
     assert "model_index.json" in pushed["run"]
     assert "README.md" in pushed["run"]

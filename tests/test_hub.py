@@ -50,7 +50,7 @@ def test_the_card_of_functions_that_the_command_line_cannot_name(make_trainer, t
     ],
 )
 def test_reasons_why_a_model_cannot_be_pushed(name, offline, token, words, monkeypatch):
-    def whoami():
+    def whoami(**_):
         if token != "good":
             raise ConnectionError("no route")
 

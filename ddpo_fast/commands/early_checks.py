@@ -15,6 +15,7 @@ from ddpo_fast.commands.options import RunArguments
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.engine import zero_settings
 from ddpo_fast.families import with_family
+from ddpo_fast.lora import check_kohya
 from ddpo_fast.model_configs import ModelConfigs, check_model
 from ddpo_fast.processes import check_launch
 from ddpo_fast.quantize_frozen import check_is_lora
@@ -24,8 +25,11 @@ from ddpo_fast.run_folder.run_log import folder_problem, output_folder
 from ddpo_fast.unet import attention_problem
 
 
-def check_before_loading(run: RunArguments, config: DDPOConfig) -> ModelConfigs:
+def check_before_loading(run: RunArguments, config: DDPOConfig, token: str = "") -> ModelConfigs:
     """Checks launch, device, folder, Hub and model, and returns what the model's config files say.
+
+    Args:
+        token: for the Hub, if one was given.
 
     Raises `ValueError` or `OSError` in one sentence.
     """
@@ -52,7 +56,7 @@ def check_before_loading(run: RunArguments, config: DDPOConfig) -> ModelConfigs:
     check_can_write(folder, "output_dir")
 
     # the Hub and the model, which may be on another machine
-    if config.push_to_hub and (problem := push_problem(folder.absolute().name)):
+    if config.push_to_hub and (problem := push_problem(config.hub_model_id or folder.absolute().name, token)):
         raise ValueError(f"push_to_hub is True, but {problem}")
     configs = check_model(
         run.pretrained_model,
@@ -62,6 +66,8 @@ def check_before_loading(run: RunArguments, config: DDPOConfig) -> ModelConfigs:
         single_file_config=run.single_file_config,
     )
     configs.family.check_settings(configs.parts, config)
+    if config.kohya_lora:
+        check_kohya(configs.family.network, not run.full_finetune)
     with_family(config, configs.family)
     return configs
 

@@ -16,6 +16,8 @@ from ddpo_fast.commands.options import (
 from ddpo_fast.commands.settings_file import expanded, written
 from ddpo_fast.recipes import LORA_SETTINGS
 
+# of the user's, which belongs in no file
+TOKEN = "hf_user_access_token"
 # what the file sets, beside the options that are given
 ALWAYS = ("pretrained_model", "full_finetune", "reward", "prompts", "num_epochs")
 
@@ -33,7 +35,14 @@ def settings_file(arguments: Sequence[str]) -> str:
     names_recipe = bool(options.recipe)
     recipe = apply_recipe(options, given)
     from_options(RunArguments, options)
-    left_out = {"local_rank", "resume_from", "trust_run", "dry_run", *(LORA_SETTINGS if options.full_finetune else ())}
+    left_out = {
+        "local_rank",
+        "resume_from",
+        "trust_run",
+        "dry_run",
+        TOKEN,
+        *(LORA_SETTINGS if options.full_finetune else ()),
+    }
     values = {name: value for name, value in vars(options).items() if name not in left_out}
     if not names_recipe:
         # it is chosen by the model

@@ -93,6 +93,8 @@ GROUPS = (
             "dry_run",
             "sample_num_images",
             "sample_prompts",
+            "kohya_lora",
+            "hf_user_access_token",
             "exp_name",
             "run_name",
             "logdir",
@@ -102,7 +104,7 @@ GROUPS = (
             "early_stopping_patience",
             "project_kwargs",
         ),
-        ("tracker_",),
+        ("tracker_", "hub_"),
     ),
 )
 

@@ -51,6 +51,10 @@ class StartArguments:
         default=False,
         metadata={"help": "Import the functions that the resumed run names, and use its settings for other programs."},
     )
+    hf_user_access_token: str = field(
+        default="",
+        metadata={"help": "Token for push_to_hub (default: HF_TOKEN or `hf auth login`); it is not written anywhere."},
+    )
 
 
 @dataclass

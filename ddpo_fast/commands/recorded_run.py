@@ -28,7 +28,7 @@ FUNCTIONS = ("reward", "prompts", "eval_reward", "eval_prompts", "sample_prompts
 # where images and prompts are sent to, with the user's password in the environment, and arguments of any meaning
 SERVERS = ("reward_url", "reward_options")
 # settings of other programs, which can name files and addresses, and the one that sends the model to the Hub
-OTHER_PROGRAMS = ("accelerator_kwargs", "project_kwargs", "tracker_kwargs", "deepspeed", "push_to_hub")
+OTHER_PROGRAMS = ("accelerator_kwargs", "project_kwargs", "tracker_kwargs", "deepspeed", "push_to_hub", "hub_model_id")
 
 
 @dataclass

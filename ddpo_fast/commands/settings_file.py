@@ -97,6 +97,12 @@ def of_run(parser: argparse.ArgumentParser, values: Mapping[str, Any]) -> str:
 
     Of a run that trains all weights, those of a LoRA are left out, as such a run refuses them.
     """
-    left_out = {*PLACE_FIELDS, "trust_run", "dry_run", *(LORA_SETTINGS if values.get("full_finetune") else ())}
+    left_out = {
+        *PLACE_FIELDS,
+        "trust_run",
+        "dry_run",
+        "hf_user_access_token",
+        *(LORA_SETTINGS if values.get("full_finetune") else ()),
+    }
     kept = {name: value for name, value in values.items() if name not in left_out}
     return written(parser, kept, kept, ["The options of this run: `ddpo-fast train config.yaml` starts one like it."])

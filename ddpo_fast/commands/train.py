@@ -45,6 +45,7 @@ def run(arguments: Sequence[str], dry_run: bool = False) -> None:
     """
     # In one piece, as each stage needs those before it: options, checks, plan, trainer, training, reports.
     options, config = read_options(arguments)
+    token = train_parser().parse(arguments).hf_user_access_token
     # Importing the user's module may change the working directory, so that folders are made absolute first.
     for name in ("output_dir", "logdir"):
         if folder := getattr(config, name):
@@ -52,7 +53,7 @@ def run(arguments: Sequence[str], dry_run: bool = False) -> None:
 
     # Everything that can be found wrong without the model's weights: folders, backends, the model's config files, the
     # user's functions. The examples are drawn from the run's seed, so that a resumed run compares the same prompts.
-    configs = check_before_loading(options, config)
+    configs = check_before_loading(options, config, token)
     reward_function, *eval_rewards = options.load(*options.reward_specs)
     prompt_function = load_prompts(options.prompts)
     # None: the trainer evaluates by the prompts of training
@@ -114,7 +115,7 @@ def run(arguments: Sequence[str], dry_run: bool = False) -> None:
     where = f"see report.html, {drawn.name} and rewards.png in {trainer.output_dir}; " if drawn else ""
     say(f"{where}the model is in {trainer.output_dir / 'final'}")
     if config.push_to_hub:
-        say(f"pushed to {trainer.push_to_hub()}")
+        say(f"pushed to {trainer.push_to_hub(token=token)}")
     trainer.accelerator.end_training()
 
 

@@ -10,6 +10,7 @@ folder_lock          .lock: one process writes to a folder
 progress             counters of epochs and updates, and what is kept when a run stops
 resume_checks        whether a run can go on from a checkpoint
 hub                  the trained model with its card, on disk or on the Hub
+model_card           what a model's card says
 files                digests, modes and syncing to the disk
 plain_data           the state of a user's functions as data that is loaded without running code
 recorded_settings    the types of what state.json and config.json say
