@@ -218,14 +218,14 @@ def layer_norm_backward(out: tuple[Tensor | None, ...], grad: Tensor, x: Tensor,
 
 
 def fused_group_norm_backward(out: list[Tensor], x: Tensor, grad: Tensor, *args: Any) -> Iterator[Launch]:
-    """Ours: one kernel; then sums over the images' gradients of weight and bias, which are cast."""
+    """Ours: one kernel; then a sum over the images' gradients of weight and bias [2, N, C], and a cast."""
     dx, *affine = out
-    images = FLOAT * x.shape[0] * x.shape[1]
+    images = FLOAT * 2 * x.shape[0] * x.shape[1]
     yield Launch("norm", bytes_of(x, grad, *tensors_in(args)), bytes_of(dx) + len(affine) * images)
-    for gradient in affine:
-        yield Launch("norm", images, FLOAT * gradient.numel())
-        if gradient.dtype != torch.float32:
-            yield Launch("cast", FLOAT * gradient.numel(), bytes_of(gradient))
+    for gradients in affine:
+        yield Launch("norm", images, FLOAT * gradients.numel())
+        if gradients.dtype != torch.float32:
+            yield Launch("cast", FLOAT * gradients.numel(), bytes_of(gradients))
 
 
 # PyTorch's RMS norm on a GPU: its own op is composed of others on the device `meta`

@@ -68,6 +68,10 @@ def _reference(
     return laid_out_as(x, F.silu(z) if silu else z), mean.to(wide), rstd.to(wide)
 
 
+def _widest(weight: Tensor, bias: Tensor) -> torch.dtype:
+    return torch.promote_types(weight.dtype, bias.dtype)
+
+
 def _reference_backward(
     x: Tensor,
     grad: Tensor,
@@ -79,6 +83,7 @@ def _reference_backward(
     silu: bool,
     affine: bool,
 ) -> list[Tensor]:
+    """dx and, if `affine`, the gradients of weight and bias as one tensor [2, C], which takes one sum and one cast."""
     groups = mean.shape[1]
     z, mean, rstd = _norm(x, weight, bias, groups, eps)
     grad = grad.contiguous()
@@ -89,7 +94,7 @@ def _reference_backward(
         grad, x.contiguous(), mean, rstd, narrow, *_sizes(x), groups, [True, affine, affine]
     )
     dx = laid_out_as(x, dx)
-    return [dx, dweight.to(weight.dtype), dbias.to(bias.dtype)] if affine else [dx]
+    return [dx, torch.stack([dweight, dbias]).to(_widest(weight, bias))] if affine else [dx]
 
 
 # allocate the kernels' outputs; also the ops' fake implementations
@@ -130,13 +135,13 @@ def _triton_backward(
     groupnorm_silu_backward(x, grad, weight, bias, mean, rstd, silu, dx, partials)
     if partials is None:
         return [dx]
-    dweight, dbias = (partial.sum(0) for partial in partials)
-    return [dx, dweight.to(weight.dtype), dbias.to(bias.dtype)]
+    return [dx, partials.sum(1).to(_widest(weight, bias))]
 
 
 def _empty_backward(x: Tensor, grad: Tensor, weight: Tensor, bias: Tensor, *others: Any) -> list[Tensor]:
     affine = others[-1]
-    return [torch.empty_like(like) for like in ((x, weight, bias) if affine else (x,))]
+    both = [weight.new_empty((2, len(weight)), dtype=_widest(weight, bias))] if affine else []
+    return [torch.empty_like(x), *both]
 
 
 FORWARD = Op("groupnorm_silu", _reference, _empty, _triton)
@@ -157,8 +162,10 @@ def _differentiate(ctx: Any, grad: Tensor | None, *unused: None) -> Any:
         return (None,) * 6
     x, *norm = ctx.saved_tensors
     affine = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-    grads = BACKWARD(x, laid_out_as(x, grad), *norm, ctx.eps, ctx.silu, affine)
-    return (*(grads if affine else (grads[0], None, None)), None, None, None)
+    dx, *both = BACKWARD(x, laid_out_as(x, grad), *norm, ctx.eps, ctx.silu, affine)
+    # autograd casts them to the parameters' dtypes, if those differ from each other
+    dweight, dbias = both[0].unbind() if both else (None, None)
+    return dx, dweight, dbias, None, None, None
 
 
 FORWARD.register_autograd(_differentiate, setup_context=_save)
