@@ -8,6 +8,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from one_sentence import error_of_command
@@ -459,6 +460,30 @@ def test_files_that_sample_writes(copied):
         assert image.format == "JPEG"
     assert "which exists" in error_of_command([*asked, "--output", "grid.jpg"])
     cli.main([*asked, "--output", "grid.jpg", "--overwrite"])
+
+
+def test_sample_compares_checkpoints(copied, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    cli.main(["train", "--resume_from", "run", "--trust_run", "--num_epochs", "2"])
+    drawn = []
+    monkeypatch.setattr(pictures, "draw_grid", lambda *given: drawn.append(given))
+    asked = ["sample", "run", "--num-images", "2", "--trust_run"]
+    for wanted, names in (("all", ["epoch 1", "epoch 2"]), ("1", ["epoch 1"]), ("last", ["epoch 2"])):
+        cli.main([*asked, "--checkpoint", wanted])
+        assert [name for name, _, _ in drawn[-1][1]] == ["base", *names]
+    # each from the same noise, whatever was drawn before
+    (_, base, _), (_, first, _), (_, second, _) = drawn[0][1]
+    assert torch.equal(first, drawn[1][1][1][1])
+    assert torch.equal(second, drawn[2][1][1][1])
+    assert not torch.equal(first, second)
+    cli.main([*asked, "--checkpoint", "best", "--format", "images", "--output", "compared"])
+    found = json.loads(next(Path("compared").glob("epoch_*/samples.json")).read_text())
+    assert [entry["file"] for entry in found["samples"]] == ["000.png", "001.png"]
+    with Image.open("compared/base/000.png") as image:
+        assert np.abs(np.asarray(image) / 255 - base[0].permute(1, 2, 0).numpy()).max() < 0.003
+    assert "which is not empty" in error_of_command([*asked, "--format", "images", "--output", "compared"])
+    assert "has the checkpoints 1, 2: choose among these" in error_of_command([*asked, "--checkpoint", "7"])
+    assert "must be all, best, last or numbers" in error_of_command([*asked, "--checkpoint", "frist"])
 
 
 @pytest.mark.parametrize(

@@ -293,9 +293,19 @@ def sample_parser() -> Parser:
     parser = Parser(
         [RewardArguments],
         prog="ddpo-fast sample",
-        description="Draw a grid: the base model above, the trained one below, from the same noise.",
+        description="Draw a grid: the base model above, the trained ones below, from the same noise.",
     )
     parser.add_argument("run", help="output folder of a run, or a checkpoint in it")
+    parser.add_argument(
+        "--checkpoint",
+        help="which checkpoints of the run: all, best, last, or numbers of epochs as in 10,20 (default: last)",
+    )
+    parser.add_argument(
+        "--format",
+        choices=("grid", "images"),
+        default="grid",
+        help="one picture, or a folder with a file for each image",
+    )
     parser.add_argument("--prompts", help="as for `train` (default: the run's)")
     parser.add_argument("--reward", help="rewards for the captions, as in `train` (default: the run's)")
     parser.add_argument("--num-images", "--num_images", type=int, default=8, help="images of each model")
@@ -303,9 +313,10 @@ def sample_parser() -> Parser:
     parser.add_argument(
         "--output",
         type=Path,
-        help="where the grid goes, as .png, .jpg, .webp, .pdf or .svg (default: a new samples.png in the run's folder)",
+        help="where the grid goes, as .png, .jpg, .webp, .pdf or .svg, or with --format images a folder (default: a "
+        "new samples.png, or samples_images, in the run's folder)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace the file that --output names")
+    parser.add_argument("--overwrite", action="store_true", help="replace what --output names")
     parser.add_argument("--trust_run", "--trust-run", action="store_true", help="import the run's functions")
     return parser
 
