@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from ddpo_fast.report import page, serve
+from ddpo_fast.report.run_records import read_all
 
 
 def run(options: argparse.Namespace) -> None:
@@ -20,7 +21,7 @@ def run(options: argparse.Namespace) -> None:
         return
     if options.port:
         raise ValueError(f"--port is {options.port}, which only --watch uses: add that, or leave it out")
-    page.read_all(folders)
+    read_all(folders)
     path = page.default_path(folders) if options.output is None else options.output.expanduser()
     page.write(folders, path)
     print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")

@@ -145,6 +145,3 @@ def _rounded(value: Any) -> Any:
 def default_path(folders: Sequence[Path]) -> Path:
     """Where a page goes: into its run's folder, that of several runs into the first one's."""
     return folders[0] / (REPORT if len(folders) == 1 else COMPARISON)
-
-
-__all__ = ["check_replaceable", "default_path", "read_all", "render", "write"]
