@@ -207,6 +207,8 @@ def test_the_command_ends_at_once_and_without_a_traceback(model_dir, tmp_path):
     (tmp_path / "slow.py").write_text(REWARD)
     options = ["--pretrained_model", model_dir, "--reward", "slow:reward", "--output_dir", "run", "--num_epochs", "3"]
     options += ["--recipe", "trl", "--sample_num_steps", "2", "--mixed_precision", "no", "--reward_overlap", "True"]
+    # images to look at would be scored by it too
+    options += ["--sample_freq", "0"]
     paths = os.pathsep.join([str(Path(checkpoint.__file__).parents[1]), str(tmp_path)])
     process = subprocess.Popen(
         [sys.executable, "-m", "ddpo_fast.cli", "train", *options],
