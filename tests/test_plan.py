@@ -364,7 +364,7 @@ def test_chosen_settings_fit_or_the_plan_says_why_none_do(footprints, name):
             assert predict(footprints[name], with_settings(config(), small)).peak > limit
     assert slowest == sorted(slowest, reverse=True)
     assert choice.settings == {"train_micro_batch_size": 25, "sample_merge_batches": 2}, "50 pairs in equal parts"
-    with pytest.raises(ValueError, match=r"needs at least \d\.\d GB of GPU memory \(while \w+\), and there are 3"):
+    with pytest.raises(ValueError, match=r"needs at least \d\.\d GB of GPU memory .*, and there are 3"):
         choose(footprints[name], config(), 3 * GB)
 
 

@@ -8,11 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from one_sentence import refused
 from peft import LoraConfig
 from tiny_models import save
 
+from ddpo_fast import DDPOConfig
+from ddpo_fast.device_memory import GB
 from ddpo_fast.families import family_of_pipeline
 from ddpo_fast.model_configs import check_model
+from ddpo_fast.plan import MARGIN, choose, live_bytes, predict
+from ddpo_fast.plan.candidates import with_settings
 from ddpo_fast.plan.footprint import Adapter, Footprint
 from ddpo_fast.unet import faster_layers, fuse_unet
 
@@ -22,6 +27,13 @@ from lib.call_costs import peak_bytes
 
 FAMILIES = ("sdxl", "sd35", "flux_dev")
 ROWS = 4
+# settings that leave a plan nothing else to choose
+SMALL = {
+    "train_micro_batch_size": 1,
+    "sample_merge_batches": 1,
+    "gradient_checkpointing": "blocks",
+    "train_use_8bit_adam": True,
+}
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +77,37 @@ def test_predicted_against_measured(folders, name):
     passes()
     # the same within a tenth: ops allocate workspaces inside, and adding up gradients is counted as it is in training
     assert footprint.training().peak(ROWS) == pytest.approx(peak_bytes(passes, "cpu"), rel=0.1)
+
+
+def test_calls_alike_are_counted_as_they_were_computed(folders, monkeypatch):
+    """Shapes are computed for the first of calls alike only; to the byte as if for each."""
+    configs = check_model(folders["sdxl"])
+    kept, computed = (Footprint(configs, Adapter(4), torch.float32, "cpu", steps=4) for _ in range(2))
+    fast = kept.training("blocks")
+    monkeypatch.setattr(live_bytes, "_called", lambda func, args, kwargs: func(*args, **kwargs))
+    slow = computed.training("blocks")
+    assert (fast.fixed == slow.fixed).all()
+    assert (fast.per_row == slow.per_row).all()
+
+
+def test_weights_that_do_not_fit_are_refused_before_anything_is_traced(published, monkeypatch):
+    configs = check_model(published["flux.1-dev"], has_weights=False)
+    monkeypatch.setattr(Footprint, "training", None)
+    monkeypatch.setattr(Footprint, "decoding", None)
+    with refused(ValueError, "training all weights needs at least .* alone, and there are 24: .* or train a LoRA"):
+        choose(Footprint(configs, None, torch.bfloat16), DDPOConfig(mixed_precision="bf16"), 24 * GB)
+    with refused(ValueError, "training a LoRA needs at least .*--quantize_frozen 8bit or 4bit"):
+        choose(Footprint(configs, Adapter(16), torch.bfloat16), DDPOConfig(mixed_precision="bf16"), 24 * GB)
+
+
+def test_prompts_are_embedded_once_where_the_text_encoders_do_not_fit_beside(folders):
+    """That changes no result, unlike quantized weights, which are only named in the message."""
+    footprint = Footprint(check_model(folders["sd35"]), Adapter(4), torch.float32, "cpu", steps=4)
+    config = with_settings(DDPOConfig(mixed_precision="no", sample_num_steps=4, sample_batch_size=8), SMALL)
+    whole, once = (predict(footprint, with_settings(config, extra)) for extra in ({}, {"embed_prompts_once": True}))
+    assert once.peak < whole.peak
+    choice = choose(footprint, config, (whole.peak + once.peak) / 2 / (1 - MARGIN))
+    assert choice.settings == {"embed_prompts_once": True}
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from ddpo_fast.batch_sizes import equal_parts
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.device_memory import GB
 from ddpo_fast.plan.footprint import Footprint
-from ddpo_fast.plan.phases import EVALUATED_IMAGES, Plan, merged_batches, pairs_per_call, predict
+from ddpo_fast.plan.phases import EVALUATED_IMAGES, Plan, least_bytes, merged_batches, pairs_per_call, predict
 
 # share of the GPU's memory that stays free, for fragmentation and for allocations that the prediction does not count
 MARGIN = 0.05
@@ -42,6 +42,8 @@ SAVINGS: tuple[tuple[str, Any], ...] = (
     # these two slow down decoding only, but tiles also change the images a little where they overlap
     ("vae_slicing", True),
     ("vae_tiling", True),
+    # copies the text encoders to the GPU for new prompts only
+    ("embed_prompts_once", True),
     # copies the weights of the frozen networks to the GPU each time that they compute
     ("offload_frozen", True),
     # copies every gradient to the host and every weight back at each update, and the CPU computes the update
@@ -94,6 +96,10 @@ class _Search:
         self.small_call_pairs = min(small_call_pairs, pairs_per_call(config))
 
     def run(self) -> Choice:
+        # what needs no trace of the networks first: large ones take half a minute
+        everything = with_settings(self.config, dict(self.savings))
+        if (least_of_all := least_bytes(self.footprint, everything, self.num_processes)) > self.limit:
+            raise self._too_small(least_of_all, "for weights, gradients and the optimizer's states alone")
         smallest: Settings = {}
         for pairs in dict.fromkeys((self.small_call_pairs, 1)):
             smallest = self._call_sizes(pairs, 1)
@@ -111,11 +117,17 @@ class _Search:
                     return self._explained(self._with_largest_calls(needed, pairs))
         # the run does not fit even with all helpful savings and the smallest UNet calls
         least = self._plan({**settings, **smallest})
-        needs = least.peak / (1 - MARGIN) / GB
-        raise ValueError(
-            f"training {'all weights' if self.footprint.adapter is None else 'a LoRA'} needs at least {needs:.1f} GB "
-            f"of GPU memory (while {least.peak_phase}), and there are {self.capacity / GB:g}: take a GPU with more"
-            f"{', or train a LoRA' if self.footprint.adapter is None else ''}"
+        raise self._too_small(least.peak, f"(while {least.peak_phase})")
+
+    def _too_small(self, peak: int, where: str) -> ValueError:
+        remedy = "train a LoRA"
+        if self.footprint.adapter is not None:
+            remedy = "try --quantize_frozen 8bit or 4bit, which changes what the networks compute a little"
+        known = self.footprint.adapter is not None and self.footprint.quantized == "4bit"
+        return ValueError(
+            f"training {'all weights' if self.footprint.adapter is None else 'a LoRA'} needs at least "
+            f"{peak / (1 - MARGIN) / GB:.1f} GB of GPU memory {where}, and there are {self.capacity / GB:g}: take a "
+            f"GPU with more{'' if known else f', or {remedy}'}"
         )
 
     # what can be tried

@@ -11,18 +11,18 @@ Three things differ between `meta` and a real device, and are corrected here: wh
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from ddpo_fast.ops.backend import OPS, Op
 from ddpo_fast.unet import FEW_SCORES, attend_to_few
@@ -58,7 +58,7 @@ class LiveBytes(TorchDispatchMode):
             # PyTorch switches a dispatch mode off while the mode handles an op, so it is entered again here
             with self:
                 return op(*args)
-        out = _in_device_layout(func, args, func(*args, **(kwargs or {})), self.device_type)
+        out = _in_device_layout(func, args, _called(func, args, kwargs or {}), self.device_type)
         for tensor in _tensors(out):
             self._count(tensor, tensor.untyped_storage().nbytes())
         self.after_op.append(self.now)
@@ -82,8 +82,77 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
+# Of each op that makes new tensors: what it has returned for each kind of arguments, with tensors replaced by `_Kind`.
+# On `meta` PyTorch computes the shapes of many ops in Python, a millisecond each, and a network of many equal blocks
+# has the same few hundred kinds of calls ten thousand times.
+_RETURNED: dict[tuple[Any, ...], Any] = {}
+
+
+class _Kind(NamedTuple):
+    """What the shape of an op's output depends on of a tensor."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    is_conjugate: bool
+
+
+def _called(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """`func(*args, **kwargs)` for tensors on `meta`, whose shapes are computed for the first of calls alike only."""
+    if func is torch.ops.aten.addmm_.default:
+        # of `ops/linear.py`; it changes values only
+        return args[0]
+    if not _makes_new_tensors(func):
+        return func(*args, **kwargs)
+    try:
+        key = func, _kinds(args), tuple((name, _kinds(value)) for name, value in kwargs.items())
+        known = _RETURNED.get(key)
+    # an argument that cannot be compared, or a tensor with values
+    except TypeError:
+        return func(*args, **kwargs)
+    if known is None:
+        out = func(*args, **kwargs)
+        given = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
+        # `_unsafe_view` and a few others return a view and do not say so
+        if all(tensor.is_meta and tensor.untyped_storage()._cdata not in given for tensor in _tensors(out)):
+            _RETURNED[key] = _kinds(out)
+        return out
+    return _made(known)
+
+
+@functools.cache
+def _makes_new_tensors(func: Any) -> bool:
+    """Whether an op writes to none of its arguments and returns no view of one."""
+    schema = func._schema
+    return not schema.is_mutable and all(value.alias_info is None for value in (*schema.returns, *schema.arguments))
+
+
+def _kinds(value: Any) -> Any:
+    """An argument or output with tensors replaced by their kinds, which can be compared and kept."""
+    if isinstance(value, torch.Tensor):
+        if not value.is_meta:
+            raise TypeError("its values may matter")
+        return _Kind(value.shape, value.stride(), value.dtype, value.is_conj())
+    if isinstance(value, list | tuple):
+        return (list if isinstance(value, list) else tuple, *map(_kinds, value))
+    # 1, 1.0 and True are equal
+    return type(value), value
+
+
+def _made(kinds: Any) -> Any:
+    """New tensors of the kinds of an output."""
+    if isinstance(kinds, _Kind):
+        return torch.empty_strided(kinds.shape, kinds.stride, dtype=kinds.dtype, device="meta")
+    kind, *values = kinds
+    return kind(map(_made, values)) if kind in (list, tuple) else values[0]
+
+
 def _tensors(tree: Any) -> Iterator[torch.Tensor]:
-    return (leaf for leaf in tree_iter(tree) if isinstance(leaf, torch.Tensor))
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, list | tuple | dict):
+        for value in tree.values() if isinstance(tree, dict) else tree:
+            yield from _tensors(value)
 
 
 def _in_device_layout(func: Any, args: Any, out: Any, device_type: str) -> Any:

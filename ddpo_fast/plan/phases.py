@@ -162,6 +162,19 @@ def predict(
     return Plan(phases, host)
 
 
+def least_bytes(footprint: Footprint, config: DDPOConfig, num_processes: int = 1) -> int:
+    """The bytes of the weights, gradients and states on the GPU alone, which no smaller batch reduces.
+
+    They are known at once, while `predict` traces the networks.
+    """
+    gpu, _ = _weight_bytes(footprint, config, num_processes)
+    gradients = 0 if config.optimizer_in_backward else gradient_bytes(footprint, config, num_processes)
+    if footprint.device_type != "cuda":
+        return sum(gpu.values()) + gradients
+    loading = footprint.frozen_bytes + FP32_BYTES * footprint.trained_weights
+    return max(sum(gpu.values()) + gradients, loading) + CUDA_WORKSPACES + CUDA_CONTEXT
+
+
 def pairs_per_call(config: DDPOConfig) -> int:
     """(image, timestep) pairs of a training UNet call: the setting, or the most that the trainer would choose."""
     if config.train_micro_batch_size is not None:
