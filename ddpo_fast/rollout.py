@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
+from tqdm.auto import tqdm
 
 from ddpo_fast import ops
 from ddpo_fast.batch_sizes import BatchSizes
@@ -62,6 +63,8 @@ class Rollout:
         # set from another thread to end the sampling at the next denoising step
         self.stop = threading.Event()
         self._chains: dict[tuple[Any, ...], RolloutChain] = {}
+        # counts the steps of an epoch's chains
+        self._bar: Any = None
 
     def batches(self, prompt_function: PromptFunction, iterations: int, batch_size: int) -> Iterator[SampledBatch]:
         """`iterations` sampling batches, one after the other; all prompts and noise are drawn before this returns.
@@ -84,10 +87,15 @@ class Rollout:
 
     def _sampled(self, draws: list[Draw]) -> Iterator[SampledBatch]:
         """Yields the samples of the draws in order, and denoises `merged_batches` of them together."""
-        for start in range(0, len(draws), self.sizes.merged_batches):
-            merged = draws[start : start + self.sizes.merged_batches]
-            for draw, (trajectory, images) in zip(merged, self.sample(merged), strict=True):
-                yield SampledBatch(trajectory, images, draw.metadata)
+        # one bar for all of them, so that the time that it says is what is left of the epoch's sampling
+        calls = -(-len(draws) // self.sizes.merged_batches)
+        shown = getattr(self.family.pipe, "_progress_bar_config", {}) | {"desc": "Sampling", "unit": "step"}
+        with tqdm(total=calls * self.config.sample_num_steps, **shown) as self._bar:
+            for start in range(0, len(draws), self.sizes.merged_batches):
+                merged = draws[start : start + self.sizes.merged_batches]
+                for draw, (trajectory, images) in zip(merged, self.sample(merged), strict=True):
+                    yield SampledBatch(trajectory, images, draw.metadata)
+        self._bar = None
 
     def ahead(
         self, batches: Iterator[SampledBatch]
@@ -149,6 +157,7 @@ class Rollout:
         key = embeds.shape, embeds.dtype
         if key not in self._chains:
             self._chains[key] = RolloutChain(family, self.config, embeds, self.stop)
+        self._chains[key].bar = self._bar
         return self._chains[key].sample(noise, embeds)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +78,8 @@ class DenoisingChain:
         self.guidance_rescale = guidance_rescale
         self.cross_attention_kwargs = cross_attention_kwargs
         self.table = family.table(eta, family.denoiser.device)
+        # a bar that counts the steps of several chains; None for one of this chain's own
+        self.bar: Any = None
 
     def predict(self, rows: torch.Tensor, t: torch.Tensor, i: int) -> torch.Tensor:
         """The UNet's output for the rows of step i, [B, C, H, W], or twice as many with guidance."""
@@ -119,7 +122,8 @@ class DenoisingChain:
         copies = 1 if self.guidance_scale is None else 2
         rows = torch.cat([latents] * copies).to(self.family.denoiser.dtype, memory_format=layout)
         trail, log_probs = [latents], []
-        with self.family.pipe.progress_bar(total=len(self.family.keys)) as progress:
+        own = self.family.pipe.progress_bar(total=len(self.family.keys)) if self.bar is None else nullcontext(self.bar)
+        with own as progress:
             for i, t in enumerate(self.family.keys):
                 latents, log_prob, rows = self.take_step(rows, latents, draw_noise(), t, i)
                 trail.append(latents)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from tqdm.auto import tqdm
 
 from ddpo_fast import rewards, rwr, variety
 from ddpo_fast.advantages import batch_advantages, compared_sets, group_advantages, step_advantages
@@ -39,6 +40,11 @@ class ScoringMixin:
     rollout: Rollout | PipelineRollout
     sample_health: SampleHealth
     stat_tracker: Any
+
+    @property
+    def _hides_bars(self) -> bool | None:
+        """tqdm's `disable`: None means a bar on a terminal and none in a log file."""
+        return None if self.accelerator.is_local_main_process else True
 
     # stage 1: sample and score
 
@@ -72,8 +78,10 @@ class ScoringMixin:
                 # as in TRL, the reward function runs in the caller's thread unless worker threads are asked for
                 executor = self.executor if is_async else None
                 scoring = rewards.Scoring(self.reward_fn, executor, raises_early=alone)
-                samples, batches = self._generate_samples(*sizes, scoring, timer)
-                found = run_or_raise_on_all(self.accelerator, lambda: self._on_device(scoring.results(batches)))
+                shown = {"desc": "Scoring", "unit": "batch", "position": 2, "leave": False, "dynamic_ncols": True}
+                with tqdm(total=iterations, disable=self._hides_bars, **shown) as scoring.bar:
+                    samples, batches = self._generate_samples(*sizes, scoring, timer)
+                    found = run_or_raise_on_all(self.accelerator, lambda: self._on_device(scoring.results(batches)))
             else:
                 samples, batches = self._generate_samples(*sizes)
                 timer.ends("sampling")

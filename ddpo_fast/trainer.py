@@ -367,11 +367,6 @@ class DDPOTrainer(ScoringMixin, FixedImagesMixin, CheckpointMixin, HubModel):
             refuse_own_loss(self.config)
         return self.calculate_loss if is_own else None
 
-    @property
-    def _hides_bars(self) -> bool | None:
-        """tqdm's `disable`: None means a bar on a terminal and none in a log file."""
-        return None if self.accelerator.is_local_main_process else True
-
 
 def _function(name: str, given: Any, load: Callable[[str], Any]) -> Callable[..., Any]:
     """The function that was given, or that the given string names; raises `ValueError` if it is none."""

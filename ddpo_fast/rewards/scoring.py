@@ -156,6 +156,8 @@ class Scoring:
         self.reward_function = reward_function
         self.executor = executor or _SameThread()
         self.raises_early = raises_early
+        # a progress bar that counts batches
+        self.bar: Any = None
         # By the batch's `id`, which Python gives to another object once the batch is freed: the batch is kept with it.
         self._begun: dict[int, tuple[Sequence[Any], Future[tuple[torch.Tensor, Any]]]] = {}
 
@@ -169,7 +171,10 @@ class Scoring:
         if ready is None and isinstance(images, torch.Tensor) and images.is_cuda:
             ready = torch.cuda.Event()
             ready.record()
-        self._begun[id(batch)] = batch, self.executor.submit(self._score, ready, *batch[:3])
+        scored = self.executor.submit(self._score, ready, *batch[:3])
+        self._begun[id(batch)] = batch, scored
+        if self.bar is not None:
+            scored.add_done_callback(lambda _: self.bar.update())
         for _, begun in self._begun.values():
             if self.raises_early and begun.done():
                 begun.result()
