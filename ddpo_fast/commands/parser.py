@@ -88,8 +88,9 @@ def _did_you_mean(name: str, known: Any) -> str:
     written = {option.lstrip("-").replace("-", "_"): option for option in reversed(list(known))}
     word = name.lstrip("-").replace("-", "_").lower()
     parts = set(word.split("_"))
-    # a likely spelling mistake, else options that contain all of the words (learning-rate), else the most similar one
+    # a likely spelling mistake, else options that end in the words (learning-rate), or contain them, else the nearest
     near = difflib.get_close_matches(word, written, n=1, cutoff=0.8)
+    near = near or [option for option in written if option.endswith(f"_{word}")][:3]
     near = near or [option for option in written if parts <= set(option.split("_"))][:3]
     near = near or difflib.get_close_matches(word, written, n=1)
     return f": did you mean {' or '.join(written[option] for option in near)}?" if near else ""
