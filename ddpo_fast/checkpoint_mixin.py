@@ -16,6 +16,7 @@ from ddpo_fast.config import DDPOConfig
 from ddpo_fast.guard import Guard
 from ddpo_fast.health import check_weights
 from ddpo_fast.processes import broadcast_from_main
+from ddpo_fast.random_state import restore_random_state
 from ddpo_fast.report import page
 from ddpo_fast.run_folder import checkpoint, pictures
 from ddpo_fast.run_folder.progress import Progress
@@ -158,7 +159,7 @@ class CheckpointMixin:
             set_seed(fresh % (2**32 - self.accelerator.num_processes), device_specific=True)
         else:
             self.engine.load_process_state(random_state["own"])
-            checkpoint.restore_random_state(random_state)
+            restore_random_state(random_state)
 
     def _rewind_epoch(self) -> None:
         """Restores the state at the start of the epoch that was stopped, if its updates had begun."""

@@ -21,7 +21,7 @@ from ddpo_fast.health import check_images
 from ddpo_fast.policy import Policy
 from ddpo_fast.processes import broadcast_from_main, run_or_raise_on_all
 from ddpo_fast.prompts import PromptFunction, draw_prompts
-from ddpo_fast.run_folder import checkpoint
+from ddpo_fast.random_state import unchanged_random_state
 
 
 class Evaluation:
@@ -55,16 +55,15 @@ class Evaluation:
 
         The random generators are restored afterwards. Raises what `rewards.score` raises.
         """
-        random_state = checkpoint.random_state()
-        size = self.config.sample_batch_size
-        batches = []
-        for start in range(0, len(self.prompts), size):
-            prompts, metadata = self.prompts[start : start + size], self.metadata[start : start + size]
-            images, latents = self.policy.draw(prompts, self.config.seed + start)
-            check_images(images, prompts, latents)
-            batches.append((images, prompts, metadata))
-        found = run_or_raise_on_all(self.accelerator, lambda: self._scored(batches))
-        checkpoint.restore_random_state(random_state)
+        with unchanged_random_state():
+            size = self.config.sample_batch_size
+            batches = []
+            for start in range(0, len(self.prompts), size):
+                prompts, metadata = self.prompts[start : start + size], self.metadata[start : start + size]
+                images, latents = self.policy.draw(prompts, self.config.seed + start)
+                check_images(images, prompts, latents)
+                batches.append((images, prompts, metadata))
+            found = run_or_raise_on_all(self.accelerator, lambda: self._scored(batches))
         return broadcast_from_main(self.accelerator, found)
 
     def mean_of(self, scores: Mapping[str, np.ndarray]) -> float:
@@ -91,17 +90,16 @@ def fixed_prompts(
     They are drawn from the run's `seed`, and the random generators are restored. An object's own state stays as it was:
     a copy of it draws. Only a function that keeps a state elsewhere, an iterator for instance, goes on.
     """
-    random_state = checkpoint.random_state()
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)
-    try:
-        own = copy.deepcopy(prompt_function)
-    # of an object with a lock, a file or a connection
-    except Exception:
-        own = prompt_function
-    drawn = distinct_prompts(own, count)
-    checkpoint.restore_random_state(random_state)
+    with unchanged_random_state():
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.default_generator.manual_seed(seed)
+        try:
+            own = copy.deepcopy(prompt_function)
+        # of an object with a lock, a file or a connection
+        except Exception:
+            own = prompt_function
+        drawn = distinct_prompts(own, count)
     # fewer distinct ones are repeated, each time with other noise
     pairs = list(islice(cycle(zip(*drawn, strict=True)), count))
     prompts, metadata = zip(*broadcast_from_main(accelerator, pairs), strict=True)

@@ -13,7 +13,8 @@ from ddpo_fast import rewards
 from ddpo_fast.evaluation import Evaluation
 from ddpo_fast.health import check_images
 from ddpo_fast.policy import Policy
-from ddpo_fast.run_folder import checkpoint, pictures, sample_files
+from ddpo_fast.random_state import unchanged_random_state
+from ddpo_fast.run_folder import pictures, sample_files
 from ddpo_fast.run_folder.progress import Progress
 from ddpo_fast.run_folder.run_log import RunLog
 from ddpo_fast.samples import Samples
@@ -68,9 +69,8 @@ class FixedImagesMixin:
 
         The random generators are restored afterwards, so that training draws the same as without this call.
         """
-        random_state = checkpoint.random_state()
-        images, latents = self.policy.draw(prompts, seed)
-        check_images(images, prompts, latents)
-        scores, _ = rewards.score(self.reward_fn, images, prompts, metadata)
-        checkpoint.restore_random_state(random_state)
+        with unchanged_random_state():
+            images, latents = self.policy.draw(prompts, seed)
+            check_images(images, prompts, latents)
+            scores, _ = rewards.score(self.reward_fn, images, prompts, metadata)
         return images.cpu(), scores.cpu()

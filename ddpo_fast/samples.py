@@ -21,8 +21,8 @@ from ddpo_fast.health import check_images
 from ddpo_fast.policy import Policy
 from ddpo_fast.processes import run_or_raise_on_all
 from ddpo_fast.prompts import PromptFunction
+from ddpo_fast.random_state import unchanged_random_state
 from ddpo_fast.rewards.pixels import as_uint8
-from ddpo_fast.run_folder import checkpoint
 from ddpo_fast.run_folder.sample_files import Sample, as_jpeg
 
 # images of an epoch that are kept because they are the best, and as many because they are the worst
@@ -70,18 +70,17 @@ class Samples:
         Without a trace in the run: the random generators are restored, and the reward's own state is. Raises what
         `rewards.score` raises, in all processes. Only the main process has `samples`.
         """
-        random_state = checkpoint.random_state()
-        size = self.config.sample_batch_size
-        batches = []
-        with self.policy.sampling():
-            for start in range(0, len(self.prompts), size):
-                prompts, metadata = self.prompts[start : start + size], self.metadata[start : start + size]
-                seeds = [self.config.seed + start + i for i in range(len(prompts))]
-                images, latents = self.policy.draw(prompts, seeds)
-                check_images(images, prompts, latents)
-                batches.append((images, prompts, metadata))
-        samples = run_or_raise_on_all(self.accelerator, lambda: self._scored(batches))
-        checkpoint.restore_random_state(random_state)
+        with unchanged_random_state():
+            size = self.config.sample_batch_size
+            batches = []
+            with self.policy.sampling():
+                for start in range(0, len(self.prompts), size):
+                    prompts, metadata = self.prompts[start : start + size], self.metadata[start : start + size]
+                    seeds = [self.config.seed + start + i for i in range(len(prompts))]
+                    images, latents = self.policy.draw(prompts, seeds)
+                    check_images(images, prompts, latents)
+                    batches.append((images, prompts, metadata))
+            samples = run_or_raise_on_all(self.accelerator, lambda: self._scored(batches))
         return Drawn(torch.cat([images.cpu() for images, _, _ in batches]), samples)
 
     def _scored(self, batches: list[tuple[torch.Tensor, tuple[str, ...], tuple[Any, ...]]]) -> list[Sample]:

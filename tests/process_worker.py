@@ -23,8 +23,8 @@ from tiny_run import SETTINGS, build_trainer
 
 from ddpo_fast import DDPOTrainer
 from ddpo_fast.prompts import load_prompts
+from ddpo_fast.random_state import random_state, restore_random_state
 from ddpo_fast.rewards import SeveralRewards
-from ddpo_fast.run_folder import checkpoint
 from ddpo_fast.trajectory import Trajectory
 
 LINEAR = torch.nn.functional.linear
@@ -58,7 +58,7 @@ def run(model: str, folder: Path, name: str, settings: dict) -> None:
     trainer = build_trainer(model, folder / name, prompts=prompts, sample_prompts="animals", **settings)
     process = trainer.accelerator.process_index
     if like is None:
-        torch.save(checkpoint.random_state(), folder / name / f"states_{process}.pt")
+        torch.save(random_state(), folder / name / f"states_{process}.pt")
     else:
         draw_like(trainer, folder / like)
     kept = {}
@@ -115,7 +115,7 @@ def draw_like(trainer: DDPOTrainer, other: Path) -> None:
         process, batch = divmod(len(drawn), BATCHES)
         if batch == 0:
             states = torch.load(other / f"states_{process}.pt", weights_only=True)
-            checkpoint.restore_random_state(states)
+            restore_random_state(states)
         drawn.append(batch)
         return draw(*arguments)
 

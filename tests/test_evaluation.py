@@ -9,8 +9,9 @@ from compare_runs import metrics_of, same_bits, trained_weights, without_timings
 from one_sentence import refused
 from tiny_run import brightness
 
+from ddpo_fast.random_state import random_state
 from ddpo_fast.rewards import SeveralRewards
-from ddpo_fast.run_folder import checkpoint, pictures
+from ddpo_fast.run_folder import pictures
 
 SETTINGS = {"sample_num_steps": 2, "num_epochs": 2, "eval_freq": 1, "eval_num_images": 6, "prompts": "animals"}
 PROMPTS = "demo_animals"
@@ -57,12 +58,12 @@ def test_prompts_and_noise_stay_the_same(evaluated):
     evaluation = trainer.evaluation
     assert sorted(set(evaluation.prompts)) == sorted(["an owl", "a panda", "a penguin", "a lion"])
     assert evaluation.prompts[:2] == evaluation.prompts[4:]
-    before = checkpoint.random_state()
+    before = random_state()
     first, second = evaluation.scores(), evaluation.scores()
     assert {name: values.tolist() for name, values in first.items()} == {n: v.tolist() for n, v in second.items()}
     # the same prompt twice, with other noise
     assert len(set(first["bright"].tolist())) == 6
-    assert torch.equal(checkpoint.random_state()["torch"], before["torch"])
+    assert torch.equal(random_state()["torch"], before["torch"])
 
 
 def test_a_function_is_logged_by_its_name_and_its_error_stops_the_run(make_trainer, evaluated):

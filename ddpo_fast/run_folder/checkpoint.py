@@ -15,17 +15,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
+import math
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 
 from ddpo_fast.processes import run_or_raise_on_all
+from ddpo_fast.random_state import random_state
 from ddpo_fast.run_folder import files, recorded_settings
 from ddpo_fast.run_folder.plain_data import pack, unpack
 from ddpo_fast.user_functions import error_line, where_raised
@@ -360,7 +360,7 @@ def describe_trained_weights(named_parameters: Iterable[tuple[str, torch.nn.Para
     digest = hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]
     return {
         "tensors": len(shapes),
-        "weights": sum(int(np.prod(shape)) for _, shape in shapes),
+        "weights": sum(math.prod(shape) for _, shape in shapes),
         "lora": any("lora_" in name for name, _ in shapes),
         "digest": digest,
     }
@@ -377,27 +377,6 @@ def check_trained_weights_match(checkpoint: Path, saved: dict[str, Any], mine: d
             for part in (saved, mine)
         )
         raise ValueError(f"{checkpoint} is of another run: it trained {was}, this run trains {now}")
-
-
-def random_state() -> dict[str, Any]:
-    """The states of Python's, NumPy's and torch's global generators, as tensors and plain data."""
-    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
-    return {
-        "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, gauss),
-        "torch": torch.get_rng_state(),
-        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
-    }
-
-
-def restore_random_state(state: dict[str, Any]) -> None:
-    """Sets the global generators to what `random_state` returned."""
-    random.setstate(state["python"])
-    name, keys, position, has_gauss, gauss = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
-    torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and state["cuda"]:
-        torch.cuda.set_rng_state(state["cuda"][0])
 
 
 def read_random_state(checkpoint: Path, process: int) -> dict[str, Any] | None:
