@@ -1,7 +1,8 @@
 """`process_worker.py MODEL FOLDER CASES.json`: trains each case, under torchrun or as one process.
 
 A case has a name and settings of a run. Its random states, samples and weights are saved in FOLDER/NAME. With `like` it
-samples what the processes of that run sampled, one after the other; with `resumes` it resumes that run.
+samples what the processes of that run sampled, one after the other; with `resumes` it resumes that run; with `model` it
+trains that model instead of MODEL.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def main() -> None:
 
 
 def run(model: str, folder: Path, name: str, settings: dict) -> None:
-    like = settings.pop("like", None)
+    like, model = settings.pop("like", None), settings.pop("model", model)
     epochs, resumed = settings.pop("epochs", None), settings.pop("resumes", None)
     if resumed:
         settings["resume_from"] = str(folder / resumed)
