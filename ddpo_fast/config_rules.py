@@ -25,8 +25,18 @@ MAX_SIZE = 10**6
 MAX_LORA_RANK = 10240
 # 'auto' is the first that a model has, see `Family.samplers`
 SAMPLERS = ("auto", "ddim", "flow_sde", "flow_ddim", "cps", "dance")
-# trackers that can be chosen by name, with the packages of which one must be installed
-TRACKER_PACKAGES = {"wandb": ("wandb",), "tensorboard": ("tensorboard", "tensorboardX")}
+# trackers that can be chosen by name, as accelerate calls them, with the packages of which one must be installed
+TRACKER_PACKAGES = {
+    "wandb": ("wandb",),
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "trackio": ("trackio",),
+    "comet_ml": ("comet_ml",),
+    "mlflow": ("mlflow",),
+    "swanlab": ("swanlab",),
+    "aim": ("aim",),
+    "clearml": ("clearml",),
+    "dvclive": ("dvclive",),
+}
 
 
 def plain(value: Any) -> Any:

@@ -16,6 +16,7 @@ from one_sentence import ends_with_one_sentence, refused
 from tiny_run import SETTINGS, brightness
 
 from ddpo_fast import DDPOConfig
+from ddpo_fast.config_rules import TRACKER_PACKAGES
 from ddpo_fast.engine.zero_settings import zero_settings
 from ddpo_fast.prompts import draw_prompts
 from ddpo_fast.rewards import score
@@ -153,6 +154,8 @@ def test_fields_that_contradict_each_other_are_refused(settings, words):
         ({"log_with": "wandb"}, "`pip install wandb`, or leave it out"),
         ({"log_with": "tensorboard"}, "`pip install tensorboard`"),
         ({"log_with": ["wandb"]}, "`pip install wandb`"),
+        ({"log_with": "swanlab"}, "log_with is 'swanlab', which needs swanlab: `pip install swanlab`, or leave it out"),
+        ({"log_with": "comet_ml"}, "`pip install comet_ml`"),
         ({"log_with": "all"}, "log_with is 'all'"),
         ({"train_use_8bit_adam": True}, "pip install bitsandbytes"),
         ({"zero": 2}, "pip install 'deepspeed"),
@@ -162,9 +165,9 @@ def test_a_setting_whose_package_is_missing_is_refused(settings, words, monkeypa
     """Even if the working directory has a folder of the package's name, as wandb creates one."""
     (tmp_path / "wandb").mkdir()
     monkeypatch.syspath_prepend(str(tmp_path))
-    absent = ("tensorboard", "tensorboardX", "bitsandbytes", "deepspeed")
+    absent = (*sum(TRACKER_PACKAGES.values(), ()), "bitsandbytes", "deepspeed")
     here = importlib.machinery.PathFinder.find_spec("wandb", [str(tmp_path)])
-    specs = {"wandb": here, **dict.fromkeys(absent)}
+    specs = {**dict.fromkeys(absent), "wandb": here}
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: specs[name] if name in specs else find(name))
     with refused(ImportError, "", words):

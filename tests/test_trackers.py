@@ -6,13 +6,18 @@ import json
 import struct
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from compare_runs import metrics_of
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import brightness
+
+from ddpo_fast.config_rules import TRACKER_PACKAGES
+from ddpo_fast.run_folder.trackers import image_trackers, log_array, log_images, tracker_config
 
 SETTINGS = {"sample_num_steps": 2, "sample_freq": 1, "sample_num_images": 2, "eval_freq": 1, "eval_num_images": 2}
 WATCHING = (Path(__file__).parents[1] / "docs" / "watching.md").read_text(encoding="utf-8")
@@ -103,3 +108,29 @@ def test_wandb_offline(tracked, monkeypatch):
     shown = np.asarray(Image.open(pictures[0]).convert("RGB"))
     assert shown.shape[1] > shown.shape[0]
     assert shown.std() > 10
+
+
+def test_accelerates_trackers_can_be_chosen_by_name_and_get_what_they_take():
+    assert set(TRACKER_PACKAGES) == set(LOGGER_TYPE_TO_CLASS)
+    # not started, so that none of their packages is needed
+    trackers = {name: object.__new__(kind) for name, kind in LOGGER_TYPE_TO_CLASS.items()}
+    sent = {}
+    for name, tracker in trackers.items():
+        tracker.log = lambda values, step, name=name: sent.setdefault(name, values)
+        if hasattr(tracker, "log_images"):
+            tracker.log_images = lambda images, step, name=name, **layout: sent.setdefault(
+                name, images["samples"].shape
+            )
+    accelerator = SimpleNamespace(trackers=list(trackers.values()))
+    takers = image_trackers(accelerator)
+    assert {tracker.name for tracker in takers} == {"wandb", "tensorboard", "swanlab", "aim", "clearml"}
+    for tracker in takers:
+        log_images(tracker, {"samples": np.zeros((2, 3, 3), np.uint8)}, 0)
+    one, batch = (2, 3, 3), (1, 2, 3, 3)
+    assert sent == {"wandb": batch, "tensorboard": batch, "swanlab": batch, "aim": one, "clearml": one}
+    sent.clear()
+    log_array(accelerator, "reward", np.ones(2), 0)
+    assert list(sent) == ["wandb"]
+    config = {"seed": 1, "deepspeed": None}
+    assert tracker_config("mlflow", config) == {"seed": 1}
+    assert tracker_config("wandb", config) == tracker_config([], config) == {"ddpo_trainer_config": config}

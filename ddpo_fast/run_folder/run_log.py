@@ -20,7 +20,7 @@ from ddpo_fast.health import Health
 from ddpo_fast.processes import broadcast_from_main
 from ddpo_fast.run_folder import checkpoint, folder_lock, pictures
 from ddpo_fast.run_folder.metrics_file import MetricsFile
-from ddpo_fast.run_folder.trackers import image_trackers, log_images, tracker_config
+from ddpo_fast.run_folder.trackers import image_trackers, log_array, log_images, tracker_config
 from ddpo_fast.warning_limits import DRIFT_SHARE
 
 logger = logging.getLogger(__name__)
@@ -68,15 +68,11 @@ class RunLog:
     def start_trackers(self, resumed_step: int | None) -> None:
         """Starts the trackers of `log_with`; TensorBoard hides earlier records of `resumed_step` and later steps."""
         init_kwargs: dict[str, Any] = dict(self.config.tracker_kwargs)
-        flat = self.config.to_dict()
-        if self.config.log_with == "tensorboard":
-            flat = tracker_config(flat)
-            if resumed_step is not None:
-                init_kwargs = {"tensorboard": {"purge_step": resumed_step, **init_kwargs.get("tensorboard", {})}}
-        else:
-            flat = {"ddpo_trainer_config": flat}
+        if self.config.log_with == "tensorboard" and resumed_step is not None:
+            init_kwargs = {"tensorboard": {"purge_step": resumed_step, **init_kwargs.get("tensorboard", {})}}
+        sent = tracker_config(self.config.log_with, self.config.to_dict())
         if self.accelerator.is_main_process:
-            self.accelerator.init_trackers(self.config.tracker_project_name, config=flat, init_kwargs=init_kwargs)
+            self.accelerator.init_trackers(self.config.tracker_project_name, config=sent, init_kwargs=init_kwargs)
 
     def write_config(self, settings: dict[str, Any]) -> None:
         """Writes config.json, from which a run without a checkpoint is resumed."""
@@ -110,7 +106,8 @@ class RunLog:
         means = {"reward_mean": float(values.mean()), "reward_std": float(values.std())}
         self.health.begin_epoch()
         self.health.rewards(epoch, values)
-        self.accelerator.log({"reward": values, "epoch": epoch, **means}, step=global_step)
+        log_array(self.accelerator, "reward", values, global_step)
+        self.accelerator.log({"epoch": epoch, **means}, step=global_step)
 
     def log_updates(
         self, updates: list[dict[str, torch.Tensor]], epoch: int, inner_epoch: int, global_step: int
