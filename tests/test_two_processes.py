@@ -8,7 +8,9 @@ gradient up to the order of sums.
 from __future__ import annotations
 
 import json
+import socket
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gradient_sums
@@ -354,6 +356,28 @@ def test_all_stop_when_one_does(model_dir, tmp_path, how, zero):
 
 
 # the commands
+
+
+def test_two_nodes_of_one_process_train_the_weights_of_one_node_of_two(runs, model_dir):
+    """Started as on two machines, over loopback: the same bits, as the processes do the same work."""
+    folder, results = runs
+    cases = folder / "cases_nodes.json"
+    cases.write_text(json.dumps({"nodes": TWO["ddp"]}))
+    worker = [str(Path(__file__).with_name("process_worker.py")), model_dir, folder, cases]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def start(rank: int):
+        place = ["--nnodes=2", "--nproc_per_node=1", f"--node_rank={rank}", "--master_addr=127.0.0.1"]
+        launcher = [sys.executable, "-m", "torch.distributed.run", *place, f"--master_port={port}"]
+        return finish([*launcher, *worker], env=environment())
+
+    with ThreadPoolExecutor(2) as machines:
+        list(machines.map(start, (0, 1)))
+    found = torch.load(folder / "nodes" / "result.pt", weights_only=True)
+    assert same_bits(found["weights"], results["ddp"]["weights"])
+    assert found["drawn"] == results["ddp"]["drawn"]
 
 
 def test_the_deepspeed_command(model_dir, tmp_path):
