@@ -18,7 +18,7 @@ from ddpo_fast.health import check_weights
 from ddpo_fast.processes import broadcast_from_main
 from ddpo_fast.random_state import restore_random_state
 from ddpo_fast.report import page
-from ddpo_fast.run_folder import checkpoint, pictures
+from ddpo_fast.run_folder import checkpoint, notebook, pictures
 from ddpo_fast.run_folder.progress import Progress
 from ddpo_fast.run_folder.resume_checks import run_settings
 from ddpo_fast.run_folder.run_log import RunLog
@@ -57,9 +57,11 @@ class CheckpointMixin:
         return self.progress.epochs
 
     def draw_reports(self) -> None:
-        """Draws `rewards.png` and `report.html` in the run's folder, from what it holds."""
+        """Draws `rewards.png` and `report.html` in the run's folder, from what it holds; a notebook shows pictures."""
         self.run_log.draw_reward_curve()
         self.write_report()
+        if self.accelerator.is_main_process:
+            notebook.show_run(self.output_dir)
 
     def write_report(self) -> None:
         """Writes `report.html` in the run's folder, from what it holds."""

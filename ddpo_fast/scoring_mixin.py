@@ -23,6 +23,7 @@ from ddpo_fast.health import SampleHealth
 from ddpo_fast.metrics import EpochTimer
 from ddpo_fast.processes import all_reduce_max, run_or_raise_on_all
 from ddpo_fast.rollout import PipelineRollout, Rollout
+from ddpo_fast.run_folder.notebook import hides_bar
 from ddpo_fast.trajectory import Trajectory
 
 
@@ -41,10 +42,9 @@ class ScoringMixin:
     sample_health: SampleHealth
     stat_tracker: Any
 
-    @property
-    def _hides_bars(self) -> bool | None:
+    def _hides_bar(self, is_inner: bool = True) -> bool | None:
         """tqdm's `disable`: None means a bar on a terminal and none in a log file."""
-        return None if self.accelerator.is_local_main_process else True
+        return hides_bar(is_inner) if self.accelerator.is_local_main_process else True
 
     # stage 1: sample and score
 
@@ -79,7 +79,7 @@ class ScoringMixin:
                 executor = self.executor if is_async else None
                 scoring = rewards.Scoring(self.reward_fn, executor, raises_early=alone)
                 shown = {"desc": "Scoring", "unit": "batch", "position": 2, "leave": False, "dynamic_ncols": True}
-                with tqdm(total=iterations, disable=self._hides_bars, **shown) as scoring.bar:
+                with tqdm(total=iterations, disable=self._hides_bar(), **shown) as scoring.bar:
                     samples, batches = self._generate_samples(*sizes, scoring, timer)
                     found = run_or_raise_on_all(self.accelerator, lambda: self._on_device(scoring.results(batches)))
             else:

@@ -139,7 +139,7 @@ class DDPOTrainer(ScoringMixin, FixedImagesMixin, CheckpointMixin, HubModel):
         self.run_log.start_trackers(state.get("global_step"))
         set_seed(config.seed, device_specific=True)
         sd_pipeline.set_progress_bar_config(
-            position=1, disable=self._hides_bars, leave=False, desc="Timestep", dynamic_ncols=True
+            position=1, disable=self._hides_bar(), leave=False, desc="Timestep", dynamic_ncols=True
         )
 
         # The networks on the device, the engine (trained weights and optimizer), and the policy, which calls the UNet.
@@ -222,7 +222,7 @@ class DDPOTrainer(ScoringMixin, FixedImagesMixin, CheckpointMixin, HubModel):
         `stop` in the run's folder ends it after the epoch, and so does `early_stopping_patience`.
         """
         left = self.progress.epochs_to_train(self.config.num_epochs if epochs is None else epochs)
-        bar = tqdm(left, initial=left.start, total=left.stop, desc="Epoch", disable=self._hides_bars)
+        bar = tqdm(left, initial=left.start, total=left.stop, desc="Epoch", disable=self._hides_bar(is_inner=False))
         with self.executor.abandoned_on_error(), self.progress.guarded():
             self._check_that_it_can_be_saved()
             if self.progress.was_interrupted:
@@ -311,7 +311,7 @@ class DDPOTrainer(ScoringMixin, FixedImagesMixin, CheckpointMixin, HubModel):
         own_loss = self._own_loss()
         updates = []
         groups = in_groups(batched_samples, self.config.train_gradient_accumulation_steps)
-        bar = tqdm(groups, total=per_epoch, desc="Training", position=1, leave=False, disable=self._hides_bars)
+        bar = tqdm(groups, total=per_epoch, desc="Training", position=1, leave=False, disable=self._hides_bar())
         with self.engine.computing():
             for number, batches in enumerate(bar, start=inner_epoch * per_epoch):
                 updates.append(self.ppo.update(batches, number, own_loss))

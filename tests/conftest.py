@@ -41,7 +41,7 @@ test_adamw8bit.py::test_loops_and_avx512 test_adamw8bit.py::test_cpp_quantizes
 test_batch_sizes.py::test_what_was_measured test_batch_sizes.py::test_a_run_that
 test_objectives.py::test_a_resumed test_objectives.py::test_kl_is
 test_ppo.py::test_ratio test_ppo.py::test_the_fast_path test_ppo.py::test_golden
-test_readme.py::test_the_example
+test_notebook.py::test_the_notebook test_readme.py::test_the_example
 test_rollout.py::test_sampling_ends test_scaling.py::test_command
 test_step_credit.py::test_the_fused test_tiny_sd.py::test_the_flow_matching_model_trains
 test_trainer.py::test_a_compiled test_trainer.py::test_packed test_trainer.py::test_packing

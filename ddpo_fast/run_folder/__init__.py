@@ -5,6 +5,7 @@ checkpoint           checkpoints/: weights, optimizer and random states, from wh
 metrics_file         metrics.jsonl: a line for each update and each epoch
 pictures             rewards.png, and grids of images
 sample_files         samples/: images of fixed prompts and noise in the course of the run
+notebook             pictures and bars in a notebook
 trackers             TensorBoard, Weights & Biases, ... through accelerate
 folder_lock          .lock: one process writes to a folder
 progress             counters of epochs and updates, and what is kept when a run stops

@@ -8,11 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 import yaml
 from huggingface_hub import ModelCard, ModelCardData, errors, hf_hub_download
-from PIL import Image
 
 from ddpo_fast.families import Family
 from ddpo_fast.run_folder import pictures, sample_files
@@ -187,7 +184,7 @@ def curve_sentence(records: Sequence[dict[str, Any]]) -> str:
 
 def copy_pictures(run: Path, folder: Path) -> list[str]:
     """Puts the pictures of a run that a card shows into `folder`; returns their names."""
-    folders = sorted((run / sample_files.FOLDER).glob("epoch_*"))
+    folders = sample_files.folders_in(run)
     compared = run / "before_after.png"
     if len(folders) > 1:
         pictures.attempt(_draw_first_and_last, folders, folder / IMAGES)
@@ -199,12 +196,5 @@ def copy_pictures(run: Path, folder: Path) -> list[str]:
 
 
 def _draw_first_and_last(folders: Sequence[Path], path: Path) -> None:
-    rows, prompts = [], list[str]()
-    for folder in (folders[0], folders[-1]):
-        read = json.loads((folder / sample_files.SAMPLES).read_text(encoding="utf-8"))
-        entries = read["samples"]
-        images = [np.array(Image.open(folder / Path(entry["file"]).name).convert("RGB")) for entry in entries]
-        shown = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255
-        prompts = [entry["prompt"] for entry in entries]
-        rows.append((f"epoch {read['epoch']}", shown, [entry["reward"] for entry in entries]))
+    prompts, rows = sample_files.first_and_last(folders)
     pictures.draw_grid(prompts, rows, path)

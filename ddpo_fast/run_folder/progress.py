@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.interruption import Interruption
 from ddpo_fast.processes import broadcast_from_main
-from ddpo_fast.run_folder import checkpoint
+from ddpo_fast.run_folder import checkpoint, notebook
 from ddpo_fast.run_folder.epoch_scores import EpochScores
 from ddpo_fast.run_folder.resume_checks import refuse_changes
 from ddpo_fast.run_folder.run_log import RunLog
@@ -202,7 +202,10 @@ class Progress:
     def _say_how_to_go_on(self, stopped: str) -> None:
         found = checkpoint.list_in(self.checkpoints)
         there = f"{found[-1]} is there" if found else "there is no checkpoint yet"
-        print(f"\nstopped {stopped}, {there}: go on with --resume_from {self.output_dir}", file=sys.stderr, flush=True)
+        how = f"--resume_from {self.output_dir}"
+        if notebook.in_notebook():
+            how = f"train() again, or in another kernel with resume_from={str(self.output_dir)!r}"
+        print(f"\nstopped {stopped}, {there}: go on with {how}", file=sys.stderr, flush=True)
 
     @contextmanager
     def finishing(self) -> Iterator[None]:

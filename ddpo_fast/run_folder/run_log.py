@@ -18,7 +18,7 @@ from ddpo_fast.config import DDPOConfig
 from ddpo_fast.device_memory import memory_held
 from ddpo_fast.health import Health
 from ddpo_fast.processes import broadcast_from_main
-from ddpo_fast.run_folder import checkpoint, folder_lock, pictures
+from ddpo_fast.run_folder import checkpoint, folder_lock, notebook, pictures
 from ddpo_fast.run_folder.metrics_file import MetricsFile
 from ddpo_fast.run_folder.trackers import image_trackers, log_array, log_images, tracker_config
 from ddpo_fast.warning_limits import DRIFT_SHARE
@@ -176,12 +176,14 @@ class RunLog:
     ) -> None:
         """Sends a grid of images [B, 3, H, W] of fixed prompts, with their rewards, to the trackers that take images.
 
-        Called in the main process.
+        A notebook shows it too. Called in the main process.
         """
         takers = image_trackers(self.accelerator)
         rows = [(f"epoch {epochs}", images, scores)]
-        grid = pictures.attempt(pictures.grid_pixels, prompts, rows) if takers else None
+        is_shown = takers or notebook.in_notebook()
+        grid = pictures.attempt(pictures.grid_pixels, prompts, rows) if is_shown else None
         if grid is not None:
+            notebook.show(grid)
             for tracker in takers:
                 log_images(tracker, {"samples": grid}, max(global_step - 1, 0))
 

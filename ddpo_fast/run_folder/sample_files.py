@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
 
 FOLDER = "samples"
@@ -44,6 +45,24 @@ def as_jpeg(pixels: np.ndarray) -> bytes:
 def folder_of(run: Path, epochs: int) -> Path:
     """Where the images after so many epochs are kept."""
     return run / FOLDER / f"epoch_{epochs:05d}"
+
+
+def folders_in(run: Path) -> list[Path]:
+    """The folders of the epochs with images, in their order."""
+    return sorted((run / FOLDER).glob("epoch_*"))
+
+
+def first_and_last(folders: Sequence[Path]) -> tuple[list[str], list[tuple[str, torch.Tensor, list[float]]]]:
+    """The last epoch's prompts, and the rows of a grid that compares the first epoch's images with the last one's."""
+    prompts, rows = list[str](), []
+    for folder in (folders[0], folders[-1]):
+        read = json.loads((folder / SAMPLES).read_text(encoding="utf-8"))
+        entries = read["samples"]
+        images = [np.array(Image.open(folder / Path(entry["file"]).name).convert("RGB")) for entry in entries]
+        shown = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255
+        prompts = [entry["prompt"] for entry in entries]
+        rows.append((f"epoch {read['epoch']}", shown, [entry["reward"] for entry in entries]))
+    return prompts, rows
 
 
 def write(
