@@ -102,8 +102,8 @@ def test_the_recipe_follows_from_model_and_weights(options, name):
 def test_the_recipe_trl_has_the_defaults_of_the_api():
     config = read("--recipe", "trl", "--mixed_precision", "fp16")
     differing = {f.name for f in fields(DDPOConfig) if getattr(config, f.name) != getattr(DEFAULTS, f.name)}
-    # the command line's own: the folder for runs, its name, and the best checkpoint
-    assert differing == {"logdir", "exp_name", "keep_best_checkpoint"}
+    # the command line's own: the folder for runs, its name, the best checkpoint, and images to look at
+    assert differing == {"logdir", "exp_name", "keep_best_checkpoint", "sample_freq"}
     assert recipes.load("trl").settings == {}
     assert DDPOConfig().train_batch_size == 1, "the API keeps TRL's defaults"
 
