@@ -9,6 +9,8 @@ import pytest
 import torch
 from compare_runs import metrics_of, relative_distance, same_bits, trained_weights
 from rounding import drift_limits
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ddpo_fast import cuda_graphs
 from ddpo_fast.cuda_graphs import WARM_UPS, Recorded, Recording
@@ -80,6 +82,78 @@ def test_a_recorded_run_ends_where_the_plain_one_does(make_trainer, tmp_path, us
         assert same_bits(*ends)
     # atomic additions on a GPU sum in another order in each run
     assert relative_distance(ends[1], ends[0], before) < (5e-3 if precision == "no" else 5e-2)
+
+
+class Watched(TorchDispatchMode):
+    """Notes what a CUDA graph cannot record, and the addresses of what a call reads beside what it makes itself."""
+
+    # tensors made of Python's numbers, and values that the host reads
+    NAMES = ("lift_fresh", "_local_scalar_dense", "nonzero", "masked_select", "unique")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.refused, self.read, self.made = set(), set(), set()
+        # so that no address is used twice
+        self.kept = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        if name.startswith(self.NAMES):
+            self.refused.add(name)
+        self.read |= self._addresses((args, kwargs)) - self.made
+        result = func(*args, **(kwargs or {}))
+        self.made |= self._addresses(result) - self.read
+        return result
+
+    def _addresses(self, values):
+        tensors = [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
+        self.kept += tensors
+        return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd35", "flux_dev"])
+def test_every_family_is_recorded(make_trainer, tiny_model, tmp_path, monkeypatch, family):
+    """A recorded run, which also draws pictures, has the plain one's bits, and its replays read the same addresses."""
+    replays, record = [], cuda_graphs.record
+
+    def watched(function, arguments):
+        made, mine = record(function, arguments), []
+        replays.append(mine)
+
+        def replay():
+            with Watched() as calls:
+                made.replay()
+            mine.append((calls.refused, calls.read))
+
+        return made._replace(replay=replay)
+
+    if not on_a_gpu:
+        monkeypatch.setattr(cuda_graphs, "record", watched)
+    ends, start = [], None
+    for graphs in (False, True):
+        trainer = make_trainer(
+            model=tiny_model(family),
+            cuda_graphs=graphs,
+            sample_num_steps=2,
+            sample_freq=1,
+            sample_num_images=1,
+            train_micro_batch_size=4,
+            sample_merge_batches=1,
+            allow_tf32=False,
+            height=16,
+            width=24,
+            output_dir=str(tmp_path / f"{graphs}"),
+        )
+        start = start or trained_weights(trainer)
+        trainer.train()
+        ends.append(trained_weights(trainer))
+    assert relative_distance(ends[1], ends[0], start) < 5e-3
+    if not on_a_gpu:
+        assert same_bits(*ends)
+        assert len(replays) >= 2, "sampling and training"
+    for mine in replays:
+        assert len(mine) > 1
+        assert all(found == (set(), mine[0][1]) for found in mine)
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])

@@ -29,10 +29,11 @@ class FlowMatching(Family):
 
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe)
-        # Both are shared by the copies of `at`, which share the scheduler: its noise levels as it had them last, with
-        # the number of image tokens that they are for, and the tables that were made.
+        # All are shared by the copies of `at`, which share the scheduler: its noise levels as it had them last, with
+        # the number of image tokens that they are for, and the tables and timesteps that were made.
         self._set: dict[str, Any] = {}
         self._tables: dict[tuple[Any, ...], Tensor] = {}
+        self._kept_timesteps: dict[tuple[Any, ...], Tensor] = {}
 
     # told from configs
 
@@ -81,7 +82,11 @@ class FlowMatching(Family):
     def set_steps(self, steps: int, device: torch.device | str) -> None:
         scheduler = self.pipe.scheduler
         self._set_levels(scheduler, steps, device, self.image_tokens)
-        self._set.update(sigmas=scheduler.sigmas, levels=noise_levels(scheduler), tokens=self.image_tokens)
+        levels = noise_levels(scheduler)
+        # the same tensor whenever nothing has changed: the network's call reads it, and CUDA graphs at its address
+        name = tuple(levels.tolist()), scheduler.timesteps.device
+        scheduler.timesteps = self._kept_timesteps.setdefault(name, scheduler.timesteps)
+        self._set.update(sigmas=scheduler.sigmas, levels=levels, tokens=self.image_tokens)
 
     @property
     def num_steps(self) -> int | None:
