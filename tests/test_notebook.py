@@ -30,7 +30,7 @@ def stopped_once(images, prompts, metadata):
     return redness(images, prompts, metadata)
 
 trainer.reward_fn = stopped_once
-trainer.config.sample_freq = 100
+trainer.draw_reports, trainer.samples = lambda: None, None
 trainer.train(2)
 """
 SECOND = """
