@@ -23,6 +23,9 @@ from ddpo_fast.processes import broadcast_from_main, run_or_raise_on_all
 from ddpo_fast.prompts import PromptFunction, draw_prompts
 from ddpo_fast.random_state import unchanged_random_state
 
+# images [B, 3, H, W] with their prompts and metadata
+Batch = tuple[torch.Tensor, tuple[str, ...], tuple[Any, ...]]
+
 
 class Evaluation:
     """Scores images of `eval_num_images` prompts, which are drawn once; every process calls its methods.
@@ -56,13 +59,7 @@ class Evaluation:
         The random generators are restored afterwards. Raises what `rewards.score` raises.
         """
         with unchanged_random_state():
-            size = self.config.sample_batch_size
-            batches = []
-            for start in range(0, len(self.prompts), size):
-                prompts, metadata = self.prompts[start : start + size], self.metadata[start : start + size]
-                images, latents = self.policy.draw(prompts, self.config.seed + start)
-                check_images(images, prompts, latents)
-                batches.append((images, prompts, metadata))
+            batches = drawn_batches(self.policy, self.prompts, self.metadata)
             found = run_or_raise_on_all(self.accelerator, lambda: self._scored(batches))
         return broadcast_from_main(self.accelerator, found)
 
@@ -70,7 +67,7 @@ class Evaluation:
         """One number for `scores`: the mean over images of the rewards' weighted sum."""
         return float(sum(self.reward_function.weights[name] * values.mean() for name, values in scores.items()))
 
-    def _scored(self, batches: list[tuple[torch.Tensor, tuple[str, ...], tuple[Any, ...]]]) -> dict[str, np.ndarray]:
+    def _scored(self, batches: list[Batch]) -> dict[str, np.ndarray]:
         """The scores of the batches in the main process; nothing in the others."""
         if not self.accelerator.is_main_process:
             return {}
@@ -80,6 +77,25 @@ class Evaluation:
             for name, part in info["components"].items():
                 found.setdefault(name, []).append(part.numpy())
         return {name: np.concatenate(parts) for name, parts in found.items()}
+
+
+def drawn_batches(
+    policy: Policy, prompts: tuple[str, ...], metadata: tuple[Any, ...], own_seeds: bool = False
+) -> list[Batch]:
+    """Images of the prompts in batches of `sample_batch_size`, from noise that the run's seed fixes.
+
+    Args:
+        own_seeds: gives each image a seed of its own, so that its noise does not depend on the batch's size.
+
+    Raises what `check_images` raises.
+    """
+    size, batches = policy.config.sample_batch_size, []
+    for start in range(0, len(prompts), size):
+        some, seed = prompts[start : start + size], policy.config.seed + start
+        images, latents = policy.draw(some, [seed + i for i in range(len(some))] if own_seeds else seed)
+        check_images(images, some, latents)
+        batches.append((images, some, metadata[start : start + size]))
+    return batches
 
 
 def fixed_prompts(

@@ -16,8 +16,7 @@ from accelerate.utils import gather_object
 
 from ddpo_fast import rewards
 from ddpo_fast.config import DDPOConfig
-from ddpo_fast.evaluation import fixed_prompts
-from ddpo_fast.health import check_images
+from ddpo_fast.evaluation import Batch, drawn_batches, fixed_prompts
 from ddpo_fast.policy import Policy
 from ddpo_fast.processes import run_or_raise_on_all
 from ddpo_fast.prompts import PromptFunction
@@ -71,19 +70,12 @@ class Samples:
         `rewards.score` raises, in all processes. Only the main process has `samples`.
         """
         with unchanged_random_state():
-            size = self.config.sample_batch_size
-            batches = []
             with self.policy.sampling():
-                for start in range(0, len(self.prompts), size):
-                    prompts, metadata = self.prompts[start : start + size], self.metadata[start : start + size]
-                    seeds = [self.config.seed + start + i for i in range(len(prompts))]
-                    images, latents = self.policy.draw(prompts, seeds)
-                    check_images(images, prompts, latents)
-                    batches.append((images, prompts, metadata))
+                batches = drawn_batches(self.policy, self.prompts, self.metadata, own_seeds=True)
             samples = run_or_raise_on_all(self.accelerator, lambda: self._scored(batches))
         return Drawn(torch.cat([images.cpu() for images, _, _ in batches]), samples)
 
-    def _scored(self, batches: list[tuple[torch.Tensor, tuple[str, ...], tuple[Any, ...]]]) -> list[Sample]:
+    def _scored(self, batches: list[Batch]) -> list[Sample]:
         """The batches' images with their scores in the main process; nothing in the others."""
         if not self.accelerator.is_main_process:
             return []
