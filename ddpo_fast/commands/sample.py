@@ -153,14 +153,20 @@ def place(pipeline: Any, device: torch.device, dtype: torch.dtype) -> None:
         part.to(device, family.dtype_of(name, getattr(part, "config", {}), dtype))
 
 
+def first_free(path: Path) -> Path:
+    """The path, or the first one with a number from 2 on that is not there."""
+    numbers, free = itertools.count(2), path
+    # `exists` is false for a broken link, through which the output would be written elsewhere
+    while os.path.lexists(free):
+        free = path.with_name(f"{path.stem}_{next(numbers)}{path.suffix}")
+    return free
+
+
 def images_folder(options: argparse.Namespace, run: Path) -> Path:
     """The folder of --format images. Raises `ValueError` for one that cannot be written or holds something."""
     folder = options.output
     if folder is None:
-        numbers = itertools.count(2)
-        folder = run / "samples_images"
-        while os.path.lexists(folder):
-            folder = run / f"samples_images_{next(numbers)}"
+        folder = first_free(run / "samples_images")
     folder = folder.expanduser()
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output is {str(folder)!r}, which is a file: with --format images name a folder")
@@ -190,11 +196,7 @@ def picture_path(options: argparse.Namespace, folder: Path) -> Path:
     """Where the grid goes. Raises `ValueError` for a file that cannot be written or is there already."""
     path = options.output
     if path is None:
-        numbers = itertools.count(2)
-        path = folder / "samples.png"
-        # `exists` is false for a broken link, through which the picture would be written elsewhere
-        while os.path.lexists(path):
-            path = folder / f"samples_{next(numbers)}.png"
+        path = first_free(folder / "samples.png")
     path = path.expanduser()
     pictures.check_ending(path, "--output")
     if path.is_dir():
