@@ -115,6 +115,9 @@ def test_a_live_page_follows_its_run(browser, tmp_path):
     try:
         tab.open(server.address)
         assert "the 3 epochs so far" in tab.page.locator(".lead").first.text_content()
+        buttons = tab.page.eval_on_selector_all(".modebar-btn", "all => all.map((one) => one.dataset.title)")
+        assert "Download plot as a PNG" in buttons
+        assert not any("share" in title.lower() or "cloud" in title.lower() for title in buttons)
         tab.page.select_option("#axis", "minutes")
         write_run(folder, epoch_records(5))
         tab.page.locator(".lead", has_text="the 5 epochs so far").wait_for(timeout=60_000)

@@ -28,6 +28,7 @@
       plot_bgcolor: "rgba(0,0,0,0)",
       font: { family: "inherit", size: 13, color: colour("--text") },
       hovermode: "x unified",
+      modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("--quiet"), activecolor: colour("--text") },
       hoverlabel: { bgcolor: colour("--card"), bordercolor: colour("--line"), font: { color: colour("--text") } },
       dragmode: touch ? false : "zoom",
       xaxis: { ...line, title: { text: axisTitles[axis.value], font: { size: 12 }, standoff: 6 } },
@@ -38,8 +39,9 @@
   function draw(plot) {
     const chart = data.charts[Number(plot.dataset.chart)];
     const traces = chart.data.map((trace, at) => ({ ...trace, x: chart.xs[at][axis.value] }));
-    const config = { responsive: true, displaylogo: false, displayModeBar: touch ? false : "hover",
-      modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
+    // A run's figures are the user's: plotly's own page offers a button that sends them to its maker.
+    const config = { responsive: true, displaylogo: false, showSendToCloud: false,
+      displayModeBar: touch ? false : "hover", modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
     return Plotly.react(plot, traces, layoutOf(chart), config);
   }
 
