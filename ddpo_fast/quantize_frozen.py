@@ -58,7 +58,8 @@ class QuantizedLinear(nn.Module):
             return torch.empty(shape, dtype=dtype, device="meta")
         ops, block = torch.ops.bitsandbytes, BLOCKS[self.kind]
         if self.kind == "4bit":
-            return ops.dequantize_4bit(self.packed, scales, block, "nf4", shape, dtype)
+            # a block a row: where rows are not whole blocks, bitsandbytes' AVX-512 kernel takes other blocks' scales
+            return ops.dequantize_4bit(self.packed, scales, block, "nf4", (len(scales), block), dtype).view(shape)
         return ops.dequantize_blockwise(self.packed, scales, _levels(self.packed.device), block, dtype).view(shape)
 
     @property
