@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import io
 import logging
+import random
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ from ddpo_fast.rewards.remote import RemoteReward
 
 EXAMPLE = Path(__file__).parent.parent / "docs" / "reward_server.py"
 NEVER = Answer(never=True)
+BUSY = Answer("busy", status=503)
 GRAY = torch.full((1, 3, 8, 8), 0.5)
 
 
@@ -100,7 +102,7 @@ def test_batches_are_sent_at_the_same_time():
     [
         NEVER,
         Answer("busy", status=429, headers={"Retry-After": "1"}),
-        Answer("busy", status=503),
+        BUSY,
         Answer("broken", status=500),
         Answer({"scores": [1]}, cut_at=5),
         Answer({"scores": [1]}, cut_at=0),
@@ -111,6 +113,16 @@ def test_a_request_that_fails_is_repeated(trouble):
         rewards, _ = remote(server, timeout=2)(GRAY, ("a cat",), ({},))
     assert rewards.tolist() == [5]
     assert len(server.requests) >= 2
+
+
+def test_a_run_draws_the_same_prompts_although_requests_fail(monkeypatch):
+    """Python's global generator draws them. The second wait is the first that has a jitter."""
+    monkeypatch.setattr("urllib3.util.retry.time.sleep", lambda seconds: None)
+    before = random.getstate()
+    with serving(BUSY, BUSY, BUSY, Answer({"scores": [5]})) as server:
+        remote(server)(GRAY, ("a cat",), ({},))
+    assert len(server.requests) == 4
+    assert random.getstate() == before
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import base64
 import io
 import json
 import logging
+import random
 import threading
 import traceback
 
@@ -157,10 +158,13 @@ def test_an_empty_answer_to_a_question_is_an_error():
     ],
 )
 def test_a_request_that_fails_is_repeated(trouble):
+    before = random.getstate()
     with serving(trouble, said("Score: 5")) as server:
         scores, _ = judge(server, timeout=2)(GRAY, ("a cat",), ({},))
     assert scores.tolist() == [1]
     assert len(server.requests) >= 2
+    # by which the run's prompts are drawn
+    assert random.getstate() == before
 
 
 @pytest.mark.parametrize(

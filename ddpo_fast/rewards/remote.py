@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ddpo_fast.rewards.pixels import as_uint8, png_base64
-from ddpo_fast.rewards.servers import beginning, check_settings, checked_url, find_secret, in_parallel
+from ddpo_fast.rewards.servers import JITTER, beginning, check_settings, checked_url, find_secret, in_parallel
 from ddpo_fast.user_functions import error_line
 
 # the environment variable of the token
@@ -103,8 +103,8 @@ class RemoteReward:
             self.retries,
             allowed_methods=None,
             status_forcelist=(408, 429, 500, 502, 503, 504),
-            backoff_factor=0.5,
-            backoff_jitter=0.5,
+            # each request's own: urllib3's jitter would be drawn from Python's global generator
+            backoff_factor=JITTER.uniform(0.5, 0.75),
             backoff_max=LONGEST_WAIT,
             retry_after_max=LONGEST_WAIT,
             raise_on_status=False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import as_completed
 from typing import TypeVar
@@ -12,6 +13,9 @@ from ddpo_fast.worker_threads import WorkerThreads
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+# The jitter of back-offs has a generator of its own: Python's global one draws a run's prompts, and a server that is
+# busy for a moment must not change them.
+JITTER = random.Random()
 
 
 def checked_url(reward: str, url: str | None, example: str) -> str:

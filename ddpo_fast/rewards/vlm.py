@@ -14,7 +14,7 @@ import torch
 
 from ddpo_fast.rewards.optional_packages import require_packages
 from ddpo_fast.rewards.pixels import as_uint8, png_base64
-from ddpo_fast.rewards.servers import beginning, check_settings, checked_url, find_secret, in_parallel
+from ddpo_fast.rewards.servers import JITTER, beginning, check_settings, checked_url, find_secret, in_parallel
 from ddpo_fast.rewards.vlm_answers import answer_in, grade_in, is_right, questions_of
 from ddpo_fast.user_functions import error_line
 
@@ -112,8 +112,10 @@ class VlmJudge:
         """Makes the client and finds the model's name, once."""
         with self._lock:
             if self._client is None:
-                from openai import OpenAI
+                from openai import OpenAI, _base_client
 
+                # by which the client draws its back-offs' jitter, from Python's global generator
+                _base_client.random = JITTER.random
                 self._client = OpenAI(
                     base_url=self.url,
                     api_key=self._api_key or "none",
