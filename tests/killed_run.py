@@ -1,14 +1,10 @@
-"""`killed_run.py PLACE COUNT OPTIONS...`: runs `ddpo-fast train` and kills it at the COUNT-th call of PLACE.
-
-PLACE is the full name of a function. A kill by time would come at another place on a busy machine.
-"""
+"""Runs `ddpo-fast train` and kills it at a call of a function: by time it would be elsewhere on a busy machine."""
 
 from __future__ import annotations
 
 import os
 import pkgutil
 import signal
-import sys
 
 from ddpo_fast import cli
 
@@ -27,6 +23,7 @@ def kill_at(place: str, count: int) -> None:
     setattr(owner, name, counted)
 
 
-if __name__ == "__main__":
-    kill_at(sys.argv[1], int(sys.argv[2]))
-    cli.main(["train", *sys.argv[3:]])
+def run(place: str, count: int, *options: str) -> None:
+    """Trains in this process until the `count`-th call of `place`, the full name of a function."""
+    kill_at(place, count)
+    cli.main(["train", *options])

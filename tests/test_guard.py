@@ -8,7 +8,7 @@ from compare_runs import metrics_of, same_bits, trained_weights
 
 from ddpo_fast.guard import AVERAGED_EPOCHS, SHRINKS_BY
 
-SETTINGS = {"sample_batch_size": 8, "sample_num_batches_per_epoch": 1, "train_batch_size": 8}
+SETTINGS = {"sample_num_steps": 2, "sample_batch_size": 8, "sample_num_batches_per_epoch": 1, "train_batch_size": 8}
 SETTINGS |= {"train_gradient_accumulation_steps": 1, "train_guard": True}
 PROMPTS = ["a cat"] * 8
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
-import sys
 from pathlib import Path
 
+import killed_run
 from compare_runs import as_bytes, metrics_of, same_bits, without_timings
-from run_process import finish
 from safetensors.torch import load_file
 from tiny_run import forget_accelerate_state
 
@@ -20,20 +20,22 @@ OPTIONS = (
     "--train_num_inner_epochs 2 --train_learning_rate 1e-3 --per_prompt_stat_tracking "
     "--per_prompt_stat_tracking_min_count 2 --mixed_precision no"
 ).split()
+# a clean process that has imported the package and is forked for each run
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["ddpo_fast.cli"])
 STEP = "ddpo_fast.engine.local.LocalEngine.step"
 
 
 def train(*arguments: str, killed_at: tuple[str, int] | None = None) -> None:
-    """Runs `ddpo-fast train` to its end, or kills it at (function, count): the count-th call of the function.
-
-    Only what is killed needs a process of its own, which spends seconds on imports.
-    """
+    """Runs `ddpo-fast train` to its end, or in a process that is killed at (function, count), the function's call."""
     if killed_at is None:
         forget_accelerate_state()
         cli.main(["train", *arguments])
     else:
-        start = [sys.executable, Path(__file__).with_name("killed_run.py"), *killed_at]
-        finish([*start, *arguments], status=-signal.SIGKILL)
+        process = FORKS.Process(target=killed_run.run, args=(*killed_at, *arguments))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
 
 
 def test_killed_run_ends_with_the_same_bits(model_dir, tmp_path):

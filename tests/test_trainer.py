@@ -409,7 +409,11 @@ def test_a_compiled_unet_is_one_graph_and_trains_alike(make_trainer, tmp_path, m
     ends = []
     for compiled in (False, True):
         trainer = make_trainer(
-            use_lora=use_lora, compile_unet=compiled, num_epochs=1, output_dir=str(tmp_path / f"{compiled}")
+            use_lora=use_lora,
+            compile_unet=compiled,
+            num_epochs=1,
+            sample_num_steps=2,
+            output_dir=str(tmp_path / f"{compiled}"),
         )
         in_fp64(trainer)
         before = trained_weights(trainer)
