@@ -49,6 +49,7 @@ def test_an_op_is_timed_if_a_report_says_that_its_tests_passed(tmp_path):
     assert not any(record["unverified"] for record in read_records(output))
 
 
+@pytest.mark.benchmark
 def test_after_a_failed_stage_the_others_run_and_it_runs_again(tmp_path):
     broken = tmp_path / "python"
     broken.write_text(f'#!/bin/sh\ncase "$*" in *--op\\ lora_linear*) exit 1;; esac\nexec {sys.executable} "$@"\n')

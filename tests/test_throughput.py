@@ -26,6 +26,7 @@ def throughput(output: Path, *options: str) -> tuple[list[dict], str]:
     return read_records(output), done.stdout
 
 
+@pytest.mark.benchmark
 def test_the_table_has_both_trainers(tmp_path):
     earlier = tmp_path / "earlier.jsonl"
     earlier.touch()
