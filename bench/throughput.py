@@ -30,13 +30,19 @@ from lib.flops import flops_of, peak_tflops
 from lib.rounds import rates, speed_range, speed_ratio, summary, take_turns
 from lib.sd15_random import BUNDLED, default_model
 from lib.trainer_process import Figures, RunFailed, run_in_process, run_spec
-from lib.workloads import OURS, Case, Contender, cases, prompts, techniques
+from lib.workloads import OURS, TRL, Case, Contender, cases, prompts, techniques
 
 Row = dict[str, Any]
 WORKAROUND = "trl: accelerate.PartialState(...) is called first; without it TRL 0.23.1 fails at its first log line"
 PACKAGES = ("trl", "diffusers", "transformers", "peft", "accelerate", "xformers", "bitsandbytes")
 # of rows that agree in all of these only the newest is shown
 SAME = ("bench", "case", "contender", "device", "model", "size")
+# With 50 steps as on a GPU all cases would take nearly an hour on two cores.
+CPU_STEPS = 10
+# Rows a second of the bundled model on one or two cores of a shared Intel Xeon, and seconds before the first epoch:
+# enough to say beforehand how long it takes.
+CPU_ROWS_PER_S = {OURS: 130, TRL: 60}
+START_S = 10
 # A profile of all of an epoch's 50 steps does not fit into memory, and the shares hardly depend on how many there are.
 PROFILED_STEPS = 5
 
@@ -75,7 +81,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--quick", action="store_const", const="tiny", dest="size", help="the same as --size tiny")
     add("--rounds", type=int, help="default: 3, or 1 at tiny size")
     add("--epochs", type=int, default=1, help="measured epochs of each run (default: 1)")
-    add("--steps", type=int, help="denoising steps (default: 50, or 2 at tiny size)")
+    add("--steps", type=int, help=f"denoising steps (default: 50, {CPU_STEPS} on a CPU, or 2 at tiny size)")
     add(
         "--model",
         type=Path,
@@ -90,6 +96,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options.rounds = options.rounds or (1 if options.size == "tiny" else 3)
     if options.profile and options.size == "full":
         options.steps = options.steps or PROFILED_STEPS
+    if options.device == "cpu" and options.size == "full":
+        options.steps = options.steps or CPU_STEPS
     check_names(parser, options)
     return options
 
@@ -125,11 +133,23 @@ def measured(options: argparse.Namespace) -> Iterator[list[Row]]:
         return
     print(WORKAROUND)
     print(f"each run warms up for one epoch, which is not counted; epochs measured after it: {options.epochs}")
+    if (options.device, options.size, options.model) == ("cpu", "full", BUNDLED) and not options.waterfall:
+        print(f"this takes about {-(-expected_s(options) // 60):.0f} minutes on two cores")
     if options.waterfall:
         yield waterfall_rows(options.cases[0], options)
         return
     for case in options.cases:
         yield case_rows(case, options)
+
+
+def expected_s(options: argparse.Namespace) -> float:
+    """How long all cases will take with the bundled model on a CPU."""
+    of_epoch = [
+        (contender.sample_rows + contender.train_rows) / CPU_ROWS_PER_S[contender.trainer]
+        for case in options.cases
+        for contender in case.contenders
+    ]
+    return options.rounds * sum(START_S + (1 + options.epochs) * seconds for seconds in of_epoch)
 
 
 def case_rows(case: Case, options: argparse.Namespace) -> list[Row]:

@@ -112,6 +112,14 @@ def test_only_the_newest_row_of_the_same_work_is_compared_with(bench):
     assert against.compare([now], [now, {**fast, "date": "2026-02-01"}])[1]
 
 
+def test_by_default_it_is_expected_to_take_a_quarter_of_an_hour_on_a_cpu(bench):
+    bench("workloads")
+    throughput = importlib.import_module("throughput")
+    usual, longer = (throughput.parse(["--device", "cpu", *more]) for more in ([], ["--rounds", "6"]))
+    assert 60 < throughput.expected_s(usual) <= 15 * 60
+    assert throughput.expected_s(longer) == 2 * throughput.expected_s(usual)
+
+
 def test_contenders_take_turns(bench):
     rounds, workloads = bench("rounds"), bench("workloads")
     settings = {"mixed_precision": "no"}
