@@ -172,6 +172,24 @@ def test_the_precision_of_accelerates_config_is_the_default(told, given, precisi
     assert DDPOConfig().mixed_precision == "fp16"
 
 
+@pytest.mark.parametrize(
+    ("able", "precision", "given", "device", "named"),
+    [
+        ({"amx_bf16": True, "avx512_bf16": True}, "no", set(), "cpu", "AMX"),
+        ({"amx_bf16": False, "avx512_bf16": True}, "no", set(), "cpu", "AVX512-BF16"),
+        ({"avx2": True}, "no", set(), "cpu", ""),
+        ({"amx_bf16": True}, "no", {"mixed_precision"}, "cpu", ""),
+        ({"amx_bf16": True}, "bf16", set(), "cpu", ""),
+        ({"amx_bf16": True}, "no", set(), "cuda", ""),
+    ],
+)
+def test_bf16_is_suggested_where_the_processor_multiplies_it(able, precision, given, device, named, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
+    hint = train_command.precision_hint(DDPOConfig(mixed_precision=precision), given, device)
+    assert ("--mixed_precision bf16" in hint) == bool(named)
+    assert named in hint
+
+
 def test_an_unknown_precision_of_accelerates_config_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
     assert "accelerate's mixed_precision is 'fp8'" in error_of_command(["train"])

@@ -36,6 +36,8 @@ from ddpo_fast.trainer import DDPOTrainer
 
 # prompts whose images are compared before and after training
 EXAMPLE_PROMPTS = 8
+# what a processor can multiply bf16 by, as torch and as people name it, the fastest first
+MULTIPLIES_BF16 = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16"}
 
 
 def run(arguments: Sequence[str], dry_run: bool = False) -> None:
@@ -65,8 +67,11 @@ def run(arguments: Sequence[str], dry_run: bool = False) -> None:
     for function in (reward_function, *eval_rewards):
         try_reward(function, examples, size, device_of(config))
 
-    for line in recipe_lines(options, config, given_options(arguments)):
+    given = given_options(arguments)
+    for line in recipe_lines(options, config, given):
         plan.print_on_main(line)
+    if hint := precision_hint(config, given, device_of(config).type):
+        plan.print_on_main(hint)
     # Settings chosen by the predicted memory have to be in the config before the trainer reads it.
     if config.auto_memory:
         plan.apply_auto_memory(options, config, device_of(config))
@@ -178,6 +183,16 @@ def make_absolute(options: RunArguments, namespace: Any) -> None:
         if path is not None:
             # a file in the Hub's cache is a link to one without an ending
             setattr(holder, name, str(path.resolve() if path.is_dir() else path.absolute()))
+
+
+def precision_hint(config: DDPOConfig, given: set[str], device_type: str) -> str:
+    """A suggestion to train in bf16: for a new run that is in fp32 by default, on a processor that multiplies bf16."""
+    if device_type != "cpu" or config.mixed_precision != "no" or config.resume_from or "mixed_precision" in given:
+        return ""
+    # not every supported version of torch has this function
+    able = getattr(torch.cpu, "get_capabilities", dict)()
+    unit = next((name for key, name in MULTIPLIES_BF16.items() if able.get(key)), "")
+    return f"training in fp32; this processor has {unit}, with which --mixed_precision bf16 is faster" if unit else ""
 
 
 def recipe_lines(options: RunArguments, config: DDPOConfig, given: set[str]) -> list[str]:
