@@ -25,6 +25,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ddpo_fast.by_size import BySize
+
 # TRL's constants, of the epoch's comparison and of a prompt's
 EPSILON, EPSILON_OF_PROMPT = 1e-8, 1e-6
 NORMAL_STD_OVER_MAD = 1.4826
@@ -86,7 +88,16 @@ class PerPromptStatTracker:
         self.buffer_size = buffer_size
         self.min_count = min_count
         self.kind = kind
-        self.stats: dict[str, deque[float]] = {}
+        self._by_size: BySize[dict[str, deque[float]]] = BySize(dict)
+
+    @property
+    def stats(self) -> dict[str, deque[float]]:
+        """The remembered rewards of each prompt, of images of the present size."""
+        return self._by_size.now
+
+    def use_size(self, size: str) -> None:
+        """Compares with rewards of images of this size from here on; see `BySize`."""
+        self._by_size.use(size)
 
     def update(self, prompts: Sequence[str], rewards: Any) -> np.ndarray:
         """Remembers `rewards` [B] of `prompts` and returns their advantages [B]."""
@@ -106,12 +117,16 @@ class PerPromptStatTracker:
         arrays = {prompt: np.array(seen, dtype=np.float32) for prompt, seen in self.stats.items()}
         return {prompt: {"mean": a.mean(), "std": a.std(), "count": len(a)} for prompt, a in arrays.items()}
 
-    def state_dict(self) -> dict[str, list[float]]:
+    def state_dict(self) -> dict[str, Any]:
         """Each prompt's rewards as Python's strings and floats, also of NumPy's strings, as a checkpoint keeps them."""
-        return {str.__str__(prompt): [float(reward) for reward in seen] for prompt, seen in self.stats.items()}
+        return self._by_size.packed(
+            lambda stats: {str.__str__(prompt): [float(reward) for reward in seen] for prompt, seen in stats.items()}
+        )
 
-    def load_state_dict(self, state: dict[str, list[float]]) -> None:
-        self.stats = {prompt: deque(seen, maxlen=self.buffer_size) for prompt, seen in state.items()}
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._by_size.unpack(
+            state, lambda packed: {prompt: deque(seen, maxlen=self.buffer_size) for prompt, seen in packed.items()}
+        )
 
 
 def step_advantages(advantages: np.ndarray, credit: np.ndarray, sets: Sequence[np.ndarray], steps: int) -> np.ndarray:

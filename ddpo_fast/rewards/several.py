@@ -5,7 +5,8 @@
 std is a part's standard deviation over all images of the run so far, those of the present epoch included; origin is its
 mean in the first epoch. A part whose numbers are large then counts as much as one whose numbers are small. The origin
 stays, as a moving one would make rewards of different epochs incomparable: per-prompt statistics and `train_guard`
-compare them, and within an epoch it changes nothing.
+compare them, and within an epoch it changes nothing. Where a run has images of several sizes, these are those of the
+images of one size.
 
 The sum can only be formed when all images of an epoch, on all processes, have been scored. The trainer does so.
 
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ddpo_fast.by_size import BySize
 from ddpo_fast.rewards.scoring import PartFailed, RewardFunction, score
 from ddpo_fast.worker_threads import WorkerThreads
 
@@ -92,7 +94,16 @@ class SeveralRewards:
         # by itself a part gains nothing from a thread
         self.in_threads = [name for name in self.parts if name in in_threads and len(self.parts) > 1]
         self._was_called = False
-        self.spreads = {name: RunningSpread() for name in self.parts}
+        self._by_size = BySize(lambda: {name: RunningSpread() for name in self.parts})
+
+    @property
+    def spreads(self) -> dict[str, RunningSpread]:
+        """The statistics of each part, of images of the present size."""
+        return self._by_size.now
+
+    def use_size(self, size: str) -> None:
+        """Takes the statistics of images of this size from here on; see `BySize`."""
+        self._by_size.use(size)
 
     @classmethod
     def of(cls, function: RewardFunction, name: str) -> SeveralRewards:
@@ -151,18 +162,24 @@ class SeveralRewards:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "spreads": {name: spread.state_dict() for name, spread in self.spreads.items()},
+            "spreads": self._by_size.packed(
+                lambda spreads: {name: spread.state_dict() for name, spread in spreads.items()}
+            ),
             "parts": {name: part.state_dict() for name, part in self._stateful().items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes what is known of each part; one that the state does not have begins anew."""
-        for name, spread in self.spreads.items():
-            if name in state.get("spreads", {}):
-                spread.load_state_dict(state["spreads"][name])
+        self._by_size.unpack(state.get("spreads", {}), self._spreads_of)
         for name, part in self._stateful().items():
             if name in state.get("parts", {}):
                 part.load_state_dict(state["parts"][name])
+
+    def _spreads_of(self, packed: dict[str, Any]) -> dict[str, RunningSpread]:
+        spreads = {name: RunningSpread() for name in self.parts}
+        for name in spreads.keys() & packed.keys():
+            spreads[name].load_state_dict(packed[name])
+        return spreads
 
     def _stateful(self) -> dict[str, Any]:
         return {name: p for name, p in self.parts.items() if hasattr(p, "state_dict") and hasattr(p, "load_state_dict")}
