@@ -96,14 +96,14 @@ class BatchSizes:
 
     @cached_property
     def _kept_bytes_per_row(self) -> int:
-        """Bytes that a row of a UNet call keeps for the backward pass, measured by a forward pass of one pair."""
+        """Bytes that a row of a UNet call keeps for the backward pass at most, by a forward pass of one pair."""
         policy, device = self.policy, self.accelerator.device
         weights = list(policy.unet.parameters())
         # ZeRO stage 3 gathers a layer's weights while it runs, and frees them afterwards: they are no activations
         split = [weight for weight in weights if hasattr(weight, "ds_id")]
 
         def forward() -> torch.Tensor:
-            latents = torch.zeros((1, *policy.latent_shape), device=device)
+            latents = torch.zeros((1, *policy.largest_latent_shape), device=device)
             timesteps = torch.zeros(1, dtype=torch.int64, device=device)
             return policy.output(latents, timesteps, policy.negative_embeds.repeat(self.config.rows_per_pair, 1, 1))
 

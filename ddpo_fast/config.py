@@ -31,6 +31,7 @@ SAMPLING_FIELDS = (
     "negative_prompts",
     "height",
     "width",
+    "sizes",
     "sampler",
     "sde_window",
 )
@@ -113,6 +114,11 @@ class DDPOConfig(ConfigNumbers):
     # not in TRL
     height: Optional[int] = _option(None, "Height of the images in pixels (default: the model's own).")  # noqa: UP045
     width: Optional[int] = _option(None, "Width of the images in pixels (default: the model's own).")  # noqa: UP045
+    sizes: Optional[list[str]] = _option(  # noqa: UP045
+        None,
+        "Sizes of the images in pixels, each height x width, as in 512x512 512x768: one an epoch, in turn. Rewards are "
+        "compared within a size; images of fixed noise have the first.",
+    )
     sampler: str = _option(
         "auto",
         "How images are sampled: ddim (Stable Diffusion and XL), or for flow matching flow_sde (Flow-GRPO's), dance "
@@ -321,6 +327,9 @@ class DDPOConfig(ConfigNumbers):
             setattr(self, option.name, config_rules.plain(getattr(self, option.name)))
         if problem := config_rules.broken_rule(self):
             raise ValueError(problem)
+        if self.sizes is not None:
+            # pairs of numbers may be given too
+            self.sizes = ["{}x{}".format(*config_rules.pixels(size)) for size in self.sizes]
         if self.sde_window is not None and self.sde_window[1] >= self.sample_num_steps:
             raise ValueError(
                 f"sde_window is {self.sde_window}, and the steps of sample_num_steps={self.sample_num_steps} are 0 to "

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import math
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from ddpo_fast.config_rules import pixels
+
+# (height, width) of images in pixels; None for a side of the model's own
+Size: TypeAlias = tuple[int | None, int | None]
 
 
 class ConfigNumbers:
@@ -40,6 +46,24 @@ class ConfigNumbers:
     def uses_deepspeed(self) -> bool:
         """Whether DeepSpeed trains: because of `zero`, `deepspeed`, or the settings of `accelerate launch`."""
         return self.zero > 0 or self.deepspeed is not None or self.launched_with_deepspeed
+
+    @property
+    def image_sizes(self) -> list[Size]:
+        """The sizes of images, which epochs have by turns; evaluations and images of fixed noise have the first."""
+        return [(self.height, self.width)] if self.sizes is None else [pixels(size) for size in self.sizes]
+
+    @property
+    def largest_size(self) -> Size:
+        """The size that takes the most memory."""
+        return self.image_sizes[0] if self.sizes is None else max(map(pixels, self.sizes), key=math.prod)
+
+    def size_of(self, epoch: int) -> Size:
+        """The size of the images of an epoch, counted from 0."""
+        return self.image_sizes[epoch % len(self.image_sizes)]
+
+    def size_name(self, epoch: int) -> str:
+        """The size of an epoch's images in words, as what is only compared within a size is kept by; '' with one."""
+        return "" if self.sizes is None else self.sizes[epoch % len(self.sizes)]
 
     @property
     def trainable_steps(self) -> range:

@@ -7,6 +7,7 @@ words for the message that say what the value must be.
 
 from __future__ import annotations
 
+import itertools
 import json
 import numbers
 import os
@@ -120,6 +121,17 @@ def _is_tracker(value: Any) -> bool:
     return not isinstance(value, (str, bool, int, float)) or value in (*TRACKER_PACKAGES, "all")
 
 
+def pixels(size: Any) -> tuple[int, int]:
+    """(height, width) of a size as in '512x768', or of a pair. Raises `ValueError` or `TypeError` for others."""
+    height, width = map(int, size.split("x")) if isinstance(size, str) else size
+    return height, width
+
+
+def _are_sizes(value: Any) -> bool:
+    is_list = isinstance(value, (list, tuple)) and len(value) > 0
+    return is_list and all(map(whole(1, MAX_SIZE), itertools.chain.from_iterable(map(pixels, value))))
+
+
 def _is_window(value: Any) -> bool:
     is_pair = isinstance(value, (list, tuple)) and len(value) == 2 and all(map(whole(0), value))
     return is_pair and value[0] <= value[1]
@@ -164,6 +176,7 @@ RULES: tuple[tuple[str, Predicate, str], ...] = (
         "above 0 and at most 1 (at 0 the sampler is deterministic and has no log-probs to train on)",
     ),
     ("height width", _none_or(whole(1, MAX_SIZE)), "None or a whole number of pixels above 0"),
+    ("sizes", _none_or(_are_sizes), "None or sizes in pixels, each height x width, as in 512x512 512x768"),
     ("sde_window", _none_or(_is_window), "None or two whole numbers, the first step with noise and the last"),
     ("train_timestep_fraction", _number(lambda v: 0 < v <= 1), "above 0 and at most 1"),
     ("train_adam_beta1 train_adam_beta2", _number(lambda v: 0 <= v < 1), "at least 0 and below 1"),
@@ -226,6 +239,14 @@ CONFLICTS: tuple[tuple[Callable[[Settings], bool], str], ...] = (
         ),
         "optimizer_in_backward is True, which needs mixed_precision 'bf16' or 'no' without offload, ZeRO and "
         "cuda_graphs",
+    ),
+    (
+        lambda c: c.sizes is not None and (c.height is not None or c.width is not None),
+        "sizes and height or width are both set: leave out height and width",
+    ),
+    (
+        lambda c: c.sizes is not None and (c.cuda_graphs or c.compile_unet),
+        "cuda_graphs and compile_unet are made for images of one size, and sizes is set: leave them out",
     ),
     (
         lambda c: c.sample_group_size > 1 and c.per_prompt_stat_tracking,

@@ -149,8 +149,10 @@ class Health:
         self.config = config
         self.speaks = speaks
         self.clip_range = config.train_clip_range if clip_range is None else clip_range
+        # of the present images, or '' where all have one size
+        self.size = ""
         self.good = True
-        # `reward_spread` and `image_spread` of the first epochs, by name, which checkpoints keep
+        # `reward_spread` and `image_spread` of the first epochs, by name and size, which checkpoints keep
         self.first_spreads: dict[str, list[float]] = {}
         self._warned: set[str] = set()
 
@@ -170,7 +172,7 @@ class Health:
     def variety(self, epoch: int, spreads: dict[str, float]) -> None:
         """Warns if the spread of rewards or of images has fallen far below that of the first epochs."""
         for name, spread in spreads.items():
-            first = self.first_spreads.setdefault(name, [])
+            first = self.first_spreads.setdefault(f"{name} of {self.size}" if self.size else name, [])
             if len(first) < FIRST_EPOCHS:
                 first.append(spread)
             elif spread < LEAST_VARIETY * sum(first) / len(first):

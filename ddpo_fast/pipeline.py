@@ -306,22 +306,24 @@ def check_pipeline(pipeline: DDPOStableDiffusionPipeline, config: DDPOConfig) ->
             "train_image_credit is 'coca', but the pipeline's own __call__ does not tell what each step predicts: use "
             "'none'"
         )
-    if config.train_pool_latents > 1 and config.train_pool_latents > min(sides := family.latent_shape[1:]):
-        raise ValueError(
-            f"train_pool_latents is {config.train_pool_latents}, but the model's latents have {sides[0]} x {sides[1]} "
-            f"pixels: use at most {min(sides)}"
-        )
+    for size in config.image_sizes if config.train_pool_latents > 1 else []:
+        _, *sides = family.latent_shape_of(family.parts_configs(), *size)
+        if config.train_pool_latents > min(sides):
+            raise ValueError(
+                f"train_pool_latents is {config.train_pool_latents}, but the model's latents have {sides[0]} x "
+                f"{sides[1]} pixels: use at most {min(sides)}"
+            )
     if config.sample_group_noise == "shared" and not _takes(kind.__call__, "latents"):
         raise ValueError(
             "sample_group_noise is 'shared', but the pipeline's own __call__ takes no latents to start from: add that "
             "argument, or use 'own'"
         )
-    given = "height" if config.height is not None else "width"
-    if getattr(config, given) is not None and not _takes(kind.__call__, given):
-        raise ValueError(
-            f"{given} is {getattr(config, given)}, but the pipeline's own __call__ takes no such argument: add it, or "
-            f"leave out {given}"
-        )
+    for side, argument in (("height", "height"), ("width", "width"), ("sizes", "height"), ("sizes", "width")):
+        if getattr(config, side) is not None and not _takes(kind.__call__, argument):
+            raise ValueError(
+                f"{side} is {getattr(config, side)}, but the pipeline's own __call__ takes no argument {argument}: add "
+                f"it, or leave out {side}"
+            )
     if config.sde_window is not None and kind.__call__ is not ours.__call__:
         raise ValueError(
             f"sde_window is {config.sde_window}, but the pipeline's own __call__ decides which steps have noise: leave "

@@ -84,11 +84,26 @@ class Policy:
         """(C, H, W) of an image's latents."""
         return self.family.latent_shape
 
+    def use_size(self, height: int | None, width: int | None) -> None:
+        """Makes images of another size the present ones: those of the next epoch, in pixels."""
+        self.family.use_size(height, width)
+
     @property
     def size(self) -> dict[str, int]:
         """The arguments of a pipeline's call for images of another size than the model's own."""
-        given = {"height": self.config.height, "width": self.config.width}
-        return {name: pixels for name, pixels in given.items() if pixels is not None}
+        return _arguments(self.family.height, self.family.width)
+
+    @property
+    def largest_latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the latents of the run's largest images."""
+        return self.family.latent_shape_of(self.family.parts_configs(), *self.config.largest_size)
+
+    def set_steps(self) -> None:
+        """Makes the sampled steps those of the run, for images of the present size."""
+        family, steps = self.family, self.config.sample_num_steps
+        if family.num_steps != steps or family.keys.device.type != self.device.type:
+            # only if they differ: this copies the timesteps to the device, and the host waits for that
+            family.set_steps(steps, self.device)
 
     @property
     def noise_table(self) -> Tensor:
@@ -213,6 +228,7 @@ class Policy:
     def draw(self, prompts: Sequence[str], seed: int | Sequence[int]) -> tuple[Tensor, Tensor]:
         """One image per prompt from noise that `seed` fixes: (images [B, 3, height, width], latents [B, C, H, W]).
 
+        Where the run has several sizes, they are of the first, whichever is the present one.
         With a seed for each image its noise does not depend on the others of the batch.
         """
         self.unet.eval()
@@ -232,6 +248,11 @@ class Policy:
                 eta=self.config.sample_eta,
                 generator=generators[0] if isinstance(seed, int) else generators,
                 output_type="pt",
-                **self.size,
+                **_arguments(*self.config.image_sizes[0]),
             )
         return drawn.images.detach().float(), drawn.latents[-1]
+
+
+def _arguments(height: int | None, width: int | None) -> dict[str, int]:
+    """A pipeline's arguments for images of a size in pixels; none for a side of the model's own."""
+    return {name: pixels for name, pixels in (("height", height), ("width", width)) if pixels is not None}

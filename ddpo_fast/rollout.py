@@ -149,14 +149,11 @@ class Rollout:
 
     def _denoise(self, noise: list[torch.Tensor], embeds: torch.Tensor) -> Denoised:
         """The trajectories from `noise`, a list that is emptied, and `embeds` [B, L, D]."""
-        family, device, steps = self.family, self.policy.device, self.config.sample_num_steps
-        if family.num_steps != steps or family.keys.device.type != device.type:
-            # only if they differ: `set_steps` copies the timesteps to the device, and the host waits for that
-            family.set_steps(steps, device)
+        self.policy.set_steps()
         embeds = self.policy.embeds_for_sampling(embeds)
         key = embeds.shape, embeds.dtype
         if key not in self._chains:
-            self._chains[key] = RolloutChain(family, self.config, embeds, self.stop)
+            self._chains[key] = RolloutChain(self.family, self.config, embeds, self.stop)
         self._chains[key].bar = self._bar
         return self._chains[key].sample(noise, embeds)
 
@@ -190,7 +187,7 @@ class RolloutChain(DenoisingChain):
     def __init__(self, family: Family, config: DDPOConfig, embeds: torch.Tensor, stop: threading.Event) -> None:
         guidance_scale = config.sample_guidance_scale if config.rows_per_image == 2 else None
         super().__init__(family, embeds.clone(), guidance_scale, config.sample_eta)
-        self.stop = stop
+        self.stop, self.eta = stop, config.sample_eta
         # with the cache, torch.compile would compile the UNet again in each rollout
         uses_cache = config.sample_cache and not config.compile_unet and not cache_problem(family.denoiser)
         self.cache = UNetCache(family.denoiser) if uses_cache else None
@@ -205,6 +202,8 @@ class RolloutChain(DenoisingChain):
     def sample(self, noise: list[torch.Tensor], embeds: torch.Tensor) -> Denoised:
         """The trajectories from the `noise` of a `Draw`, a list that is emptied, and `embeds`."""
         self.embeds.copy_(embeds)
+        # those of the present size of images; where nothing has changed it is the same tensor
+        self.table = self.family.table(self.eta, self.family.denoiser.device)
         self._predicted.clear()
         if self.cache is not None:
             self.cache.fill(self.embeds, self.family.keys)

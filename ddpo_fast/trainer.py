@@ -251,6 +251,7 @@ class DDPOTrainer(ScoringMixin, FixedImagesMixin, CheckpointMixin, HubModel):
         Returns the number of updates so far, `global_step` plus this epoch's.
         """
         timer = EpochTimer(self.accelerator.device)
+        self._use_size_of(epoch)
         # Sample images with the current weights, keeping the latents and log-prob of every denoising step; score them.
         with self.policy.sampling():
             scored, images = self._sample_and_score(timer)
@@ -261,7 +262,8 @@ class DDPOTrainer(ScoringMixin, FixedImagesMixin, CheckpointMixin, HubModel):
         components = self._gathered_components(scored.batches)
         self._note_extremes(scored.batches)
         self.run_log.log_rewards(epoch, global_step, all_rewards)
-        if not self.progress.scores.held_out:
+        # scores are compared with each other, and rewards of images of different sizes cannot be
+        if not self.progress.scores.held_out and self.config.size_of(epoch) == self.config.image_sizes[0]:
             self.progress.scores.add(epoch, all_rewards.mean().item())
         variety = self._variety(scored, prompts, all_rewards)
         advantages = self._advantages(scored.trajectory, prompts, all_rewards)
@@ -281,11 +283,25 @@ class DDPOTrainer(ScoringMixin, FixedImagesMixin, CheckpointMixin, HubModel):
             self._save(epoch + 1)
         return global_step
 
+    def _use_size_of(self, epoch: int) -> None:
+        """Makes the images of an epoch, counted from 0, of its size, and compares them with others of that size."""
+        if self.config.sizes is None:
+            return
+        self.policy.use_size(*self.config.size_of(epoch))
+        size = self.config.size_name(epoch)
+        self.run_log.use_size(size, self.policy.clip_range)
+        for part in (self.stat_tracker, self.guard, self.reward_fn):
+            if isinstance(part, (PerPromptStatTracker, Guard, rewards.SeveralRewards)):
+                part.use_size(size)
+
     # stage 3: train
 
     def _train_on(self, trajectory: Trajectory, epoch: int, global_step: int) -> int:
         """The inner epochs; returns the number of updates so far."""
         self.progress.is_updating = True
+        if isinstance(self.rollout, Rollout):
+            # since the images were sampled, the user's functions may have drawn others, of another size
+            self.policy.set_steps()
         trajectory = trajectory.with_steps(self.policy.config.trainable_steps)
         if self.config.train_recompute_log_probs or self._lacks_pooled_log_probs:
             with self.policy.sampling():

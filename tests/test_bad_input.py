@@ -41,6 +41,7 @@ BAD_FIELDS = {
     "sample_guidance_scale": [-1, INF, NAN, "5", 10**400],
     "height": [0, -8, 1.5, "16"],
     "width": [0, True],
+    "sizes": [[], "64x64", ["64"], ["64x"], ["64x0"], ["64x64x3"], [64, 64], [(64, 1.5)], [None]],
     "sampler": ["euler", None],
     "sde_window": [3, [1], [2, 1], [-1, 2], "1,2"],
     "sample_batch_size": COUNTS,

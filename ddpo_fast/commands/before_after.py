@@ -56,7 +56,7 @@ def find_or_draw(trainer: DDPOTrainer, prompts: tuple[str, ...], metadata: tuple
     """
     settings = {name: getattr(trainer.config, name) for name in SAMPLING_FIELDS}
     # files of runs from before there were these settings do not have them
-    new = {"height": None, "width": None, "sampler": "auto", "sde_window": None}
+    new = {"height": None, "width": None, "sizes": None, "sampler": "auto", "sde_window": None}
     settings = {name: value for name, value in settings.items() if name not in new or value != new[name]}
     settings |= {name: trainer.run_settings.get(name) for name in ("pretrained_model", "reward")}
     # files of runs whose reward had no arguments do not have these

@@ -44,7 +44,7 @@ GROUPS = (
             "sample_group_size",
             "negative_prompts",
         ),
-        ("sampler", "sde_window", "height", "width", "ema_sampling"),
+        ("sampler", "sde_window", "height", "width", "sizes", "ema_sampling"),
         ("sample_",),
     ),
     Group(

@@ -107,7 +107,7 @@ def footprint_of(
         config.sample_num_steps,
         config.sample_cache,
         reward,
-        (config.height, config.width),
+        config.largest_size,
         "none" if full else config.quantize_frozen,
     )
 
@@ -126,7 +126,7 @@ def memory_of_rewards(
     """
     # in this process, where they can be asked
     functions = replace(run, reward_process=False).load(*run.reward_specs)
-    size = configs.family.image_size_of(configs.parts, config.height, config.width)
+    size = configs.family.image_size_of(configs.parts, *config.largest_size)
     return reward_memory(functions, config.sample_batch_size, size, device_type, run.reward_process)
 
 
@@ -193,6 +193,8 @@ def train_command(case: Case, choice: Choice) -> str:
 
 def _as_option(name: str, value: Any) -> list[str]:
     # A switch that is on needs no value. Not every one that is off has the form --no_x.
+    if isinstance(value, list):
+        return [f"--{name}", *map(str, value)]
     return [f"--{name}"] if value is True else [f"--{name}", str(value)]
 
 

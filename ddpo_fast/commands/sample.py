@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> None:
     given = {name for name, value in vars(options).items() if value}
     recorded.check_trust(given, options.trust_run, used=["prompts"])
     saved = recorded.options
-    DDPOConfig(**{name: saved[name] for name in SAMPLING_FIELDS if name in saved}).check()
+    sampling = DDPOConfig(**{name: saved[name] for name in SAMPLING_FIELDS if name in saved})
     model = RunArguments(**{f.name: saved[f.name] for f in fields(RunArguments) if f.name in saved})
     reward = reward_of(recorded, options, given)
     random.seed(options.seed)
@@ -74,8 +74,7 @@ def run(options: argparse.Namespace) -> None:
 
     # The base model samples first, because the trained weights are then loaded into the same networks.
     pipeline = make_pipeline(model)
-    window = saved.get("sde_window")
-    pipeline.family.use(saved.get("height"), saved.get("width"), 1.0, saved.get("sampler", "auto"), window)
+    pipeline.family.use(*sampling.image_sizes[0], 1.0, sampling.sampler, sampling.sde_window)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     place(pipeline, device, precision_of(saved, device))
     drawn = {"base": draw(pipeline, prompts, saved, options.seed)}

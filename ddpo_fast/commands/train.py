@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import fields
@@ -63,9 +64,8 @@ def run(arguments: Sequence[str], dry_run: bool = False) -> None:
     sample_prompts = load_prompts(options.sample_prompts) if options.sample_prompts else None
     random.seed(config.seed)
     examples = distinct_prompts(prompt_function, EXAMPLE_PROMPTS)
-    size = configs.family.image_size_of(configs.parts, config.height, config.width)
-    for function in (reward_function, *eval_rewards):
-        try_reward(function, examples, size, device_of(config))
+    for function, wanted in itertools.product((reward_function, *eval_rewards), config.image_sizes):
+        try_reward(function, examples, configs.family.image_size_of(configs.parts, *wanted), device_of(config))
 
     given = given_options(arguments)
     for line in recipe_lines(options, config, given):

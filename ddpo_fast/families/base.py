@@ -112,15 +112,20 @@ class Family:
         Raises `ValueError` for a size or sampler that the model does not have.
         """
         self.check_sampler(sampler)
-        self.check_size(self.parts_configs(), height, width)
-        self.height, self.width, self.guidance_scale = height, width, guidance_scale
+        self.use_size(height, width)
+        self.guidance_scale = guidance_scale
         self.window = None if window is None else tuple(window)
         self.sampler = self.samplers[0] if sampler == "auto" else sampler
+
+    def use_size(self, height: int | None, width: int | None) -> None:
+        """Sets the size of images in pixels, None for the model's own; raises `ValueError` for one it cannot have."""
+        self.check_size(self.parts_configs(), height, width)
+        self.height, self.width = height, width
 
     def use_settings(self, config: DDPOConfig) -> None:
         """`use` with the settings of a run. Raises `ValueError` for those that the model cannot have."""
         self.check_settings(self.parts_configs(), config)
-        self.use(config.height, config.width, config.sample_guidance_scale, config.sampler, config.sde_window)
+        self.use(*config.image_sizes[0], config.sample_guidance_scale, config.sampler, config.sde_window)
 
     def at(self, height: int | None, width: int | None, guidance_scale: float) -> Family:
         """The same with another guidance, for images of another size; None leaves a side as it is."""
@@ -150,7 +155,13 @@ class Family:
     def check_settings(cls, configs: Mapping[str, Config], config: DDPOConfig) -> None:
         """Raises `ValueError` for settings of a run that models of this kind, or this one, cannot have."""
         cls.check_sampler(config.sampler)
-        cls.check_size(configs, config.height, config.width)
+        for size in config.image_sizes:
+            try:
+                cls.check_size(configs, *size)
+            except ValueError as error:
+                if config.sizes is None:
+                    raise
+                raise ValueError(f"sizes has {'x'.join(map(str, size))}, whose {error}") from None
         for name, value in (("train_image_credit", "coca"), ("objective", "rwr")):
             if getattr(config, name) == value and "ddim" not in cls.samplers:
                 raise ValueError(

@@ -234,7 +234,9 @@ def _weight_bytes(footprint: Footprint, config: DDPOConfig, num_processes: int) 
     if offloads and (kept := kept_weight_bytes(footprint, config, num_processes)):
         host["weights before an update"] = kept
     if config.train_guard:
-        host["best weights"] = (size if config.stochastic_rounding else FP32_BYTES) * trained
+        # of each size of images
+        best = (size if config.stochastic_rounding else FP32_BYTES) * trained
+        host["best weights"] = best * len(set(config.image_sizes))
     # an offloaded step needs more host memory than the weights and states
     if offloads and config.zero:
         host["gradients"] = zero_host_gradient_bytes(footprint, config, num_processes)

@@ -18,7 +18,8 @@ def epoch_axes(records: Sequence[dict[str, Any]]) -> Axes:
     """x of the lines of epochs: the number of epochs, of images and of minutes at their ends."""
     images, total = [], 0.0
     for record in records:
-        total += number(record.get("images")) or 0
+        # a part of a run says how many there were in all epochs
+        total = number(record.get("images_so_far")) or total + (number(record.get("images")) or 0)
         images.append(total)
     return {
         "epochs": [number(record["epoch"] + 1) for record in records],

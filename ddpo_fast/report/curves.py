@@ -87,7 +87,8 @@ STAGES = (
 
 def reward_charts(runs: Sequence[RunRecords]) -> list[Chart]:
     """The reward with its quantiles, each of several rewards, and held-out rewards."""
-    found = [_reward_chart(runs)]
+    parts = [part for run in runs for part in run.by_size()]
+    found = [_reward_chart(parts)]
     for kind, title, note in (
         ("reward", "Reward {}", "One of several rewards, as its function returned it; the band is the middle half."),
         (
@@ -97,7 +98,10 @@ def reward_charts(runs: Sequence[RunRecords]) -> list[Chart]:
         ),
     ):
         names = dict.fromkeys(name for run in runs for name in run.names(kind))
-        found += [_moments_chart(runs, name, title.format(name.partition("/")[2]), note) for name in names]
+        found += [
+            _moments_chart(runs if kind == "eval" else parts, name, title.format(name.partition("/")[2]), note)
+            for name in names
+        ]
     return [chart for chart in found if chart["data"]]
 
 
@@ -126,9 +130,10 @@ def update_charts(runs: Sequence[RunRecords]) -> list[Chart]:
 
 def variety_charts(runs: Sequence[RunRecords]) -> list[Chart]:
     found = []
+    parts = [part for run in runs for part in run.by_size()]
     for name, title, note in EPOCH_CHARTS:
         chart = _chart(title, note, from_zero=True)
-        for at, run in enumerate(runs):
+        for at, run in enumerate(parts):
             _add(chart, _thinned(epoch_axes(run.epochs), run.values(name), mean), run.name, COLOURS[at % 8])
         found.append(chart)
     return [chart for chart in found if chart["data"]]

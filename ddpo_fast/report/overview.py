@@ -22,20 +22,24 @@ def sentence(run: RunRecords) -> str:
     reward, prompts = run.settings.get("reward"), run.settings.get("prompts")
     said += f", {shown(reward).replace(',', ', ')}" if reward else ""
     said += f", for prompts from {_short(shown(prompts))}" if prompts else ""
-    means = run.known("reward_mean")
+    compared = run.by_size()[0]
+    means = compared.known("reward_mean")
     if len(means) < 2:
         return f"{said}."
     over = f"all {done} epochs" if whole else f"the {done} epochs so far"
     first, last = (figure(mean, means) for mean in (means[0], means[-1]))
-    return f"{said}. Over {over} the mean reward went from {first} to {last}."
+    size = compared.epochs[0].get("size") if compared is not run else None
+    of_size = f" of images of {size}" if size else ""
+    return f"{said}. Over {over} the mean reward{of_size} went from {first} to {last}."
 
 
 def tiles(run: RunRecords) -> list[tuple[str, str, str]]:
     """(name, value, remark) of the main figures."""
     found = []
-    if means := run.known("reward_mean"):
+    compared = run.by_size()[0]
+    if means := compared.known("reward_mean"):
         first, last, highest = (figure(mean, means) for mean in (means[0], means[-1], max(means)))
-        best = next(int(r["epoch"]) + 1 for r in run.epochs if r.get("reward_mean") == max(means))
+        best = next(int(r["epoch"]) + 1 for r in compared.epochs if r.get("reward_mean") == max(means))
         found.append(("Reward", f"{first} → {last}", f"best {highest}, in epoch {best}"))
     for name in run.names("eval"):
         points = [mean for record in run.evaluations if (mean := number(record.get(f"{name}_mean"))) is not None]

@@ -122,7 +122,7 @@ def _view(run: RunRecords, at: int) -> dict[str, Any]:
         "kept": kept,
         "extremes": images.extremes(run.folder),
         "before_after": None if epochs else images.before_after(run.folder),
-        "prompts": prompts.table(run),
+        "prompts": prompts.table(run.by_size()[0]),
         "changed": settings.changed(run),
         "all": settings.listed(run),
     }

@@ -302,14 +302,22 @@ def _waits(run: RunRecords) -> Iterator[Remark]:
         )
 
 
-RULES: tuple[Callable[[RunRecords], Iterator[Remark]], ...] = (
+Rule = Callable[[RunRecords], Iterator[Remark]]
+
+
+def _of_one_size(rule: Rule) -> Rule:
+    """The rule for the images of the run's first size, as those of different sizes cannot be compared."""
+    return lambda run: rule(run.by_size()[0])
+
+
+RULES: tuple[Rule, ...] = (
     _unread,
-    _variety,
+    _of_one_size(_variety),
     _no_spread,
-    _saturated,
-    _course,
-    _held_out,
-    _components,
+    _of_one_size(_saturated),
+    _of_one_size(_course),
+    _of_one_size(_held_out),
+    _of_one_size(_components),
     _drift,
     _far,
     _clipped,

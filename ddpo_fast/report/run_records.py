@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,17 @@ class RunRecords:
     settings: dict[str, Any] = field(default_factory=dict)
     lost: int = 0
     problems: list[str] = field(default_factory=list)
+
+    def by_size(self) -> list[RunRecords]:
+        """The run, or where its epochs' images have several sizes a part of it for each, as only those compare."""
+        total = 0.0
+        parts: dict[str, list[dict[str, Any]]] = {}
+        for record in self.epochs:
+            total += number(record.get("images")) or 0
+            parts.setdefault(str(record.get("size", "")), []).append({**record, "images_so_far": total})
+        if len(parts) < 2:
+            return [self]
+        return [replace(self, name=f"{self.name}, {size}", epochs=epochs) for size, epochs in parts.items()]
 
     def values(self, name: str) -> list[float | None]:
         """A metric of every epoch; None where it is missing or not finite."""

@@ -71,6 +71,9 @@ CARD_SETTINGS = (
     "sample_guidance_scale",
     "sample_eta",
     "negative_prompts",
+    "height",
+    "width",
+    "sizes",
     "train_learning_rate",
     "train_clip_range",
     "train_num_inner_epochs",
@@ -147,7 +150,8 @@ def _licence_sentence(licence: dict[str, Any]) -> str:
 
 def _in_table(value: Any) -> str:
     """A value in one cell of a Markdown table."""
-    return " ".join(str(value).replace("|", "\\|").split())
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return " ".join(text.replace("|", "\\|").split())
 
 
 def licence_of(base: str, asks_hub: bool = False) -> dict[str, Any]:
@@ -178,8 +182,14 @@ def curve_sentence(records: Sequence[dict[str, Any]]) -> str:
     if not epochs:
         return ""
     images = sum(record["images"] for record in epochs)
-    first, last = (f"{epochs[at]['reward_mean']:.4g}" for at in (0, -1))
-    return f"The mean reward was {first} in the first epoch and {last} in epoch {len(epochs)}, after {images} images."
+    # rewards of images of different sizes cannot be compared
+    size = epochs[0].get("size", "")
+    means = {at: record["reward_mean"] for at, record in enumerate(epochs, 1) if record.get("size", "") == size}
+    last = max(means)
+    return (
+        f"The mean reward{f' of images of {size}' if size else ''} was {means[1]:.4g} in the first epoch and "
+        f"{means[last]:.4g} in epoch {last}, after {images} images."
+    )
 
 
 def copy_pictures(run: Path, folder: Path) -> list[str]:

@@ -100,6 +100,8 @@ def reward_curves(records: Sequence[dict[str, Any]]) -> dict[str, list[tuple[flo
             name = key.removesuffix("_mean")
             if name != key and (name == "reward" or name.startswith(("reward/", "eval/"))):
                 error = record[f"{name}_std"] / record["images"] ** 0.5
+                # a curve for each size of images, as those of different sizes cannot be compared
+                name += f", {record['size']}" if "size" in record else ""
                 curves.setdefault(name, []).append((images, record["elapsed_s"] / 60, record[key], error))
     # an evaluation comes before the first epoch
     return dict(sorted(curves.items(), key=lambda curve: curve[0].startswith("eval/")))

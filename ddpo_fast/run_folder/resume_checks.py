@@ -53,7 +53,7 @@ def refuse_changes(resume_from: str, saved: dict[str, Any], present: dict[str, A
     was, now = ({**settings.get("config", {}), **settings} for settings in (saved, present))
     same_base = "" != was.get("base", "") == now.get("base")
     for name in (*FIXED, *(SAME_CURVE if in_place else ())):
-        if name not in was or name not in now or _comparable(was[name]) == _comparable(now[name]):
+        if name not in was or name not in now or _comparable(name, was[name]) == _comparable(name, now[name]):
             continue
         if name.startswith("pretrained") and (same_base or not _is_known(was[name])):
             continue
@@ -68,10 +68,12 @@ def refuse_changes(resume_from: str, saved: dict[str, Any], present: dict[str, A
         )
 
 
-def _comparable(value: Any) -> Any:
+def _comparable(name: str, value: Any) -> Any:
     if isinstance(value, str) and Path(value).is_absolute():
         return str(Path(value).resolve())
-    return sorted(value) if isinstance(value, (list, tuple, set)) else value or ""
+    # an epoch's size follows from its place
+    is_set = isinstance(value, (list, tuple, set)) and name != "sizes"
+    return sorted(value) if is_set else value or ""
 
 
 def _is_known(model: str) -> bool:

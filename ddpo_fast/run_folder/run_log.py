@@ -44,6 +44,8 @@ class RunLog:
         self.metrics = MetricsFile(folder / "metrics.jsonl")
         self.health = Health(config, accelerator.is_main_process, clip_range)
         self.summary = ""
+        # of the epoch's images, or '' where all have one size
+        self.size = ""
         # seconds of training before this process resumed the run, and `time.monotonic()` when this process started
         self._earlier_s, self._started = 0.0, time.monotonic()
         self._last_update: dict[str, float] = {}
@@ -95,6 +97,11 @@ class RunLog:
         if in_place and self.accelerator.is_main_process:
             self.metrics.truncate(state.get("metrics_bytes", 0))
 
+    def use_size(self, size: str, clip_range: float) -> None:
+        """Logs epochs as those of images of this size, and compares with others of it; see `BySize`."""
+        self.size = self.health.size = size
+        self.clip_range = self.health.clip_range = clip_range
+
     def elapsed_s(self) -> float:
         """Seconds of training so far, without the time between an interruption and its resumption."""
         return self._earlier_s + time.monotonic() - self._started
@@ -107,6 +114,9 @@ class RunLog:
         self.health.begin_epoch()
         self.health.rewards(epoch, values)
         log_array(self.accelerator, "reward", values, global_step)
+        if self.size:
+            # a curve for each, as rewards of different sizes cannot be compared
+            means |= {f"{name}/{self.size}": value for name, value in means.items()}
         self.accelerator.log({"epoch": epoch, **means}, step=global_step)
 
     def log_updates(
@@ -152,6 +162,7 @@ class RunLog:
         numbers = {**quantiles, **parts, **spreads, **timings, **memory_held(self.accelerator.device)}
         self.accelerator.log(numbers, step=global_step - 1)
         counts = {"kind": "epoch", "epoch": epoch, "updates": global_step, "images": len(all_rewards)}
+        counts |= {"size": self.size} if self.size else {}
         counts |= {"clip_range": self.clip_range, **_of_prompts(prompts, all_rewards)}
         self._write({**counts, **means, **numbers, "elapsed_s": self.elapsed_s()})
         # an objective measures some of these, and a user's own `_train_batched_samples` may log no updates
@@ -160,7 +171,10 @@ class RunLog:
             text.format(self._last_update[name]) for name, text in formats.items() if name in self._last_update
         )
         of_parts = "".join(f"{name} {values.mean():.3f}, " for name, values in components.items())
-        self.summary = f"reward {means['reward_mean']:.3f}, {of_parts}{of_update}{timings['images_per_s']:.2f} images/s"
+        of_size = f" of {self.size}" if self.size else ""
+        self.summary = (
+            f"reward {means['reward_mean']:.3f}{of_size}, {of_parts}{of_update}{timings['images_per_s']:.2f} images/s"
+        )
 
     def log_evaluation(self, epochs: int, global_step: int, scores: Mapping[str, np.ndarray]) -> None:
         """Logs the scores [images] of each reward of an evaluation after `epochs` epochs."""
