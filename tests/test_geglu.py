@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from ddpo_fast_kernels import geglu as kernels
 from diffusers.models.activations import GEGLU
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -34,17 +35,22 @@ def example(shape, dtype=torch.float32, seed=0):
     return x.to(DEVICE, dtype), grad.to(DEVICE, dtype)
 
 
-def with_gradient(function, x, grad):
-    x = x.detach().requires_grad_()
-    y = function(x)
-    return y.detach(), *torch.autograd.grad(y, x, grad)
+def with_gradient(function, x, grad, bias=None):
+    """y, dx and, with a bias, its gradient."""
+    inputs = [tensor.detach().requires_grad_() for tensor in (x, bias) if tensor is not None]
+    y = function(*inputs)
+    return y.detach(), *torch.autograd.grad(y, inputs, grad)
 
 
-def check(backend, x, grad):
+def check(backend, x, grad, bias=None):
+    def plain_sum(x, bias=None):
+        return plain(x if bias is None else x + bias.to(x.dtype))
+
     with force_backend(backend):
-        actual = with_gradient(geglu, x, grad)
-    expected = with_gradient(plain, x, grad)
-    assert_as_exact_as_plain(actual, expected, with_gradient(plain, x.double(), grad.double()))
+        actual = with_gradient(geglu, x, grad, bias)
+    expected = with_gradient(plain_sum, x, grad, bias)
+    wide = (tensor if tensor is None else tensor.double() for tensor in (x, grad, bias))
+    assert_as_exact_as_plain(actual, expected, with_gradient(plain_sum, *wide))
     return actual
 
 
@@ -56,6 +62,28 @@ def test_value_and_gradient(backend, dtype, shape):
     y, dx = check(backend, *example(shape, dtype))
     assert y.is_contiguous()
     assert dx.is_contiguous()
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("shape", [(2,), (63, 10), (3, 41, 246), (2, 9, 1030)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bias_that_the_projection_has_not_added(backend, dtype, shape, monkeypatch):
+    """With few programs, one takes several tiles of rows."""
+    monkeypatch.setattr(kernels, "PROGRAMS", 6)
+    bias = torch.linspace(-1, 1, shape[-1], device=DEVICE)
+    # in the dtype of x, and in fp32, as the weights that autocast casts
+    for parameter in (bias.to(dtype), bias):
+        check(backend, *example(shape, dtype), parameter)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_frozen_bias_gets_no_gradient_and_does_not_change_that_of_x(backend):
+    x, grad = example((9, 40), torch.float16)
+    bias = torch.linspace(-1, 1, 40, device=DEVICE, dtype=torch.float16)
+    with force_backend(backend):
+        y, dx, _ = with_gradient(geglu, x, grad, bias)
+        assert all(map(torch.equal, with_gradient(lambda x: geglu(x, bias), x, grad), (y, dx)))
 
 
 # hypothesis does not shrink a failure, which would take minutes of interpreted kernels
@@ -119,14 +147,20 @@ def test_empty_tensors(backend, shape):
 def test_gradcheck():
     x, _ = example((3, 8), torch.float64)
     assert torch.autograd.gradcheck(geglu, x.requires_grad_())
+    assert torch.autograd.gradcheck(
+        geglu, (x, torch.linspace(-1, 1, 8, dtype=torch.float64, device=DEVICE).requires_grad_())
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend):
     x, grad = example((3, 8))
     with force_backend(backend):
-        torch.library.opcheck(torch.ops.ddpo_fast.geglu_backward.default, (grad, x))
-        torch.library.opcheck(torch.ops.ddpo_fast.geglu.default, (x.requires_grad_(),))
+        for bias in (None, x[0].clone()):
+            backward = torch.ops.ddpo_fast.geglu_backward.default
+            torch.library.opcheck(backward, (grad, x.detach(), bias, bias is not None))
+            given = bias if bias is None else bias.requires_grad_()
+            torch.library.opcheck(torch.ops.ddpo_fast.geglu.default, (x.requires_grad_(), given))
 
 
 def test_compiles_without_a_graph_break():
@@ -135,6 +169,8 @@ def test_compiles_without_a_graph_break():
     assert all(map(torch.equal, with_gradient(compiled, *inputs), with_gradient(geglu, *inputs)))
 
 
-def test_an_odd_width():
+def test_sizes_that_do_not_fit():
     with pytest.raises(ValueError, match="must be even"):
         geglu(torch.zeros(3, 5))
+    with pytest.raises(ValueError, match="x has 6 columns"):
+        geglu(torch.zeros(3, 6), torch.zeros(3))

@@ -12,7 +12,7 @@ from op_checks import DEVICE, DTYPES, HALVES, assert_as_exact_as_plain, in_layou
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpo_fast.ops.backend import force_backend
-from ddpo_fast.ops.groupnorm_silu import groupnorm_silu
+from ddpo_fast.ops.groupnorm_silu import groupnorm_silu, groupnorm_silu_and_skip
 
 BACKENDS = ("reference", "triton")
 EPS = 1e-5
@@ -169,6 +169,38 @@ def test_frozen_parameters_get_no_gradient_and_do_not_change_others(backend):
     assert bias.grad.isfinite().all()
 
 
+@pytest.mark.usefixtures("poisoned_empty", "several_groups")
+@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize(("dtype", "channels_last"), [(torch.float32, False), (torch.float16, True)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_addend_and_the_gradient_of_a_skip_connection(backend, dtype, channels_last, images):
+    """The addend is of each image, or one for all."""
+    x, weight, bias, grad = example((2, 40, 9, 7), dtype, channels_last)
+    addend = torch.linspace(-3, 3, images * 40, device=DEVICE, dtype=torch.float64).view(images, 40).to(dtype)
+
+    def with_addend(x, weight, bias, addend, of=plain):
+        inputs = [tensor.detach().requires_grad_() for tensor in (x, weight, bias, addend)]
+        x, *norm, addend = inputs
+        if of is plain:
+            y = plain(x + addend[:, :, None, None], *norm, 4, EPS)
+        else:
+            y = groupnorm_silu(x, *norm, 4, EPS, True, addend)
+        return y.detach(), *torch.autograd.grad(y, inputs, grad.to(y.dtype))
+
+    def with_skip(x, weight, bias, addend, of=plain):
+        inputs = [tensor.detach().requires_grad_() for tensor in (x, weight, bias)]
+        y, skipped = (plain(*inputs, 4, EPS), inputs[0]) if of is plain else groupnorm_silu_and_skip(*inputs, 4, EPS)
+        assert torch.equal(skipped, inputs[0])
+        return y.detach(), *torch.autograd.grad((y, 3 * skipped), inputs, (grad.to(y.dtype), grad.flip(0).to(y.dtype)))
+
+    inputs = (x, weight, bias, addend)
+    for function in (with_addend, with_skip):
+        with force_backend(backend):
+            actual = function(*inputs, of=groupnorm_silu)
+        exact = function(*(tensor.double() for tensor in inputs))
+        assert_as_exact_as_plain(actual, function(*inputs), exact)
+
+
 class Filled(TorchDispatchMode):
     """Counts the tensors that are filled with zeros."""
 
@@ -255,12 +287,14 @@ def test_opcheck(backend, channels_last):
     x, weight, bias, grad = example((2, 8, 2, 3), torch.float32, channels_last)
     inputs = [tensor.requires_grad_() for tensor in (x, weight, bias)]
     with force_backend(backend):
-        torch.library.opcheck(torch.ops.ddpo_fast.groupnorm_silu.default, (*inputs, 2, EPS, True))
-        saved = torch.ops.ddpo_fast.groupnorm_silu(*inputs, 2, EPS, True)[1:]
-        arguments = [tensor.detach() for tensor in (x, grad, weight, bias, *saved)]
+        torch.library.opcheck(torch.ops.ddpo_fast.groupnorm_silu.default, (*inputs, 2, EPS, True, None))
+        addend, skip = torch.ones(2, 8, device=DEVICE), grad.clone()
+        torch.library.opcheck(torch.ops.ddpo_fast.groupnorm_silu.default, (*inputs, 2, EPS, True, addend))
+        saved = [t.detach() for t in torch.ops.ddpo_fast.groupnorm_silu(*inputs, 2, EPS, True, addend)[1:]]
         for affine in (True, False):
             backward = torch.ops.ddpo_fast.groupnorm_silu_backward.default
-            torch.library.opcheck(backward, (*arguments, EPS, True, affine))
+            given = (x.detach(), grad, skip, weight.detach(), bias.detach(), addend, *saved)
+            torch.library.opcheck(backward, (*given, EPS, True, [affine, affine]))
 
 
 def test_compiles_without_a_graph_break():
@@ -276,6 +310,8 @@ def test_shapes_that_do_not_fit_are_refused():
         groupnorm_silu(x, weight, bias, 3, EPS)
     with pytest.raises(ValueError, match="bias has shape"):
         groupnorm_silu(x, weight, bias[:4], 2, EPS)
+    with pytest.raises(ValueError, match="addend has shape"):
+        groupnorm_silu(x, weight, bias, 2, EPS, True, bias)
 
 
 @pytest.mark.parametrize("channels", [320, 640, 960, 1280, 1920, 2560])

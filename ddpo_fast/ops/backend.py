@@ -67,6 +67,7 @@ class Op:
         self._has_only_reference = triton is None and csrc is None
         OPS[name] = self
         self._function: Any = None
+        self._function_with_skip: Any = None
         if empty is None:
             self._torch_op: Any = self._run
             return
@@ -82,6 +83,18 @@ class Op:
         # an op without a formula for its gradient: the registered one says so when a gradient is asked for
         return self._torch_op(*arguments) if self._function is None else self._function.apply(*arguments)
 
+    def with_skip(self, *arguments: Any) -> Any:
+        """The outputs, of which there are several, and after them the first argument, for its next use.
+
+        The gradient of that use is given to the formula of the gradient, after those of the outputs, so that a kernel
+        can add it to its own. Otherwise autograd would add them in a kernel that reads and writes both.
+        """
+        first = arguments[0]
+        if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and first.requires_grad):
+            # a compiler fuses the addition itself
+            return *self(*arguments), first
+        return self._function_with_skip.apply(*arguments)
+
     def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
         """Registers the gradient, as `torch.library.register_autograd` takes it."""
         self._torch_op.register_autograd(backward, setup_context=setup_context)
@@ -92,10 +105,16 @@ class Op:
             setup_context(ctx, arguments, output)
             return output
 
+        def forward_with_skip(ctx: Any, *arguments: Any) -> Any:
+            output = (self._torch_op if _is_traced(arguments[0]) else self._run)(*arguments)
+            setup_context(ctx, arguments, output)
+            return *output, arguments[0]
+
         # a second differentiation would take a kernel's result for a constant
-        once = torch.autograd.function.once_differentiable(backward)
-        methods = {"forward": staticmethod(forward), "backward": staticmethod(once)}
-        self._function = type(self.name, (torch.autograd.Function,), methods)
+        once = staticmethod(torch.autograd.function.once_differentiable(backward))
+        for attribute, run in (("_function", forward), ("_function_with_skip", forward_with_skip)):
+            methods = {"forward": staticmethod(run), "backward": once}
+            setattr(self, attribute, type(self.name, (torch.autograd.Function,), methods))
 
     def _run(self, first: torch.Tensor, *others: Any) -> Any:
         # CUDA refuses a launch with an empty grid, and the reference returns what PyTorch does for empty tensors

@@ -1,4 +1,4 @@
-"""GEGLU with the exact GELU, forward and backward, in one launch each."""
+"""GEGLU with the exact GELU, and a bias that its projection has not added: a launch forward and one backward."""
 
 from __future__ import annotations
 
@@ -11,55 +11,107 @@ import triton.language as tl
 
 # elements of a tile in each half of the input: two 16-byte loads of half precision for each of 128 threads
 TILE = 2048
+# programs of the backward pass: eight of 4 warps for each of the 132 multiprocessors of an H100
+PROGRAMS = 1056
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 INVERSE_SQRT_2PI = tl.constexpr(0.3989422804014327)
 
 
 @triton.jit
-def _load(x_ptr, rows, inner, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr):
-    """Loads the program's tile: a, g, Phi(g) = (1 + erf(g / sqrt(2))) / 2, offsets in x and in y, and the mask."""
+def _load(x_ptr, bias_ptr, row, column, rows, inner):
+    """Loads the tile of these rows and columns: a, g, Phi(g) = (1 + erf(g / sqrt(2))) / 2, its offsets, and the mask.
+
+    The offsets are those in x and in y.
+    """
     # int64: rows * columns may exceed what an int32 counts
-    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-    column = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)[None, :]
-    mask = (row < rows) & (column < inner)
-    wide = row * (2 * inner) + column
+    row = row.to(tl.int64)[:, None]
+    real = column < inner
+    mask = (row < rows) & real[None, :]
+    wide = row * (2 * inner) + column[None, :]
     a = tl.load(x_ptr + wide, mask=mask, other=0.0).to(tl.float32)
     g = tl.load(x_ptr + wide + inner, mask=mask, other=0.0).to(tl.float32)
-    return a, g, 0.5 + 0.5 * tl.erf(g * SQRT_HALF), wide, row * inner + column, mask
+    if bias_ptr is not None:
+        a += tl.load(bias_ptr + column, mask=real, other=0.0).to(tl.float32)[None, :]
+        g += tl.load(bias_ptr + inner + column, mask=real, other=0.0).to(tl.float32)[None, :]
+    return a, g, 0.5 + 0.5 * tl.erf(g * SQRT_HALF), wide, row * inner + column[None, :], mask
 
 
 @triton.jit
-def geglu_fwd_kernel(x_ptr, y_ptr, rows, inner, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr):
-    a, g, phi, _, narrow, mask = _load(x_ptr, rows, inner, BLOCK_R, BLOCK_I)
+def geglu_fwd_kernel(x_ptr, bias_ptr, y_ptr, rows, inner, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr):
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    column = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
+    a, g, phi, _, narrow, mask = _load(x_ptr, bias_ptr, row, column, rows, inner)
     tl.store(y_ptr + narrow, (a * g * phi).to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def geglu_bwd_kernel(x_ptr, grad_ptr, dx_ptr, rows, inner, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr):
-    a, g, phi, wide, narrow, mask = _load(x_ptr, rows, inner, BLOCK_R, BLOCK_I)
-    grad = tl.load(grad_ptr + narrow, mask=mask, other=0.0).to(tl.float32)
-    # gelu(g) = g Phi(g), so its derivative is Phi(g) + g phi(g) with the normal density phi
-    slope = phi + g * (tl.exp(-0.5 * g * g) * INVERSE_SQRT_2PI)
-    tl.store(dx_ptr + wide, (grad * g * phi).to(dx_ptr.dtype.element_ty), mask=mask)
-    tl.store(dx_ptr + wide + inner, (grad * a * slope).to(dx_ptr.dtype.element_ty), mask=mask)
+def geglu_bwd_kernel(
+    x_ptr,
+    bias_ptr,
+    grad_ptr,
+    dx_ptr,
+    partial_ptr,
+    rows,
+    inner,
+    share,
+    BLOCK_R: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):
+    """A program takes `share` rows, so that it can add up their gradients of the bias."""
+    column = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
+    first = tl.program_id(0) * share
+    sum_a = tl.zeros([BLOCK_R, BLOCK_I], tl.float32)
+    sum_g = tl.zeros([BLOCK_R, BLOCK_I], tl.float32)
+    for start in range(first, first + share, BLOCK_R):
+        row = start + tl.arange(0, BLOCK_R)
+        a, g, phi, wide, narrow, mask = _load(x_ptr, bias_ptr, row, column, rows, inner)
+        grad = tl.load(grad_ptr + narrow, mask=mask, other=0.0).to(tl.float32)
+        # gelu(g) = g Phi(g), so its derivative is Phi(g) + g phi(g) with the normal density phi
+        slope = phi + g * (tl.exp(-0.5 * g * g) * INVERSE_SQRT_2PI)
+        da, dg = grad * g * phi, grad * a * slope
+        tl.store(dx_ptr + wide, da.to(dx_ptr.dtype.element_ty), mask=mask)
+        tl.store(dx_ptr + wide + inner, dg.to(dx_ptr.dtype.element_ty), mask=mask)
+        if partial_ptr is not None:
+            sum_a += tl.where(mask, da, 0.0)
+            sum_g += tl.where(mask, dg, 0.0)
+    if partial_ptr is not None:
+        at = partial_ptr + tl.program_id(0) * (2 * inner) + column
+        tl.store(at, tl.sum(sum_a, axis=0), mask=column < inner)
+        tl.store(at + inner, tl.sum(sum_g, axis=0), mask=column < inner)
 
 
-def geglu(x: torch.Tensor, y: torch.Tensor) -> None:
-    """Fills `y` [..., I] from `x` [..., 2I], both contiguous and not empty."""
-    _launch(geglu_fwd_kernel, x, y)
-
-
-def geglu_backward(grad: torch.Tensor, x: torch.Tensor, dx: torch.Tensor) -> None:
-    """Fills `dx` [..., 2I] from `grad` [..., I] and `x` [..., 2I], all contiguous and not empty."""
-    _launch(geglu_bwd_kernel, x, grad, dx)
-
-
-def _launch(kernel: Any, x: torch.Tensor, *others: torch.Tensor) -> None:
+def geglu(x: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor) -> None:
+    """Fills `y` [..., I] from `x` [..., 2I], both contiguous and not empty, and `bias` [2I]."""
     inner = x.shape[-1] // 2
     rows = x.numel() // x.shape[-1]
-    grid, tile = _tiling(rows, inner)
+    (row_tiles, column_tiles), tile = _tiling(rows, inner)
     with torch.cuda.device_of(x):
-        kernel[grid](x, *others, rows, inner, **tile, num_warps=4)
+        geglu_fwd_kernel[row_tiles, column_tiles](x, _dense(bias), y, rows, inner, **tile, num_warps=4)
+
+
+def geglu_backward(
+    grad: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, dx: torch.Tensor, needs_bias: bool
+) -> torch.Tensor | None:
+    """Fills `dx` [..., 2I] from `grad` [..., I] and `x` [..., 2I], all contiguous and not empty, and `bias` [2I].
+
+    Returns, if `needs_bias`, the sums of parts of the rows of `dx`, [parts, 2I] fp32. The caller adds them up, in a
+    fixed order; atomic additions would not be reproducible.
+    """
+    inner = x.shape[-1] // 2
+    rows = x.numel() // x.shape[-1]
+    (row_tiles, column_tiles), tile = _tiling(rows, inner)
+    tiles = triton.cdiv(row_tiles, max(1, PROGRAMS // column_tiles))
+    parts = triton.cdiv(row_tiles, tiles)
+    partials = torch.empty((parts, 2 * inner), dtype=torch.float32, device=x.device) if needs_bias else None
+    with torch.cuda.device_of(x):
+        geglu_bwd_kernel[parts, column_tiles](
+            x, _dense(bias), grad, dx, partials, rows, inner, tiles * tile["BLOCK_R"], **tile, num_warps=4
+        )
+    return partials
+
+
+def _dense(bias: torch.Tensor | None) -> torch.Tensor | None:
+    return None if bias is None else bias.contiguous()
 
 
 def _tiling(rows: int, inner: int) -> tuple[tuple[int, int], dict[str, int]]:
@@ -72,8 +124,18 @@ def _tiling(rows: int, inner: int) -> tuple[tuple[int, int], dict[str, int]]:
 def ahead_of_time() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, Any], int]]:
     """Yields (name, kernel, signature, constants, warps) for SD 1.5's first transformer block with 24 images."""
     _, tile = _tiling(24 * 4096, 1280)
-    sizes = {"rows": "i32", "inner": "i32", **dict.fromkeys(tile, "constexpr")}
+    sizes = {"rows": "i32", "inner": "i32"}
     for dtype in ("fp16", "bf16", "fp32"):
         x = f"*{dtype}"
-        yield f"fwd {dtype}", geglu_fwd_kernel, {"x_ptr": x, "y_ptr": x, **sizes}, tile, 4
-        yield f"bwd {dtype}", geglu_bwd_kernel, {"x_ptr": x, "grad_ptr": x, "dx_ptr": x, **sizes}, tile, 4
+        kinds = [(", trained bias", True, True), (", bias", True, False), ("", False, False)]
+        for kind, biased, trained in kinds if dtype == "fp16" else kinds[:2]:
+            absent = {} if biased else {"bias_ptr": None}
+            inputs = {"x_ptr": x, "bias_ptr": x if biased else "constexpr"}
+            constants = dict.fromkeys(tile, "constexpr")
+            if not trained:
+                signature = {**inputs, "y_ptr": x, **sizes, **constants}
+                yield f"fwd {dtype}{kind}", geglu_fwd_kernel, signature, {**absent, **tile}, 4
+            partial = {"partial_ptr": "*fp32" if trained else "constexpr"}
+            signature = {**inputs, "grad_ptr": x, "dx_ptr": x, **partial, **sizes, "share": "i32", **constants}
+            nothing = {**absent, **({} if trained else {"partial_ptr": None})}
+            yield f"bwd {dtype}{kind}", geglu_bwd_kernel, signature, {**nothing, **tile}, 4

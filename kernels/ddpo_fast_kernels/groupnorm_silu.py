@@ -64,12 +64,24 @@ def _per_channel(member, values):
 
 
 @triton.jit
+def _addend(addend_ptr, addend_step, channel, real):
+    """What is added to each channel of the program's image, [1, BLOCK_C], or 0 without an addend."""
+    if addend_ptr is None:
+        return 0.0
+    else:  # noqa: RET505  # Triton compiles what follows a `return` that is taken
+        at = tl.program_id(1) * addend_step + channel
+        return tl.load(addend_ptr + at, mask=real, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
 def groupnorm_silu_fwd_kernel(
     x_ptr,
+    addend_ptr,
     y_ptr,
     norm,
     channels,
     pixels,
+    addend_step,
     eps,
     GROUP_SIZE: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -80,6 +92,7 @@ def groupnorm_silu_fwd_kernel(
 ):
     real, channel, first, step, member = _lanes(channels, pixels, GROUPS, GROUP_SIZE, BLOCK_C, CHANNELS_LAST)
     row = tl.arange(0, BLOCK_P)
+    addend = _addend(addend_ptr, addend_step, channel, real)
 
     # Welford's recurrence for mean and sum of squared distances, separately in each element of the tile. The variance
     # E[x^2] - E[x]^2 would be cheaper, but it loses all digits to cancellation where the mean is large.
@@ -88,7 +101,7 @@ def groupnorm_silu_fwd_kernel(
     for start in range(0, pixels, BLOCK_P):
         pixel = start + row
         mask = (pixel < pixels)[:, None] & real[None, :]
-        x = tl.load(x_ptr + first[None, :] + pixel[:, None] * step, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + first[None, :] + pixel[:, None] * step, mask=mask, other=0.0).to(tl.float32) + addend
         delta = tl.where(mask, x - mean, 0.0)
         mean += delta * (1.0 / (start // BLOCK_P + 1))
         squares += delta * (x - mean)
@@ -118,7 +131,7 @@ def groupnorm_silu_fwd_kernel(
         pixel = (pixels - 1) // BLOCK_P * BLOCK_P - done + row
         mask = (pixel < pixels)[:, None] & real[None, :]
         offset = first[None, :] + pixel[:, None] * step
-        x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32) + addend
         y = (x - centre[None, :]) * scale[None, :] + bias[None, :]
         if SILU:
             y *= tl.sigmoid(y)
@@ -126,9 +139,9 @@ def groupnorm_silu_fwd_kernel(
 
 
 @triton.jit
-def _normalised(x_ptr, grad_ptr, offset, mask, mean, rstd, weight, bias, SILU: tl.constexpr):
+def _normalised(x_ptr, addend, grad_ptr, offset, mask, mean, rstd, weight, bias, SILU: tl.constexpr):
     """Returns xhat = (x - mean) * rstd and the gradient with respect to z = xhat * weight + bias, SiLU's input."""
-    x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32) + addend
     grad = tl.load(grad_ptr + offset, mask=mask, other=0.0).to(tl.float32)
     xhat = (x - mean[None, :]) * rstd[None, :]
     if SILU:
@@ -142,17 +155,20 @@ def _normalised(x_ptr, grad_ptr, offset, mask, mean, rstd, weight, bias, SILU: t
 @triton.jit
 def groupnorm_silu_bwd_kernel(
     x_ptr,
+    addend_ptr,
     grad_ptr,
+    skip_ptr,
     dx_ptr,
+    daddend_ptr,
     partial_ptr,
     norm,
     channels,
     pixels,
+    addend_step,
     GROUP_SIZE: tl.constexpr,
     GROUPS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     SILU: tl.constexpr,
-    AFFINE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -164,6 +180,7 @@ def groupnorm_silu_bwd_kernel(
     rstd = _per_channel(member, tl.load(norm.rstd + statistic))
     weight = tl.load(norm.weight + channel, mask=real, other=0.0).to(tl.float32)
     bias = tl.load(norm.bias + channel, mask=real, other=0.0).to(tl.float32)
+    addend = _addend(addend_ptr, addend_step, channel, real)
 
     sums = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     products = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
@@ -171,12 +188,12 @@ def groupnorm_silu_bwd_kernel(
         pixel = start + row
         mask = (pixel < pixels)[:, None] & real[None, :]
         offset = first[None, :] + pixel[:, None] * step
-        xhat, grad = _normalised(x_ptr, grad_ptr, offset, mask, mean, rstd, weight, bias, SILU)
+        xhat, grad = _normalised(x_ptr, addend, grad_ptr, offset, mask, mean, rstd, weight, bias, SILU)
         sums += grad
         products += grad * xhat
     channel_sum = tl.sum(sums, axis=0)
     channel_product = tl.sum(products, axis=0)
-    if AFFINE:
+    if partial_ptr is not None:
         at = partial_ptr + image * channels + channel
         tl.store(at, channel_product, mask=real)
         tl.store(at + tl.num_programs(1) * channels, channel_sum, mask=real)
@@ -187,14 +204,22 @@ def groupnorm_silu_bwd_kernel(
     count = GROUP_SIZE * pixels
     along_one = _per_channel(member, _per_group(member, weight * channel_sum) / count)
     along_x = _per_channel(member, _per_group(member, weight * channel_product) / count)
+    of_addend = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     # from the last tile to the first, as in the forward pass
     for done in range(0, pixels, BLOCK_P):
         pixel = (pixels - 1) // BLOCK_P * BLOCK_P - done + row
         mask = (pixel < pixels)[:, None] & real[None, :]
         offset = first[None, :] + pixel[:, None] * step
-        xhat, grad = _normalised(x_ptr, grad_ptr, offset, mask, mean, rstd, weight, bias, SILU)
+        xhat, grad = _normalised(x_ptr, addend, grad_ptr, offset, mask, mean, rstd, weight, bias, SILU)
         dx = (grad * weight[None, :] - along_one[None, :] - xhat * along_x[None, :]) * rstd[None, :]
+        if daddend_ptr is not None:
+            of_addend += tl.where(mask, dx, 0.0)
+        if skip_ptr is not None:
+            dx += tl.load(skip_ptr + offset, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    if daddend_ptr is not None:
+        at = daddend_ptr + image * channels + channel
+        tl.store(at, tl.sum(of_addend, axis=0).to(daddend_ptr.dtype.element_ty), mask=real)
 
 
 def groupnorm_silu(
@@ -203,51 +228,72 @@ def groupnorm_silu(
     bias: torch.Tensor,
     eps: float,
     silu: bool,
+    addend: torch.Tensor | None,
     y: torch.Tensor,
     mean: torch.Tensor,
     rstd: torch.Tensor,
 ) -> None:
-    """Fills `y`, which has the dense layout of `x` [N, C, ...] (not empty), and the fp32 `mean` and `rstd` [N, G]."""
+    """Fills `y`, which has the dense layout of `x` [N, C, ...] (not empty), and the fp32 `mean` and `rstd` [N, G].
+
+    `addend` is [N, C] or [1, C].
+    """
     images, channels, pixels = x.shape[0], x.shape[1], math.prod(x.shape[2:])
     grid, tile, warps = _tiling(images, channels, pixels, mean.shape[1], x.element_size(), not x.is_contiguous())
     norm = Norm(weight.contiguous(), bias.contiguous(), mean, rstd)
+    addend, step = _rows(addend)
     with torch.cuda.device_of(x):
-        groupnorm_silu_fwd_kernel[grid](x, y, norm, channels, pixels, eps, SILU=silu, **tile, num_warps=warps)
+        groupnorm_silu_fwd_kernel[grid](
+            x, addend, y, norm, channels, pixels, step, eps, SILU=silu, **tile, num_warps=warps
+        )
 
 
 def groupnorm_silu_backward(
     x: torch.Tensor,
     grad: torch.Tensor,
+    skip: torch.Tensor | None,
     weight: torch.Tensor,
     bias: torch.Tensor,
+    addend: torch.Tensor | None,
     mean: torch.Tensor,
     rstd: torch.Tensor,
     silu: bool,
     dx: torch.Tensor,
+    daddend: torch.Tensor | None,
     partials: torch.Tensor | None,
 ) -> None:
-    """Fills `dx` and, if given, `partials` [2, N, C] fp32: the gradients of weight and bias of each image.
+    """Fills `dx` and, if given, `daddend` [N, C] and `partials` [2, N, C] fp32: the gradients of weight and bias.
 
-    `x`, `grad` and `dx` have the same dense layout. The caller adds up the images' gradients, in a fixed order.
+    `x`, `grad`, `skip` and `dx` have the same dense layout; `skip` is added to dx. The caller adds up the images'
+    gradients, in a fixed order.
     """
     images, channels, pixels = x.shape[0], x.shape[1], math.prod(x.shape[2:])
     grid, tile, warps = _tiling(images, channels, pixels, mean.shape[1], x.element_size(), not x.is_contiguous())
     norm = Norm(weight.contiguous(), bias.contiguous(), mean, rstd)
-    affine = partials is not None
+    addend, step = _rows(addend)
     with torch.cuda.device_of(x):
         groupnorm_silu_bwd_kernel[grid](
             x,
+            addend,
             grad,
+            skip,
             dx,
-            partials if affine else mean,
+            daddend,
+            partials,
             norm,
             channels,
             pixels,
+            step,
             SILU=silu,
-            AFFINE=affine,
             **tile,
             num_warps=warps,
         )
+
+
+def _rows(addend: torch.Tensor | None) -> tuple[torch.Tensor | None, int]:
+    """The dense addend, and the step from an image's to the next's: 0 if all have the same."""
+    if addend is None:
+        return None, 0
+    return addend.contiguous(), 0 if len(addend) == 1 else addend.shape[1]
 
 
 def _tiling(
@@ -283,17 +329,28 @@ def ahead_of_time() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, Any], 
     for dtype, itemsize in (("fp16", 2), ("bf16", 2), ("fp32", 4)):
         x = f"*{dtype}"
         norm = Norm(x, x, "*fp32", "*fp32")
-        sizes = {"channels": "i32", "pixels": "i32"}
-        for pixels, channels in shapes:
+        sizes = {"channels": "i32", "pixels": "i32", "addend_step": "i32"}
+        for pixels, channels in shapes if dtype == "fp16" else ((4096, 320), (1024, 1280)):
             _, tile, warps = _tiling(24, channels, pixels, 32, itemsize, channels_last=True)
             name = f"{dtype} {channels} channels, {pixels} pixels"
-            forward = {**tile, "SILU": True}
-            signature = {"x_ptr": x, "y_ptr": x, "norm": norm, **sizes, "eps": "fp32"}
-            signature |= dict.fromkeys(forward, "constexpr")
-            yield f"fwd {name}", groupnorm_silu_fwd_kernel, signature, forward, warps
-            for affine in (True, False):
-                backward = {**forward, "AFFINE": affine}
-                signature = {"x_ptr": x, "grad_ptr": x, "dx_ptr": x, "partial_ptr": "*fp32", "norm": norm, **sizes}
-                signature |= dict.fromkeys(backward, "constexpr")
-                kind = "with weights" if affine else "frozen"
-                yield f"bwd {name}, {kind}", groupnorm_silu_bwd_kernel, signature, backward, warps
+            constants = {**tile, "SILU": True}
+            # a block's first norm has a skip connection, its second an addend; all are trained, or none is
+            for kind, given in (
+                ("fwd no addend", {"addend_ptr": None}),
+                ("fwd addend", {}),
+                ("bwd trained", {"addend_ptr": None, "daddend_ptr": None}),
+                ("bwd addend, trained", {"skip_ptr": None}),
+                ("bwd frozen", {"addend_ptr": None, "daddend_ptr": None, "partial_ptr": None}),
+                ("bwd addend, frozen", {"skip_ptr": None, "daddend_ptr": None, "partial_ptr": None}),
+            ):
+                direction, _, rest = kind.partition(" ")
+                forward = direction == "fwd"
+                signature: dict[str, Any] = {"x_ptr": x, "addend_ptr": x}
+                signature |= (
+                    {"y_ptr": x} if forward else dict.fromkeys(("grad_ptr", "skip_ptr", "dx_ptr", "daddend_ptr"), x)
+                )
+                signature |= {} if forward else {"partial_ptr": "*fp32"}
+                signature |= {"norm": norm, **sizes, **({"eps": "fp32"} if forward else {})}
+                signature |= dict.fromkeys({**constants, **given}, "constexpr")
+                kernel = groupnorm_silu_fwd_kernel if forward else groupnorm_silu_bwd_kernel
+                yield f"{direction} {name}, {rest}", kernel, signature, {**constants, **given}, warps

@@ -1,4 +1,4 @@
-"""Helpers of the launchers: the layout of rows, the size of tiles, and the counter that finds the last program."""
+"""Helpers of the launchers: layout, tiles, sums over programs, and the counter that finds the last program."""
 
 from __future__ import annotations
 
@@ -31,6 +31,31 @@ def block_and_warps(elements: int) -> tuple[int, int]:
     """
     block = min(triton.next_power_of_2(max(elements, 16)), 4096)
     return block, max(4, block // 256)
+
+
+@triton.jit
+def sum_parts_kernel(parts_ptr, sum_ptr, parts, width, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
+    column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    real = column < width
+    total = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
+    for start in range(0, parts, BLOCK_P):
+        part = start + tl.arange(0, BLOCK_P)
+        offset = (tl.program_id(1) * parts + part)[:, None] * width + column[None, :]
+        total += tl.load(parts_ptr + offset, mask=(part < parts)[:, None] & real[None, :], other=0.0)
+    summed = tl.sum(total, axis=0).to(sum_ptr.dtype.element_ty)
+    tl.store(sum_ptr + tl.program_id(1) * width + column, summed, mask=real)
+
+
+def sum_parts(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The sums [K, D] in `dtype` of what programs have added up, [K, P, D] fp32, dense, with P > 0.
+
+    PyTorch's sum would need a second launch for the cast.
+    """
+    sums = torch.empty((parts.shape[0], parts.shape[2]), dtype=dtype, device=parts.device)
+    grid = (triton.cdiv(parts.shape[2], 32), parts.shape[0])
+    with torch.cuda.device_of(parts):
+        sum_parts_kernel[grid](parts, sums, parts.shape[1], parts.shape[2], BLOCK_P=64, BLOCK_D=32, num_warps=4)
+    return sums
 
 
 def ticket(device: torch.device) -> torch.Tensor:
