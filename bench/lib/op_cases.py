@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddpo_fast.ops import clipped_surrogate, guided, ppo_loss, score_step, step_logprob, take_step
+from ddpo_fast.ops.add_layernorm import add_layernorm
 from ddpo_fast.ops.backend import OPS, Op
 from ddpo_fast.ops.frozen import frozen_conv2d
 from ddpo_fast.ops.gaussian import table_rows
 from ddpo_fast.ops.geglu import geglu
 from ddpo_fast.ops.groupnorm_silu import groupnorm_silu
 from ddpo_fast.ops.lora_linear import lora_linear
+from ddpo_fast.ops.qkv_linear import qkv_linear
 
 Function = Callable[..., Any]
 HALF, BF16, FULL = torch.float16, torch.bfloat16, torch.float32
@@ -159,8 +161,8 @@ GEGLU_SIZES = {
 
 
 def geglu_cases(device: str, size: str) -> Iterator[Case]:
-    def eager(x: Tensor) -> Tensor:
-        values, gates = x.chunk(2, -1)
+    def eager(x: Tensor, bias: Tensor | None = None) -> Tensor:
+        values, gates = (x if bias is None else x + bias).chunk(2, -1)
         return values * F.gelu(gates)
 
     for rows, width, dtype in GEGLU_SIZES[size_of(device, size)]:
@@ -168,6 +170,53 @@ def geglu_cases(device: str, size: str) -> Iterator[Case]:
         moved = {"fwd": nbytes(x) * 3 // 2, "bwd": nbytes(x) * 5 // 2}
         others = _liger_geglu(device)
         yield Case(OPS["geglu"], f"{rows} x {width}", dtype, eager, geglu, (x,), (x,), moved, others)
+        bias = torch.zeros(width, dtype=dtype, device=device).requires_grad_()
+        name = f"{rows} x {width}, bias"
+        yield Case(OPS["geglu"], name, dtype, eager, geglu, (x, bias), (x, bias), moved)
+
+
+# rows, channels, dtype
+LAYERNORM_SIZES = {
+    "tiny": [(64, 32, FULL)],
+    "cpu": [(2048, 320, FULL), (2048, 320, BF16)],
+    "cuda": [(4096 * 24, 320, HALF), (1024 * 24, 640, HALF), (256 * 24, 1280, HALF)],
+}
+
+
+def add_layernorm_cases(device: str, size: str) -> Iterator[Case]:
+    """The sum has a residual and a bias; both results are used."""
+
+    def eager(x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor, added: Tensor) -> Tensor:
+        s = residual + (x + added)
+        return s + F.layer_norm(s, x.shape[-1:], scale, shift, EPS)
+
+    def fused(x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor, added: Tensor) -> Tensor:
+        s, y = add_layernorm(x, scale, shift, EPS, residual, added)
+        return s + y
+
+    for rows, channels, dtype in LAYERNORM_SIZES[size_of(device, size)]:
+        x, residual = (normal(rows, channels, dtype=dtype, device=device).requires_grad_() for _ in range(2))
+        vectors = [normal(channels, dtype=dtype, device=device).requires_grad_() for _ in range(3)]
+        leaves = (x, *vectors[:2], residual, vectors[2])
+        moved = {"fwd+bwd": 11 * nbytes(x)}
+        yield Case(OPS["add_layernorm"], f"{rows} x {channels}", dtype, eager, fused, leaves, leaves, moved)
+
+
+def qkv_linear_cases(device: str, size: str) -> Iterator[Case]:
+    def eager(x: Tensor, *weights: Tensor) -> Tensor:
+        q, k, v = (F.linear(x, weight) for weight in weights)
+        return q + k + v
+
+    def fused(x: Tensor, *weights: Tensor) -> Tensor:
+        q, k, v = qkv_linear(x, weights)
+        return q + k + v
+
+    for rows, channels, dtype in LAYERNORM_SIZES[size_of(device, size)]:
+        x = normal(rows, channels, dtype=dtype, device=device).requires_grad_()
+        weights = tuple(normal(channels, channels, dtype=dtype, device=device).requires_grad_() for _ in range(3))
+        leaves = (x, *weights)
+        moved = {"fwd+bwd": 3 * nbytes(*weights) + 14 * nbytes(x)}
+        yield Case(OPS["qkv_linear"], f"{rows} x {channels}", dtype, eager, fused, leaves, leaves, moved)
 
 
 # rows, channels, rank, dtype
@@ -229,6 +278,8 @@ CASES: dict[str, Callable[[str, str], Iterator[Case]]] = {
     "ppo_loss": ppo_loss_cases,
     "groupnorm_silu": groupnorm_silu_cases,
     "geglu": geglu_cases,
+    "add_layernorm": add_layernorm_cases,
+    "qkv_linear": qkv_linear_cases,
     "lora_linear": lora_linear_cases,
     "frozen": frozen_cases,
 }

@@ -5,6 +5,7 @@ kernel (`csrc`). `backend.py` decides which of them runs; `ddpo-fast info` print
 """
 
 from ddpo_fast.ops.adamw8bit import adamw8bit_, dequantise, quantise, quantization_map
+from ddpo_fast.ops.add_layernorm import add_layernorm
 from ddpo_fast.ops.backend import BACKENDS, force_backend, require_backend, status, use_backend
 from ddpo_fast.ops.frozen import frozen_conv2d
 from ddpo_fast.ops.gaussian import guided, score_step, take_step
@@ -13,6 +14,7 @@ from ddpo_fast.ops.groupnorm_silu import groupnorm_silu
 from ddpo_fast.ops.linear import linear
 from ddpo_fast.ops.lora_linear import lora_linear
 from ddpo_fast.ops.ppo_loss import PPOLoss, clipped_surrogate, is_clipped, ppo_loss
+from ddpo_fast.ops.qkv_linear import lora_qkv_linear, qkv_linear
 from ddpo_fast.ops.step_logprob import Step, step_logprob
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "PPOLoss",
     "Step",
     "adamw8bit_",
+    "add_layernorm",
     "clipped_surrogate",
     "dequantise",
     "force_backend",
@@ -30,7 +33,9 @@ __all__ = [
     "is_clipped",
     "linear",
     "lora_linear",
+    "lora_qkv_linear",
     "ppo_loss",
+    "qkv_linear",
     "quantise",
     "quantization_map",
     "require_backend",

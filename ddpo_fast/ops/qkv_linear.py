@@ -1,0 +1,144 @@
+"""The query, key and value of a self-attention, with or without an adapter, as one op with the gradient of their input.
+
+As three layers, each would write a gradient of the input for autograd to add up, in kernels that read and write all of
+it; the matrix products add up by themselves. With an adapter (LoRA) the input is read once for the three low-rank
+projections, forward and backward. There is no kernel besides the reference, because library GEMMs do all the work.
+M rows of x, I inputs, O outputs, rank r.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpo_fast.ops.backend import Op
+from ddpo_fast.ops.operands import with_frozen
+
+Three = tuple[Tensor, Tensor, Tensor]
+
+
+def qkv_linear(x: Tensor, weights: Three) -> Three:
+    """`x W^T` for three weights [O, I]: [..., I] -> three [..., O], in the dtype of x, which is the weights'."""
+    return FORWARD(x, *weights, *[None] * 6, 1.0)[:3]
+
+
+def lora_qkv_linear(x: Tensor, weights: Three, lora_a: Three, lora_b: Three, scaling: float) -> Three:
+    """`x W^T + scaling (x A^T) B^T` for three frozen weights [O, I] with adapters A [r, I] and B [O, r].
+
+    The dtypes are as for `lora_linear`. Raises `ValueError` if a weight requires a gradient.
+    """
+    frozen = [with_frozen("lora_qkv_linear", x, weight, None) for weight in weights]
+    x = frozen[0][0]
+    adapters = (factor.to(x.dtype) for factor in (*lora_a, *lora_b))
+    return FORWARD(x, *(weight for _, weight, _ in frozen), *adapters, scaling)[:3]
+
+
+def _forward(
+    x: Tensor,
+    w_q: Tensor,
+    w_k: Tensor,
+    w_v: Tensor,
+    a_q: Tensor | None,
+    a_k: Tensor | None,
+    a_v: Tensor | None,
+    b_q: Tensor | None,
+    b_k: Tensor | None,
+    b_v: Tensor | None,
+    scaling: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The three results and, with adapters, `x A^T` [M, 3 r]."""
+    rows = x.reshape(-1, x.shape[-1])
+    q, k, v = (rows @ weight.t() for weight in (w_q, w_k, w_v))
+    low = x.new_empty(0)
+    if a_q is not None and a_k is not None and a_v is not None:
+        assert b_q is not None
+        assert b_k is not None
+        assert b_v is not None
+        low = rows @ torch.cat([a_q, a_k, a_v]).t()
+        parts = low.split([len(a_q), len(a_k), len(a_v)], dim=1)
+        for result, part, b in zip((q, k, v), parts, (b_q, b_k, b_v), strict=True):
+            result.addmm_(part, b.t(), alpha=scaling)
+    q, k, v = (result.view(*x.shape[:-1], result.shape[-1]) for result in (q, k, v))
+    return q, k, v, low
+
+
+def _backward(
+    grad_q: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
+    x: Tensor | None,
+    weights: Sequence[Tensor],
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    low: Tensor,
+    scaling: float,
+    needs_x: bool,
+    needs_weights: bool,
+) -> list[Tensor]:
+    """The gradients of x and the weights, if they are needed, and of the adapters, if there are any and x is given.
+
+    Those of the three A are one tensor, because results of a custom op must not share memory.
+    """
+    grads = [grad.reshape(-1, grad.shape[-1]) for grad in (grad_q, grad_k, grad_v)]
+    found = []
+    dx = grads[0] @ weights[0] if needs_x else grad_q.new_empty(0)
+    if needs_x:
+        for grad, weight in zip(grads[1:], weights[1:], strict=True):
+            dx.addmm_(grad, weight)
+        found.append(dx)
+    rows = None if x is None else x.reshape(-1, x.shape[-1])
+    if needs_weights:
+        assert rows is not None
+        found += [grad.t() @ rows for grad in grads]
+    if lora_a:
+        stacked = torch.cat(list(lora_a))
+        grad_low = torch.cat([grad @ b for grad, b in zip(grads, lora_b, strict=True)], dim=1)
+        if needs_x:
+            dx.addmm_(grad_low, stacked, alpha=scaling)
+        if rows is None:
+            return found
+        # with beta=0 the first operand is not read: this is scaling * product in one launch
+        found.append(torch.addmm(stacked, grad_low.t(), rows, beta=0, alpha=scaling))
+        parts = low.split([len(a) for a in lora_a], dim=1)
+        for grad, b, part in zip(grads, lora_b, parts, strict=True):
+            found.append(torch.addmm(b, grad.t(), part, beta=0, alpha=scaling))
+    return found
+
+
+FORWARD = Op("qkv_linear", _forward, _forward)
+BACKWARD = Op("qkv_linear_backward", _backward, _backward)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, *operands, ctx.scaling = inputs
+    low = output[-1]
+    ctx.shape = x.shape
+    ctx.mark_non_differentiable(low)
+    # without this, autograd would allocate zeros for the gradient of `low` in every backward pass
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x if any(ctx.needs_input_grad[1:]) else None, low, *operands)
+
+
+def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, low, *operands = ctx.saved_tensors
+    weights, lora_a, lora_b = (operands[i : i + 3] for i in (0, 3, 6))
+    needs = ctx.needs_input_grad
+    whole = [
+        weight.new_zeros(*ctx.shape[:-1], len(weight)) if grad is None else grad
+        for grad, weight in zip(grads[:3], weights, strict=True)
+    ]
+    adapters = ([], []) if lora_a[0] is None else (lora_a, lora_b)
+    found = iter(BACKWARD(*whole, x, weights, *adapters, low, ctx.scaling, needs[0], any(needs[1:4])))
+    dx = next(found).view(ctx.shape) if needs[0] else None
+    of_weights = [next(found) for _ in range(3)] if any(needs[1:4]) else [None] * 3
+    of_adapters: list[Tensor | None] = [None] * 6
+    if adapters[0] and x is not None:
+        stacked = next(found)
+        of_adapters = [*stacked.split([len(a) for a in lora_a]), *found]
+    return dx, *of_weights, *of_adapters, None
+
+
+FORWARD.register_autograd(_gradients, setup_context=_save)
