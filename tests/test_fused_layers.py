@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections import Counter
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.upsampling import Upsample2D
 from example_unets import KINDS, add_adapter, inputs_of, make_unet, output_and_gradients, predict, trained_parameters
@@ -13,7 +15,7 @@ from op_checks import DEVICE, assert_as_exact_as_plain
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpo_fast.batch_sizes import MOST_ROWS
-from ddpo_fast.unet import SDPAProcessor, fuse_unet, unfuse_unet
+from ddpo_fast.unet import SDPAProcessor, convolutions, fuse_unet, linear_layers, unfuse_unet
 from ddpo_fast.unet import fused_layers as fusing
 
 
@@ -41,6 +43,49 @@ def test_the_same_in_channels_last_without_a_contiguous_image(kind, lora):
     fused = output_and_gradients(unet, sample=inputs_of(unet)["sample"].to(memory_format=torch.channels_last))
     torch.testing.assert_close(fused, expected, rtol=1e-7, atol=1e-10)
     assert set(layouts) == {1}
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_where_kernels_add_what_a_cpu_adds_apart(kind, lora, monkeypatch):
+    """As on a GPU: biases in GEGLU and in the sums before layer norms, gradients of skip connections, q, k and v."""
+    unet = make_unet(kind, lora, torch.float64)
+    expected = output_and_gradients(unet)
+    monkeypatch.setattr(convolutions, "adds_in_kernels", lambda x: True)
+    fuse_unet(unet).to(memory_format=torch.channels_last)
+    calls = Counter()
+    for name in ("qkv_linear", "lora_qkv_linear"):
+        op = getattr(linear_layers, name)
+        monkeypatch.setattr(linear_layers, name, lambda *a, op=op, name=name: calls.update([name]) or op(*a))
+    fused = output_and_gradients(unet, sample=inputs_of(unet)["sample"].to(memory_format=torch.channels_last))
+    torch.testing.assert_close(fused, expected, rtol=1e-7, atol=1e-10)
+    blocks = sum(isinstance(module, BasicTransformerBlock) for module in unet.modules())
+    assert calls == {"lora_qkv_linear" if lora else "qkv_linear": blocks}
+    with torch.no_grad():
+        sampled = predict(unet)
+    assert torch.equal(predict(unet), sampled)
+
+
+class Wrapped(torch.nn.Module):
+    """A layer of another kind, without the attributes of a linear layer, as one with quantized weights is."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def test_adapters_on_layers_of_another_kind_are_called_one_by_one(monkeypatch):
+    monkeypatch.setattr(convolutions, "adds_in_kernels", lambda x: True)
+    unet = make_unet("sd15", lora=True, dtype=torch.float64)
+    expected = output_and_gradients(unet)
+    fuse_unet(unet)
+    for module in list(unet.modules()):
+        if isinstance(module, linear_layers.FusedLoraLinear):
+            module.base_layer = Wrapped(module.base_layer)
+    torch.testing.assert_close(output_and_gradients(unet), expected, rtol=1e-7, atol=1e-10)
 
 
 @pytest.mark.parametrize("layer", ["conv1", "conv2", "conv_shortcut", "proj_in"])

@@ -97,15 +97,22 @@ def test_a_residual_block_plain_and_fused():
         *(*norm, "activation", "conv", "bias", *embedding, "bias"),
         *(*norm, "activation", "conv", "bias", "add", "activation"),
     ]
-    # the first convolution's bias is added to the embedding [2, 32], and not to the images
-    assert kinds[1] == ["norm", *embedding, "conv", "bias", "bias", "norm", "conv", "bias", "add"]
+    # the first convolution's bias is added to the embedding [2, 32], and that to the images by the norm
+    assert kinds[1] == ["norm", *embedding, "conv", "bias", "norm", "conv", "bias", "add"]
+    # gradients that are there already would be added to
+    for leaf in (x, temb, *fused.parameters()):
+        leaf.grad = None
     found = count(fused, lambda: fused(x, temb))
-    assert found.forward[4].written == HALF * 2 * 32
+    added = HALF * 2 * 32
+    assert found.forward[4].written == added
     silu_of_temb = HALF * 2 * 16
-    assert found.saved == 4 * activations + 2 * 2 * statistics + 2 * silu_of_temb
+    assert found.saved == 4 * activations + 2 * 2 * statistics + 2 * silu_of_temb + added
     norms = [launch for launch in found.forward if launch.kind == "norm"]
     weights = HALF * 2 * 32
-    assert norms == [Launch("norm", activations + weights, activations + 2 * statistics)] * 2
+    first = Launch("norm", activations + weights, activations + 2 * statistics)
+    assert norms == [first, first._replace(read=first.read + added)]
+    # of three additions autograd has none left: both norms and the residual hand their gradients to kernels
+    assert not any(launch.kind == "add" for launch in found.backward)
 
 
 def test_an_op_without_a_rule_is_refused():
@@ -131,9 +138,10 @@ def test_sd15_with_a_lora(tmp_path, capsys):
     assert traffic.total(forward, "flops") == pytest.approx(803e9 - shared / 2, rel=0.003)
     # 61 group norms and 48 layer norms; 52 convolutions of 3x3, the others are matrix products; and copies of the time
     # embedding, of 12 concatenations, of three upsamplings and of what is shared: the time embedding in each of 8
-    # blocks, the residuals of a transformer and of its block, and the output of conv_in, only
+    # blocks, the residuals of a transformer and of its block and the norm, and the output of conv_in, only; and of the
+    # adapters of 16 self-attentions, whose first factors become one
     launches = {kind: of["launches"] for kind, of in forward["kinds"].items()}
-    copies = 3 + 12 + 3 + 12
+    copies = 3 + 12 + 3 + 13 + 16
     assert [launches[kind] for kind in ("norm", "conv", "attention", "copy")] == [61 + 48, 52, 32, copies]
     assert (forward["phase"], backward["phase"]) == ("forward", "backward")
     assert "of 798 TFLOP/s" in capsys.readouterr().out

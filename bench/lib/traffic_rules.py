@@ -217,15 +217,38 @@ def layer_norm_backward(out: tuple[Tensor | None, ...], grad: Tensor, x: Tensor,
         yield Launch("norm", bytes_of(grad, x), bytes_of(dweight, dbias))
 
 
-def fused_group_norm_backward(out: list[Tensor], x: Tensor, grad: Tensor, *args: Any) -> Iterator[Launch]:
-    """Ours: one kernel; then a sum over the images' gradients of weight and bias [2, N, C], and a cast."""
-    dx, *affine = out
-    images = FLOAT * 2 * x.shape[0] * x.shape[1]
-    yield Launch("norm", bytes_of(x, grad, *tensors_in(args)), bytes_of(dx) + len(affine) * images)
-    for gradients in affine:
-        yield Launch("norm", images, FLOAT * gradients.numel())
-        if gradients.dtype != torch.float32:
-            yield Launch("cast", FLOAT * gradients.numel(), bytes_of(gradients))
+def fused_group_norm_backward(out: list[Tensor], x: Tensor, *args: Any) -> Iterator[Launch]:
+    """Ours: one kernel; then a sum over the images' gradients of weight and bias [2, N, C]."""
+    affine, of_addend = args[-1]
+    images = FLOAT * 2 * x.shape[0] * x.shape[1] if affine else 0
+    yield Launch("norm", bytes_of(x, *tensors_in(args)), bytes_of(out[0], out[-1] if of_addend else None) + images)
+    yield from summed_parts(images, *out[1:2] if affine else ())
+
+
+def geglu_backward(out: list[Tensor], grad: Tensor, x: Tensor, bias: Tensor | None, *args: Any) -> Iterator[Launch]:
+    """Ours: one kernel, whose about 1056 programs take 256 columns each; then the sum of the bias's gradient."""
+    dx, *dbias = out
+    parts = FLOAT * grad.shape[-1] * 2 * max(1, 1056 * 256 // grad.shape[-1]) if dbias else 0
+    yield Launch("activation", bytes_of(grad, x, bias), bytes_of(dx) + parts)
+    yield from summed_parts(parts, *dbias)
+
+
+def add_layernorm_backward(out: list[Tensor], *args: Any) -> Iterator[Launch]:
+    """Ours: one kernel, with the sums of 528 parts; then the sum of each vector's gradient."""
+    gate = args[8]
+    activations, vectors = out[: 1 if gate is None else 2], out[1 if gate is None else 2 :]
+    parts = [
+        FLOAT * 528 * gradient.shape[-1] * (2 if i == 0 and args[9][0] else 1) for i, gradient in enumerate(vectors)
+    ]
+    yield Launch("norm", bytes_of(*tensors_in(args)), bytes_of(*activations) + sum(parts))
+    for of, gradient in zip(parts, vectors, strict=True):
+        yield from summed_parts(of, gradient)
+
+
+def summed_parts(parts: int, *gradients: Tensor) -> Iterator[Launch]:
+    """The sum of a kernel's fp32 parts of each gradient."""
+    for gradient in gradients:
+        yield Launch("bias", parts, bytes_of(gradient))
 
 
 # PyTorch's RMS norm on a GPU: its own op is composed of others on the device `meta`
@@ -298,6 +321,7 @@ RULES: dict[Any, Rule] = {
     # sums of gradients, of a bias or of a tensor that was added to many
     aten.sum: one_launch("bias"),
     aten.cat: one_launch("copy"),
+    aten.stack: one_launch("copy"),
     aten.clone: copy,
     aten._to_copy: copy,
     aten.copy_: copy,
@@ -313,6 +337,8 @@ RULES: dict[Any, Rule] = {
 OWN_RULES: dict[str, Rule] = {
     "groupnorm_silu": one_launch("norm"),
     "groupnorm_silu_backward": fused_group_norm_backward,
+    "add_layernorm": one_launch("norm"),
+    "add_layernorm_backward": add_layernorm_backward,
     "geglu": one_launch("activation"),
-    "geglu_backward": one_launch("activation"),
+    "geglu_backward": geglu_backward,
 }

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
         is_plain,
         set_attention,
     )
-    from ddpo_fast.unet.fused_layers import FusedLoraLinear, faster_layers, fuse_unet, unfuse_unet
+    from ddpo_fast.unet.fused_layers import faster_layers, fuse_unet, unfuse_unet
     from ddpo_fast.unet.gradient_checkpointing import set_gradient_checkpointing
+    from ddpo_fast.unet.linear_layers import FusedLoraLinear
     from ddpo_fast.unet.sampling_cache import UNetCache, cache_problem
     from ddpo_fast.unet.shared_halves import shares_halves
 
@@ -51,7 +52,7 @@ __all__ = [
 # seconds, and `ddpo-fast info` asks for the attention only.
 _MODULES = {
     "FEW_SCORES": "attention",
-    "FusedLoraLinear": "fused_layers",
+    "FusedLoraLinear": "linear_layers",
     "SDPAProcessor": "attention",
     "UNetCache": "sampling_cache",
     "attend_to_few": "attention",

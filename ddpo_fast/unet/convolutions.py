@@ -37,6 +37,14 @@ def fits_conv(conv: nn.Conv2d) -> bool:
     return conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
 
 
+def adds_in_kernels(x: Tensor) -> bool:
+    """Whether additions are left to kernels that read or write the same tensors: on all devices but the CPU.
+
+    A CPU has no such kernels, and the order of its sums stays as it was.
+    """
+    return x.device.type != "cpu"
+
+
 def is_bare(layer: Any, *kinds: type[nn.Module]) -> bool:
     """Whether a layer is of one of these classes and nothing else runs where it is called, so that another op can
     compute it from its parameters."""

@@ -14,18 +14,19 @@ import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from diffusers.models.activations import GEGLU
+from diffusers.models.attention import BasicTransformerBlock, JointTransformerBlock
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.normalization import RMSNorm
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from diffusers.models.upsampling import Upsample2D
 from peft.tuners import lora
 from torch import nn
 
 from ddpo_fast.ops.geglu import geglu
-from ddpo_fast.ops.groupnorm_silu import groupnorm_silu
-from ddpo_fast.ops.linear import linear, onednn_is_faster
-from ddpo_fast.ops.lora_linear import lora_linear
+from ddpo_fast.ops.groupnorm_silu import groupnorm_silu, groupnorm_silu_and_skip
+from ddpo_fast.unet import convolutions
 from ddpo_fast.unet.attention import SDPAProcessor, is_plain
 from ddpo_fast.unet.convolutions import (
     FrozenConv2d,
@@ -33,13 +34,20 @@ from ddpo_fast.unet.convolutions import (
     fits_conv,
     images_of,
     is_bare,
-    is_hooked,
     is_patched,
     is_pointwise,
     project,
     rows_of,
 )
+from ddpo_fast.unet.linear_layers import FusedLinear, FusedLoraLinear
+from ddpo_fast.unet.modulated_blocks import (
+    FusedFluxSingleTransformerBlock,
+    FusedFluxTransformerBlock,
+    FusedJointTransformerBlock,
+    has_layer_norms,
+)
 from ddpo_fast.unet.shared_halves import UNSHARED, share_halves, with_rows_of
+from ddpo_fast.unet.transformer_blocks import FusedBasicTransformerBlock, fits_block, without_bias
 
 CONVOLUTIONS = (nn.Conv2d, FrozenConv2d)
 # the most output elements of PyTorch's nearest upsampling of channels_last images, which counts them in an int32
@@ -58,8 +66,18 @@ class FusedGroupNorm(nn.GroupNorm):
 class GroupNormSiLU(nn.GroupNorm):
     """A group norm of images and the SiLU that follows it. The SiLU layer itself must be replaced by `SkippedSiLU`."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return groupnorm_silu(x, self.weight, self.bias, self.num_groups, self.eps, True)
+    def forward(self, x: torch.Tensor, addend: torch.Tensor | None = None) -> torch.Tensor:
+        """`addend` [N, C] is added to every pixel of x first."""
+        return groupnorm_silu(x, self.weight, self.bias, self.num_groups, self.eps, True, addend)
+
+
+def norm_and_skip(norm: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A group norm of images, and x for a skip connection; a fused norm's kernel adds their gradients."""
+    if not (is_bare(norm, FusedGroupNorm, GroupNormSiLU) and convolutions.adds_in_kernels(x)):
+        return norm(x), x
+    return groupnorm_silu_and_skip(
+        x, norm.weight, norm.bias, norm.num_groups, norm.eps, isinstance(norm, GroupNormSiLU)
+    )
 
 
 class SkippedSiLU(nn.SiLU):
@@ -77,7 +95,8 @@ class FusedResnetBlock2D(ResnetBlock2D):
     """
 
     def forward(self, input_tensor: torch.Tensor, temb: torch.Tensor | None, *args: Any, **kwargs: Any) -> torch.Tensor:
-        hidden = self.norm1(input_tensor)
+        hidden, input_tensor = norm_and_skip(self.norm1, input_tensor)
+        added = None
         if self.time_emb_proj is None:
             hidden = self.conv1(hidden)
             hidden = hidden if temb is None else hidden + temb
@@ -85,13 +104,12 @@ class FusedResnetBlock2D(ResnetBlock2D):
             assert temb is not None
             added = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
             if is_bare(self.conv1, *CONVOLUTIONS) and self.conv1.bias is not None:
-                # the embedding's sum adds the convolution's bias too
+                # the norm adds the convolution's bias too
                 hidden = convolve(self.conv1, hidden, None)
                 added = added + self.conv1.bias.to(added.dtype)
             else:
                 hidden = self.conv1(hidden)
-            hidden = hidden + added[:, :, None, None]
-        total = self._with_residual(input_tensor, self.dropout(self.norm2(hidden)))
+        total = self._with_residual(input_tensor, self.dropout(self.norm2(hidden, added)))
         return total if self.output_scale_factor == 1.0 else total / self.output_scale_factor
 
     def _with_residual(self, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
@@ -113,11 +131,12 @@ class FusedTransformer2DModel(Transformer2DModel):
     diffusers makes the tokens contiguous images for the convolution; channels_last needs no copy.
     """
 
-    def _operate_on_continuous_inputs(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, int]:
+    def _operate_on_continuous_inputs(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        """The tokens, and the residual: diffusers hands both on to `_get_output_for_continuous_inputs`."""
         if not self._projects_rows():
             return super()._operate_on_continuous_inputs(hidden_states)
-        tokens = self._project(self.proj_in, rows_of(self.norm(hidden_states)))
-        return tokens, tokens.shape[-1]
+        normed, residual = norm_and_skip(self.norm, hidden_states)
+        return self._project(self.proj_in, rows_of(normed)), residual
 
     def _get_output_for_continuous_inputs(
         self,
@@ -126,7 +145,7 @@ class FusedTransformer2DModel(Transformer2DModel):
         batch_size: int,
         height: int,
         width: int,
-        inner_dim: int,
+        inner_dim: Any,
     ) -> torch.Tensor:
         if not self._projects_rows():
             residual = with_rows_of(hidden_states, residual)
@@ -134,7 +153,7 @@ class FusedTransformer2DModel(Transformer2DModel):
                 hidden_states, residual, len(hidden_states), height, width, inner_dim
             )
         # the sum has the memory format of its first operand
-        return with_rows_of(hidden_states, residual) + images_of(
+        return with_rows_of(hidden_states, inner_dim) + images_of(
             self._project(self.proj_out, hidden_states), height, width
         )
 
@@ -169,57 +188,10 @@ class FusedUpsample2D(Upsample2D):
 
 
 class FusedGEGLU(GEGLU):
-    """A GEGLU whose gate and product are one kernel."""
+    """A GEGLU whose gate and product are one kernel, which on a GPU adds the projection's bias too."""
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return geglu(self.proj(hidden_states))
-
-
-class FusedLinear(nn.Linear):
-    """A linear layer by the faster of PyTorch's two libraries for matrix products on a CPU."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.dtype == self.weight.dtype and onednn_is_faster(x.device.type, x.dtype):
-            return linear(x, self.weight, self.bias)
-        return super().forward(x)
-
-
-class FusedLoraLinear(lora.Linear):
-    """A linear layer with one plain LoRA adapter, as a single op.
-
-    In any other state (several active adapters, merged or disabled adapters, dropout, hooks, ...) peft's code runs.
-    """
-
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        adapter = None if args or kwargs else self._only_adapter()
-        if adapter is None:
-            return super().forward(x, *args, **kwargs)
-        base: Any = self.base_layer
-        low: Any = self.lora_A[adapter]
-        high: Any = self.lora_B[adapter]
-        return lora_linear(x, base.weight, base.bias, low.weight, high.weight, float(self.scaling[adapter]))
-
-    def _only_adapter(self) -> str | None:
-        """The name of the active adapter if it is the only one, is plain, and lies on a frozen layer; else None."""
-        active = [name for name in self.active_adapters if name in self.lora_A]
-        if len(active) != 1 or self.merged or self.disable_adapters:
-            return None
-        adapter, base = active[0], self.base_layer
-        low, high, dropout = (part[adapter] for part in (self.lora_A, self.lora_B, self.lora_dropout))
-        plain = (
-            adapter not in self.lora_variant
-            and not self.fan_in_fan_out
-            and high.bias is None
-            and not (self.training and getattr(dropout, "p", 0.0) > 0)
-            and type(base) in (nn.Linear, FusedLinear)
-            and not _any_requires_grad(base)
-            and not any(map(is_hooked, (base, low, high)))
-        )
-        return adapter if plain else None
-
-
-def _any_requires_grad(layer: nn.Linear | nn.Conv2d) -> bool:
-    return layer.weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad)
+        return geglu(*without_bias(self.proj, hidden_states))
 
 
 def _are_plain(norm: Any, activation: Any) -> bool:
@@ -245,6 +217,10 @@ def _fits_upsample(layer: Upsample2D) -> bool:
 FUSED: dict[type[nn.Module], tuple[type[nn.Module], Callable[[Any], bool]]] = {
     ResnetBlock2D: (FusedResnetBlock2D, _fits_resnet),
     Transformer2DModel: (FusedTransformer2DModel, lambda transformer: transformer.is_input_continuous),
+    BasicTransformerBlock: (FusedBasicTransformerBlock, fits_block),
+    JointTransformerBlock: (FusedJointTransformerBlock, has_layer_norms),
+    FluxTransformerBlock: (FusedFluxTransformerBlock, has_layer_norms),
+    FluxSingleTransformerBlock: (FusedFluxSingleTransformerBlock, has_layer_norms),
     nn.GroupNorm: (FusedGroupNorm, lambda norm: norm.affine),
     RMSNorm: (FusedRMSNorm, lambda norm: norm.weight is not None and norm.bias is None),
     Upsample2D: (FusedUpsample2D, _fits_upsample),
@@ -278,7 +254,8 @@ def faster_layers(device: torch.device | str) -> frozenset[type[nn.Module]]:
 def fuse_unet(unet: Any, layers: Collection[type[nn.Module]] = FUSIBLE) -> Any:
     """Fuses layers of a diffusers UNet or transformer in place and returns it; it computes the same up to rounding.
 
-    Group norms compute the SiLU that follows them, GEGLU and linear layers with an adapter become one op each,
+    Group norms compute the SiLU that follows them, layer norms the sum before them, GEGLU, linear layers with an
+    adapter and the three projections of a self-attention become one op each,
     convolutions with frozen weights do not save their input, 1x1 convolutions around transformers are linear layers,
     biases of a residual block are added with the time embedding and the shortcut, RMS norms are one kernel, and
     divisions by 1 are left out. A module that has no fitting version stays as it is. Layers that are fused already do

@@ -202,12 +202,15 @@ def share_halves(unet: Any) -> Any:
         block.__class__ = SharingDownBlock2D if block is first else MATCHING[type(block)]
     if type(transformer) is Transformer2DModel:
         transformer.__class__ = SharingTransformer2DModel
-    transformer.transformer_blocks[0].__class__ = SharingBlock
+    if type(transformer.transformer_blocks[0]) is BasicTransformerBlock:
+        transformer.transformer_blocks[0].__class__ = SharingBlock
     return unet
 
 
 def _can_share(block: Any) -> bool:
-    plain = type(block) is BasicTransformerBlock and block.norm_type == "layer_norm" and block.pos_embed is None
+    # one that is fused is a `SharingBlock` already
+    plain = type(block) is BasicTransformerBlock or isinstance(block, SharingBlock)
+    plain = plain and block.norm_type == "layer_norm" and block.pos_embed is None
     return plain and block.attn2 is not None and not block.only_cross_attention and not is_patched(block)
 
 

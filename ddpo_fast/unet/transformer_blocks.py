@@ -1,0 +1,82 @@
+"""The transformer block of Stable Diffusion's UNets with fewer kernels: sums and the layer norms after them are one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddpo_fast.ops.add_layernorm import add_layernorm
+from ddpo_fast.unet import convolutions
+from ddpo_fast.unet.attention import SDPAProcessor
+from ddpo_fast.unet.convolutions import is_bare, is_hooked
+from ddpo_fast.unet.linear_layers import FusedLinear, query_key_value
+from ddpo_fast.unet.shared_halves import SharingBlock, with_rows_of
+
+
+def without_bias(layer: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A linear layer without its bias, and the bias, for a kernel that adds it and sums its gradient; None if added.
+
+    A layer adds its bias itself on a CPU, where no kernel is saved, and where more than a linear layer is called.
+    """
+    if not (convolutions.adds_in_kernels(x) and is_bare(layer, nn.Linear, FusedLinear)):
+        return layer(x), None
+    return F.linear(x, layer.weight), layer.bias
+
+
+class FusedBasicTransformerBlock(SharingBlock):
+    """A block of self-attention, cross-attention and feed-forward layers, each after a layer norm of the sum so far."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        timestep: Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        context, given = encoder_hidden_states, cross_attention_kwargs or {}
+        norms: tuple[Any, ...] = (self.norm1, self.norm2, self.norm3)
+        plain = all(is_bare(norm, nn.LayerNorm) for norm in norms)
+        if not plain or self._chunk_size is not None or hidden_states.ndim != 3 or "gligen" in given:
+            return super().forward(
+                hidden_states, attention_mask, context, encoder_attention_mask, timestep, given, *args, **kwargs
+            )
+        first, second, third = ((norm.weight, norm.bias, norm.eps) for norm in norms)
+        hidden, normed = add_layernorm(hidden_states, *first)
+        attended, bias = _attend(self.attn1, normed, None, attention_mask, given)
+        hidden, normed = add_layernorm(attended, *second, residual=hidden, added=bias)
+        if context is not None:
+            # the rows of guidance have been the same up to here
+            hidden, normed = (with_rows_of(context, rows) for rows in (hidden, normed))
+        attended, bias = _attend(self.attn2, normed, context, encoder_attention_mask, given)
+        hidden, normed = add_layernorm(attended, *third, residual=hidden, added=bias)
+        return self.ff(normed) + hidden
+
+
+def fits_block(block: Any) -> bool:
+    """Whether `FusedBasicTransformerBlock` computes the same."""
+    norms = (block.norm1, block.norm2, block.norm3)
+    return (
+        block.norm_type == "layer_norm"
+        and block.pos_embed is None
+        and block.attn2 is not None
+        and not block.only_cross_attention
+        and all(type(norm) is nn.LayerNorm and norm.bias is not None for norm in norms)
+    )
+
+
+def _attend(
+    attention: Any, rows: Tensor, context: Tensor | None, mask: Tensor | None, given: dict[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    """The attention, and the bias of its last layer if that is not added yet."""
+    processor = attention.processor
+    plain = isinstance(processor, SDPAProcessor) and not is_hooked(attention) and mask is None and not given
+    if not plain or (attention.training and attention.to_out[1].p > 0):
+        return attention(rows, encoder_hidden_states=context, attention_mask=mask, **given), None
+    heads = (row.unflatten(-1, (attention.heads, -1)) for row in query_key_value(attention, rows, context))
+    return without_bias(attention.to_out[0], processor.attend(*heads).flatten(2))
