@@ -91,14 +91,16 @@ stage learning learning.json "$python" bench/learning.py --device $device --size
     --contenders trl recipe --records "$OUT/learning" --output "$OUT/learning.json.part" --plot "$OUT/learning.png"
 times step_logprob steps --op step_logprob
 times ppo_loss steps --op ppo_loss
-tests norms tests/test_groupnorm_silu.py
+tests norms tests/test_groupnorm_silu.py tests/test_add_layernorm.py
 times groupnorm_silu norms --op groupnorm_silu
+times add_layernorm norms --op add_layernorm
 tests gates tests/test_geglu.py
 times geglu gates --op geglu
-tests layers tests/test_lora_linear.py tests/test_frozen.py
+tests layers tests/test_lora_linear.py tests/test_qkv_linear.py tests/test_frozen.py
 times lora_linear layers --op lora_linear
+times qkv_linear layers --op qkv_linear
 times frozen layers --op frozen
-tests unet tests/test_fused_layers.py tests/test_attention.py
+tests unet tests/test_fused_layers.py tests/test_modulated_blocks.py tests/test_attention.py
 tests trainer tests/test_cuda_graphs.py tests/test_master_weights.py tests/test_batch_sizes.py
 tests engine tests/test_engine.py
 for gb in 8 12 24 16 40; do capped lora $gb; done
