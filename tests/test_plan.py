@@ -7,6 +7,7 @@ import json
 import sys
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -415,10 +416,30 @@ def test_the_plan_of_a_lora_with_given_options(capsys):
     [
         (["--gpu-memory", "0.05", "--lora_rank", "4"], "needs at least"),
         (["--pretrained_model", "./nowhere", "--gpu-memory", "8"], "no such folder"),
+        (
+            ["--gpu-memory", "8", "--full-finetune", "--offload", "optimizer", "--host_memory", "0.001"],
+            "of host memory",
+        ),
+        (["--gpu-memory", "8", "--host_memory", "nan"], "host_memory is nan"),
     ],
 )
 def test_an_impossible_plan_is_one_sentence(options, said):
     assert said in error_of_command(["plan", *options])
+
+
+def test_host_memory_that_is_not_there_is_named(footprints, monkeypatch, capsys):
+    made = predict(footprints["full"], config(train_micro_batch_size=1, offload="optimizer"))
+    assert made.host_bytes == sum(made.host.values())
+    assert plan.host_problem(made, 1, made.host_bytes) == ""
+    said = plan.host_problem(made, 2, made.host_bytes)
+    assert f"needs {2 * made.host_bytes / GB:.1f} GB of host memory for 2 processes (each fp32 weights" in said
+    # the plan may be for another machine, but a run is on this one
+    monkeypatch.setattr(plan.psutil, "virtual_memory", lambda: SimpleNamespace(total=10**6))
+    cli.main(["plan", "--gpu_memory", "8", "--full-finetune", "--offload", "optimizer"])
+    assert "on this machine: training needs" in capsys.readouterr().out
+    settings = DDPOConfig(mixed_precision="no", auto_memory=True, gpu_memory=8, offload="optimizer")
+    with pytest.raises(ValueError, match="GB of host memory"):
+        plan.apply_auto_memory(RunArguments(full_finetune=True), settings, "cpu")
 
 
 def test_without_a_gpu_the_plan_asks_for_its_memory(monkeypatch):

@@ -57,6 +57,7 @@ GROUPS = (
         "memory",
         ("auto_memory", "gpu_memory", "train_micro_batch_size", "gradient_checkpointing", "train_use_8bit_adam"),
         (
+            "host_memory",
             "train_paged_adam",
             "train_min_8bit_size",
             "train_gradient_dtype",

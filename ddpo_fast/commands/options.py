@@ -38,6 +38,19 @@ class PlanArguments:
     """The machine that `ddpo-fast plan` plans for."""
 
     num_processes: int = field(default=1, metadata={"help": "Processes, each with a GPU of its own."})
+    host_memory: float = field(
+        default=0.0,
+        metadata={
+            "help": "GB of host memory that they share, above which a plan is refused (default: this machine's, above "
+            "which it is remarked on)."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.num_processes < 1:
+            raise ValueError(f"num_processes is {self.num_processes} but must be a whole number of at least 1")
+        if not 0 <= self.host_memory < float("inf"):
+            raise ValueError(f"host_memory is {self.host_memory} but must be a number above 0 (GB)")
 
 
 @dataclass

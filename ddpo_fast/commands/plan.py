@@ -14,9 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, fields, replace
 from typing import Any
 
+import psutil
 import torch
 
 from ddpo_fast.commands.options import (
+    PlanArguments,
     RunArguments,
     apply_bundled_scorer,
     apply_recipe,
@@ -37,6 +39,7 @@ from ddpo_fast.plan import (
     Adapter,
     Choice,
     Footprint,
+    Plan,
     RewardMemory,
     choose,
     predict,
@@ -57,10 +60,8 @@ def run(options: argparse.Namespace, arguments: Sequence[str]) -> None:
     wants_lora = not given.isdisjoint(LORA_SETTINGS)
     # of each plan, whether it trains all weights
     kinds = [True] if options.full_finetune else [False] if wants_lora else [False, True]
-    cases = [Case(options, given, full) for full in kinds]
-    if options.num_processes < 1:
-        raise ValueError(f"num_processes is {options.num_processes} but must be a whole number of at least 1")
-    print_plans(cases, options.num_processes)
+    machine = from_options(PlanArguments, options)
+    print_plans([Case(options, given, full) for full in kinds], machine.num_processes, machine.host_memory * GB)
 
 
 class Case:
@@ -130,8 +131,11 @@ def memory_of_rewards(
     return reward_memory(functions, config.sample_batch_size, size, device_type, run.reward_process)
 
 
-def print_plans(cases: Sequence[Case], num_processes: int = 1) -> None:
+def print_plans(cases: Sequence[Case], num_processes: int = 1, host_memory: float = 0.0) -> None:
     """Prints a plan for each case.
+
+    Args:
+        host_memory: bytes that the processes share; 0 for this machine's, which is not insisted on.
 
     Raises `ValueError` where there is no GPU and no `gpu_memory`, and where none of the cases fits.
     """
@@ -148,12 +152,16 @@ def print_plans(cases: Sequence[Case], num_processes: int = 1) -> None:
         try:
             config = with_family(case.config, configs.family)
             choice = choose(footprint_of(case.run, config, configs, full, reward), config, capacity, num_processes)
+            if host_memory and (problem := host_problem(choice.plan, num_processes, host_memory)):
+                raise ValueError(problem)
         except ValueError as error:
             problems.append(str(error))
             print(f"{error}\n")
             continue
         print(choice.plan.table())
         print("\n" + "\n".join(choice.reasons))
+        if not host_memory and (problem := host_problem(choice.plan, num_processes, psutil.virtual_memory().total)):
+            print(f"\non this machine: {problem}")
         print(f"\n{train_command(case, choice)}\n")
     print(
         f"{MARGIN:.0%} of the memory is left for fragmentation. Not measured but assumed: {CUDA_CONTEXT / GB:.1f} GB "
@@ -162,6 +170,18 @@ def print_plans(cases: Sequence[Case], num_processes: int = 1) -> None:
     )
     if len(problems) == len(cases):
         raise ValueError(problems[0])
+
+
+def host_problem(plan: Plan, num_processes: int, host_memory: float) -> str:
+    """A sentence about host memory that the processes of a machine with `host_memory` bytes do not have, or ''."""
+    needed = plan.host_bytes * num_processes
+    if needed <= host_memory:
+        return ""
+    processes = f" for {num_processes} processes" if num_processes > 1 else ""
+    return (
+        f"training needs {needed / GB:.1f} GB of host memory{processes} (each {plan.host_parts}), and there are "
+        f"{host_memory / GB:.1f}: take a machine with more, or a GPU with more"
+    )
 
 
 def _capacity(config: DDPOConfig) -> float:
@@ -242,6 +262,10 @@ def apply_auto_memory(
     reward = memory_of_rewards(run, config, configs, device.type)
     footprint = footprint_of(run, config, configs, run.full_finetune, reward, device.type)
     choice = choose(footprint, with_family(config, configs.family), _capacity(config), num_processes())
+    # a launcher sets how many processes share this machine
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if problem := host_problem(choice.plan, here, psutil.virtual_memory().total):
+        raise ValueError(problem)
     for name, value in choice.settings.items():
         setattr(config, name, value)
     config.check()

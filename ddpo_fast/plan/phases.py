@@ -59,10 +59,20 @@ class Plan:
         return self.totals[self.peak_phase]
 
     @property
+    def host_bytes(self) -> int:
+        """Bytes of a process in host memory, beside PyTorch itself."""
+        return sum(self.host.values())
+
+    @property
     def allocated(self) -> int:
         """Bytes at the peak that PyTorch's allocator counts (`torch.cuda.max_memory_allocated`), workspaces aside."""
         outside = ("CUDA context", "workspaces", "reward processes")
         return max(sum(n for part, n in parts.items() if part not in outside) for parts in self.phases.values())
+
+    @property
+    def host_parts(self) -> str:
+        """What is in host memory, in words."""
+        return ", ".join(f"{name} {size / GB:.2f}" for name, size in self.host.items())
 
     def table(self) -> str:
         """GB by part (a row each) and phase (a column each)."""
@@ -78,8 +88,7 @@ class Plan:
         ]
         lines.append(f"peak: {self.peak / GB:.2f} GB, while {self.peak_phase}")
         if self.host:
-            held = ", ".join(f"{name} {size / GB:.2f}" for name, size in self.host.items())
-            lines.append(f"host memory: {sum(self.host.values()) / GB:.2f} GB ({held})")
+            lines.append(f"host memory: {self.host_bytes / GB:.2f} GB ({self.host_parts})")
         return "\n".join(lines)
 
 
