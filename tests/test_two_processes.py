@@ -24,52 +24,55 @@ from ddpo_fast import DDPOConfig
 from ddpo_fast.engine.zero_settings import zero_settings
 from ddpo_fast.pipeline import DefaultDDPOStableDiffusionPipeline
 
-EPOCH = {"train_batch_size": 4, "train_gradient_accumulation_steps": 2, "epochs": 1}
+WORKER = Path(__file__).with_name("process_worker.py")
+# ZeRO 3 gathers each module's weights in each call: few steps, and a second epoch only where it is looked at. Adam's
+# first steps are the gradients' signs, which rounding turns for a few in a million; a large epsilon smooths that.
+EPOCH = {
+    "train_batch_size": 4,
+    "train_gradient_accumulation_steps": 2,
+    "sample_num_steps": 2,
+    "train_adam_epsilon": 1e-4,
+    "epochs": 1,
+}
+MORE = {"epochs": 2}
 LORA = EPOCH | {"use_lora": True}
 SEVERAL = {"reward": "tiny_run:brightness:-1,process_worker:contrast:2"}
 TWO = {
     "ddp": EPOCH,
     "zero-1": EPOCH | {"zero": 1},
-    "zero-2": EPOCH | {"zero": 2},
-    "zero-3": EPOCH | {"zero": 3, "ema_decay": 0.5, "sample_freq": 1, "sample_num_images": 2},
+    "zero-2": EPOCH | MORE | {"zero": 2},
+    "zero-3": EPOCH | MORE | {"zero": 3, "ema_decay": 0.5, "sample_freq": 1, "sample_num_images": 2},
     "offload": EPOCH | {"offload": "optimizer"},
-    "zero-1-offload": EPOCH | {"zero": 1, "offload": "optimizer"},
-    "zero-2-offload": EPOCH | {"zero": 2, "offload": "optimizer"},
-    "zero-3-offload": EPOCH | {"zero": 3, "offload": "all"},
     "bf16": EPOCH | {"mixed_precision": "bf16"},
     "zero-3-bf16": EPOCH | {"zero": 3, "mixed_precision": "bf16"},
-    "bound": EPOCH | {"train_target_update": 1e-3},
-    "bound-zero-2": EPOCH | {"train_target_update": 1e-3, "zero": 2},
-    "bound-zero-3": EPOCH | {"train_target_update": 1e-3, "zero": 3},
+    "bound": EPOCH | {"train_target_update": 1e-2},
+    "bound-zero-2-offload": EPOCH | {"train_target_update": 1e-2, "zero": 2, "offload": "optimizer"},
+    "bound-zero-3-offload": EPOCH | {"train_target_update": 1e-2, "zero": 3, "offload": "all"},
+    # images of another size in each of the two epochs
+    "bits-zero-2": EPOCH
+    | MORE
+    | {"zero": 2, "offload": "optimizer", "train_use_8bit_adam": True, "mixed_precision": "bf16"}
+    | {"sizes": ["16x16", "16x24"]},
     "several": EPOCH | SEVERAL,
     "lora": LORA,
     "lora-zero-2": LORA | {"zero": 2, "offload": "optimizer"},
     "lora-zero-3": LORA | {"zero": 3},
 }
 # With guidance, so that training's calls have the negative prompt's rows too, and of images that are not square.
-FAMILY = {"sample_guidance_scale": 3.0, "sample_num_steps": 3, "height": 16, "width": 24}
+FAMILY = {"sample_guidance_scale": 3.0, "height": 16, "width": 24}
 FAMILIES = ("sdxl", "sd35", "flux_dev")
 # all weights of FLUX.1 do not fit any GPU
-OF_FAMILY = {family: EPOCH | FAMILY | {"use_lora": family == "flux_dev"} for family in FAMILIES}
-MORE = {"epochs": 2}
-# images of another size in each of two epochs
-BITS = EPOCH | {"zero": 2, "offload": "optimizer", "train_use_8bit_adam": True, "mixed_precision": "bf16"}
-BITS |= {"sizes": ["16x16", "16x24"]}
-WHOLE = {
-    "whole-zero-2": EPOCH | MORE | {"zero": 2},
-    "whole-zero-3": EPOCH | MORE | {"zero": 3, "ema_decay": 0.5},
-    "bits-zero-2": BITS,
-    "whole-bits-zero-2": BITS | MORE,
-}
+OF_FAMILY = {family: FAMILY | {"use_lora": family == "flux_dev"} for family in FAMILIES}
+# from the first epoch's checkpoint of the run that is named
 RESUMED = {
     "zero-2-again": EPOCH | MORE | {"zero": 2, "resumes": "zero-2"},
     "zero-3-again": EPOCH | MORE | {"zero": 3, "ema_decay": 0.5, "resumes": "zero-3"},
-    "bits-zero-2-again": WHOLE["whole-bits-zero-2"] | {"resumes": "bits-zero-2"},
+    "bits-zero-2-again": TWO["bits-zero-2"] | {"resumes": "bits-zero-2"},
     "zero-3-from-2": EPOCH | MORE | {"zero": 3, "resumes": "zero-2"},
     "ddp-from-zero-3": EPOCH | MORE | {"resumes": "zero-3", "ema_decay": 0.5},
     "zero-2-from-ddp": EPOCH | MORE | {"zero": 2, "resumes": "ddp"},
 }
-TWICE = {"train_batch_size": 4, "train_gradient_accumulation_steps": 4, "sample_num_batches_per_epoch": 4, "epochs": 1}
+TWICE = EPOCH | {"train_gradient_accumulation_steps": 4, "sample_num_batches_per_epoch": 4}
 ONE = {
     "one": TWICE | {"like": "ddp", "sample_freq": 1, "sample_num_images": 2},
     "one-several": TWICE | SEVERAL | {"like": "several"},
@@ -78,9 +81,9 @@ ONE = {
     "one-from-zero-2": TWICE | MORE | {"resumes": "zero-2"},
     "one-zero-3-from-ddp": TWICE | MORE | {"resumes": "ddp", "zero": 3},
 }
-ALL = TWO | WHOLE | RESUMED | ONE
-TWO_OF_FAMILIES = {f"{family}-zero-{n}": case | {"zero": n} for family, case in OF_FAMILY.items() for n in (2, 3)}
-ONE_OF_FAMILIES = {f"{family}-one": case | TWICE | {"like": f"{family}-zero-2"} for family, case in OF_FAMILY.items()}
+ALL = TWO | RESUMED | ONE
+TWO_OF_FAMILIES = {f"{family}-zero-{n}": EPOCH | case | {"zero": n} for family, case in OF_FAMILY.items() for n in (2, 3)}
+ONE_OF_FAMILIES = {f"{family}-one": TWICE | case | {"like": f"{family}-zero-2"} for family, case in OF_FAMILY.items()}
 GROUPS = {
     "num_epochs": 1,
     "sample_num_steps": 2,
@@ -90,16 +93,12 @@ GROUPS = {
 }
 
 
-def command(processes: int, script: str, *arguments: object) -> list[object]:
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
-    return [sys.executable, *(launcher if processes > 1 else []), script, *arguments]
-
-
-def run(processes: int, model: str, folder: Path, cases: dict) -> None:
-    listed = folder / f"cases_{processes}.json"
-    listed.write_text(json.dumps(cases))
-    worker = str(Path(__file__).with_name("process_worker.py"))
-    finish(command(processes, worker, model, folder, listed), env=environment())
+def run(model: str, folder: Path, *cases: dict) -> None:
+    """Trains the cases of one process, and those of two."""
+    files = [folder / f"cases_{processes}.json" for processes, _ in enumerate(cases, 1)]
+    for file, listed in zip(files, cases, strict=True):
+        file.write_text(json.dumps(listed))
+    finish([sys.executable, WORKER, model, folder, *files], env=environment())
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +109,7 @@ def runs(model_dir, tiny_model, tmp_path_factory):
         {name: case | {"model": tiny_model(name.partition("-")[0])} for name, case in cases.items()}
         for cases in (TWO_OF_FAMILIES, ONE_OF_FAMILIES)
     )
-    run(2, model_dir, folder, TWO | WHOLE | RESUMED | two | {"groups": GROUPS | {"num_epochs": 1}, "gradients": {}})
-    run(1, model_dir, folder, ONE | one)
+    run(model_dir, folder, ONE | one, TWO | RESUMED | two | {"groups": GROUPS, "gradients": {}})
     return folder, {name: torch.load(folder / name / "result.pt", weights_only=True) for name in [*ALL, *two, *one]}
 
 
@@ -121,9 +119,12 @@ def start(model_dir):
     return {name: parameter.detach() for name, parameter in unet.named_parameters()}
 
 
-def apart(results: dict, name: str, other: str, start: dict[str, torch.Tensor]) -> float:
-    """How far two runs' weights are from each other, as a share of how far training moved them."""
-    one, two = results[name]["weights"], results[other]["weights"]
+def apart(results: dict, name: str, other: str, start: dict[str, torch.Tensor], when: str = "weights") -> float:
+    """How far two runs' weights are from each other, as a share of how far training moved them.
+
+    They are those after the first epoch of a run, which for one that was resumed is the only one, or `when="end"`.
+    """
+    one, two = results[name][when], results[other][when]
     # an adapter is not in the model's folder: here it starts from zero
     return relative_distance(one, two, {name: start.get(name, torch.zeros_like(two[name])) for name in two})
 
@@ -160,13 +161,14 @@ def test_several_rewards_are_measured_over_the_images_of_all_processes(runs):
     [
         n
         for n in TWO | ONE
-        if n not in ("ddp", "lora") and not any(part in n for part in ("from", "bf16", "bound", "several"))
+        if n not in ("ddp", "lora") and not any(part in n for part in ("from", "bf16", "bits", "bound", "several"))
     ],
 )
 def test_every_setting_ends_at_the_same_weights(runs, start, name):
     """Settings change the number of rows of a UNet call and the layout of weights, and so the rounding of sums: in fp32
-    latents of size 1 differ by 3e-5 after five steps, and advantages, which divide rewards by their spread, by as much.
-    Gradients agree to 1e-6, and Adam's first steps are their signs: 2 sqrt(1e-6) = 0.2 % of the way, see rounding.py.
+    latents of size 1 differ by 3e-5 after the steps, and advantages, which divide rewards by their spread, by as much.
+    So do gradients, whose elements are 2e-3 in the mean: Adam's epsilon of 1e-4 makes of that 2e-3 * 3e-5 / 1e-4 = 6e-4
+    of a step at most.
     """
     _, results = runs
     other = "lora" if "lora" in name else "ddp"
@@ -228,7 +230,7 @@ def test_from_stage_2_on_a_process_holds_its_part_of_the_gradients(runs):
     assert found["zero-2-bf16"]["predicted_held"] == found["zero-1-bf16"]["predicted_held"] / 2
 
 
-@pytest.mark.parametrize("name", ["bound-zero-2", "bound-zero-3"])
+@pytest.mark.parametrize("name", ["bound-zero-2-offload", "bound-zero-3-offload"])
 def test_zero_shortens_an_update_as_one_engine_does(runs, start, name):
     """All processes keep the same share, which they find from the pairs of all: to the accuracy of the test above."""
     folder, results = runs
@@ -237,7 +239,7 @@ def test_zero_shortens_an_update_as_one_engine_does(runs, start, name):
     assert shares[0] < 0.5
     assert shares[0] == pytest.approx(shares[1], rel=1e-3)
     # the weights that the network computes with were shortened too, or the distance would not have changed
-    assert metrics_of(folder / name, "update")[0]["update_distance"] < 1.25e-3
+    assert metrics_of(folder / name, "update")[0]["update_distance"] < 1.25e-2
 
 
 def test_stage_3_in_half_precision_is_as_good_as_without(runs, start):
@@ -259,7 +261,7 @@ def test_processes_draw_different_images(runs):
 def test_processes_draw_different_prompts(runs):
     """The list has 27 of them, and an epoch 8 draws of each process: in none of the runs is a prompt drawn twice."""
     _, results = runs
-    for name in TWO | WHOLE | RESUMED:
+    for name in TWO | RESUMED:
         drawn = results[name]["drawn"]
         assert len(drawn) == len(set(drawn)) == 16, name
     assert len({tuple(results[name]["drawn"]) for name in ("ddp", "ddp-from-zero-3")}) == 2, "each epoch has its own"
@@ -287,17 +289,16 @@ def test_torchs_linear_layer_is_restored(runs):
 @pytest.mark.parametrize("name", ["zero-2", "zero-3", "bits-zero-2"])
 def test_a_run_that_is_resumed_ends_with_the_same_bits(runs, name):
     _, results = runs
-    whole, again = results[f"whole-{name}"]["weights"], results[f"{name}-again"]["weights"]
-    assert same_bits(whole, again)
+    assert same_bits(results[name]["end"], results[f"{name}-again"]["end"])
 
 
 @pytest.mark.parametrize(
     ("name", "whole"),
-    [("zero-3-from-2", "whole-zero-2"), ("ddp-from-zero-3", "whole-zero-3"), ("zero-2-from-ddp", "whole-zero-2")],
+    [("zero-3-from-2", "zero-2"), ("ddp-from-zero-3", "zero-3"), ("zero-2-from-ddp", "zero-2")],
 )
 def test_a_checkpoint_is_resumed_with_another_stage(runs, start, name, whole):
     _, results = runs
-    assert apart(results, name, whole, start) < 3e-3
+    assert apart(results, name, whole, start, "end") < 3e-3
 
 
 @pytest.mark.parametrize(("name", "was"), [("one-from-zero-2", "zero-2"), ("one-zero-3-from-ddp", "ddp")])
@@ -311,11 +312,11 @@ def test_a_checkpoint_is_resumed_by_another_number_of_processes(runs, start, nam
     assert results[name]["prompts"] >= results[was]["prompts"]
 
 
-@pytest.mark.parametrize("name", ["zero-2-offload", "zero-3", "lora-zero-3"])
+@pytest.mark.parametrize("name", ["bound-zero-2-offload", "zero-3", "lora-zero-3"])
 def test_one_process_writes_a_plain_model(runs, model_dir, name):
     folder, results = runs
     final = StableDiffusionPipeline.from_pretrained(folder / name / "final")
-    weights = results[name]["weights"]
+    weights = results[name]["end"]
     if name.startswith("lora"):
         final.load_lora_weights(folder / name / "final")
         assert final.get_active_adapters()
@@ -323,7 +324,8 @@ def test_one_process_writes_a_plain_model(runs, model_dir, name):
         assert all(torch.equal(p, weights[n]) for n, p in final.unet.named_parameters())
     files = {path.name for path in (folder / name / "checkpoints" / "checkpoint_1").iterdir()}
     assert {"random_0.pt", "random_1.pt", "state.json", "training.pt"} <= files
-    assert sorted(record["kind"] for record in metrics_of(folder / name)) == ["epoch", "update"]
+    kinds = [record["kind"] for record in metrics_of(folder / name)]
+    assert kinds.count("epoch") == kinds.count("update") == TWO[name]["epochs"]
     assert (folder / name / "final_ema").exists() == (name == "zero-3")
 
 
@@ -343,7 +345,8 @@ def reward(images, prompts, metadata):
             os.kill(os.getpid(), signal.SIGKILL)
         raise ValueError("no such picture")
     return images.mean((1, 2, 3)), {}
-build_trainer(model, folder, reward=reward, prompts=load_prompts("animals"), zero=int(zero)).train()
+prompts = load_prompts("animals")
+build_trainer(model, folder, reward=reward, prompts=prompts, zero=int(zero), sample_num_steps=2).train()
 """
 
 
@@ -351,7 +354,8 @@ build_trainer(model, folder, reward=reward, prompts=load_prompts("animals"), zer
 def test_all_stop_when_one_does(model_dir, tmp_path, how, zero):
     """One stops in the second epoch; the checkpoint of the first one is complete."""
     (tmp_path / "stops.py").write_text(STOPS)
-    stops = command(2, str(tmp_path / "stops.py"), model_dir, tmp_path / "run", how, zero)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    stops = [*launcher, tmp_path / "stops.py", model_dir, tmp_path / "run", how, zero]
     done = finish(stops, status=None, env=environment())
     assert done.returncode != 0
     if how == "raise":
@@ -371,7 +375,7 @@ def test_two_nodes_of_one_process_train_the_weights_of_one_node_of_two(runs, mod
     folder, results = runs
     cases = folder / "cases_nodes.json"
     cases.write_text(json.dumps({"nodes": TWO["ddp"]}))
-    worker = [str(Path(__file__).with_name("process_worker.py")), model_dir, folder, cases]
+    worker = [WORKER, model_dir, folder, cases]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
