@@ -1,6 +1,6 @@
 """Compiles every Triton kernel ahead of time, without a GPU, and prints the resources that each kernel uses.
 
-    python bench/compile_kernels.py [--output FILE.json] [--architectures 80 90] [--only STEM]
+    python bench/compile_kernels.py [--output FILE.json] [--architectures 80 90] [--only STEM] [--thin]
 
 These are the registers of a thread, the shared memory of a block in bytes, and the spilled bytes of a thread, as
 `cuobjdump` reads them from the machine code.
@@ -32,8 +32,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write a row for each kernel there, as JSON lines")
     parser.add_argument("--architectures", type=int, nargs="+", default=[80, 90], help="default: 80 and 90")
     parser.add_argument("--only", default="", help="only the kernels of this op")
+    parser.add_argument("--thin", action="store_true", help="fp16 for the first architecture, all else for the others")
     options = parser.parse_args()
-    rows = list(compile_all(options.architectures, options.only))
+    rows = list(compile_all(options.architectures, options.only, options.thin))
     print(f"{'kernel':<72}{'sm':>4}{'warps':>7}{'registers':>11}{'shared':>8}{'spilled':>9}")
     for row in rows:
         name = f"{row['op']} {row['kernel']}"
@@ -45,12 +46,14 @@ def main() -> None:
         options.output.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
 
 
-def compile_all(architectures: list[int], only: str) -> Iterator[dict[str, Any]]:
+def compile_all(architectures: list[int], only: str, thin: bool) -> Iterator[dict[str, Any]]:
     for module_info in pkgutil.iter_modules([str(KERNELS / "ddpo_fast_kernels")]):
         module = importlib.import_module(f"ddpo_fast_kernels.{module_info.name}")
         if hasattr(module, "ahead_of_time") and only in ("", module_info.name):
             for architecture in architectures:
                 for case in module.ahead_of_time():
+                    if thin and ("fp16" in case[0]) != (architecture == architectures[0]):
+                        continue
                     yield {"op": module_info.name, "triton": triton.__version__, **compiled(architecture, *case)}
 
 
