@@ -82,7 +82,9 @@ ONE = {
     "one-zero-3-from-ddp": TWICE | MORE | {"resumes": "ddp", "zero": 3},
 }
 ALL = TWO | RESUMED | ONE
-TWO_OF_FAMILIES = {f"{family}-zero-{n}": EPOCH | case | {"zero": n} for family, case in OF_FAMILY.items() for n in (2, 3)}
+TWO_OF_FAMILIES = {
+    f"{family}-zero-{n}": EPOCH | case | {"zero": n} for family, case in OF_FAMILY.items() for n in (2, 3)
+}
 ONE_OF_FAMILIES = {f"{family}-one": TWICE | case | {"like": f"{family}-zero-2"} for family, case in OF_FAMILY.items()}
 GROUPS = {
     "num_epochs": 1,
