@@ -113,8 +113,8 @@ class ConfigNumbers:
             f"{per_update * self.num_train_timesteps} (image, timestep) pairs per update "
             f"({per_update} images x {self.num_train_timesteps} timesteps), "
             f"{self.train_micro_batch_size or 'as many as fit'} per UNet call\n"
-            f"{updates} updates per epoch, {self.num_epochs} epochs: {images * self.num_epochs} images, "
-            f"{updates * self.num_epochs} updates"
+            f"{updates} update{'s' * (updates != 1)} per epoch, {self.num_epochs} epochs: "
+            f"{images * self.num_epochs} images, {updates * self.num_epochs} updates"
         )
 
     @property
