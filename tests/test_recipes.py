@@ -198,9 +198,9 @@ def test_a_clip_range_of_the_user_is_in_the_unit_that_help_names():
 @pytest.mark.parametrize(
     ("options", "kept", "left_out"),
     [
-        ("--per_prompt_stat_tracking_buffer_size 16", {"sample_group_size": 4}, {}),
+        ("--per_prompt_stat_tracking_buffer_size 16", {"sample_group_size": 8}, {}),
         ("--per_prompt_stat_tracking", {"step_credit": "equal"}, {"sample_group_size": 1}),
-        ("--objective rwr", {"sample_group_size": 4}, {"step_credit": "none"}),
+        ("--objective rwr", {"sample_group_size": 8}, {"step_credit": "none"}),
         ("--zero 3 --offload all", {"step_credit": "equal"}, {"train_target_update": 0.0}),
         ("--objective rwr --zero 2", {"sample_num_steps": 20}, {"step_credit": "none", "train_target_update": 0.0}),
     ],
@@ -381,7 +381,7 @@ def test_what_is_printed_about_a_recipe():
     assert "sample_num_steps" not in settings
     assert yours == "  you gave: sample_num_steps=7 (recipe: 20), sample_batch_size=4 (recipe: 16)"
     assert "sample_num_batches_per_epoch=8 (recipe: 2)" in fitted
-    assert "train_gradient_accumulation_steps=4 (recipe: 1)" in fitted
+    assert "train_gradient_accumulation_steps=8 (recipe: 2)" in fitted
     assert described("--recipe", "trl", "--seed", "3") == f"recipe trl: {recipes.load('trl').description}"
 
 
