@@ -190,7 +190,7 @@ def precision_hint(config: DDPOConfig, given: set[str], device_type: str) -> str
     if device_type != "cpu" or config.mixed_precision != "no" or config.resume_from or "mixed_precision" in given:
         return ""
     # not every supported version of torch has this function
-    able = getattr(torch.cpu, "get_capabilities", dict)()
+    able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     unit = next((name for key, name in MULTIPLIES_BF16.items() if able.get(key)), "")
     return f"training in fp32; this processor has {unit}, with which --mixed_precision bf16 is faster" if unit else ""
 
