@@ -386,6 +386,8 @@ def test_what_is_printed_about_a_recipe():
 
 
 class Table:
+    host_bytes = 0
+
     def table(self) -> str:
         return "table"
 
