@@ -177,7 +177,7 @@ def test_broken_weights_are_not_saved(make_trainer, tmp_path):
 @pytest.mark.parametrize("use_lora", [False, True])
 def test_a_diverged_run_is_stopped(make_trainer, use_lora):
     trainer = make_trainer(
-        reward=jpeg_compressibility, train_learning_rate=1.0, num_epochs=6, use_lora=use_lora, sample_num_steps=3
+        reward=jpeg_compressibility, train_learning_rate=100.0, num_epochs=6, use_lora=use_lora, sample_num_steps=3
     )
     with pytest.raises(RunStopped, match="train_learning_rate"):
         trainer.train()

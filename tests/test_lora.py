@@ -200,8 +200,8 @@ def test_another_adapter_of_the_user_stays_active(make_trainer, model_dir, tmp_p
     pipeline.sd_pipeline.set_adapters(["style"], [0.5])
     styled, prompt = unet_output(pipeline.unet), pipeline.sd_pipeline.encode_prompt("a cat", "cpu", 1, False)[0]
     trainer = make_trainer(pipeline=pipeline, num_epochs=1, sample_num_steps=2)
-    # a new adapter changes no output yet
-    torch.testing.assert_close(unet_output(pipeline.unet), styled, rtol=0, atol=1e-6)
+    # A new adapter changes no output yet, except for the rounding of the sums in fused layers.
+    torch.testing.assert_close(unet_output(pipeline.unet), styled, rtol=0, atol=5e-6)
     assert torch.equal(trainer.policy.embed_prompts(["a cat"])[1], prompt)
     trained = {name for name, p in pipeline.unet.named_parameters() if p.requires_grad}
     assert trained
