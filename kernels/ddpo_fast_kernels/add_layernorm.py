@@ -74,6 +74,7 @@ def add_layernorm_fwd_kernel(
     tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
+# In one piece, as all of it works on the values of one tile, and a quarter of the lines are arguments.
 @triton.jit
 def add_layernorm_bwd_kernel(
     grad_ptr,

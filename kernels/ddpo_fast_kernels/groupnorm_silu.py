@@ -73,6 +73,7 @@ def _addend(addend_ptr, addend_step, channel, real):
         return tl.load(addend_ptr + at, mask=real, other=0.0).to(tl.float32)[None, :]
 
 
+# In one piece, as all of it works on the values of one tile, and a quarter of the lines are arguments.
 @triton.jit
 def groupnorm_silu_fwd_kernel(
     x_ptr,
@@ -152,6 +153,7 @@ def _normalised(x_ptr, addend, grad_ptr, offset, mask, mean, rstd, weight, bias,
     return xhat, grad
 
 
+# In one piece, as all of it works on the values of one tile, and a quarter of the lines are arguments.
 @triton.jit
 def groupnorm_silu_bwd_kernel(
     x_ptr,
