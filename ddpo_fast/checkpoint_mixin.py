@@ -48,6 +48,7 @@ class CheckpointMixin:
     run_settings: dict[str, Any]
     sd_pipeline: Any
     stat_tracker: Any
+    step_values: Any
     trainable_layers: Any
     _can_be_saved = False
 
@@ -87,7 +88,7 @@ class CheckpointMixin:
             "engine": self.engine.state_dict(),
             "dead_shares": self.ppo.zero_gradient_shares,
             **({} if self.guard is None else {"guard": self.guard.state_dict()}),
-            **checkpoint.function_states({"stat_tracker": self.stat_tracker, **self._stateful_functions()}),
+            **checkpoint.function_states({**self._reward_statistics(), **self._stateful_functions()}),
         }
         limit = self.config.project_kwargs.get("total_limit") or self.config.num_checkpoint_limit
         with self.interruption.deferred(), self.engine.exact():
@@ -143,12 +144,11 @@ class CheckpointMixin:
         with self.engine.exact(write=True):
             self._load_model_hook([self._trained_model], str(folder))
         self.engine.load_state_dict(training["engine"])
-        self.stat_tracker.load_state_dict(training["stat_tracker"])
         self.ppo.zero_gradient_shares = training["dead_shares"]
         # a checkpoint of a run without the setting has none: the best is found from here on
         if self.guard is not None and "guard" in training:
             self.guard.load_state_dict(training["guard"])
-        checkpoint.load_function_states(self._stateful_functions(), training)
+        checkpoint.load_function_states({**self._reward_statistics(), **self._stateful_functions()}, training)
         self.progress.epochs, self.progress.global_step = state["epochs"], state["global_step"]
         if self.progress.continues:
             self.progress.scores.load_state_dict(state.get("scores", []))
@@ -212,6 +212,11 @@ class CheckpointMixin:
 
     def _trained_part(self) -> dict[str, Any]:
         return checkpoint.describe_trained_weights(self._trained_model.named_parameters())
+
+    def _reward_statistics(self) -> dict[str, Any]:
+        """What the trainer remembers of rewards to compare further ones with."""
+        values = {"step_values": self.step_values} if self.config.train_image_credit == "value" else {}
+        return {"stat_tracker": self.stat_tracker, **values}
 
     def _stateful_functions(self) -> dict[str, Any]:
         functions = {"reward_function": self.reward_fn, "prompt_function": self.prompt_fn}

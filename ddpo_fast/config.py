@@ -230,9 +230,10 @@ class DDPOConfig(ConfigNumbers):
     train_kl_weight: float = _option(0.0, "Weight of the KL divergence to the model before training in the loss.")
     train_image_credit: str = _option(
         "none",
-        "How an image's advantage is shared among its denoising steps: none (each has it whole), or coca (by how much "
+        "How an image's advantage is shared among its denoising steps: none (each has it whole), value (by how much "
+        "each changed the reward that is to be expected, as learned from the images so far), or coca (by how much "
         "a step brings the predicted image nearer to the final one, arXiv 2505.19196).",
-        choices=["none", "coca"],
+        choices=["none", "value", "coca"],
     )
     rwr_beta: float = _option(0.2, "Inverse temperature of rwr's weights, softmax(beta * reward).")
     rwr_top_fraction: float = _option(0.0, "With rwr: train on this share of the best images alone; 0 weights all.")

@@ -262,8 +262,13 @@ CONFLICTS: tuple[tuple[Callable[[Settings], bool], str], ...] = (
         "sample_redraws is above 0, which needs groups to draw again: set sample_group_size above 1",
     ),
     (
-        lambda c: c.train_image_credit == "coca" and c.objective == "rwr",
-        "train_image_credit is 'coca', but objective 'rwr' weighs whole images: use 'none'",
+        lambda c: c.train_image_credit != "none" and c.objective == "rwr",
+        "train_image_credit shares an image's advantage among its steps, but objective 'rwr' weighs whole images: use "
+        "train_image_credit='none'",
+    ),
+    (
+        lambda c: c.train_image_credit == "value" and c.train_advantages != "std",
+        "train_image_credit is 'value', which foretells rewards and not their ranks: leave out train_advantages",
     ),
     (
         lambda c: c.train_image_credit == "coca" and c.sde_window is not None,

@@ -292,3 +292,22 @@ def sigma_and_direction(a_t: torch.Tensor, a_s: torch.Tensor, eta: float) -> tup
     """(sigma, d) of steps by the formulas at the top of this module; all tensors have one shape."""
     variance = step_table.ddim_variance(eta, 1 - a_t, 1 - a_s, 1 - a_t / a_s)
     return variance.sqrt(), step_table.direction(1 - a_s, variance)
+
+
+def predictions(scheduler: Any, eta: float) -> list[step_table.Prediction]:
+    """What each sampled step of a scheduler whose timesteps are set predicts of the final latents, in their order.
+
+    A step's mean mu (top of this module) and the forward process's relation of x_t to x0 and eps are
+
+        x_t = sqrt(a_t) x0 + sqrt(1 - a_t) eps,    mu = sqrt(a_s) x0 + d eps
+
+    Solved for x0, the two give the same coefficients whatever the model predicts (epsilon, v or sample).
+    """
+    alphas = scheduler.alphas_cumprod.to("cpu", torch.float64)
+    t = scheduler.timesteps.cpu()
+    # the last step leads to timestep 0
+    a_t, a_s = alphas[t], alphas[torch.cat([t[1:], t.new_zeros(1)])]
+    sigma, d = sigma_and_direction(a_t, a_s, eta)
+    determinant = a_s.sqrt() * (1 - a_t).sqrt() - d * a_t.sqrt()
+    rows = torch.stack([-d / determinant, (1 - a_t).sqrt() / determinant, sigma], dim=1)
+    return [step_table.Prediction(*row) for row in rows.tolist()]

@@ -20,7 +20,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from ddpo_fast.step_credit import LAYOUT_VARIANCE, step_credits
-from ddpo_fast.step_table import FLOW_SAMPLERS, ode
+from ddpo_fast.step_table import FLOW_SAMPLERS, Prediction, Rows, ode
 
 
 def flow_scheduler(config: Mapping[str, Any]) -> FlowMatchEulerDiscreteScheduler:
@@ -89,10 +89,24 @@ def flow_table(levels: Tensor, sampler: str, level: float, credit: str = "none")
 
     Raises `ValueError` for an unknown `credit`.
     """
-    c_x, c_m, sigma = FLOW_SAMPLERS[sampler](levels, level) if level > 0 else ode(levels)
+    c_x, c_m, sigma = _rows(levels, sampler, level)
     s = levels[:-1]
     a = 1 - s
     # what a step leaves of latents whose components have the variance v, see step_credit.py
     best = (s - a * LAYOUT_VARIANCE) / (a**2 * LAYOUT_VARIANCE + s**2)
     credits = step_credits(credit, c_m, sigma, torch.arange(len(s)), c_x + c_m * best)
     return torch.stack([c_x, c_m, sigma, credits], dim=1).float()
+
+
+def flow_predictions(levels: Tensor, sampler: str, level: float) -> list[Prediction]:
+    """What each of the N steps between `levels` predicts of the final latents; the arguments are `flow_table`'s.
+
+    x0 = x - s m, and a step's mean is c_x x + c_m m.
+    """
+    c_x, c_m, sigma = _rows(levels, sampler, level)
+    of_mean = -levels[:-1] / c_m
+    return [Prediction(*row) for row in torch.stack([1 - of_mean * c_x, of_mean, sigma], dim=1).tolist()]
+
+
+def _rows(levels: Tensor, sampler: str, level: float) -> Rows:
+    return FLOW_SAMPLERS[sampler](levels, level) if level > 0 else ode(levels)

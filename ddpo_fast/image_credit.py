@@ -16,49 +16,14 @@ Shapes: B images, T denoising steps, C H W latent.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from ddpo_fast.ddim import sigma_and_direction
-
 WINDOWS = 10
 # a cosine similarity in fp32 is right to about this
 SMALLEST_GAIN = 1e-6
-
-
-class Prediction(NamedTuple):
-    """The prediction of the final latent from a step's latents x_t and mean mu: `of_latents x_t + of_mean mu`.
-
-    `ddim.py` has the step's mean, and the forward process's relation of x_t to x0 and eps:
-
-        x_t = sqrt(a_t) x0 + sqrt(1 - a_t) eps,    mu = sqrt(a_s) x0 + d eps
-
-    Solved for x0, the two give the same coefficients whatever the model predicts (epsilon, v or sample).
-    """
-
-    of_latents: float
-    of_mean: float
-    sigma: float  # of the step, with which its mean follows from its noise
-
-    def of(self, latents: Tensor, next_latents: Tensor, noise: Tensor) -> Tensor:
-        """The predicted final latents of the step `next_latents = mu + sigma noise` from `latents`, [B, C, H, W]."""
-        mean = next_latents - self.sigma * noise
-        return self.of_latents * latents + self.of_mean * mean
-
-
-def predictions(scheduler: Any, eta: float) -> list[Prediction]:
-    """The `Prediction` of each sampled step of a DDIM scheduler whose timesteps are set, in their order."""
-    alphas = scheduler.alphas_cumprod.to("cpu", torch.float64)
-    t = scheduler.timesteps.cpu()
-    # the last step leads to timestep 0, see ddim.py
-    a_t, a_s = alphas[t], alphas[torch.cat([t[1:], t.new_zeros(1)])]
-    sigma, d = sigma_and_direction(a_t, a_s, eta)
-    determinant = a_s.sqrt() * (1 - a_t).sqrt() - d * a_t.sqrt()
-    rows = torch.stack([-d / determinant, (1 - a_t).sqrt() / determinant, sigma], dim=1)
-    return [Prediction(*row) for row in rows.tolist()]
 
 
 def similarities(predicted: Sequence[Tensor], final: Tensor) -> Tensor:

@@ -301,10 +301,10 @@ def check_pipeline(pipeline: DDPOStableDiffusionPipeline, config: DDPOConfig) ->
         lora.check_kohya(family.network, getattr(pipeline, "use_lora", False))
     if config.quantize_frozen != "none" and pipeline.autocast is not None:
         raise ValueError("quantize_frozen is set, but this pipeline has an autocast, which needs fp32: use 'none'")
-    if config.train_image_credit == "coca" and kind.__call__ is not ours.__call__:
+    if config.train_image_credit != "none" and kind.__call__ is not ours.__call__:
         raise ValueError(
-            "train_image_credit is 'coca', but the pipeline's own __call__ does not tell what each step predicts: use "
-            "'none'"
+            f"train_image_credit is {config.train_image_credit!r}, but the pipeline's own __call__ does not tell what "
+            "each step predicts: use 'none'"
         )
     for size in config.image_sizes if config.train_pool_latents > 1 else []:
         _, *sides = family.latent_shape_of(family.parts_configs(), *size)

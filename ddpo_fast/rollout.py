@@ -22,11 +22,13 @@ from ddpo_fast.batch_sizes import BatchSizes
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.cuda_graphs import Recorded
 from ddpo_fast.families import Family
-from ddpo_fast.image_credit import predictions, similarities, step_credit
+from ddpo_fast.image_credit import similarities, step_credit
 from ddpo_fast.policy import Policy
 from ddpo_fast.prompts import PromptFunction, PromptGroups
 from ddpo_fast.sample_ahead import Stopped, ahead
 from ddpo_fast.sampler import DenoisingChain, decode
+from ddpo_fast.step_table import Prediction
+from ddpo_fast.step_values import predicted_features
 from ddpo_fast.trajectory import Trajectory
 from ddpo_fast.unet import UNetCache, cache_problem
 
@@ -130,7 +132,7 @@ class Rollout:
         pooled_noise = [self.policy.pooled(step) for step in noise[1:]] if pools else []
         with self.policy.computing():
             ids, embeds = self.policy.embed_prompts(prompts)
-            trail, log_probs, credit = self._denoise(noise, embeds)
+            trail, log_probs, credit, features = self._denoise(noise, embeds)
         by_step = torch.stack(log_probs, dim=1)
         if pools:
             by_step = self.policy.log_probs_of_noise(pooled_noise, self.family.keys)
@@ -145,6 +147,7 @@ class Rollout:
             trail=torch.stack(trail, dim=1),
             log_probs=by_step,
             credit=credit,
+            features=features,
         )
 
     def _denoise(self, noise: list[torch.Tensor], embeds: torch.Tensor) -> Denoised:
@@ -171,7 +174,8 @@ class Denoised(NamedTuple):
 
     trail: list[torch.Tensor]  # T + 1 latents [B, C, H, W]
     log_probs: list[torch.Tensor]  # T, [B] each
-    credit: torch.Tensor | None  # [B, T] with `train_image_credit`
+    credit: torch.Tensor | None = None  # [B, T] with `train_image_credit='coca'`
+    features: torch.Tensor | None = None  # [B, T, F] with `train_image_credit='value'`
 
 
 class RolloutChain(DenoisingChain):
@@ -192,11 +196,10 @@ class RolloutChain(DenoisingChain):
         uses_cache = config.sample_cache and not config.compile_unet and not cache_problem(family.denoiser)
         self.cache = UNetCache(family.denoiser) if uses_cache else None
         self.recorded = Recorded(self._step) if config.cuda_graphs else None
-        # The prediction of the final latents by each step, of which CoCA makes the credit.
-        credits = config.train_image_credit == "coca"
-        self.predictions = predictions(family.pipe.scheduler, config.sample_eta) if credits else []
-        # The final latents that each step predicts. Together they are as large as the noise of the steps, which is
-        # freed meanwhile, so that keeping them does not raise the peak of memory.
+        # How each step's prediction of the final latents is found, for advantages of single steps.
+        self.image_credit, self.predictions = config.train_image_credit, list[Prediction]()
+        # Of each step: the final latents that it predicts, for CoCA's credit, or their features. Latents of all steps
+        # are as large as the noise of the steps, which is freed meanwhile, so that the peak of memory does not rise.
         self._predicted: list[torch.Tensor] = []
 
     def sample(self, noise: list[torch.Tensor], embeds: torch.Tensor) -> Denoised:
@@ -204,6 +207,8 @@ class RolloutChain(DenoisingChain):
         self.embeds.copy_(embeds)
         # those of the present size of images; where nothing has changed it is the same tensor
         self.table = self.family.table(self.eta, self.family.denoiser.device)
+        if self.image_credit != "none":
+            self.predictions = self.family.predictions(self.eta)
         self._predicted.clear()
         if self.cache is not None:
             self.cache.fill(self.embeds, self.family.keys)
@@ -211,18 +216,21 @@ class RolloutChain(DenoisingChain):
         noise.reverse()
         with self.cache.in_use() if self.cache is not None else nullcontext():
             trail, log_probs = self.run(noise.pop(), noise.pop)
-        if not self.predictions:
-            return Denoised(trail, log_probs, None)
-        credit = step_credit(similarities(self._predicted, trail[-1]))
+        found = Denoised(trail, log_probs)
+        if self.image_credit == "coca":
+            found = found._replace(credit=step_credit(similarities(self._predicted, trail[-1])))
+        elif self.image_credit == "value":
+            found = found._replace(features=torch.stack(self._predicted, dim=1))
         self._predicted.clear()
-        return Denoised(trail, log_probs, credit)
+        return found
 
     def take_step(
         self, rows: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, i: int
     ) -> ops.Step:
         step = self._cached_step(rows, latents, noise, t, i)
         if self.predictions:
-            self._predicted.append(self.predictions[i].of(latents, step.latents, noise))
+            predicted = self.predictions[i].of(latents, step.latents, noise)
+            self._predicted.append(predicted if self.image_credit == "coca" else predicted_features(predicted))
         return step
 
     def _cached_step(

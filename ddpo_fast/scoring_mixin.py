@@ -24,6 +24,7 @@ from ddpo_fast.metrics import EpochTimer
 from ddpo_fast.processes import all_reduce_max, run_or_raise_on_all
 from ddpo_fast.rollout import PipelineRollout, Rollout
 from ddpo_fast.run_folder.notebook import hides_bar
+from ddpo_fast.step_values import StepValues
 from ddpo_fast.trajectory import Trajectory
 
 
@@ -41,6 +42,7 @@ class ScoringMixin:
     rollout: Rollout | PipelineRollout
     sample_health: SampleHealth
     stat_tracker: Any
+    step_values: StepValues
 
     def _hides_bar(self, is_inner: bool = True) -> bool | None:
         """tqdm's `disable`: None means a bar on a terminal and none in a log file."""
@@ -196,18 +198,29 @@ class ScoringMixin:
             found = group_advantages(values, config.sample_group_size, config.train_advantages)
         else:
             found = batch_advantages(values, config.train_advantages)
-        if trajectory.credit is not None:
+        if config.train_image_credit != "none":
             min_count = config.per_prompt_stat_tracking_min_count if config.per_prompt_stat_tracking else None
             sets = compared_sets(prompts, config.sample_group_size, min_count)
-            credit = self.accelerator.gather(trajectory.credit).cpu().numpy()
-            found = step_advantages(found, credit, sets, config.num_trainable_steps)
+            if config.train_image_credit == "coca":
+                assert trajectory.credit is not None
+                credit = self.accelerator.gather(trajectory.credit).cpu().numpy()
+                found = step_advantages(found, credit, sets, config.num_trainable_steps)
+            else:
+                features = self.accelerator.gather(trajectory.features).cpu()
+                trained = self.policy.config.trainable_steps
+                found = self.step_values.advantages(features, values, prompts, sets, trained)
         of_processes = np.split(np.ascontiguousarray(found), self.accelerator.num_processes)
         return torch.as_tensor(of_processes[self.accelerator.process_index])
 
     def _variety(self, scored: ScoredImages, prompts: list[str], all_rewards: torch.Tensor) -> dict[str, torch.Tensor]:
-        """`reward_spread` over all processes, and `image_spread` within each process, averaged over them."""
+        """`reward_spread` over all processes, and `image_spread` within each process, averaged over them.
+
+        With values of steps also `value_explained`, how much of the rewards' spread they foretold in this epoch.
+        """
         found = {"reward_spread": torch.tensor(variety.reward_spread(prompts, all_rewards.cpu().numpy()))}
         spread = variety.image_spread(scored.trajectory.prompts, [batch[0] for batch in scored.batches])
         if spread is not None:
             found["image_spread"] = self.accelerator.reduce(spread.to(self.accelerator.device), reduction="mean")
+        if self.config.train_image_credit == "value":
+            found["value_explained"] = torch.tensor(self.step_values.explained)
         return found

@@ -59,6 +59,19 @@ class Rows(NamedTuple):
     sigma: Tensor
 
 
+class Prediction(NamedTuple):
+    """The prediction of the final latent from a step's latents x_t and mean mu: `of_latents x_t + of_mean mu`."""
+
+    of_latents: float
+    of_mean: float
+    sigma: float  # of the step, with which its mean follows from its noise
+
+    def of(self, latents: Tensor, next_latents: Tensor, noise: Tensor) -> Tensor:
+        """The predicted final latents of the step `next_latents = mu + sigma noise` from `latents`, [B, C, H, W]."""
+        mean = next_latents - self.sigma * noise
+        return self.of_latents * latents + self.of_mean * mean
+
+
 def ddim_variance(eta: float, variance: Tensor, next_variance: Tensor, added: Tensor) -> Tensor:
     """n^2 of DDIM's steps, [K].
 

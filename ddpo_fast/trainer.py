@@ -48,6 +48,7 @@ from ddpo_fast.run_folder.run_log import RunLog, agree_on_folder, output_folder
 from ddpo_fast.run_folder.trackers import first_tracker
 from ddpo_fast.samples import Samples
 from ddpo_fast.scoring_mixin import ScoringMixin
+from ddpo_fast.step_values import StepValues
 from ddpo_fast.trajectory import Trajectory, in_groups
 from ddpo_fast.user_functions import function_name, require_function
 from ddpo_fast.worker_threads import WorkerThreads
@@ -173,6 +174,7 @@ class DDPOTrainer(ScoringMixin, FixedImagesMixin, CheckpointMixin, HubModel):
             config.per_prompt_stat_tracking_min_count,
             config.train_advantages,
         )
+        self.step_values = StepValues()
         objective = make_objective(settings, self.policy, self.trainable_parameters(self.trainable_layers))
         bound = None
         if config.train_target_update:
@@ -265,8 +267,8 @@ class DDPOTrainer(ScoringMixin, FixedImagesMixin, CheckpointMixin, HubModel):
         # scores are compared with each other, and rewards of images of different sizes cannot be
         if not self.progress.scores.held_out and self.config.size_of(epoch) == self.config.image_sizes[0]:
             self.progress.scores.add(epoch, all_rewards.mean().item())
-        variety = self._variety(scored, prompts, all_rewards)
         advantages = self._advantages(scored.trajectory, prompts, all_rewards)
+        variety = self._variety(scored, prompts, all_rewards)
         trajectory = scored.trajectory.with_advantages(advantages)
         timer.ends("scoring")
         # Updates make the steps of images with a positive advantage more likely, those with a negative one less likely.
@@ -290,8 +292,8 @@ class DDPOTrainer(ScoringMixin, FixedImagesMixin, CheckpointMixin, HubModel):
         self.policy.use_size(*self.config.size_of(epoch))
         size = self.config.size_name(epoch)
         self.run_log.use_size(size, self.policy.clip_range)
-        for part in (self.stat_tracker, self.guard, self.reward_fn):
-            if isinstance(part, (PerPromptStatTracker, Guard, rewards.SeveralRewards)):
+        for part in (self.stat_tracker, self.step_values, self.guard, self.reward_fn):
+            if isinstance(part, (PerPromptStatTracker, StepValues, Guard, rewards.SeveralRewards)):
                 part.use_size(size)
 
     # stage 3: train

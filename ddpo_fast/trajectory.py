@@ -50,7 +50,9 @@ class Trajectory(_Keyed):
     timesteps: torch.Tensor  # [B, T]
     trail: torch.Tensor  # [B, T + 1, C, H, W]
     log_probs: torch.Tensor  # [B, T]
-    credit: torch.Tensor | None = None  # [B, T], see image_credit.py; None without `train_image_credit`
+    # with `train_image_credit`, one of the two
+    credit: torch.Tensor | None = None  # [B, T], see image_credit.py
+    features: torch.Tensor | None = None  # [B, T, F], see step_values.py
     advantages: torch.Tensor | None = None  # [B], or [B, T] if each step has its own
     has_advantage: torch.Tensor | None = None  # [B] bool on the CPU, so that the host can read it; None: all have one
 
@@ -59,7 +61,7 @@ class Trajectory(_Keyed):
     @property
     def _tensors(self) -> list[str]:
         """The names of the tensors that sampling makes, all with a row for each image."""
-        return _TENSORS if self.credit is None else [*_TENSORS, "credit"]
+        return [*_TENSORS, *(name for name in ("credit", "features") if self[name] is not None)]
 
     @property
     def latents(self) -> torch.Tensor:
@@ -113,7 +115,7 @@ class Trajectory(_Keyed):
             return self
         kept = slice(steps.start, steps.stop)
         fewer = {name: self[name][:, kept] for name in ("timesteps", "log_probs")}
-        for name in ("credit", "advantages"):
+        for name in ("credit", "features", "advantages"):
             if self[name] is not None and self[name].dim() > 1:
                 fewer[name] = self[name][:, kept]
         return replace(self, trail=self.trail[:, steps.start : steps.stop + 1], **fewer)

@@ -9,7 +9,6 @@ trains that model instead of MODEL.
 
 from __future__ import annotations
 
-import gc
 import json
 import multiprocessing.connection
 import os
@@ -49,8 +48,6 @@ def main() -> None:
     if "RANK" in os.environ:
         train(model, Path(folder), Path(files[0]))
         return
-    # DeepSpeed collects garbage at each start, which takes half a second among all that the imports have made
-    gc.freeze()
     for processes, file in reversed(list(enumerate(files, 1))):
         fork(processes, model, Path(folder), Path(file))
 

@@ -11,8 +11,8 @@ from rounding import in_fp64
 from tiny_run import Prompts, build_pipeline
 
 from ddpo_fast import DefaultDDPOStableDiffusionPipeline
-from ddpo_fast.ddim import DDIMCoefficients
-from ddpo_fast.image_credit import predictions, similarities, step_credit
+from ddpo_fast.ddim import DDIMCoefficients, predictions
+from ddpo_fast.image_credit import similarities, step_credit
 from ddpo_fast.prompts import PromptGroups
 from ddpo_fast.tiny_sd.build import SCHEDULER
 from ddpo_fast.trajectory import pair_index, pairs_of, training_batches

@@ -349,7 +349,7 @@ def test_samples_are_of_the_averages(make):
         ({"objective": "rwr", "train_advantages": "rank"}, "leave out per_prompt_stat_tracking and train_advantages"),
         ({"objective": "rwr", "sample_group_size": 2}, "set rwr_per_prompt"),
         ({"objective": "rwr", "step_credit": "equal"}, "leave out step_credit"),
-        ({"objective": "rwr", "train_image_credit": "coca"}, "weighs whole images: use .none."),
+        ({"objective": "rwr", "train_image_credit": "coca"}, "weighs whole images: use train_image_credit=.none."),
         ({"objective": "rwr", "train_pool_latents": 2}, "train_skip_last_steps and train_pool_latents"),
         ({"objective": "rwr", "train_skip_last_steps": 0.2}, "train_skip_last_steps"),
         ({"objective": "rwr", "train_kl_weight": 0.1}, "leave out train_kl_weight"),

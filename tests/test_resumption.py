@@ -17,7 +17,7 @@ from ddpo_fast.run_folder import checkpoint
 OPTIONS = (
     "--recipe trl --full-finetune --prompts animals --num_epochs 3 --sample_num_steps 3 --sample_batch_size 4 "
     "--train_batch_size 2 "
-    "--train_num_inner_epochs 2 --train_learning_rate 1e-3 --per_prompt_stat_tracking "
+    "--train_num_inner_epochs 2 --train_learning_rate 1e-3 --train_image_credit value --per_prompt_stat_tracking "
     "--per_prompt_stat_tracking_min_count 2 --mixed_precision no"
 ).split()
 # a clean process that has imported the package and is forked for each run

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.step_credit import of_window
+from ddpo_fast.step_table import Prediction
 
 Config = Mapping[str, Any]
 
@@ -350,6 +351,23 @@ class Family:
             windowed[inside, 3] = of_window(credit, noisy[inside])
             self._windowed[name] = made = noisy, windowed
         return made[1]
+
+    def steps_predictions(self, level: float) -> list[Prediction]:
+        """`predictions` without a window."""
+        raise NotImplementedError
+
+    def predictions(self, level: float) -> list[Prediction]:
+        """How the final latents that each sampled step predicts follow from its latents and noise, [T].
+
+        Args:
+            level: of noise, the setting `sample_eta`.
+        """
+        noisy = self.steps_predictions(level)
+        if self.window is None or level == 0:
+            return noisy
+        first, last = self.window
+        silent = self.steps_predictions(0.0)
+        return [*silent[:first], *noisy[first : last + 1], *silent[last + 1 :]]
 
     # the network
 

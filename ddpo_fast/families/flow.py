@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ddpo_fast.families.base import Config, Family, Prompts, with_pooled, without_pooled
-from ddpo_fast.flow_matching import dynamic_shift, flow_scheduler, flow_table, noise_levels
+from ddpo_fast.flow_matching import dynamic_shift, flow_predictions, flow_scheduler, flow_table, noise_levels
 from ddpo_fast.offload_frozen import on_device
+from ddpo_fast.step_table import Prediction
 
 # The level of noise that each sampler is published with. TRL's default of `sample_eta`, 1.0, stands for it.
 USUAL_LEVELS = {"flow_sde": 0.7, "cps": 0.8, "dance": 0.3, "flow_ddim": 1.0}
@@ -100,12 +101,18 @@ class FlowMatching(Family):
         return torch.arange(len(timesteps), device=timesteps.device)
 
     def steps_table(self, level: float, device: torch.device, credit: str) -> Tensor:
-        level = USUAL_LEVELS[self.sampler] if level == 1.0 else level
+        level = self._noise_level(level)
         levels = self._set["levels"]
         name = tuple(levels.tolist()), self.sampler, level, str(device), credit
         if name not in self._tables:
             self._tables[name] = flow_table(levels, self.sampler, level, credit).to(device)
         return self._tables[name]
+
+    def steps_predictions(self, level: float) -> list[Prediction]:
+        return flow_predictions(self._set["levels"], self.sampler, self._noise_level(level))
+
+    def _noise_level(self, level: float) -> float:
+        return USUAL_LEVELS[self.sampler] if level == 1.0 else level
 
     def _timesteps(self, rows: Tensor, keys: Tensor) -> Tensor:
         """The scheduler's timesteps, 1000 s, of `rows` [R, ...]: [R] fp32."""

@@ -9,9 +9,10 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 
-from ddpo_fast.ddim import DDIMCoefficients, check_steps, ddim_scheduler
+from ddpo_fast.ddim import DDIMCoefficients, check_steps, ddim_scheduler, predictions
 from ddpo_fast.families.base import Config, Family, Prompts
 from ddpo_fast.offload_frozen import on_device
+from ddpo_fast.step_table import Prediction
 
 # the tasks of UNets whose input has more channels than their output, by the number of input channels
 CHANNELS = {9: "inpainting", 8: "editing or upscaling", 7: "upscaling", 5: "depth"}
@@ -91,6 +92,9 @@ class StableDiffusion(Family):
 
     def steps_table(self, level: float, device: torch.device, credit: str) -> Tensor:
         return DDIMCoefficients.of(self.pipe.scheduler, level, device, credit).table
+
+    def steps_predictions(self, level: float) -> list[Prediction]:
+        return predictions(self.pipe.scheduler, level)
 
     def call(
         self, rows: Tensor, keys: Tensor, embeds: Tensor, attention_kwargs: Mapping[str, Any] | None = None
