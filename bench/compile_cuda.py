@@ -73,7 +73,10 @@ def headers(version: str, folder: Path) -> Path:
 def compiled(include: Path, architectures: list[int], work: Path) -> Iterator[dict[str, Any]]:
     """For each source its name, the compiler's error if it fails, and each kernel's registers and spilled bytes."""
     flags = extension.include_flags(include)
-    cuda = ["nvcc", *extension.CUDA_COMMON, *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures)]
+    # The sources ask for no architecture, so one front end's PTX serves all of them.
+    codes = ",".join(f"sm_{architecture}" for architecture in architectures)
+    target = f"-gencode=arch=compute_{min(architectures)},code=[{codes}]"
+    cuda = ["nvcc", *extension.CUDA_COMMON, target]
     for source in sorted(extension.CSRC.glob("*.cu")):
         yield row(source, [*cuda, *flags, "-Xptxas", "-v", "-c", "-o", str(work / "made.o")])
     # the C++ sources have no kernels, so their syntax and types are checked and nothing is compiled
