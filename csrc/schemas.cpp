@@ -8,6 +8,14 @@ STABLE_TORCH_LIBRARY(ddpo_fast_csrc, m) {
       "adamw8bit(Tensor(a!) master, Tensor(b!) codes1, Tensor(c!) codes2, Tensor(d!) absmax1, Tensor(e!) absmax2, "
       "Tensor grad, Tensor(f!)? out, Tensor maps, Tensor decades, float beta1, float beta2, float rest1, float rest2, "
       "float decay, float eps, float step_size) -> ()");
+  m.def("geglu(Tensor x, Tensor? bias, Tensor(a!) y) -> ()");
+  m.def("geglu_backward(Tensor grad, Tensor x, Tensor? bias, Tensor(a!) dx, Tensor(b!)? dbias) -> ()");
+  m.def(
+      "groupnorm_silu(Tensor x, Tensor weight, Tensor bias, float eps, bool silu, Tensor? addend, Tensor(a!) y, "
+      "Tensor(b!) mean, Tensor(c!) rstd) -> ()");
+  m.def(
+      "groupnorm_silu_backward(Tensor x, Tensor grad, Tensor? skip, Tensor weight, Tensor bias, Tensor? addend, "
+      "Tensor mean, Tensor rstd, bool silu, Tensor(a!) dx, Tensor(b!)? daffine, Tensor(c!)? daddend) -> ()");
   m.def(
       "step_logprob(Tensor model_output, Tensor latents, Tensor noise, Tensor table, Tensor timesteps, "
       "float? guidance_scale, Tensor(a!) next_latents, Tensor(b!) log_probs, Tensor(c!) next_input) -> ()");

@@ -65,7 +65,7 @@ def test_a_backend_that_cannot_run_is_refused_with_its_reason():
 
 
 def test_an_op_without_the_chosen_backend_takes_another():
-    op = backend.OPS["geglu"]
+    op = backend.OPS["add_layernorm"]
     with ops.force_backend("csrc"):
         assert op.backend("cpu", torch.float32) == "reference"
 
@@ -227,6 +227,25 @@ def test_cpp_checks_its_arguments():
     example.timesteps = torch.tensor([1, 1000])
     with pytest.raises(RuntimeError, match="timestep 1000 is not a row of the table"):
         step(*example.arguments(), *made)
+
+
+def test_cpp_checks_the_layouts_of_its_arguments():
+    assert extension.reasons("cpu") == ""
+    cpp = torch.ops.ddpo_fast_csrc
+    x, vector, statistic = torch.randn(2, 8, 3, 5), torch.ones(8), torch.empty(2, 4)
+    last = x.contiguous(memory_format=torch.channels_last)
+    cpp.groupnorm_silu(last, vector, vector, 1e-5, True, None, torch.empty_like(last), statistic, statistic.clone())
+    with pytest.raises(RuntimeError, match="y must have the shape, dtype and layout of x"):
+        cpp.groupnorm_silu(last, vector, vector, 1e-5, True, None, torch.empty_like(x), statistic, statistic.clone())
+    with pytest.raises(RuntimeError, match="x must be contiguous or channels_last"):
+        cpp.groupnorm_silu(x.transpose(2, 3), vector, vector, 1e-5, True, None, x, statistic, statistic.clone())
+    y, addend = torch.empty_like(x), torch.ones(3, 8)
+    with pytest.raises(RuntimeError, match=r"addend must have shape \(2,8,\) but has \(3,8,\)"):
+        cpp.groupnorm_silu(x, vector, vector, 1e-5, True, addend, y, statistic, statistic.clone())
+    with pytest.raises(RuntimeError, match="y must be contiguous, half as large as x and of its dtype"):
+        cpp.geglu(x[..., :4].contiguous(), None, y)
+    with pytest.raises(RuntimeError, match="x must have an even number of columns but has 5"):
+        cpp.geglu(x, None, y)
 
 
 def test_a_direct_call_gives_the_registered_op_s_bits_and_gradients():

@@ -13,7 +13,7 @@ from op_checks import DEVICE, DTYPES, assert_as_exact_as_plain, name_of
 from ddpo_fast.ops.backend import force_backend
 from ddpo_fast.ops.geglu import geglu
 
-BACKENDS = ("reference", "triton")
+BACKENDS = ("reference", "triton", "csrc")
 
 
 class WithoutProjection(GEGLU):
@@ -89,8 +89,26 @@ def test_a_frozen_bias_gets_no_gradient_and_does_not_change_that_of_x(backend):
 # hypothesis does not shrink a failure, which would take minutes of interpreted kernels
 @settings(deadline=None, max_examples=12, derandomize=True, phases=[Phase.generate])
 @given(shape=st.lists(st.integers(1, 9), max_size=3), inner=st.integers(1, 300), seed=st.integers(0, 99))
-def test_any_shape(shape, inner, seed):
-    check("triton", *example((*shape, 2 * inner), seed=seed))
+@pytest.mark.parametrize("backend", ["triton", "csrc"])
+def test_any_shape(backend, shape, inner, seed):
+    check(backend, *example((*shape, 2 * inner), seed=seed))
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("shape", [(3, 4442), (193, 34)])
+def test_cpp_takes_long_rows_in_pieces_and_sums_many_rows_in_chunks(shape, dtype):
+    check("csrc", *example(shape, dtype), torch.linspace(-1, 1, shape[1], device=DEVICE))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_a_row_has_the_same_bits_in_a_batch_of_any_size_in_cpp(dtype):
+    x, grad = example((9, 7, 70), dtype)
+    with force_backend("csrc"):
+        whole = with_gradient(geglu, x, grad)
+        parts = [with_gradient(geglu, x[rows], grad[rows]) for rows in (slice(0, 4), slice(4, 9))]
+    for together, *apart in zip(whole, *parts, strict=True):
+        assert torch.equal(together, torch.cat(apart))
 
 
 @pytest.mark.usefixtures("poisoned_empty")

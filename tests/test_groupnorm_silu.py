@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ddpo_fast.ops.backend import force_backend
 from ddpo_fast.ops.groupnorm_silu import groupnorm_silu, groupnorm_silu_and_skip
 
-BACKENDS = ("reference", "triton")
+BACKENDS = ("reference", "triton", "csrc")
 EPS = 1e-5
 
 # (N, C, H, W), groups, channels_last: 1, 10, 20, 30, 40, 60, 80 channels a group; 1, 63, 123, 4096 pixels. Interpreted
@@ -120,15 +120,60 @@ def test_fp32_parameters_of_a_half_precision_input(backend, dtype):
     full_grid=st.sampled_from([1, 4, 264]),
     seed=st.integers(0, 99),
 )
-def test_any_shape(poisoned_empty, images, groups, group_size, pixels, channels_last, full_grid, seed):
+@pytest.mark.parametrize("backend", ["triton", "csrc"])
+def test_any_shape(backend, poisoned_empty, images, groups, group_size, pixels, channels_last, full_grid, seed):
     shape = (images, groups * group_size, *pixels)
     x, weight, bias, grad = example(shape, channels_last=channels_last, seed=seed)
     if channels_last:
         x, grad = (tensor.movedim(1, -1).contiguous().movedim(-1, 1) for tensor in (x, grad))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "FULL_GRID", full_grid)
-        y, *_ = check("triton", (x, weight, bias, grad), groups)
+        y, *_ = check(backend, (x, weight, bias, grad), groups)
     assert y.stride() == x.stride()
+
+
+# several blocks of channels for each image, of which the last is smaller; more pixels of a channel than are summed at
+# once; channels that are not whole vectors
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize(
+    ("shape", "groups"), [((2, 96, 32, 33), 6), ((1, 180, 40, 30), 18), ((2, 6, 41, 39), 2), ((3, 1040, 2, 3), 4)]
+)
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_cpp_for_many_channels_and_pixels(dtype, channels_last, shape, groups):
+    check("csrc", example(shape, dtype, channels_last), groups)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_an_image_has_the_same_bits_in_a_batch_of_any_size_in_cpp(channels_last, dtype):
+    x, weight, bias, grad = example((5, 24, 9, 11), dtype, channels_last)
+    with force_backend("csrc"):
+        whole = with_gradients(groupnorm_silu, x, weight, bias, grad, 4)[:2]
+        parts = [
+            with_gradients(groupnorm_silu, x[rows], weight, bias, grad[rows], 4)[:2]
+            for rows in (slice(0, 2), slice(2, 5))
+        ]
+    for together, *apart in zip(whole, *parts, strict=True):
+        assert torch.equal(together, torch.cat(apart))
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("shape", [(1, 24, 1, 1), (1, 24, 5, 1), (1, 24, 1, 7), (3, 24, 1, 7), (2, 1, 4, 5)])
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strides_of_sizes_of_one_have_no_meaning(backend, channels_last, shape):
+    x, weight, bias, grad = example(shape, channels_last=channels_last)
+    odd = [stride if size > 1 else 77 for size, stride in zip(shape, x.stride(), strict=True)]
+    check(backend, (x.as_strided(shape, odd), weight, bias, grad), groups=1)
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_norms_from_far_below_to_far_above_zero(backend):
+    """SiLU and its gradient where the exponential function would be 0 or infinite."""
+    x, weight, bias, grad = example((1, 32, 6, 7))
+    check(backend, (x, 60 * weight, bias, grad), groups=4)
 
 
 @pytest.mark.usefixtures("poisoned_empty")
@@ -199,6 +244,19 @@ def test_an_addend_and_the_gradient_of_a_skip_connection(backend, dtype, channel
             actual = function(*inputs, of=groupnorm_silu)
         exact = function(*(tensor.double() for tensor in inputs))
         assert_as_exact_as_plain(actual, function(*inputs), exact)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_addend_of_any_strides(backend):
+    x, weight, bias, grad = example((3, 40, 5, 4))
+    addend = torch.linspace(-3, 3, 120, device=DEVICE).view(40, 3).t()
+    results = []
+    for added in (addend, addend.contiguous()):
+        inputs = [tensor.detach().requires_grad_() for tensor in (x, added)]
+        with force_backend(backend):
+            y = groupnorm_silu(inputs[0], weight, bias, 4, EPS, True, inputs[1])
+            results.append((y.detach(), *torch.autograd.grad(y, inputs, grad)))
+    assert all(map(torch.equal, *results))
 
 
 class Filled(TorchDispatchMode):
@@ -282,7 +340,10 @@ def test_gradcheck(silu, channels_last):
     assert torch.autograd.gradcheck(lambda *inputs: groupnorm_silu(*inputs, 2, EPS, silu), inputs)
 
 
-@pytest.mark.parametrize(("backend", "channels_last"), [("reference", True), ("reference", False), ("triton", True)])
+@pytest.mark.parametrize(
+    ("backend", "channels_last"),
+    [("reference", True), ("reference", False), ("triton", True), ("csrc", True), ("csrc", False)],
+)
 def test_opcheck(backend, channels_last):
     x, weight, bias, grad = example((2, 8, 2, 3), torch.float32, channels_last)
     inputs = [tensor.requires_grad_() for tensor in (x, weight, bias)]

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddpo_fast.ops.backend import Op
+from ddpo_fast.ops.backend import Op, csrc_kernel
 
 
 def geglu(x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -82,8 +82,16 @@ def _triton_backward(grad: Tensor, x: Tensor, bias: Tensor | None, needs_bias: b
     return [dx, sum_parts(partials[None], bias.dtype)[0]]
 
 
-FORWARD = Op("geglu", _reference, _empty, _triton)
-BACKWARD = Op("geglu_backward", _reference_backward, _empty_backward, _triton_backward)
+def _csrc_backward(grad: Tensor, x: Tensor, bias: Tensor | None, needs_bias: bool) -> list[Tensor]:
+    found = _empty_backward(grad, x, bias, needs_bias)
+    torch.ops.ddpo_fast_csrc.geglu_backward(grad, x, bias, found[0], found[1] if len(found) > 1 else None)
+    return found
+
+
+FORWARD = Op("geglu", _reference, _empty, _triton, csrc_kernel("geglu", _empty), csrc_devices=("cpu",))
+BACKWARD = Op(
+    "geglu_backward", _reference_backward, _empty_backward, _triton_backward, _csrc_backward, csrc_devices=("cpu",)
+)
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, Tensor | None], output: Tensor) -> None:

@@ -195,12 +195,39 @@ def _empty_backward(
     affine, of_addend = others[-1]
     found = [torch.empty_like(x)]
     if affine:
-        found.append(weight.new_empty((2, len(weight)), dtype=_widest(weight, bias)))
-    return [*found, torch.empty_like(addend)] if of_addend and addend is not None else found
+        found.append(torch.empty((2, len(weight)), dtype=_widest(weight, bias), device=x.device))
+    if of_addend and addend is not None:
+        found.append(torch.empty(addend.shape, dtype=addend.dtype, device=x.device))
+    return found
 
 
-FORWARD = Op("groupnorm_silu", _reference, _empty, _triton)
-BACKWARD = Op("groupnorm_silu_backward", _reference_backward, _empty_backward, _triton_backward)
+def _csrc(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, addend: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    made = _empty(x, weight, bias, groups)
+    torch.ops.ddpo_fast_csrc.groupnorm_silu(x, weight, bias, eps, silu, addend, *made)
+    return made
+
+
+def _csrc_backward(*arguments: Any) -> list[Tensor]:
+    *operands, _, silu, needs = arguments
+    found = _empty_backward(*arguments)
+    dx, *others = found
+    made = iter(others)
+    daffine, daddend = (next(made) if needed else None for needed in needs)
+    torch.ops.ddpo_fast_csrc.groupnorm_silu_backward(*operands, silu, dx, daffine, daddend)
+    return found
+
+
+FORWARD = Op("groupnorm_silu", _reference, _empty, _triton, _csrc, csrc_devices=("cpu",))
+BACKWARD = Op(
+    "groupnorm_silu_backward",
+    _reference_backward,
+    _empty_backward,
+    _triton_backward,
+    _csrc_backward,
+    csrc_devices=("cpu",),
+)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
