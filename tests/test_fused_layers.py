@@ -7,14 +7,18 @@ from collections import Counter
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 from example_unets import KINDS, add_adapter, inputs_of, make_unet, output_and_gradients, predict, trained_parameters
 from op_checks import DEVICE, assert_as_exact_as_plain
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpo_fast.batch_sizes import MOST_ROWS
+from ddpo_fast.ops import force_backend
 from ddpo_fast.unet import SDPAProcessor, convolutions, fuse_unet, linear_layers, unfuse_unet
 from ddpo_fast.unet import fused_layers as fusing
 
@@ -115,17 +119,35 @@ def test_rms_norms_of_transformers(dtype):
     assert torch.equal(fused(x.double()), plain(x.double()))
 
 
+def everything(unet, **others):
+    output, gradients = output_and_gradients(unet, **others)
+    return output, torch.cat([gradient.flatten() for gradient in gradients.values()])
+
+
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_as_exact_as_the_plain_unet_in_fp32(kind, lora):
     unet = make_unet(kind, lora)
-
-    def everything(unet):
-        output, gradients = output_and_gradients(unet)
-        return output, torch.cat([gradient.flatten() for gradient in gradients.values()])
-
     exact = everything(copy.deepcopy(unet).double())
     assert_as_exact_as_plain(everything(fuse_unet(copy.deepcopy(unet))), everything(unet), exact)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_as_exact_in_fp32_as_it_trains_on_a_device(kind, lora):
+    unet = make_unet(kind, lora)
+    plain, exact = everything(unet), everything(copy.deepcopy(unet).double())
+    fuse_unet(unet.to(memory_format=torch.channels_last), fusing.faster_layers(DEVICE))
+    sample = inputs_of(unet)["sample"].to(memory_format=torch.channels_last)
+    assert_as_exact_as_plain(everything(unet, sample=sample), plain, exact)
+
+
+def test_norms_are_fused_on_a_cpu_where_their_cpp_runs():
+    by_kernels = {torch.nn.GroupNorm, GEGLU, ResnetBlock2D, Transformer2DModel}
+    fast = fusing.faster_layers("cpu")
+    assert by_kernels < fast
+    with force_backend("reference"):
+        assert fusing.faster_layers("cpu") == fast - by_kernels
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])

@@ -8,6 +8,7 @@ from compare_runs import same_bits, trained_weights
 from example_unets import make_unet, output_and_gradients, predict
 
 from ddpo_fast.batch_sizes import kept_bytes
+from ddpo_fast.ops import force_backend
 from ddpo_fast.unet import faster_layers, fuse_unet, set_gradient_checkpointing
 
 KINDS = pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
@@ -23,7 +24,9 @@ def kept(unet) -> int:
 def test_each_mode_keeps_less_than_the_one_before(lora, fused):
     unet = make_unet("bundled", lora)
     if fused:
-        fuse_unet(unet, faster_layers("cpu"))
+        # with their C++ the layers of `selective` are fused already
+        with force_backend("reference"):
+            fuse_unet(unet, faster_layers("cpu"))
     none, selective, blocks = (kept(set_gradient_checkpointing(unet, mode)) for mode in ("none", "selective", "blocks"))
     assert blocks < 0.6 * selective < 0.6 * 0.95 * none
     # fused layers stay fused, and blocks are not checkpointed

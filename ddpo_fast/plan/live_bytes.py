@@ -188,6 +188,8 @@ def _reference_without_kernel(func: Any, device_type: str) -> Callable[..., Any]
     op: Op | None = OPS.get(name) if namespace == "ddpo_fast" else None
     if op is None or (device_type == "cuda" and op.implementations["triton"] is not None):
         return None
+    if device_type == "cpu" and op.backend("cpu", torch.float32) == "csrc":
+        return None
     return op.implementations["reference"]
 
 

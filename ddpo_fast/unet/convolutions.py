@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddpo_fast.ops.frozen import frozen_conv2d
+from ddpo_fast.ops.linear import linear, onednn_is_faster
 
 
 class FrozenConv2d(nn.Conv2d):
@@ -68,7 +69,10 @@ def project(layer: Any, rows: Tensor, bias: Tensor | None = None) -> Tensor:
     Args:
         bias: in place of the layer's own.
     """
-    return F.linear(rows, layer.weight.flatten(1), layer.bias if bias is None else bias)
+    weight, bias = layer.weight.flatten(1), layer.bias if bias is None else bias
+    if rows.dtype == weight.dtype and onednn_is_faster(rows.device.type, rows.dtype):
+        return linear(rows, weight, bias)
+    return F.linear(rows, weight, bias)
 
 
 def rows_of(images: Tensor) -> Tensor:

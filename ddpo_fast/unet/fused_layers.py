@@ -24,6 +24,7 @@ from diffusers.models.upsampling import Upsample2D
 from peft.tuners import lora
 from torch import nn
 
+from ddpo_fast.ops.backend import OPS
 from ddpo_fast.ops.geglu import geglu
 from ddpo_fast.ops.groupnorm_silu import groupnorm_silu, groupnorm_silu_and_skip
 from ddpo_fast.unet import convolutions
@@ -243,12 +244,16 @@ FUSIBLE = frozenset((*FUSED, UNet2DConditionModel))
 def faster_layers(device: torch.device | str) -> frozenset[type[nn.Module]]:
     """The classes of layers whose fused version is faster on a device.
 
-    On a CPU, the fused group norm and GEGLU have no kernel, so they would save memory but take longer. On a GPU,
-    PyTorch's linear layers are already the fastest.
+    On a CPU, the fused group norm and GEGLU save time by their C++. Where it does not run (`ddpo-fast info` says why),
+    they would save memory but take longer, and so would the blocks that consist of them. On a GPU, PyTorch's linear
+    layers are already the fastest.
     """
-    if torch.device(device).type == "cpu":
-        return frozenset((nn.Linear, lora.Linear, nn.Conv2d, UNet2DConditionModel))
-    return FUSIBLE - {nn.Linear}
+    if torch.device(device).type != "cpu":
+        return FUSIBLE - {nn.Linear}
+    always = frozenset((nn.Linear, lora.Linear, nn.Conv2d, UNet2DConditionModel))
+    by_kernels = frozenset((nn.GroupNorm, GEGLU, ResnetBlock2D, Transformer2DModel))
+    compiled = all(OPS[name].backend("cpu", torch.float32) == "csrc" for name in ("groupnorm_silu", "geglu"))
+    return always | by_kernels if compiled else always
 
 
 def fuse_unet(unet: Any, layers: Collection[type[nn.Module]] = FUSIBLE) -> Any:
