@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 
@@ -63,17 +64,22 @@ def test_after_a_failed_stage_the_others_run_and_it_runs_again(tmp_path):
     assert second.stdout.count("done before") == 2 * 2, second.stdout
 
 
-def test_memory_is_predicted_and_measured(tmp_path):
+def test_memory_is_predicted_and_measured(tmp_path, monkeypatch, capsys):
+    """In this process: the script starts one for each combination, and each imports everything again."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    memory = importlib.import_module("memory")
+    monkeypatch.setattr(memory, "in_a_process", memory.trained)
     output = tmp_path / "memory.jsonl"
     options = ["--device", "cpu", "--models", "random", "--kinds", "full", "--precisions", "fp32", "--modes", "blocks"]
-    options += ["--micro", "4", "--engines", "offload"]
-    done = run(sys.executable, "bench/memory.py", *options, "--output", str(output))
+    options += ["--micro", "4", "--engines", "offload", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["memory.py", *options])
+    memory.main()
     (row,) = read_records(output)
     assert row["commit"]
     assert row["predicted_phase"] == "training"
     assert abs(row["predicted_bytes"] / row["measured_bytes"] - 1) < 0.1
     assert 0 < row["host_bytes"] < row["predicted_bytes"]
-    assert "full offload no blocks" in done.stdout
+    assert "full offload no blocks" in capsys.readouterr().out
 
 
 @pytest.mark.benchmark
