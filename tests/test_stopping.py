@@ -17,6 +17,7 @@ import torch
 from compare_runs import as_bytes, metrics_of, without_timings
 from diffusers import UNet2DConditionModel
 from one_sentence import refused
+from run_process import UNCOMPILED
 from tiny_run import SETTINGS, Prompts, brightness
 
 from ddpo_fast import DDPOConfig
@@ -213,7 +214,7 @@ def test_the_command_ends_at_once_and_without_a_traceback(model_dir, tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "ddpo_fast.cli", "train", *options],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": paths},
+        env=os.environ | UNCOMPILED | {"PYTHONPATH": paths},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
