@@ -84,7 +84,13 @@ def test_memory_is_predicted_and_measured(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.benchmark
 def test_a_stage_for_a_part_of_a_gpus_memory(tmp_path):
-    settings = {"DRY_RUN": "1", "OUT": str(tmp_path), "ONLY": "memory-full-8"}
+    # the cap lies between micro-batches of the layers without C++, which are the same on every machine
+    settings = {
+        "DRY_RUN": "1",
+        "OUT": str(tmp_path),
+        "ONLY": "memory-full-8",
+        "DDPO_FAST_BACKEND": "reference",
+    }
     done = run("bash", "bench/on_gpu.sh", **settings)
     capped, whole = read_records(tmp_path / "memory-full-8.jsonl")
     assert capped["cap_gb"] == 8 / 50
