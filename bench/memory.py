@@ -1,8 +1,8 @@
 """Compares the memory that the plan predicts with the memory that training takes.
 
-    python bench/memory.py --device cpu [--models bundled random] [--kinds lora full] [--precisions fp32 bf16]
-                           [--modes none selective blocks] [--micro 1 4] [--engines plain 8bit ...]
-                           [--output FILE.jsonl]
+    python bench/memory.py --device cpu [--models bundled random sdxl sd35 flux_dev] [--kinds lora full]
+                           [--precisions fp32 bf16] [--modes none selective blocks] [--micro 1 4]
+                           [--engines plain 8bit ...] [--output FILE.jsonl]
     python bench/memory.py --cap GB --kinds full|lora [--device cuda] [--size full] [--steps 4] [--output FILE.jsonl]
     python bench/memory.py --show FILE.jsonl ...
 
@@ -50,6 +50,8 @@ from ddpo_fast.plan import Adapter, Footprint, choose, predict
 from ddpo_fast.rewards import jpeg_compressibility
 
 Row = dict[str, Any]
+# the tests' models with random weights: Stable Diffusion's kind, and those of other families
+RANDOM = ("random", "sdxl", "sd35", "flux_dev")
 PRECISIONS = {"fp32": "no", "fp16": "fp16", "bf16": "bf16"}
 # settings of the engine, which turns gradients into weights
 ENGINES: dict[str, Row] = {
@@ -86,7 +88,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = new_parser(__doc__)
     add_device_and_size(parser)
-    parser.add_argument("--models", nargs="+", choices=["bundled", "random"], default=["bundled", "random"])
+    parser.add_argument("--models", nargs="+", choices=["bundled", *RANDOM], default=["bundled", "random"])
     parser.add_argument("--kinds", nargs="+", choices=["lora", "full"], default=["lora", "full"])
     parser.add_argument("--precisions", nargs="+", choices=list(PRECISIONS), default=["fp32", "bf16"])
     parser.add_argument("--modes", nargs="+", default=["none", "selective", "blocks"], help="of checkpointing")
@@ -123,6 +125,9 @@ def combinations(options: argparse.Namespace) -> Iterable[Row]:
                 "sample_merge_batches": 2,
                 **ENGINES[engine],
             }
+            if model in RANDOM:
+                # FLUX's own size is 128 latents a side, whatever the model's
+                settings |= {"height": 16, "width": 16}
             spec = spec_of(options, kind, settings, model)
             yield {"model": model, "kind": kind, "precision": precision, "engine": engine, **in_a_process(spec)}
 
@@ -180,6 +185,7 @@ def trained(spec: Row) -> Row:
             device,
             config.fuse_unet,
             config.sample_num_steps,
+            size=config.image_sizes[0],
         )
         chosen: Row = {}
         if "cap" in spec:
@@ -204,13 +210,13 @@ def trained(spec: Row) -> Row:
 
 
 def model_of(spec: Row, folder: Path) -> Path:
-    if spec["model"] != "random":
+    if spec["model"] not in RANDOM:
         return default_model(spec["device"], "tiny" if spec["model"] == "bundled" else spec["size"])
-    # the tests' random model
     sys.path.append(str(ROOT / "tests"))
-    from tiny_run import build_pipeline
+    import tiny_models
 
-    build_pipeline().save_pretrained(folder / "model")
+    made = tiny_models.build_pipeline() if spec["model"] == "random" else tiny_models.MODELS[spec["model"]]()
+    made.save_pretrained(folder / "model")
     return folder / "model"
 
 
