@@ -39,9 +39,9 @@ from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d
 
 from ddpo_fast.by_size import BySize
 
-# Images of a regression at most, beside the epoch's own: the time of a regression grows with the cube of their number,
-# and is half a second for all steps of so many.
-REMEMBERED = 256
+# Images that are remembered at most, and images of a regression: its time grows with the cube of their number, and is a
+# second for 20 steps of 512.
+REMEMBERED, TOGETHER = 256, 512
 # The layout's features are means of so many parts of a side, those of detail are taken at so many scales.
 PARTS, SCALES = 4, 4
 # Ridges that are tried, in units of the kernel's mean eigenvalue.
@@ -117,12 +117,13 @@ class StepValues:
         features, given = features.float(), torch.as_tensor(np.asarray(rewards, dtype=np.float32))
         remembered = self._by_size.now
         known = remembered + [ComparedSet(features[n], given[n], [prompts[int(i)] for i in n]) for n in numbers]
-        terms, explained = _terms(known)
-        mine = terms[-sum(map(len, numbers)) :]
+        parts = [(_terms(part), sum(len(one.prompts) for one in part)) for part in _parts(known, TOGETHER)]
+        mine = torch.cat([terms for (terms, _), _ in parts])[-sum(map(len, numbers)) :]
         used = slice(trained.start, trained.stop)
         scale = mine[:, used].square().mean().sqrt()
         found[np.concatenate(numbers)] = (mine / scale).float().numpy()
-        self.explained = float(explained[used].mean())
+        images = sum(count for _, count in parts)
+        self.explained = sum(float(explained[used].mean()) * count / images for (_, explained), count in parts)
         remembered[:] = _latest(known, REMEMBERED)
         return found
 
@@ -131,6 +132,13 @@ class StepValues:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._by_size.unpack(state, lambda packed: [ComparedSet(*one) for one in packed["sets"]])
+
+
+def _parts(sets: list[ComparedSet], images: int) -> list[list[ComparedSet]]:
+    """`sets` in order, in parts of equal numbers of sets, with at most so many images where sets are no larger."""
+    total = sum(len(one.prompts) for one in sets)
+    size = -(-len(sets) // -(-total // images))
+    return [sets[start : start + size] for start in range(0, len(sets), size)]
 
 
 def _latest(sets: list[ComparedSet], images: int) -> list[ComparedSet]:

@@ -81,7 +81,7 @@ def fork(processes: int, *arguments: Any) -> None:
 def train(model: str, folder: Path, file: Path) -> None:
     cases = json.loads(file.read_text())
     for name, settings in cases.items():
-        if name == "groups":
+        if name.startswith("groups"):
             draw_groups(model, folder / name, **settings)
         elif name == "gradients":
             measure(folder / name)

@@ -91,8 +91,8 @@ GROUPS = {
     "sample_num_steps": 2,
     "sample_group_size": 4,
     "sample_redraws": 3,
-    "train_image_credit": "coca",
 }
+OF_GROUPS = {f"groups-{credit}": GROUPS | {"train_image_credit": credit} for credit in ("coca", "value")}
 
 
 def run(model: str, folder: Path, *cases: dict) -> None:
@@ -111,7 +111,7 @@ def runs(model_dir, tiny_model, tmp_path_factory):
         {name: case | {"model": tiny_model(name.partition("-")[0])} for name, case in cases.items()}
         for cases in (TWO_OF_FAMILIES, ONE_OF_FAMILIES)
     )
-    run(model_dir, folder, ONE | one, TWO | RESUMED | two | {"groups": GROUPS, "gradients": {}})
+    run(model_dir, folder, ONE | one, TWO | RESUMED | two | OF_GROUPS | {"gradients": {}})
     return folder, {name: torch.load(folder / name / "result.pt", weights_only=True) for name in [*ALL, *two, *one]}
 
 
@@ -269,14 +269,15 @@ def test_processes_draw_different_prompts(runs):
     assert len({tuple(results[name]["drawn"]) for name in ("ddp", "ddp-from-zero-3")}) == 2, "each epoch has its own"
 
 
-def test_processes_draw_groups_again_as_often(runs):
+@pytest.mark.parametrize("name", OF_GROUPS)
+def test_processes_draw_groups_again_as_often(runs, name):
     """One batch of four further images in each process, of which the first needs none."""
     folder, _ = runs
-    (epoch,) = metrics_of(folder / "groups", "epoch")
+    (epoch,) = metrics_of(folder / name, "epoch")
     assert epoch["images"] == 16
     assert epoch["images_scored"] == 24
     assert epoch["image_spread"] > 0
-    found = [json.loads((folder / "groups" / f"{process}.json").read_text()) for process in (0, 1)]
+    found = [json.loads((folder / name / f"{process}.json").read_text()) for process in (0, 1)]
     assert found[0]["prompts"] == ["cat 1"] * 4 + ["cat 2"] * 4
     assert found[1]["prompts"] == ["cat 3"] * 4 + ["cat 2"] * 4
     assert all(advantage != 0 for each in found for advantage in each["advantages"])
