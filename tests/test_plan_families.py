@@ -12,13 +12,14 @@ from one_sentence import refused
 from peft import LoraConfig
 from tiny_models import save
 
-from ddpo_fast import DDPOConfig
+from ddpo_fast import DDPOConfig, cli
 from ddpo_fast.device_memory import GB
 from ddpo_fast.families import family_of_pipeline
 from ddpo_fast.model_configs import check_model
 from ddpo_fast.plan import MARGIN, choose, live_bytes, predict
 from ddpo_fast.plan.candidates import with_settings
 from ddpo_fast.plan.footprint import Adapter, Footprint
+from ddpo_fast.prompt_embeddings import ENCODED_AT_ONCE
 from ddpo_fast.unet import faster_layers, fuse_unet
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
@@ -77,6 +78,38 @@ def test_predicted_against_measured(folders, name):
     passes()
     # the same within a tenth: ops allocate workspaces inside, and adding up gradients is counted as it is in training
     assert footprint.training().peak(ROWS) == pytest.approx(peak_bytes(passes, "cpu"), rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["sd35", "flux_dev"])
+def test_prompts_predicted_against_measured(folders, name):
+    """T5 adds biases of positions to its scores, and no kernel of that attention stores the scores of all prompts."""
+    footprint = Footprint(check_model(folders[name]), Adapter(4), torch.float32, "cpu", steps=4)
+    family = family_of_pipeline(DiffusionPipeline.from_pretrained(folders[name]))
+    encode = torch.no_grad()(lambda: family.encode(["a cat"] * ENCODED_AT_ONCE, torch.device("cpu")))
+    encode()
+    assert footprint.encoding == pytest.approx(peak_bytes(encode, "cpu"), rel=0.1)
+
+
+@pytest.mark.parametrize(("name", "rows"), [("sd35", 2), ("flux_dev", 1)])
+def test_guidance_doubles_the_rows_unless_the_network_takes_its_scale(folders, name, rows):
+    footprint = Footprint(check_model(folders[name]), Adapter(4), torch.float32, "cpu", steps=4)
+    settings = {"mixed_precision": "no", "sample_num_steps": 4, "sample_batch_size": 4, "train_batch_size": 4}
+    plain, guided = (
+        predict(footprint, DDPOConfig(**settings, train_micro_batch_size=4, sample_guidance_scale=scale)).phases
+        for scale in (1.0, 5.0)
+    )
+    more = guided["training"]["activations, buffers"] - plain["training"]["activations, buffers"]
+    assert more == footprint.training().peak(4 * rows) - footprint.training().peak(4)
+
+
+def test_a_dry_run_counts_as_the_model_is_trained(folders, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    options = "--num_epochs 1 --sample_num_steps 4 --sample_batch_size 2 --sample_num_batches_per_epoch 1 --height 16"
+    options += " --width 16 --train_batch_size 2 --sample_group_size 1 --mixed_precision no --train_micro_batch_size 2"
+    options += f" --prompts {tmp_path}/prompts.txt --output_dir {tmp_path}/run --pretrained_model {folders['flux_dev']}"
+    cli.main(["train", *options.split(), "--reward", "jpeg_compressibility", "--dry_run"])
+    # the last of the 4 steps has no noise
+    assert "6 (image, timestep) pairs per update (2 images x 3 timesteps)" in capsys.readouterr().out
 
 
 def test_calls_alike_are_counted_as_they_were_computed(folders, monkeypatch):

@@ -27,6 +27,7 @@ from ddpo_fast.commands.options import (
 from ddpo_fast.commands.reward_options import RewardArguments, with_absolute_models
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.evaluation import distinct_prompts
+from ddpo_fast.families import with_family
 from ddpo_fast.pipeline import DefaultDDPOStableDiffusionPipeline
 from ddpo_fast.prompts import absolute, existing, load_prompts
 from ddpo_fast.rewards import SeveralRewards, weights_of
@@ -76,6 +77,7 @@ def run(arguments: Sequence[str], dry_run: bool = False) -> None:
     if config.auto_memory:
         plan.apply_auto_memory(options, config, device_of(config))
     if dry_run:
+        config = with_family(config, configs.family)
         for line in (config.batch_arithmetic(plan.num_processes()), *plan.prediction(options, config)):
             plan.print_on_main(line)
         return

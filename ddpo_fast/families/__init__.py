@@ -23,6 +23,7 @@ __all__ = [
     "StableDiffusion3",
     "family_of",
     "family_of_pipeline",
+    "unchecked_with_family",
     "with_family",
     "working",
 ]
@@ -55,12 +56,19 @@ def with_family(config: DDPOConfig, family: type[Family] | Family) -> DDPOConfig
 
     Raises `ValueError` for settings that the model leaves no step to train on.
     """
+    changed = unchecked_with_family(config, family)
+    if changed is not config:
+        changed.check()
+    return changed
+
+
+def unchecked_with_family(config: DDPOConfig, family: type[Family] | Family) -> DDPOConfig:
+    """`with_family` for settings of another machine, which may have other packages."""
     found = {name: getattr(family, name) for name in ("guides_by_rows", "last_step_has_noise", "is_flow_matching")}
     if all(getattr(config, name) == value for name, value in found.items()):
         return config
     config = copy(config)
     vars(config).update(found)
-    config.check()
     return config
 
 

@@ -22,6 +22,7 @@ from typing import Any
 from ddpo_fast.batch_sizes import equal_parts
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.device_memory import GB
+from ddpo_fast.families import unchecked_with_family
 from ddpo_fast.plan.footprint import Footprint
 from ddpo_fast.plan.phases import EVALUATED_IMAGES, Plan, least_bytes, merged_batches, pairs_per_call, predict
 
@@ -84,7 +85,7 @@ class _Search:
     def __init__(
         self, footprint: Footprint, config: DDPOConfig, capacity: float, num_processes: int, evaluated_images: int
     ) -> None:
-        self.footprint, self.config = footprint, config
+        self.footprint, self.config = footprint, unchecked_with_family(config, footprint.configs.family)
         self.num_processes, self.evaluated_images = num_processes, evaluated_images
         self.capacity = capacity
         # what a plan's peak must not exceed

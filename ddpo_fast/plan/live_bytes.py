@@ -240,23 +240,40 @@ def fused_attention(device_type: str) -> Iterator[None]:
     """
 
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        # With a mask, causality or dropout PyTorch may choose other kernels. These networks use none of the three.
-        if args or any(kwargs.get(name) for name in ("is_causal", "dropout_p")) or kwargs.get("attn_mask") is not None:
+        mask = kwargs.get("attn_mask")
+        # With dropout or fewer heads of keys PyTorch may choose other kernels, and a mask of booleans it converts
+        # first. These networks use none of the three.
+        is_boolean = mask is not None and not mask.is_floating_point()
+        if args or is_boolean or any(kwargs.get(name) for name in ("dropout_p", "enable_gqa")):
             return plain(query, key, value, *args, **kwargs)
-        return _attend(query, key, value, device_type)
+        return _attend(query, key, value, mask, bool(kwargs.get("is_causal")), device_type)
 
     plain = F.scaled_dot_product_attention
     with patch.object(F, "scaled_dot_product_attention", attend):
         yield
 
 
-def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, device_type: str) -> torch.Tensor:
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    is_causal: bool,
+    device_type: str,
+) -> torch.Tensor:
+    """Attention with a mask that is added to the scores, as T5's biases of positions are, or with causality, or plain.
+
+    None of the fused ops copies the mask that all rows share.
+    """
     aten = torch.ops.aten
     if device_type == "cpu":
         # unet/attention.py computes few scores in half precision without SDPA
-        if query.dtype in HALF and query.shape[-2] * key.shape[-2] <= FEW_SCORES:
+        few = query.dtype in HALF and query.shape[-2] * key.shape[-2] <= FEW_SCORES
+        if few and mask is None and not is_causal:
             return attend_to_few(query, key, value)
-        return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[0]
-    if query.dtype in HALF and query.shape[-1] <= FLASH_HEAD_DIM:
-        return aten._scaled_dot_product_flash_attention(query, key, value)[0]
-    return aten._scaled_dot_product_efficient_attention(query, key, value, None, query.requires_grad)[0]
+        return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, is_causal, attn_mask=mask)[0]
+    # flash attention on a GPU takes no mask
+    if mask is None and query.dtype in HALF and query.shape[-1] <= FLASH_HEAD_DIM:
+        return aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal)[0]
+    needs_sums = query.requires_grad
+    return aten._scaled_dot_product_efficient_attention(query, key, value, mask, needs_sums, 0.0, is_causal)[0]

@@ -14,6 +14,7 @@ import torch
 from ddpo_fast.batch_sizes import MOST_ROWS, batches_to_merge, equal_parts
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.device_memory import CUDA_CONTEXT, GB
+from ddpo_fast.families import unchecked_with_family
 from ddpo_fast.plan.footprint import Footprint
 from ddpo_fast.plan.update_bytes import (
     FP32_BYTES,
@@ -107,6 +108,8 @@ def predict(
         evaluated_images: the images that `ddpo-fast train` samples in one batch before and after training; 0 for a
             `DDPOTrainer` without that command.
     """
+    # guidance doubles no rows where the network takes its scale
+    config = unchecked_with_family(config, footprint.configs.family)
     # in one piece, as the phases are best read side by side
     temporary = _temporary_bytes(footprint, config, num_processes, evaluated_images)
 
