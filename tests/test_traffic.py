@@ -137,11 +137,11 @@ def test_sd15_with_a_lora(tmp_path, capsys):
     shared = 2.0 * 4096 * 320 * (9 * 4 + 2 * 9 * 320 + 5 * 320 + 2 * 4096)
     assert traffic.total(forward, "flops") == pytest.approx(803e9 - shared / 2, rel=0.003)
     # 61 group norms and 48 layer norms; 52 convolutions of 3x3, the others are matrix products; and copies of the time
-    # embedding, of 12 concatenations, of three upsamplings and of what is shared: the time embedding in each of 8
-    # blocks, the residuals of a transformer and of its block and the norm, and the output of conv_in, only; and of the
-    # adapters of 16 self-attentions, whose first factors become one
+    # embedding, of the parameters of its projection (a weight, and the biases of two layers), of 12 concatenations, of
+    # three upsamplings and of what is shared: the residuals of a transformer and of its block and the norm, and the
+    # output of conv_in, only; and of the adapters of 16 self-attentions, whose first factors become one
     launches = {kind: of["launches"] for kind, of in forward["kinds"].items()}
-    copies = 3 + 12 + 3 + 13 + 16
+    copies = 3 + 3 + 12 + 3 + 4 + 16
     assert [launches[kind] for kind in ("norm", "conv", "attention", "copy")] == [61 + 48, 52, 32, copies]
     assert (forward["phase"], backward["phase"]) == ("forward", "backward")
     assert "of 798 TFLOP/s" in capsys.readouterr().out

@@ -23,6 +23,9 @@ class FrozenConv2d(nn.Conv2d):
         return convolve(self, x, self.bias)
 
 
+CONVOLUTIONS = (nn.Conv2d, FrozenConv2d)
+
+
 def convolve(conv: nn.Conv2d, x: Tensor, bias: Tensor | None) -> Tensor:
     """The convolution `conv` of images [B, I, H, W], with `bias` [O] or None in place of its own."""
     frozen = not (conv.weight.requires_grad or (bias is not None and bias.requires_grad))

@@ -30,6 +30,7 @@ from ddpo_fast.ops.groupnorm_silu import groupnorm_silu, groupnorm_silu_and_skip
 from ddpo_fast.unet import convolutions
 from ddpo_fast.unet.attention import SDPAProcessor, is_plain
 from ddpo_fast.unet.convolutions import (
+    CONVOLUTIONS,
     FrozenConv2d,
     convolve,
     fits_conv,
@@ -48,9 +49,10 @@ from ddpo_fast.unet.modulated_blocks import (
     has_layer_norms,
 )
 from ddpo_fast.unet.shared_halves import UNSHARED, share_halves, with_rows_of
+from ddpo_fast.unet.time_addends import TimeAddends
+from ddpo_fast.unet.time_embedding import project_apart, project_together
 from ddpo_fast.unet.transformer_blocks import FusedBasicTransformerBlock, fits_block, without_bias
 
-CONVOLUTIONS = (nn.Conv2d, FrozenConv2d)
 # the most output elements of PyTorch's nearest upsampling of channels_last images, which counts them in an int32
 MOST_UPSAMPLED = 2**31 - 1
 
@@ -95,10 +97,17 @@ class FusedResnetBlock2D(ResnetBlock2D):
     factor of 1.
     """
 
-    def forward(self, input_tensor: torch.Tensor, temb: torch.Tensor | None, *args: Any, **kwargs: Any) -> torch.Tensor:
+    # the block's place in `TimeAddends`, set by `project_together`
+    reader_index: int
+
+    def forward(
+        self, input_tensor: torch.Tensor, temb: torch.Tensor | TimeAddends | None, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
         hidden, input_tensor = norm_and_skip(self.norm1, input_tensor)
         added = None
-        if self.time_emb_proj is None:
+        if isinstance(temb, TimeAddends):
+            hidden, added = convolve(self.conv1, hidden, None), temb.of_block[self.reader_index]
+        elif self.time_emb_proj is None:
             hidden = self.conv1(hidden)
             hidden = hidden if temb is None else hidden + temb
         else:
@@ -284,11 +293,14 @@ def fuse_unet(unet: Any, layers: Collection[type[nn.Module]] = FUSIBLE) -> Any:
             module.norm1.__class__ = module.norm2.__class__ = GroupNormSiLU
         if isinstance(module, Attention) and type(module.processor) is AttnProcessor2_0 and is_plain(module):
             module.set_processor(SDPAProcessor())
-    return share_halves(unet) if UNet2DConditionModel in layers else unet
+    if UNet2DConditionModel in layers:
+        project_together(share_halves(unet), FusedResnetBlock2D)
+    return unet
 
 
 def unfuse_unet(unet: Any) -> Any:
     """Undoes `fuse_unet` in place and returns the UNet. Kernels that `set_attention` chose stay."""
+    project_apart(unet)
     for module in unet.modules():
         module.__class__ = PLAIN.get(type(module), type(module))
         if isinstance(module, Attention):

@@ -69,7 +69,7 @@ def query_key_value(attention: Any, rows: Tensor, context: Tensor | None) -> tup
     """
     layers = attention.to_q, attention.to_k, attention.to_v
     if context is None and convolutions.adds_in_kernels(rows):
-        if _are_one_op(layers, rows):
+        if are_one_op(layers, rows):
             return qkv_linear(rows, tuple(layer.weight for layer in layers))
         if (adapter := _common_adapter(layers)) is not None:
             weights, low, high = (
@@ -81,12 +81,13 @@ def query_key_value(attention: Any, rows: Tensor, context: Tensor | None) -> tup
     return layers[0](rows), layers[1](context), layers[2](context)
 
 
-def _are_one_op(layers: tuple[Any, ...], rows: Tensor) -> bool:
+def are_one_op(layers: tuple[Any, ...], rows: Tensor, bias: bool = False) -> bool:
+    """Whether layers are nothing but matrix products in the dtype of `rows`, all with or all without a bias."""
     device_type = rows.device.type
     # asking about autocast on the device `meta` raises
     casts = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
     return not casts and all(
-        is_bare(layer, nn.Linear, FusedLinear) and layer.bias is None and layer.weight.dtype == rows.dtype
+        is_bare(layer, nn.Linear, FusedLinear) and (layer.bias is not None) == bias and layer.weight.dtype == rows.dtype
         for layer in layers
     )
 

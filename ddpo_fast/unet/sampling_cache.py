@@ -17,6 +17,8 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 
+from ddpo_fast.unet.time_addends import TimeAddends
+
 # A UNet with one of these parts cannot be cached: its time embedding depends on more than the timestep, or its
 # cross-attention on more than the text.
 UNCACHED = ("class_embedding", "add_embedding", "time_embed_act", "encoder_hid_proj")
@@ -48,6 +50,8 @@ class UNetCache:
             m for m in unet.modules() if isinstance(m, ResnetBlock2D) and m.time_emb_proj is not None
         ]
         self._context: list[Tensor] = []
+        # what the time embedding gives if it is projected for all blocks together
+        self._together: TimeAddends | None = None
         self._steps = torch.empty(0)
         self._row = torch.empty(0)
 
@@ -57,8 +61,14 @@ class UNetCache:
         context = [projection(embeds_BLD) for projection in self.projections]
         self._context = [kept_in_place(old, new) for old, new in zip(self._context or context, context, strict=True)]
         emb = self.unet.time_embedding(self.unet.time_proj(timesteps_T).to(embeds_BLD.dtype))
-        added = [block.time_emb_proj(emb if block.skip_time_act else block.nonlinearity(emb)) for block in self.blocks]
-        self._steps = torch.cat(added, dim=1)
+        self._together = emb if isinstance(emb, TimeAddends) else None
+        if self._together is not None:
+            self._steps = self._together.stacked
+        else:
+            added = [
+                block.time_emb_proj(emb if block.skip_time_act else block.nonlinearity(emb)) for block in self.blocks
+            ]
+            self._steps = torch.cat(added, dim=1)
         # one row [1, ...] for all rows of the batch, which are at the same timestep
         self._row = kept_in_place(self._row, self._steps[:1])
 
@@ -71,7 +81,10 @@ class UNetCache:
         """A context in which the cached layers return their stored results and compute nothing."""
         # only the cached layers use the time embedding itself, so an empty tensor can take its place
         nothing = self._row.new_empty(1, 0)
-        stand_ins: list[tuple[Any, Tensor]] = [(self.unet.time_proj, nothing), (self.unet.time_embedding, nothing)]
+        embedding: Any = nothing
+        if self._together is not None:
+            embedding = TimeAddends(self._row, self._together.widths, self._together.shared)
+        stand_ins: list[tuple[Any, Any]] = [(self.unet.time_proj, nothing), (self.unet.time_embedding, embedding)]
         stand_ins += zip(self.projections, self._context, strict=True)
         projections = [block.time_emb_proj for block in self.blocks]
         # These are views of `_row`. `at` overwrites `_row` in place, and so changes what the layers return at each
@@ -91,7 +104,7 @@ class UNetCache:
                     module.forward = forward
 
 
-def _answers(answer: Tensor) -> Callable[..., Tensor]:
+def _answers(answer: Any) -> Callable[..., Any]:
     return lambda *_args, **_kwargs: answer
 
 

@@ -26,10 +26,13 @@ from torch import Tensor, nn
 
 from ddpo_fast.unet.convolutions import is_patched
 from ddpo_fast.unet.sampling_cache import cache_problem
+from ddpo_fast.unet.time_addends import TimeAddends
 
 
-def with_rows_of(like: Tensor, tensor: Tensor) -> Tensor:
+def with_rows_of(like: Tensor, tensor: Any) -> Any:
     """`tensor` twice, one copy after the other, if `like` has twice as many rows; else the tensor itself."""
+    if isinstance(tensor, TimeAddends):
+        return tensor.for_rows(len(like))
     return torch.cat([tensor, tensor]) if len(like) == 2 * len(tensor) else tensor
 
 
@@ -217,3 +220,9 @@ def _can_share(block: Any) -> bool:
 def shares_halves(unet: Any) -> bool:
     """Whether a UNet takes N latents with 2N embeddings (see `share_halves`)."""
     return any(type(block) is SharingDownBlock2D for block in getattr(unet, "down_blocks", ()))
+
+
+def blocks_of_one_half(unet: Any) -> int:
+    """How many residual blocks of a UNet that shares halves, the first ones, compute N rows."""
+    first = next(i for i, block in enumerate(unet.down_blocks) if type(block) is SharingDownBlock2D)
+    return sum(len(block.resnets) for block in unet.down_blocks[:first]) + 1

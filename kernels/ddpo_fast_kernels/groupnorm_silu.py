@@ -292,10 +292,12 @@ def groupnorm_silu_backward(
 
 
 def _rows(addend: torch.Tensor | None) -> tuple[torch.Tensor | None, int]:
-    """The dense addend, and the step from an image's to the next's: 0 if all have the same."""
+    """The addend with dense rows, and the step from an image's to the next's: 0 if all have the same."""
     if addend is None:
         return None, 0
-    return addend.contiguous(), 0 if len(addend) == 1 else addend.shape[1]
+    # rows may be parts of longer ones
+    addend = addend if addend.stride(1) == 1 else addend.contiguous()
+    return addend, 0 if len(addend) == 1 else addend.stride(0)
 
 
 def _tiling(
