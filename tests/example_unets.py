@@ -81,3 +81,22 @@ def output_and_gradients(unet: UNet2DConditionModel, **others) -> tuple[torch.Te
     parameters = trained_parameters(unet)
     gradients = torch.autograd.grad((output * weights).sum(), list(parameters.values()))
     return output, dict(zip(parameters, gradients, strict=True))
+
+
+def guided(unet: UNet2DConditionModel, images: int = 2) -> tuple[tuple, tuple]:
+    """(N latents, N timesteps, embeddings of 2N rows), and the same with 2N rows of each."""
+    given = inputs_of(unet)
+    latents, timesteps = given["sample"][:images], given["timestep"][:images]
+    embeds = torch.cat([given["encoder_hidden_states"].flip(0)[:images], given["encoder_hidden_states"][:images]])
+    return (latents, timesteps, embeds), (latents.repeat(2, 1, 1, 1), timesteps.repeat(2), embeds)
+
+
+def guided_loss(unet: UNet2DConditionModel, row) -> tuple[torch.Tensor, torch.Tensor]:
+    output = unet(*row).sample
+    return output, (torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=DEVICE) * output.flatten()).sum()
+
+
+def guided_gradients(unet: UNet2DConditionModel, row) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    output, loss = guided_loss(unet, row)
+    trained = trained_parameters(unet)
+    return output, dict(zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True))

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from example_unets import inputs_of, make_unet, trained_parameters
+from example_unets import guided, guided_gradients, guided_loss, make_unet, trained_parameters
 from op_checks import DEVICE, assert_as_exact_as_plain
 from peft import LoraConfig
 
@@ -17,25 +17,6 @@ from ddpo_fast.unet.time_addends import TimeAddends
 @pytest.fixture(autouse=True)
 def kernels_add(monkeypatch):
     monkeypatch.setattr(convolutions, "adds_in_kernels", lambda x: True)
-
-
-def guided(unet, images=2):
-    """(N latents, N timesteps, embeddings of 2N rows), and the same with 2N rows of each."""
-    given = inputs_of(unet)
-    latents, timesteps = given["sample"][:images], given["timestep"][:images]
-    embeds = torch.cat([given["encoder_hidden_states"].flip(0)[:images], given["encoder_hidden_states"][:images]])
-    return (latents, timesteps, embeds), (latents.repeat(2, 1, 1, 1), timesteps.repeat(2), embeds)
-
-
-def loss_of(unet, row):
-    output = unet(*row).sample
-    return output, (torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=DEVICE) * output.flatten()).sum()
-
-
-def output_and_gradients(unet, row):
-    output, loss = loss_of(unet, row)
-    trained = trained_parameters(unet)
-    return output, dict(zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True))
 
 
 def projects_together(unet):
@@ -50,10 +31,10 @@ def projects_together(unet):
 def test_the_same_output_and_gradients(kind, lora, images):
     unet = make_unet(kind, lora, torch.float64)
     row, doubled = guided(unet, images)
-    expected = output_and_gradients(unet, doubled)
+    expected = guided_gradients(unet, doubled)
     assert projects_together(fuse_unet(unet))
     for given in (row, doubled):
-        torch.testing.assert_close(output_and_gradients(unet, given), expected, rtol=1e-7, atol=1e-10)
+        torch.testing.assert_close(guided_gradients(unet, given), expected, rtol=1e-7, atol=1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -67,7 +48,7 @@ def test_as_exact_as_one_projection_for_each_block(dtype):
     found = []
     for model in (fuse_unet(unet), apart, exact):
         given = [tensor.to(model.dtype) if tensor.is_floating_point() else tensor for tensor in row]
-        output, gradients = output_and_gradients(model, given)
+        output, gradients = guided_gradients(model, given)
         of_embedding = [g.flatten() for name, g in gradients.items() if "time_emb" in name or "conv1.bias" in name]
         found.append((output, torch.cat(of_embedding)))
     assert_as_exact_as_plain(*found)
@@ -77,9 +58,9 @@ def test_gradients_of_several_calls_add_up():
     """The two biases of a block have the same gradient, which must not be the same memory."""
     unet = fuse_unet(make_unet("sd15", dtype=torch.float64))
     row, _ = guided(unet)
-    _, gradients = output_and_gradients(unet, row)
+    _, gradients = guided_gradients(unet, row)
     for _ in range(2):
-        loss_of(unet, row)[1].backward()
+        guided_loss(unet, row)[1].backward()
     summed = {name: parameter.grad for name, parameter in trained_parameters(unet).items()}
     torch.testing.assert_close(summed, {name: 2 * grad for name, grad in gradients.items()}, rtol=1e-9, atol=1e-10)
 
@@ -102,9 +83,9 @@ def test_an_adapter_on_the_projections():
     unet.add_adapter(LoraConfig(r=3, lora_alpha=5, target_modules=["time_emb_proj", "to_q"], init_lora_weights=False))
     unet.double()
     row, doubled = guided(unet)
-    expected = output_and_gradients(unet, doubled)
+    expected = guided_gradients(unet, doubled)
     assert not projects_together(fuse_unet(unet))
-    torch.testing.assert_close(output_and_gradients(unet, row), expected, rtol=1e-7, atol=1e-10)
+    torch.testing.assert_close(guided_gradients(unet, row), expected, rtol=1e-7, atol=1e-10)
 
 
 def test_autocast_is_left_to_the_layers():
@@ -120,10 +101,10 @@ def test_autocast_is_left_to_the_layers():
 def test_gradient_checkpointing(mode, lora):
     unet = fuse_unet(make_unet("sd15", lora, torch.float64))
     row, _ = guided(unet)
-    expected = output_and_gradients(unet, row)
+    expected = guided_gradients(unet, row)
     set_gradient_checkpointing(unet, mode)
     assert projects_together(unet)
-    torch.testing.assert_close(output_and_gradients(unet, row), expected, rtol=1e-7, atol=1e-10)
+    torch.testing.assert_close(guided_gradients(unet, row), expected, rtol=1e-7, atol=1e-10)
 
 
 @pytest.mark.parametrize("images", [1, 2])

@@ -294,7 +294,7 @@ def fuse_unet(unet: Any, layers: Collection[type[nn.Module]] = FUSIBLE) -> Any:
         if isinstance(module, Attention) and type(module.processor) is AttnProcessor2_0 and is_plain(module):
             module.set_processor(SDPAProcessor())
     if UNet2DConditionModel in layers:
-        project_together(share_halves(unet), FusedResnetBlock2D)
+        project_together(share_halves(unet), FusedResnetBlock2D, FusedBasicTransformerBlock)
     return unet
 
 

@@ -65,7 +65,8 @@ def any_requires_grad(layer: nn.Linear | nn.Conv2d) -> bool:
 def query_key_value(attention: Any, rows: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """The three projections of an attention: rows [B, M, D] and the text or None -> three of [B, M, H K].
 
-    Those of a self-attention are one op where nothing else runs in their place.
+    Those of a self-attention are one op where nothing else runs in their place, and so are the keys and values of all
+    cross-attentions (`text_projections.py`).
     """
     layers = attention.to_q, attention.to_k, attention.to_v
     if context is None and convolutions.adds_in_kernels(rows):
@@ -77,6 +78,12 @@ def query_key_value(attention: Any, rows: Tensor, context: Tensor | None) -> tup
                 for get in (lambda of: of.base_layer, lambda of: of.lora_A[adapter], lambda of: of.lora_B[adapter])
             )
             return lora_qkv_linear(rows, weights, low, high, float(layers[0].scaling[adapter]))
+    if context is not None and convolutions.adds_in_kernels(rows):
+        # set by `project_text_together`
+        text = getattr(attention, "text", None)
+        taken = None if text is None else text.take(attention.text_index, context)
+        if taken is not None:
+            return layers[0](rows), *taken
     context = rows if context is None else context
     return layers[0](rows), layers[1](context), layers[2](context)
 

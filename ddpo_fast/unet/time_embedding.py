@@ -16,6 +16,7 @@ from ddpo_fast.unet import convolutions
 from ddpo_fast.unet.convolutions import is_bare, is_hooked
 from ddpo_fast.unet.linear_layers import are_one_op
 from ddpo_fast.unet.shared_halves import blocks_of_one_half, shares_halves
+from ddpo_fast.unet.text_projections import TextProjections, project_text_apart, project_text_together
 from ddpo_fast.unet.time_addends import TimeAddends
 
 
@@ -28,10 +29,16 @@ class TogetherTimestepEmbedding(TimestepEmbedding):
     # set by `project_together`; in a tuple, so that they are no submodules of this one too
     readers: tuple[Any, ...]
     shared: int
+    text: TextProjections | None
 
     def forward(self, sample: Tensor, condition: Tensor | None = None) -> Any:
         emb = super().forward(sample, condition)
-        if torch.compiler.is_compiling() or not (convolutions.adds_in_kernels(emb) and self._are_bare(emb)):
+        if torch.compiler.is_compiling():
+            return emb
+        if self.text is not None:
+            # every call of the UNet begins here
+            self.text.begin()
+        if not (convolutions.adds_in_kernels(emb) and self._are_bare(emb)):
             return emb
         layers = [block.time_emb_proj for block in self.readers]
         weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
@@ -51,11 +58,11 @@ class TogetherTimestepEmbedding(TimestepEmbedding):
         )
 
 
-def project_together(unet: Any, kind: type[nn.Module]) -> None:
+def project_together(unet: Any, kind: type[nn.Module], transformer_kind: type[nn.Module]) -> None:
     """Makes the time embedding of a UNet project itself for all residual blocks, in place, if the UNet shares halves.
 
     So nothing but these blocks reads the embedding, and all of them as `FusedResnetBlock2D` does: they must be of this
-    `kind`.
+    `kind`. The text is projected for all transformer blocks of `transformer_kind`, if no other reads it.
     """
     if not shares_halves(unet):
         return
@@ -68,6 +75,7 @@ def project_together(unet: Any, kind: type[nn.Module]) -> None:
     embedding.readers, embedding.shared = tuple(blocks), blocks_of_one_half(unet)
     for index, block in enumerate(blocks):
         block.reader_index = index
+    embedding.text = project_text_together(unet, transformer_kind)
 
 
 def project_apart(unet: Any) -> None:
@@ -76,5 +84,6 @@ def project_apart(unet: Any) -> None:
     if type(embedding) is TogetherTimestepEmbedding:
         for block in embedding.readers:
             del block.reader_index
-        del embedding.readers, embedding.shared
+        project_text_apart(embedding.text)
+        del embedding.readers, embedding.shared, embedding.text
         embedding.__class__ = TimestepEmbedding
