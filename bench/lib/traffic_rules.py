@@ -238,7 +238,8 @@ def add_layernorm_backward(out: list[Tensor], *args: Any) -> Iterator[Launch]:
     gate = args[8]
     activations, vectors = out[: 1 if gate is None else 2], out[1 if gate is None else 2 :]
     parts = [
-        FLOAT * 528 * gradient.shape[-1] * (2 if i == 0 and args[9][0] else 1) for i, gradient in enumerate(vectors)
+        FLOAT * 528 * gradient.shape[-1] * (len(gradient) if i == 0 and args[9][0] else 1)
+        for i, gradient in enumerate(vectors)
     ]
     yield Launch("norm", bytes_of(*tensors_in(args)), bytes_of(*activations) + sum(parts))
     for of, gradient in zip(parts, vectors, strict=True):

@@ -70,6 +70,12 @@ def _summed(rows: Tensor, of_images: bool = False) -> Tensor:
     return rows.unsqueeze(1).flatten(1, -2).sum(1) if of_images else rows.flatten(0, -2).sum(0)
 
 
+def _are_one_sum(scale: Tensor, added: Tensor | None, gate: Tensor | None, needs: Sequence[bool]) -> bool:
+    """Whether one launch can add up the parts of the gradients of scale, shift and added, into one tensor [3, D]."""
+    alike = added is not None and gate is None and scale.ndim == 1 and scale.dtype == added.dtype
+    return alike and needs[0] and needs[1]
+
+
 def _reference(
     x: Tensor,
     scale: Tensor,
@@ -106,7 +112,10 @@ def _reference_backward(
     gate: Tensor | None,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    """ds; with a gate dx; then of the gradients of scale and shift (as one tensor), added and gate those in `needs`."""
+    """ds; with a gate dx; then of the gradients of scale and shift (as one tensor), added and gate those in `needs`.
+
+    That of `added` is a third part of the first tensor where `_are_one_sum`.
+    """
     mean, rstd = mean.to(s.dtype), rstd.to(s.dtype)
     xhat = (s - mean) * rstd
     h = grad * _for_each_row(scale, s)
@@ -117,9 +126,9 @@ def _reference_backward(
     dx = ds if gate is None else ds * _for_each_row(gate, s)
     found = [ds] if gate is None else [ds, dx]
     if needs[0]:
-        sums = [_summed(rows, scale.ndim == 2) for rows in (grad * xhat, grad)]
-        found.append(torch.stack(sums).to(scale.dtype))
-    if needs[1]:
+        parts = (grad * xhat, grad, dx) if _are_one_sum(scale, added, gate, needs) else (grad * xhat, grad)
+        found.append(torch.stack([_summed(rows, scale.ndim == 2) for rows in parts]).to(scale.dtype))
+    if needs[1] and not _are_one_sum(scale, added, gate, needs):
         assert added is not None
         found.append(_summed(dx).to(added.dtype))
     if needs[2]:
@@ -160,6 +169,8 @@ def _empty_backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     found = [torch.empty_like(s) for _ in range(1 if gate is None else 2)]
+    if _are_one_sum(scale, added, gate, needs):
+        return [*found, scale.new_empty((3, *scale.shape))]
     if needs[0]:
         found.append(scale.new_empty((2, *scale.shape)))
     return found + [torch.empty_like(o) for o, n in zip((added, gate), needs[1:], strict=True) if n and o is not None]
@@ -198,9 +209,15 @@ def _triton_backward(
 
     found = [torch.empty_like(s) for _ in range(1 if gate is None else 2)]
     affine, of_added, of_gate = add_layernorm_backward(
-        grad, skip, s, x, scale, mean, rstd, added, gate, found[0], None if gate is None else found[1], needs
+        *(grad, skip, s, x, scale, mean, rstd, added, gate, found[0], None if gate is None else found[1]),
+        needs,
+        _are_one_sum(scale, added, gate, needs),
     )
     width = s.shape[-1]
+    if affine is not None and _are_one_sum(scale, added, gate, needs):
+        # the kernel's launcher has allocated the parts of all three as one
+        found.append(sum_parts(affine.view(3, -1, width), scale.dtype))
+        return found
     if affine is not None:
         # [D], or [N, D] with a sum for each image
         kept = 2 * len(scale) if scale.ndim == 2 else 2
@@ -241,6 +258,9 @@ def _differentiate(ctx: Any, grad: Tensor | None, of_s: Tensor | None, *others: 
     found = iter(BACKWARD(grad.contiguous(), None if skip is None else skip.contiguous(), *saved, asked))
     ds = next(found)
     dx = ds if gate is None else next(found)
+    if _are_one_sum(saved[2], saved[5], gate, asked):
+        dscale, dshift, dadded = next(found).unbind()
+        return dx, dscale, dshift, None, ds if ctx.has_residual else None, dadded, None
     dscale, dshift = next(found).unbind() if asked[0] else (None, None)
     dadded, dgate = (next(found) if needed else None for needed in asked[1:])
     return dx, dscale, dshift, None, ds if ctx.has_residual else None, dadded, dgate

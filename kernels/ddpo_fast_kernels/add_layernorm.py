@@ -205,11 +205,13 @@ def add_layernorm_backward(
     ds: torch.Tensor,
     dx: torch.Tensor | None,
     needs: Sequence[bool],
+    as_one: bool = False,
 ) -> list[torch.Tensor | None]:
     """Fills `ds`, from the gradients of y and, if given, of s; with a gate also `dx`. All are dense and not empty.
 
     Returns the sums of parts of the rows, fp32, that `needs` asks for: of the gradients of scale and shift
-    [2, N or 1, parts, D], of added and of gate [N or 1, parts, D]. The caller adds the parts up, in a fixed order.
+    [2, N or 1, parts, D], of added and of gate [N or 1, parts, D]. The caller adds the parts up, in a fixed order. With
+    `as_one`, those of scale, shift and added are one tensor [3, 1, parts, D], whose last part is the second result.
     """
     images, rows, width = _sizes(s, scale, gate)
     tile, warps = _tiling(width)
@@ -219,8 +221,11 @@ def add_layernorm_backward(
     shapes = ((2, images, parts, width), (images, parts, width), (images, parts, width))
     sums = [
         torch.empty(shape, dtype=torch.float32, device=s.device) if needed else None
-        for shape, needed in zip(shapes, needs, strict=True)
+        for shape, needed in zip(shapes, [needs[0] and not as_one, needs[1] and not as_one, needs[2]], strict=True)
     ]
+    if as_one:
+        whole = torch.empty((3, *shapes[1]), dtype=torch.float32, device=s.device)
+        sums[:2] = whole, whole[2]
     with torch.cuda.device_of(s):
         add_layernorm_bwd_kernel[parts, images](
             grad,
