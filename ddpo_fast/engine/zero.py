@@ -272,7 +272,7 @@ class ZeroEngine:
         """A context in which the network's parameters are whole, in host memory, the trained ones with these `values`.
 
         Args:
-            values: of the flat tensors, see `ZeroFragments.gather`.
+            values: of the flat tensors, see `ZeroFragments.gather_all`.
             keep: False if this process only takes part in gathering; its parameters are then empty.
         """
         trained = {id(parameter) for parameter in self.parameters}

@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ddpo_fast.engine import moments
+from ddpo_fast.engine.optimizers import buckets
 
 
 class Fragment(NamedTuple):
@@ -48,33 +49,31 @@ class ZeroFragments:
         # this process's flat tensors, each once
         self.flats = list({id(f.flat): f.flat for f in self._fragments if f is not None}.values())
 
-    def gather(self, i: int, values: dict[int, Tensor]) -> Tensor:
-        """Assembles a whole tensor for the parameter with index `i` from all processes: fp32, in host memory.
+    def gather_all(self, values: dict[int, Tensor], keep: bool) -> list[Tensor]:
+        """Assembles a whole tensor for each parameter from all processes: fp32, in host memory.
 
-        Every process must call it.
+        Every process must call it. The tensors of a bucket go in one message, as most of them are small.
 
         Args:
             values: for each flat tensor of this process, by its `id`, the tensor of the same size to gather: the
                 weights, a moment or the moving average.
+            keep: False if this process only takes part: its tensors are then empty.
         """
-        fragment, shape = self._fragments[i], self.shapes[i]
-        # each process fills in its part, and the sum over processes is the whole
-        whole = torch.zeros(shape.numel(), device=self.accelerator.device)
-        if fragment is not None:
-            flat, start, offset, size = fragment
-            whole[offset : offset + size] = values[id(flat)].detach()[start : start + size].to(whole.device)
-        if self.accelerator.num_processes > 1:
-            dist.all_reduce(whole)
-        return whole.view(shape).cpu()
-
-    def gather_all(self, values: dict[int, Tensor], keep: bool) -> list[Tensor]:
-        """`gather` for every parameter; empty tensors if this process does not `keep` the values."""
-        nothing = torch.empty(0)
-        gathered = []
-        for i in range(len(self.parameters)):
-            whole = self.gather(i, values)
-            # a process that does not keep the values has no more than one whole parameter in memory at a time
-            gathered.append(whole if keep else nothing)
+        gathered: list[Tensor] = []
+        for bucket in buckets(shape.numel() for shape in self.shapes):
+            sizes = [self.shapes[i].numel() for i in bucket]
+            # each process fills in its parts, and the sum over processes is the whole
+            joined = torch.zeros(sum(sizes), device=self.accelerator.device)
+            wholes = joined.split(sizes)
+            for i, whole in zip(bucket, wholes, strict=True):
+                if (fragment := self._fragments[i]) is not None:
+                    flat, start, offset, size = fragment
+                    whole[offset : offset + size].copy_(values[id(flat)].detach()[start : start + size])
+            if self.accelerator.num_processes > 1:
+                dist.all_reduce(joined)
+            for i, whole in zip(bucket, wholes, strict=True):
+                # copied on a CPU too, where a view would keep the whole bucket in memory
+                gathered.append(whole.view(self.shapes[i]).to("cpu", copy=True) if keep else torch.empty(0))
         return gathered
 
     @torch.no_grad()
