@@ -32,7 +32,7 @@ $(READY): pyproject.toml constraints.txt
 
 # All weights of the bundled model, towards smaller and then towards larger JPEG files, with the recipe that the command
 # line chooses (ddpo_fast/recipes/bundled-full.yaml).
-DEMO_OPTIONS := --full-finetune --prompts demo_animals --num_epochs 12 --save_freq 4
+DEMO_OPTIONS := --full-finetune --prompts demo_animals --num_epochs 4 --save_freq 2
 
 # argparse takes the last of two values
 DEMO_full := $(DEMO_OPTIONS)
