@@ -206,9 +206,11 @@ class RolloutChain(DenoisingChain):
         """The trajectories from the `noise` of a `Draw`, a list that is emptied, and `embeds`."""
         self.embeds.copy_(embeds)
         # those of the present size of images; where nothing has changed it is the same tensor
-        self.table = self.family.table(self.eta, self.family.denoiser.device)
-        if self.image_credit != "none":
+        table = self.family.table(self.eta, self.family.denoiser.device)
+        # not in each rollout: the timesteps are read on the host, which waits for the device
+        if self.image_credit != "none" and (table is not self.table or not self.predictions):
             self.predictions = self.family.predictions(self.eta)
+        self.table = table
         self._predicted.clear()
         if self.cache is not None:
             self.cache.fill(self.embeds, self.family.keys)

@@ -264,6 +264,16 @@ def test_steps_outside_a_window_predict_too(make_trainer):
     assert torch.equal(table[1:3], DDIMCoefficients.of(scheduler, 1.0, "cpu").table[scheduler.timesteps][1:3])
 
 
+def test_predictions_are_found_once(make_trainer):
+    """They are read from the scheduler on the host, which must not wait for the device in each rollout."""
+    trainer = make_trainer(train_image_credit="value")
+    asked, predictions_of = [], trainer.policy.family.predictions
+    trainer.policy.family.predictions = lambda level: asked.append(level) or predictions_of(level)
+    for _ in range(3):
+        trainer._generate_samples(2, 4)
+    assert asked == [1.0]
+
+
 # runs
 
 

@@ -357,11 +357,7 @@ class Family:
         raise NotImplementedError
 
     def predictions(self, level: float) -> list[Prediction]:
-        """How the final latents that each sampled step predicts follow from its latents and noise, [T].
-
-        Args:
-            level: of noise, the setting `sample_eta`.
-        """
+        """How the final latents that each of the T sampled steps predicts follow from its latents and noise."""
         noisy = self.steps_predictions(level)
         if self.window is None or level == 0:
             return noisy
