@@ -171,8 +171,9 @@ class Health:
 
     def variety(self, epoch: int, spreads: dict[str, float]) -> None:
         """Warns if the spread of rewards or of images has fallen far below that of the first epochs."""
-        for name in (name for name in ("reward_spread", "image_spread") if name in spreads):
-            spread = spreads[name]
+        for name, spread in spreads.items():
+            if name not in ("reward_spread", "image_spread"):
+                continue
             first = self.first_spreads.setdefault(f"{name} of {self.size}" if self.size else name, [])
             if len(first) < FIRST_EPOCHS:
                 first.append(spread)

@@ -100,3 +100,13 @@ def guided_gradients(unet: UNet2DConditionModel, row) -> tuple[torch.Tensor, dic
     output, loss = guided_loss(unet, row)
     trained = trained_parameters(unet)
     return output, dict(zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True))
+
+
+def assert_gradients_add_up(unet: UNet2DConditionModel) -> None:
+    """Two calls of an fp64 UNet leave twice the gradients of one."""
+    row, _ = guided(unet)
+    _, gradients = guided_gradients(unet, row)
+    for _ in range(2):
+        guided_loss(unet, row)[1].backward()
+    summed = {name: parameter.grad for name, parameter in trained_parameters(unet).items()}
+    torch.testing.assert_close(summed, {name: 2 * grad for name, grad in gradients.items()}, rtol=1e-9, atol=1e-10)
