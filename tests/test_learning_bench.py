@@ -227,6 +227,16 @@ def test_contenders_by_name_and_by_settings(bench):
     assert [(c.name, c.use_lora) for c in only] == [("x", False), ("trl", True)]
 
 
+def test_recipes_are_contenders_at_tiny_size(bench):
+    """An epoch has fewer images there than a recipe's group."""
+    contenders = bench("learning_contenders")
+    for made in contenders.contenders(
+        ["trl", "recipe"], [], ["full", "lora"], contenders.forced_settings("tiny", None, None)
+    ):
+        images = made.settings["sample_batch_size"] * made.settings["sample_num_batches_per_epoch"]
+        assert images % made.settings.get("sample_group_size", 1) == 0
+
+
 def test_recipes_are_contenders(bench):
     module = bench("learning_contenders")
     full, own, lora = module.contenders(["recipe"], ["name=own,base=recipe,ema_decay=0.9,kind=full"], module.KINDS, {})

@@ -100,6 +100,10 @@ def settings_of(name: str, kind: str) -> Settings:
 
 def _made(name: str, kind: str, settings: Settings, forced: Settings) -> Contender:
     merged = {**settings, **forced, "save_freq": NEVER}
+    if "sample_batch_size" in forced and "sample_group_size" in merged:
+        # a tiny epoch has fewer images than a recipe's group
+        images = merged["sample_batch_size"] * merged["sample_num_batches_per_epoch"]
+        merged["sample_group_size"] = min(merged["sample_group_size"], images)
     try:
         DDPOConfig(**config_settings(merged))
     except (TypeError, ValueError) as error:
