@@ -19,12 +19,15 @@ if not torch.cuda.is_available():
 import tiny_models
 from bf16_arithmetic import multiply_in_fp32
 from tiny_run import build_pipeline, build_trainer, forget_accelerate_state
+from tree_sums import add_up_as_trees
 
 from ddpo_fast import DDPOTrainer
 
 torch.set_num_threads(1)
 # kept: the operators are PyTorch's again once it is gone
 _bf16_arithmetic = multiply_in_fp32()
+if os.environ.get("TRITON_INTERPRET") == "1":
+    add_up_as_trees()
 
 
 # The beginnings of names of files and tests that `make test-fast` leaves out. pytest's summary names each test that
