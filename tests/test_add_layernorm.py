@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from ddpo_fast_kernels import add_layernorm as kernels
 from op_checks import DEVICE, DTYPES, HALVES, assert_as_exact_as_plain, name_of
 
+from ddpo_fast.ops.add_layernorm import FORWARD as add_layernorm_op
 from ddpo_fast.ops.add_layernorm import add_layernorm
 from ddpo_fast.ops.backend import force_backend
 
@@ -14,6 +15,8 @@ EPS = 1e-5
 # which operands there are, beside x and the norm's vectors
 NORM, SUM, BIASED = (), ("residual",), ("residual", "added")
 MODULATED, GATED = ("modulated",), ("residual", "added", "gate", "modulated")
+# without a residual, x has the bias already
+AFTER, LAST, LATER = ("added",), ("residual", "added", "later"), ("later",)
 # one row, several tiles of rows, widths that are and are not a power of two
 SHAPES = [(1, 8), (2, 37, 40), (1, 3, 320), (3, 2, 5, 64)]
 
@@ -31,23 +34,30 @@ def example(shape, given, dtype=torch.float32, vectors=None, seed=0):
         "x": 2 * draw(*shape) + 0.5,
         **{name: draw(*of_norm, of=vectors or dtype) for name in ("scale", "shift")},
     }
-    sizes = {"residual": shape, "added": (width,), "gate": (images, width)}
+    sizes = {"residual": shape, "added": (width,), "gate": (images, width), "later": (width,)}
     operands |= {name: draw(*sizes[name]) for name in given if name in sizes}
     return operands, (draw(*shape), draw(*shape))
 
 
-def plain(x, scale, shift, residual=None, added=None, gate=None):
+def plain(x, scale, shift, residual=None, added=None, gate=None, later=None):
     def over_rows(vector):
         return vector if vector.ndim == 1 else vector.view(len(vector), *[1] * (x.ndim - 2), -1)
 
-    s = x if added is None else x + added
+    # without a residual, only the gradient of what was added is asked for
+    s = x if added is None else x + (added - added.detach() if residual is None else added)
     s = s if gate is None else over_rows(gate) * s
     s = s if residual is None else residual + s
-    return s, F.layer_norm(s, x.shape[-1:], eps=EPS) * over_rows(scale) + over_rows(shift)
+    y = F.layer_norm(s, x.shape[-1:], eps=EPS) * over_rows(scale) + over_rows(shift)
+    return s if later is None else s + later, y
 
 
 def fused(x, scale, shift, **others):
-    return add_layernorm(x, scale, shift, EPS, **others)
+    s, y = add_layernorm(x, scale, shift, EPS, **others)
+    return s.view(x.shape), y
+
+
+def norm_of(operands):
+    return *(operands[name] for name in ("x", "scale", "shift")), EPS
 
 
 def with_gradients(function, operands, grads):
@@ -71,7 +81,7 @@ def check(backend, operands, grads):
 
 @pytest.mark.usefixtures("poisoned_empty")
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("given", [NORM, SUM, BIASED, MODULATED, GATED], ids="-".join)
+@pytest.mark.parametrize("given", [NORM, SUM, BIASED, MODULATED, GATED, AFTER, LAST, LATER], ids="-".join)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_values_and_gradients(backend, given, shape, monkeypatch):
     """With few programs, one takes several tiles of rows."""
@@ -81,7 +91,7 @@ def test_values_and_gradients(backend, given, shape, monkeypatch):
 
 @pytest.mark.usefixtures("poisoned_empty")
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=name_of)
-@pytest.mark.parametrize("given", [BIASED, GATED], ids="-".join)
+@pytest.mark.parametrize("given", [BIASED, GATED, LAST], ids="-".join)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_half_precision(backend, given, dtype):
     operands, grads = example((2, 9, 80), given, dtype)
@@ -98,7 +108,7 @@ def test_fp32_weights_of_a_half_precision_input(backend, dtype):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_only_what_requires_a_gradient_gets_one(backend):
-    operands, grads = example((2, 9, 40), BIASED)
+    operands, grads = example((2, 9, 40), LAST)
     with force_backend(backend):
         everything = dict(zip(operands, with_gradients(fused, operands, grads)[2:], strict=True))
         for name in operands:
@@ -108,7 +118,7 @@ def test_only_what_requires_a_gradient_gets_one(backend):
             operands[name].requires_grad_(False)
 
 
-@pytest.mark.parametrize("given", [NORM, SUM], ids=["norm", "sum"])
+@pytest.mark.parametrize("given", [NORM, SUM, LAST], ids="-".join)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_of_the_two_results_is_not_used(backend, given):
     operands, grads = example((2, 3, 40), given, torch.float64)
@@ -149,34 +159,56 @@ def test_two_runs_are_equal_to_the_last_bit(backend):
     assert all(map(torch.equal, first, second))
 
 
-@pytest.mark.parametrize("given", [NORM, GATED], ids=["norm", "gated"])
+@pytest.mark.parametrize("given", [NORM, GATED, LAST], ids="-".join)
 def test_gradcheck(given):
     operands, _ = example((2, 3, 4), given, torch.float64)
     leaves = [tensor.requires_grad_() for tensor in operands.values()]
     assert torch.autograd.gradcheck(lambda *values: fused(**dict(zip(operands, values, strict=True))), leaves)
 
 
-@pytest.mark.parametrize("given", [BIASED, GATED], ids=["biased", "gated"])
+@pytest.mark.parametrize("given", [BIASED, GATED, LAST], ids="-".join)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend, given):
     operands, (of_s, of_y) = example((2, 3, 8), given)
     x, scale, shift, residual, added = (operands[name] for name in ("x", "scale", "shift", "residual", "added"))
-    gate = operands.get("gate")
+    gate, later = operands.get("gate"), operands.get("later")
     with force_backend(backend):
-        arguments = (x, scale, shift, EPS, residual, added, gate)
-        _, s, mean, rstd = torch.ops.ddpo_fast.add_layernorm(*arguments)
-        for needs in ([True, True, gate is not None], [False] * 3):
-            backward = (of_y, of_s, s, x, scale, mean, rstd, added, gate, needs)
+        arguments = (x, scale, shift, EPS, residual, added, gate, later, True)
+        _, s, _, mean, rstd = torch.ops.ddpo_fast.add_layernorm(*arguments)
+        for needs in ([True, True, gate is not None, later is not None], [False] * 4):
+            backward = (of_y, of_s, s, x, scale, mean, rstd, added, gate, later, needs)
             torch.library.opcheck(torch.ops.ddpo_fast.add_layernorm_backward.default, backward)
         arguments = [a.requires_grad_() if isinstance(a, torch.Tensor) else a for a in arguments]
         torch.library.opcheck(torch.ops.ddpo_fast.add_layernorm.default, tuple(arguments))
 
 
-@pytest.mark.parametrize("given", [NORM, GATED], ids=["norm", "gated"])
+@pytest.mark.parametrize("given", [NORM, GATED, LAST], ids="-".join)
 def test_compiles_without_a_graph_break(given):
     inputs = example((2, 3, 8), given)
     compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
     assert all(map(torch.equal, with_gradients(compiled, *inputs), with_gradients(fused, *inputs)))
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("parts", [64, 65, 200])
+def test_many_parts_are_added_up_in_shares_in_a_fixed_order(parts, monkeypatch):
+    """One share, and shares of which the last is smaller."""
+    monkeypatch.setattr(kernels, "PROGRAMS", parts)
+    monkeypatch.setattr(kernels, "TILE", 8)
+    check("triton", *example((1, parts, 8), LAST))
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_gradients_the_sum_is_not_stored_beside_its_copy(backend):
+    operands, _ = example((2, 3, 40), LAST, torch.float16)
+    with force_backend(backend):
+        s, y = fused(**operands)
+        with torch.no_grad():
+            arguments = (operands[name] for name in ("residual", "added"))
+            _, stored, *_ = add_layernorm_op(*norm_of(operands), *arguments, None, operands["later"], False)
+            assert not stored.numel()
+            assert all(map(torch.equal, fused(**operands), (s, y)))
 
 
 def test_an_empty_batch():

@@ -246,6 +246,44 @@ def test_an_addend_and_the_gradient_of_a_skip_connection(backend, dtype, channel
         assert_as_exact_as_plain(actual, function(*inputs), exact)
 
 
+@pytest.mark.usefixtures("poisoned_empty", "several_groups")
+@pytest.mark.parametrize("given", ["residual addend", "residual", "residual addend later", "later"])
+@pytest.mark.parametrize(("dtype", "channels_last"), [(torch.float32, False), (torch.float16, True)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_sum_and_a_later_bias(backend, dtype, channels_last, given):
+    """The addend is one for all images. s has other uses, or with a later bias another layer adds to it."""
+    x, weight, bias, grad = example((3, 40, 9, 7), dtype, channels_last)
+    others = {"residual": 3 * grad.roll(5, 0), "addend": weight[None].flip(1), "later": bias.flip(0)}
+    others = {name: others[name] for name in given.split()}
+
+    def both(x, weight, bias, *values, of=plain):
+        inputs = [tensor.detach().requires_grad_() for tensor in (x, weight, bias, *values)]
+        operands = dict(zip(others, inputs[3:], strict=True))
+        if of is plain:
+            s = inputs[0] + operands.get("residual", 0)
+            s = s + operands["addend"][:, :, None, None] if "addend" in operands else s
+            y = plain(s, *inputs[1:3], 4, EPS)
+            s = s + operands["later"][:, None, None] if "later" in operands else s
+        else:
+            y, s = of(*inputs[:3], **operands)
+            s = s.view(3, 9, 7, 40).permute(0, 3, 1, 2) if "later" in operands else s
+        grads = grad.to(y.dtype), grad.flip(0).to(y.dtype)
+        return y.detach(), s.detach(), *torch.autograd.grad((y, s), inputs, grads)
+
+    def fused(x, weight, bias, **operands):
+        return groupnorm_silu_and_skip(x, weight, bias, 4, EPS, **operands)
+
+    values = (x, weight, bias, *others.values())
+    with force_backend(backend):
+        actual = both(*values, of=fused)
+        with torch.no_grad():
+            y, s = fused(x, weight, bias, **others)
+    exact = both(*(tensor.double() for tensor in values))
+    assert_as_exact_as_plain(actual, both(*values), exact)
+    assert torch.equal(y, actual[0])
+    assert torch.equal(s if s.ndim == 4 else s.view(3, 9, 7, 40).permute(0, 3, 1, 2), actual[1])
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_addend_of_any_strides(backend):
     x, weight, bias, grad = example((3, 40, 5, 4))
@@ -332,6 +370,17 @@ def test_a_group_of_one_value_becomes_the_bias(backend):
     torch.testing.assert_close(y, F.silu(bias)[None, :, None, None].expand_as(y), atol=1e-4, rtol=0)
 
 
+def test_gradcheck_of_a_sum():
+    x, weight, bias, _ = example((2, 4, 2, 3), torch.float64)
+    inputs = [tensor.requires_grad_() for tensor in (x, weight, bias, 2 * weight[None], x.roll(3, 0), 3 * bias)]
+    inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+
+    def of(x, weight, bias, *others):
+        return groupnorm_silu_and_skip(x, weight, bias, 2, EPS, True, *others)
+
+    assert torch.autograd.gradcheck(of, inputs)
+
+
 @pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "contiguous"])
 @pytest.mark.parametrize("silu", [True, False])
 def test_gradcheck(silu, channels_last):
@@ -348,14 +397,17 @@ def test_opcheck(backend, channels_last):
     x, weight, bias, grad = example((2, 8, 2, 3), torch.float32, channels_last)
     inputs = [tensor.requires_grad_() for tensor in (x, weight, bias)]
     with force_backend(backend):
-        torch.library.opcheck(torch.ops.ddpo_fast.groupnorm_silu.default, (*inputs, 2, EPS, True, None))
+        forward = torch.ops.ddpo_fast.groupnorm_silu.default
+        torch.library.opcheck(forward, (*inputs, 2, EPS, True, None, None, None, True))
         addend, skip = torch.ones(2, 8, device=DEVICE), grad.clone()
-        torch.library.opcheck(torch.ops.ddpo_fast.groupnorm_silu.default, (*inputs, 2, EPS, True, addend))
-        saved = [t.detach() for t in torch.ops.ddpo_fast.groupnorm_silu(*inputs, 2, EPS, True, addend)[1:]]
-        for affine in (True, False):
+        torch.library.opcheck(forward, (*inputs, 2, EPS, True, addend, None, None, True))
+        torch.library.opcheck(forward, (*inputs, 2, EPS, True, addend[:1], skip, weight.clone(), True))
+        saved = [t.detach() for t in forward(*inputs, 2, EPS, True, addend, None, None, True)[3:]]
+        for affine, summed in ((True, False), (False, False), (True, True)):
             backward = torch.ops.ddpo_fast.groupnorm_silu_backward.default
-            given = (x.detach(), grad, skip, weight.detach(), bias.detach(), addend, *saved)
-            torch.library.opcheck(backward, (*given, EPS, True, [affine, affine]))
+            given = (x.detach(), grad, skip if summed else None, weight.detach(), bias.detach())
+            given += (addend[:1] if summed else addend, bias.detach() if summed else None, *saved)
+            torch.library.opcheck(backward, (*given, EPS, True, summed, [affine, affine, summed]))
 
 
 def test_compiles_without_a_graph_break():

@@ -392,7 +392,7 @@ def test_the_loss_scale_multiplies_the_whole_gradient(backend, reference):
 def test_the_atomic_counter_is_zero_after_each_launch(monkeypatch):
     """Launches on one stream share the counter, which tells the last program of a launch: it must start at 0."""
     ticket = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-    monkeypatch.setattr(kernels, "ticket", lambda device: ticket)
+    monkeypatch.setattr(kernels, "tickets", lambda device: ticket)
     with force_backend("triton"):
         first, second = (LossExample().fused() for _ in range(2))
     assert ticket.item() == 0

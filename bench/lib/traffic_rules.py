@@ -218,38 +218,29 @@ def layer_norm_backward(out: tuple[Tensor | None, ...], grad: Tensor, x: Tensor,
 
 
 def fused_group_norm_backward(out: list[Tensor], x: Tensor, *args: Any) -> Iterator[Launch]:
-    """Ours: one kernel; then a sum over the images' gradients of weight and bias [2, N, C]."""
-    affine, of_addend = args[-1]
-    images = FLOAT * 2 * x.shape[0] * x.shape[1] if affine else 0
-    yield Launch("norm", bytes_of(x, *tensors_in(args)), bytes_of(out[0], out[-1] if of_addend else None) + images)
-    yield from summed_parts(images, *out[1:2] if affine else ())
+    """Ours: one kernel, which also adds up the images' gradients of vectors that are the same for all of them."""
+    addend, (affine, of_addend, later) = args[4], args[-1]
+    shared = of_addend and len(addend) != len(x)
+    parts = FLOAT * len(x) * out[1].numel() if affine or shared or later else 0
+    yield with_parts("norm", [x, *tensors_in(args)], out, parts)
 
 
 def geglu_backward(out: list[Tensor], grad: Tensor, x: Tensor, bias: Tensor | None, *args: Any) -> Iterator[Launch]:
-    """Ours: one kernel, whose about 1056 programs take 256 columns each; then the sum of the bias's gradient."""
-    dx, *dbias = out
-    parts = FLOAT * grad.shape[-1] * 2 * max(1, 1056 * 256 // grad.shape[-1]) if dbias else 0
-    yield Launch("activation", bytes_of(grad, x, bias), bytes_of(dx) + parts)
-    yield from summed_parts(parts, *dbias)
+    """Ours: one kernel, whose about 1056 programs take 256 columns each and add up parts of the bias's gradient."""
+    parts = FLOAT * x.shape[-1] * max(1, 1056 * 256 // grad.shape[-1]) if len(out) > 1 else 0
+    yield with_parts("activation", tensors_in([grad, x, bias]), out, parts)
 
 
-def add_layernorm_backward(out: list[Tensor], *args: Any) -> Iterator[Launch]:
-    """Ours: one kernel, with the sums of 528 parts; then the sum of each vector's gradient."""
-    gate = args[8]
-    activations, vectors = out[: 1 if gate is None else 2], out[1 if gate is None else 2 :]
-    parts = [
-        FLOAT * 528 * gradient.shape[-1] * (len(gradient) if i == 0 and args[9][0] else 1)
-        for i, gradient in enumerate(vectors)
-    ]
-    yield Launch("norm", bytes_of(*tensors_in(args)), bytes_of(*activations) + sum(parts))
-    for of, gradient in zip(parts, vectors, strict=True):
-        yield from summed_parts(of, gradient)
+def add_layernorm_backward(out: list[Tensor], grad: Tensor, *args: Any) -> Iterator[Launch]:
+    """Ours: one kernel, whose 528 programs add up parts of the vectors' gradients."""
+    vectors = out[-1] if any(args[-1]) else None
+    parts = 0 if vectors is None else FLOAT * 528 * vectors.shape[0] * vectors.shape[-1]
+    yield with_parts("norm", [grad, *tensors_in(args)], out, parts)
 
 
-def summed_parts(parts: int, *gradients: Tensor) -> Iterator[Launch]:
-    """The sum of a kernel's fp32 parts of each gradient."""
-    for gradient in gradients:
-        yield Launch("bias", parts, bytes_of(gradient))
+def with_parts(kind: str, read: list[Tensor], written: list[Tensor], parts: int) -> Launch:
+    """A launch that also writes and reads bytes of `parts` of sums."""
+    return Launch(kind, bytes_of(*read) + parts, bytes_of(*written) + parts)
 
 
 # PyTorch's RMS norm on a GPU: its own op is composed of others on the device `meta`

@@ -6,6 +6,7 @@ kernel of its own. N images, D channels.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ def add_layernorm(
     residual: Tensor | None = None,
     added: Tensor | None = None,
     gate: Tensor | None = None,
+    later: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`s = residual + gate * (x + added)` and `y = (s - mean) / sqrt(var + eps) * scale + shift`; returns (s, y).
 
@@ -30,31 +32,39 @@ def add_layernorm(
         x: [N, ..., D] fp16, bf16 or fp32 (fp64: by the reference). `mean` and `var` of each row of s are computed in
             fp32.
         scale, shift: [D], or [N, D] for each image its own (AdaLN; `scale` with the 1 that is added to it).
-        residual: like `x`. Without it s is `x`, and `added` and `gate` must be None.
-        added: [D], the bias of the layer that made `x`, if that has not added it; its gradient is summed here.
+        residual: like `x`. Without it s is `x`, and `gate` must be None.
+        added: [D], the bias of the layer that made `x`; its gradient is summed here. If there is a residual, the layer
+            must not have added it, else it must have (detached, so that its gradient is not computed there too).
         gate: [N, D]; without it 1.
+        later: [D], the bias of a layer whose output will be added to s. With it, s + later is returned in place of s,
+            as rows [M, D] that nothing else reads, so that a matrix product may add to them in place.
 
     Returns s and y in the dtype of `x`, dense. Saved for the backward pass are s, with a gate `x`, and the rows'
-    statistics. The gradient of s, from its other uses, is added in the kernel of the backward pass. Raises `ValueError`
-    for shapes that do not fit.
+    statistics; without gradients, s is not stored if `later` is given. The gradient of s, from its other uses, is added
+    in the kernel of the backward pass, which also sums it for that of `later`. Raises `ValueError` for shapes that do
+    not fit.
     """
     images, width = x.shape[:1], x.shape[-1:]
     if scale.shape not in (width, images + width) or shift.shape != scale.shape:
         raise ValueError(
             f"scale and shift have shapes {tuple(scale.shape)} and {tuple(shift.shape)}, x {tuple(x.shape)}"
         )
-    if residual is None:
-        if added is not None or gate is not None:
-            raise ValueError("added and gate belong to a sum, but there is no residual")
-        y, _, _, _, s = FORWARD.with_skip(x.contiguous(), scale.contiguous(), shift.contiguous(), eps, None, None, None)
-        return s, y
-    fits = {"residual": (residual, x.shape), "added": (added, width), "gate": (gate, images + width)}
+    if residual is None and gate is not None:
+        raise ValueError("a gate belongs to a sum, but there is no residual")
+    fits = {"residual": (residual, x.shape), "gate": (gate, images + width)}
+    fits |= {"added": (added, width), "later": (later, width)}
     for name, (operand, shape) in fits.items():
         if operand is not None and operand.shape != shape:
             raise ValueError(f"{name} has shape {tuple(operand.shape)} but must be {tuple(shape)}")
-    operands = (None if operand is None else operand.contiguous() for operand in (residual.to(x.dtype), added, gate))
-    y, s, _, _ = FORWARD(x.contiguous(), scale.contiguous(), shift.contiguous(), eps, *operands)
-    return s, y
+    residual = None if residual is None else residual.to(x.dtype)
+    x, scale, shift = (operand.contiguous() for operand in (x, scale, shift))
+    optional = (None if operand is None else operand.contiguous() for operand in (residual, added, gate, later))
+    operands = x, scale, shift, eps, *optional, torch.is_grad_enabled()
+    if residual is None and later is None:
+        y, *_, s = FORWARD.with_skip(*operands)
+        return s, y
+    y, s, copy, _, _ = FORWARD(*operands)
+    return s if later is None else copy, y
 
 
 # the definition
@@ -65,15 +75,14 @@ def _for_each_row(vector: Tensor, x: Tensor) -> Tensor:
     return vector.to(x.dtype).view(*vector.shape[:-1], *[1] * (x.ndim - 2 if vector.ndim == 2 else 0), vector.shape[-1])
 
 
-def _summed(rows: Tensor, of_images: bool = False) -> Tensor:
-    """The sum of all rows of [N, ..., D], [D], or of each image's, [N, D]."""
-    return rows.unsqueeze(1).flatten(1, -2).sum(1) if of_images else rows.flatten(0, -2).sum(0)
+def _sums(scale: Tensor, gate: Tensor | None, needs: Sequence[bool], images: int) -> list[int]:
+    """The shape [V, N or 1, D] of the gradients of the vectors that `needs` asks for, of each image if any differs."""
+    per_image = scale.ndim == 2 or gate is not None
+    return [needs[0] + sum(needs), images if per_image else 1, scale.shape[-1]]
 
 
-def _are_one_sum(scale: Tensor, added: Tensor | None, gate: Tensor | None, needs: Sequence[bool]) -> bool:
-    """Whether one launch can add up the parts of the gradients of scale, shift and added, into one tensor [3, D]."""
-    alike = added is not None and gate is None and scale.ndim == 1 and scale.dtype == added.dtype
-    return alike and needs[0] and needs[1]
+def _widest(*vectors: Tensor | None) -> torch.dtype:
+    return functools.reduce(torch.promote_types, (vector.dtype for vector in vectors if vector is not None))
 
 
 def _reference(
@@ -84,7 +93,10 @@ def _reference(
     residual: Tensor | None,
     added: Tensor | None,
     gate: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    later: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y; if there is a residual, s, unless it is only returned with `later` and not to `keep`; the copy; statistics."""
     s = x
     if residual is not None:
         s = s if added is None else s + added.to(x.dtype)
@@ -97,7 +109,13 @@ def _reference(
         y = y * _for_each_row(scale, x) + _for_each_row(shift, x)
     wide = torch.promote_types(x.dtype, torch.float32)
     # a custom op must not return its argument
-    return y, x.new_empty(0) if residual is None else s, mean.to(wide), rstd.to(wide)
+    stored = s if _stores(residual, later, keep) else x.new_empty(0)
+    copy = x.new_empty(0) if later is None else s.flatten(0, -2) + later.to(s.dtype)
+    return y, stored, copy, mean.to(wide), rstd.to(wide)
+
+
+def _stores(residual: Tensor | None, later: Tensor | None, keep: bool) -> bool:
+    return residual is not None and (keep or later is None)
 
 
 def _reference_backward(
@@ -110,11 +128,12 @@ def _reference_backward(
     rstd: Tensor,
     added: Tensor | None,
     gate: Tensor | None,
+    later: Tensor | None,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    """ds; with a gate dx; then of the gradients of scale and shift (as one tensor), added and gate those in `needs`.
+    """ds; with a gate dx; and as one tensor, if there are any, the gradients of the vectors that `needs` asks for.
 
-    That of `added` is a third part of the first tensor where `_are_one_sum`.
+    Those are scale and shift, added, gate, and later, each [N, D] or [1, D] as in `_sums`.
     """
     mean, rstd = mean.to(s.dtype), rstd.to(s.dtype)
     xhat = (s - mean) * rstd
@@ -125,17 +144,18 @@ def _reference_backward(
     ds = ds if skip is None else ds + skip
     dx = ds if gate is None else ds * _for_each_row(gate, s)
     found = [ds] if gate is None else [ds, dx]
-    if needs[0]:
-        parts = (grad * xhat, grad, dx) if _are_one_sum(scale, added, gate, needs) else (grad * xhat, grad)
-        found.append(torch.stack([_summed(rows, scale.ndim == 2) for rows in parts]).to(scale.dtype))
-    if needs[1] and not _are_one_sum(scale, added, gate, needs):
-        assert added is not None
-        found.append(_summed(dx).to(added.dtype))
+    parts = [grad * xhat, grad] if needs[0] else []
+    if needs[1]:
+        parts.append(dx)
     if needs[2]:
-        assert gate is not None
         assert x is not None
-        gated = x if added is None else x + added.to(x.dtype)
-        found.append(_summed(ds * gated, of_images=True).to(gate.dtype))
+        parts.append(ds * (x if added is None else x + added.to(x.dtype)))
+    if needs[3]:
+        parts.append(torch.zeros_like(s) if skip is None else skip)
+    if parts:
+        per_image = _sums(scale, gate, needs, len(s))[1] == len(s)
+        sums = torch.stack([rows.unsqueeze(1 if per_image else 0).flatten(1, -2).sum(1) for rows in parts])
+        found.append(sums.to(_widest(scale, added, gate, later)))
     return found
 
 
@@ -150,10 +170,14 @@ def _empty(
     residual: Tensor | None,
     added: Tensor | None,
     gate: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    later: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     wide = torch.promote_types(x.dtype, torch.float32)
     mean, rstd = (torch.empty((*x.shape[:-1], 1), dtype=wide, device=x.device) for _ in range(2))
-    return torch.empty_like(x), x.new_empty(0) if residual is None else torch.empty_like(x), mean, rstd
+    s = torch.empty_like(x) if _stores(residual, later, keep) else x.new_empty(0)
+    copy = x.new_empty(0) if later is None else x.new_empty(x.shape[:-1].numel(), x.shape[-1])
+    return torch.empty_like(x), s, copy, mean, rstd
 
 
 def _empty_backward(
@@ -166,14 +190,14 @@ def _empty_backward(
     rstd: Tensor,
     added: Tensor | None,
     gate: Tensor | None,
+    later: Tensor | None,
     needs: Sequence[bool],
 ) -> list[Tensor]:
     found = [torch.empty_like(s) for _ in range(1 if gate is None else 2)]
-    if _are_one_sum(scale, added, gate, needs):
-        return [*found, scale.new_empty((3, *scale.shape))]
-    if needs[0]:
-        found.append(scale.new_empty((2, *scale.shape)))
-    return found + [torch.empty_like(o) for o, n in zip((added, gate), needs[1:], strict=True) if n and o is not None]
+    if any(needs):
+        shape = _sums(scale, gate, needs, len(s))
+        found.append(torch.empty(shape, dtype=_widest(scale, added, gate, later), device=s.device))
+    return found
 
 
 def _triton(
@@ -184,12 +208,17 @@ def _triton(
     residual: Tensor | None,
     added: Tensor | None,
     gate: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    later: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from ddpo_fast_kernels.add_layernorm import add_layernorm
 
-    y, s, mean, rstd = _empty(x, scale, shift, eps, residual, added, gate)
-    add_layernorm(x, scale, shift, eps, residual, added, gate, None if residual is None else s, y, mean, rstd)
-    return y, s, mean, rstd
+    made = _empty(x, scale, shift, eps, residual, added, gate, later, keep)
+    y, s, copy, mean, rstd = made
+    stored, copied = s if _stores(residual, later, keep) else None, None if later is None else copy
+    added = None if residual is None else added
+    add_layernorm(x, scale, shift, eps, residual, added, gate, later, stored, copied, y, mean, rstd)
+    return made
 
 
 def _triton_backward(
@@ -202,30 +231,14 @@ def _triton_backward(
     rstd: Tensor,
     added: Tensor | None,
     gate: Tensor | None,
+    later: Tensor | None,
     needs: Sequence[bool],
 ) -> list[Tensor]:
     from ddpo_fast_kernels.add_layernorm import add_layernorm_backward
-    from ddpo_fast_kernels.launch import sum_parts
 
-    found = [torch.empty_like(s) for _ in range(1 if gate is None else 2)]
-    affine, of_added, of_gate = add_layernorm_backward(
-        *(grad, skip, s, x, scale, mean, rstd, added, gate, found[0], None if gate is None else found[1]),
-        needs,
-        _are_one_sum(scale, added, gate, needs),
-    )
-    width = s.shape[-1]
-    if affine is not None and _are_one_sum(scale, added, gate, needs):
-        # the kernel's launcher has allocated the parts of all three as one
-        found.append(sum_parts(affine.view(3, -1, width), scale.dtype))
-        return found
-    if affine is not None:
-        # [D], or [N, D] with a sum for each image
-        kept = 2 * len(scale) if scale.ndim == 2 else 2
-        found.append(sum_parts(affine.view(kept, -1, width), scale.dtype).view(2, *scale.shape))
-    if of_added is not None and added is not None:
-        found.append(sum_parts(of_added.view(1, -1, width), added.dtype)[0])
-    if of_gate is not None and gate is not None:
-        found.append(sum_parts(of_gate, gate.dtype))
+    found = _empty_backward(grad, skip, s, x, scale, mean, rstd, added, gate, later, needs)
+    dx, sums = None if gate is None else found[1], found[-1] if any(needs) else None
+    add_layernorm_backward(grad, skip, s, x, scale, mean, rstd, added, gate, found[0], dx, needs, sums)
     return found
 
 
@@ -234,36 +247,50 @@ BACKWARD = Op("add_layernorm_backward", _reference_backward, _empty_backward, _t
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, scale, _, _, residual, added, gate = inputs
-    _, s, mean, rstd = output
-    ctx.has_residual = residual is not None
-    ctx.mark_non_differentiable(mean, rstd, *([] if ctx.has_residual else [s]))
+    x, scale, _, _, residual, added, gate, later, _ = inputs
+    _, s, copy, mean, rstd = output
+    ctx.has_residual, ctx.copied = residual is not None, later is not None
+    unused = [*([s] if ctx.copied or not ctx.has_residual else []), *([] if ctx.copied else [copy])]
+    ctx.mark_non_differentiable(mean, rstd, *unused)
     # without this, autograd would allocate zeros for the gradients of mean and rstd in every backward pass
     ctx.set_materialize_grads(False)
     only_gated = None if gate is None else x
-    ctx.save_for_backward(s if ctx.has_residual else x, only_gated, scale, mean, rstd, added, gate)
+    ctx.save_for_backward(s if ctx.has_residual else x, only_gated, scale, mean, rstd, added, gate, later)
 
 
-def _differentiate(ctx: Any, grad: Tensor | None, of_s: Tensor | None, *others: Tensor | None) -> Any:
-    skip = of_s if ctx.has_residual else (others[2] if len(others) == 3 else None)
-    if grad is None:
-        if skip is None:
-            return (None,) * 7
-        grad = torch.zeros_like(skip)
+def _differentiate(
+    ctx: Any,
+    grad: Tensor | None,
+    of_s: Tensor | None,
+    of_copy: Tensor | None,
+    _mean: None,
+    _rstd: None,
+    skip: Tensor | None = None,
+) -> Any:
+    if ctx.copied or ctx.has_residual:
+        skip = of_copy if ctx.copied else of_s
+    if grad is None and skip is None:
+        return (None,) * 9
     # once, because checkpointing allows no second reading
     saved = ctx.saved_tensors
-    gate = saved[-1]
+    s, _, scale, _, _, added, gate, later = saved
+    skip = None if skip is None else skip.contiguous().view(s.shape)
+    grad = torch.zeros_like(s) if grad is None else grad.contiguous()
     needs = ctx.needs_input_grad
-    asked = [needs[1] or needs[2], needs[5], needs[6]]
-    found = iter(BACKWARD(grad.contiguous(), None if skip is None else skip.contiguous(), *saved, asked))
-    ds = next(found)
-    dx = ds if gate is None else next(found)
-    if _are_one_sum(saved[2], saved[5], gate, asked):
-        dscale, dshift, dadded = next(found).unbind()
-        return dx, dscale, dshift, None, ds if ctx.has_residual else None, dadded, None
-    dscale, dshift = next(found).unbind() if asked[0] else (None, None)
-    dadded, dgate = (next(found) if needed else None for needed in asked[1:])
-    return dx, dscale, dshift, None, ds if ctx.has_residual else None, dadded, dgate
+    asked = [needs[1] or needs[2], *needs[5:8]]
+    ds, *others = BACKWARD(grad, skip, *saved, asked)
+    dx = ds if gate is None else others[0]
+    sums = iter(others[-1].unbind() if any(asked) else ())
+
+    def of(vector: Tensor | None, needed: bool) -> Tensor | None:
+        if vector is None or not needed:
+            return None
+        total: Tensor = next(sums)
+        return total.sum_to_size(vector.shape if vector.ndim == 2 else (1, *vector.shape)).view(vector.shape)
+
+    dscale, dshift = (of(scale, asked[0]) for _ in range(2))
+    dadded, dgate, dlater = map(of, (added, gate, later), asked[1:])
+    return dx, dscale, dshift, None, ds if ctx.has_residual else None, dadded, dgate, dlater, None
 
 
 FORWARD.register_autograd(_differentiate, setup_context=_save)

@@ -72,14 +72,10 @@ def _triton(x: Tensor, bias: Tensor | None) -> Tensor:
 
 def _triton_backward(grad: Tensor, x: Tensor, bias: Tensor | None, needs_bias: bool) -> list[Tensor]:
     from ddpo_fast_kernels.geglu import geglu_backward
-    from ddpo_fast_kernels.launch import sum_parts
 
-    dx = torch.empty_like(x)
-    partials = geglu_backward(grad, x, bias, dx, needs_bias)
-    if partials is None:
-        return [dx]
-    assert bias is not None
-    return [dx, sum_parts(partials[None], bias.dtype)[0]]
+    found = _empty_backward(grad, x, bias, needs_bias)
+    geglu_backward(grad, x, bias, found[0], found[1] if len(found) > 1 else None)
+    return found
 
 
 def _csrc_backward(grad: Tensor, x: Tensor, bias: Tensor | None, needs_bias: bool) -> list[Tensor]:

@@ -6,6 +6,7 @@ backward pass.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -47,16 +48,41 @@ def groupnorm_silu(
             raise ValueError(f"{name} has shape {tuple(parameter.shape)} but x has {x.shape[1]} channels")
     if addend is not None and addend.shape not in (x.shape[:2], (1, x.shape[1])):
         raise ValueError(f"addend has shape {tuple(addend.shape)} but must be {tuple(x.shape[:2])}")
-    y, _, _ = FORWARD(_dense(x), weight, bias, groups, eps, silu, addend)
-    return y
+    return FORWARD(_dense(x), weight, bias, groups, eps, silu, addend, None, None, True)[0]
 
 
 def groupnorm_silu_and_skip(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool = True
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    silu: bool = True,
+    addend: Tensor | None = None,
+    residual: Tensor | None = None,
+    later: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`groupnorm_silu` and x for a skip connection, whose gradient the norm's backward pass adds to its own."""
-    y, _, _, x = FORWARD.with_skip(_dense(x), weight, bias, groups, eps, silu, None)
-    return y, x
+    """`groupnorm_silu` of `s = x + addend + residual`, and s for a skip connection.
+
+    Args:
+        residual: like `x`; without it s is `x`, and `addend` must be None. s is rounded to the dtype of `x`.
+        later: [C], the bias of a layer whose output will be added to s. With it, s + later is returned as rows
+            [N * pixels, C] that nothing else reads, so that a matrix product may add to them in place. `x` is then
+            copied if it is not channels_last.
+
+    The norm's backward pass adds the gradient of s from its other uses to its own, and sums it for that of `later`.
+    Without gradients, s is not stored if `later` is given.
+    """
+    assert residual is not None or addend is None
+    if later is not None and not x.movedim(1, -1).is_contiguous():
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    x = _dense(x)
+    if residual is None and later is None:
+        y, *_, x = FORWARD.with_skip(x, weight, bias, groups, eps, silu, None, None, None, True)
+        return y, x
+    residual = None if residual is None else laid_out_as(x, residual)
+    y, s, copy, _, _ = FORWARD(x, weight, bias, groups, eps, silu, addend, residual, later, torch.is_grad_enabled())
+    return y, s if later is None else copy
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -80,21 +106,48 @@ def _norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> t
     return torch.native_group_norm(x, weight, bias, images, channels, pixels, groups, eps)
 
 
-def _sum(x: Tensor, addend: Tensor | None) -> Tensor:
-    return x if addend is None else x + addend.to(x.dtype).view(*addend.shape, *[1] * (x.ndim - 2))
+def _sum(x: Tensor, addend: Tensor | None, residual: Tensor | None = None) -> Tensor:
+    x = x if addend is None else x + addend.to(x.dtype).view(*addend.shape, *[1] * (x.ndim - 2))
+    return x if residual is None else x + residual
+
+
+def _copy(s: Tensor, later: Tensor | None) -> Tensor:
+    """s + later as rows."""
+    return s.new_empty(0) if later is None else s.movedim(1, -1).flatten(0, -2) + later.to(s.dtype)
 
 
 def _reference(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, addend: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    x = _sum(x, addend)
-    z, mean, rstd = _norm(x, weight, bias, groups, eps)
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+    addend: Tensor | None,
+    residual: Tensor | None,
+    later: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y; if there is a residual, s, unless it is only returned with `later` and not to `keep`; the copy; statistics."""
+    s = _sum(x, addend, residual)
+    z, mean, rstd = _norm(s, weight, bias, groups, eps)
     wide = torch.promote_types(x.dtype, torch.float32)
-    return laid_out_as(x, F.silu(z) if silu else z), mean.to(wide), rstd.to(wide)
+    y = laid_out_as(x, F.silu(z) if silu else z)
+    stored = s if _stores(residual, later, keep) else x.new_empty(0)
+    return y, stored, _copy(s, later), mean.to(wide), rstd.to(wide)
 
 
-def _widest(weight: Tensor, bias: Tensor) -> torch.dtype:
-    return torch.promote_types(weight.dtype, bias.dtype)
+def _stores(residual: Tensor | None, later: Tensor | None, keep: bool) -> bool:
+    return residual is not None and (keep or later is None)
+
+
+def _widest(*vectors: Tensor | None) -> torch.dtype:
+    return functools.reduce(torch.promote_types, (vector.dtype for vector in vectors if vector is not None))
+
+
+def _is_shared(x: Tensor, addend: Tensor | None, needs: Sequence[bool]) -> bool:
+    """Whether the gradient of an addend is asked for that all images share."""
+    return addend is not None and needs[1] and addend.shape != x.shape[:2]
 
 
 def _reference_backward(
@@ -104,54 +157,100 @@ def _reference_backward(
     weight: Tensor,
     bias: Tensor,
     addend: Tensor | None,
+    later: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     eps: float,
     silu: bool,
+    summed: bool,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    """dx, to which `skip` is added, and of the others those in `needs`.
+    """dx, to which `skip` is added, and of the others those in `needs`: of weight and bias, addend, and later.
 
-    These are the gradients of weight and bias as one tensor [2, C], which takes one sum and one cast, and the
-    addend's.
+    Those that are the same for all images are one tensor [V, C]. The gradient of an addend for each image is another.
+    With `summed`, x is s and has the addend already.
     """
     groups = mean.shape[1]
-    affine, of_addend = needs
-    x = _sum(x, addend)
-    z, mean, rstd = _norm(x, weight, bias, groups, eps)
+    s = x if summed else _sum(x, addend)
+    z, mean, rstd = _norm(s, weight, bias, groups, eps)
     grad = grad.contiguous()
     if silu:
         grad = torch.ops.aten.silu_backward(grad, z)
     narrow = weight.to(x.dtype).contiguous()
     dx, dweight, dbias = torch.ops.aten.native_group_norm_backward(
-        grad, x.contiguous(), mean, rstd, narrow, *_sizes(x), groups, [True, affine, affine]
+        grad, s.contiguous(), mean, rstd, narrow, *_sizes(x), groups, [True, needs[0], needs[0]]
     )
     dx = laid_out_as(x, dx)
-    found = [dx if skip is None else dx + skip]
-    if affine:
-        found.append(torch.stack([dweight, dbias]).to(_widest(weight, bias)))
-    if of_addend:
+    dx = dx if skip is None else dx + skip
+    return [dx, *_vectors(dx, skip, weight, bias, addend, later, [dweight, dbias] if needs[0] else [], needs)]
+
+
+def _vectors(
+    dx: Tensor,
+    skip: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    addend: Tensor | None,
+    later: Tensor | None,
+    affine: list[Tensor],
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """What the backward pass returns after dx, with the gradients of weight and bias given as `affine`."""
+    sums, found = list(affine), []
+    if needs[1]:
         assert addend is not None
-        found.append(dx.flatten(2).sum(2).sum_to_size(addend.shape).to(addend.dtype))
-    return found
+        of_images = dx.flatten(2).sum(2)
+        if _is_shared(dx, addend, needs):
+            sums.append(of_images.sum(0))
+        else:
+            found.append(of_images.to(addend.dtype))
+    if needs[2]:
+        sums.append(dx.new_zeros(dx.shape[1]) if skip is None else skip.movedim(1, -1).flatten(0, -2).sum(0))
+    return [*([torch.stack(sums).to(_widest(weight, bias, addend, later))] if sums else []), *found]
 
 
 # allocate the kernels' outputs; also the ops' fake implementations
 
 
-def _empty(x: Tensor, weight: Tensor, bias: Tensor, groups: int, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _empty(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+    addend: Tensor | None,
+    residual: Tensor | None,
+    later: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     wide = torch.promote_types(x.dtype, torch.float32)
     mean, rstd = (torch.empty((x.shape[0], groups), dtype=wide, device=x.device) for _ in range(2))
-    return torch.empty_like(x), mean, rstd
+    s = torch.empty_like(x) if _stores(residual, later, keep) else x.new_empty(0)
+    images, channels, pixels = _sizes(x)
+    copy = x.new_empty(0) if later is None else x.new_empty(images * pixels, channels)
+    return torch.empty_like(x), s, copy, mean, rstd
 
 
 def _triton(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, addend: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+    addend: Tensor | None,
+    residual: Tensor | None,
+    later: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from ddpo_fast_kernels.groupnorm_silu import groupnorm_silu
 
-    made = _empty(x, weight, bias, groups)
-    groupnorm_silu(x, weight, bias, eps, silu, addend, *made)
+    made = _empty(x, weight, bias, groups, eps, silu, addend, residual, later, keep)
+    y, s, copy, mean, rstd = made
+    stored = s if _stores(residual, later, keep) else None
+    copied = None if later is None else copy
+    groupnorm_silu(x, weight, bias, eps, silu, addend, residual, later, y, stored, copied, mean, rstd)
     return made
 
 
@@ -162,61 +261,101 @@ def _triton_backward(
     weight: Tensor,
     bias: Tensor,
     addend: Tensor | None,
+    later: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     eps: float,
     silu: bool,
+    summed: bool,
     needs: Sequence[bool],
 ) -> list[Tensor]:
     from ddpo_fast_kernels.groupnorm_silu import groupnorm_silu_backward
-    from ddpo_fast_kernels.launch import sum_parts
 
-    dx = torch.empty_like(x)
-    affine, of_addend = needs
-    # one sum for each image and channel, added up below in a fixed order; atomic additions would not be reproducible
-    partials = torch.empty((2, *x.shape[:2]), dtype=torch.float32, device=x.device) if affine else None
-    daddend = None
-    if of_addend:
-        assert addend is not None
-        dtype = addend.dtype if addend.shape == x.shape[:2] else torch.float32
-        daddend = torch.empty(x.shape[:2], dtype=dtype, device=x.device)
-    groupnorm_silu_backward(x, grad, skip, weight, bias, addend, mean, rstd, silu, dx, daddend, partials)
-    found = [dx]
-    if partials is not None:
-        found.append(sum_parts(partials, _widest(weight, bias)))
-    if daddend is not None and addend is not None:
-        found.append(daddend.sum_to_size(addend.shape).to(addend.dtype))
+    found = _empty_backward(x, grad, skip, weight, bias, addend, later, mean, rstd, eps, silu, summed, needs)
+    shared = _is_shared(x, addend, needs)
+    dx, *others = found
+    sums = others.pop(0) if needs[0] or shared or needs[2] else None
+    groupnorm_silu_backward(
+        *(x, grad, skip, weight, bias, None if summed else addend, mean, rstd, silu),
+        *([needs[0], shared, needs[2]], dx, others[0] if others else None, sums),
+    )
     return found
 
 
 def _empty_backward(
-    x: Tensor, grad: Tensor, skip: Tensor | None, weight: Tensor, bias: Tensor, addend: Tensor | None, *others: Any
+    x: Tensor,
+    grad: Tensor,
+    skip: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    addend: Tensor | None,
+    later: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    eps: float,
+    silu: bool,
+    summed: bool,
+    needs: Sequence[bool],
 ) -> list[Tensor]:
-    affine, of_addend = others[-1]
     found = [torch.empty_like(x)]
-    if affine:
-        found.append(torch.empty((2, len(weight)), dtype=_widest(weight, bias), device=x.device))
-    if of_addend and addend is not None:
+    shared = _is_shared(x, addend, needs)
+    if vectors := 2 * needs[0] + shared + needs[2]:
+        dtype = _widest(weight, bias, addend, later)
+        found.append(torch.empty((vectors, len(weight)), dtype=dtype, device=x.device))
+    if needs[1] and not shared:
+        assert addend is not None
         found.append(torch.empty(addend.shape, dtype=addend.dtype, device=x.device))
     return found
 
 
 def _csrc(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, addend: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    made = _empty(x, weight, bias, groups)
-    torch.ops.ddpo_fast_csrc.groupnorm_silu(x, weight, bias, eps, silu, addend, *made)
-    return made
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+    addend: Tensor | None,
+    residual: Tensor | None,
+    later: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The C++ has no residual: on a CPU, whose caches hold a sum that was just made, one would save little."""
+    s = x if residual is None else laid_out_as(x, _sum(x, addend, residual))
+    addend = addend if residual is None else None
+    y, _, _, mean, rstd = _empty(s, weight, bias, groups, eps, silu, addend, None, None, keep)
+    torch.ops.ddpo_fast_csrc.groupnorm_silu(s, weight, bias, eps, silu, addend, y, mean, rstd)
+    stored = s if _stores(residual, later, keep) else x.new_empty(0)
+    return y, stored, _copy(s, later), mean, rstd
 
 
-def _csrc_backward(*arguments: Any) -> list[Tensor]:
-    *operands, _, silu, needs = arguments
-    found = _empty_backward(*arguments)
-    dx, *others = found
-    made = iter(others)
-    daffine, daddend = (next(made) if needed else None for needed in needs)
-    torch.ops.ddpo_fast_csrc.groupnorm_silu_backward(*operands, silu, dx, daffine, daddend)
-    return found
+def _csrc_backward(
+    x: Tensor,
+    grad: Tensor,
+    skip: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    addend: Tensor | None,
+    later: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    eps: float,
+    silu: bool,
+    summed: bool,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    run = torch.ops.ddpo_fast_csrc.groupnorm_silu_backward
+    operands = x, grad, skip, weight, bias, None if summed else addend, mean, rstd, silu
+    dx, *others = _empty_backward(x, grad, skip, weight, bias, addend, later, mean, rstd, eps, silu, summed, needs)
+    if summed or needs[2]:
+        affine = torch.empty((2, len(weight)), dtype=_widest(weight, bias), device=x.device) if needs[0] else None
+        run(*operands, dx, affine, None)
+        rows = [] if affine is None else list(affine)
+        return [dx, *_vectors(dx, skip, weight, bias, addend, later, rows, needs)]
+    affine = others[0][:2] if needs[0] else None
+    # of all images or of each, the last row or all rows of the last tensor
+    run(*operands, dx, affine, (others[-1][-1:] if _is_shared(x, addend, needs) else others[-1]) if needs[1] else None)
+    return [dx, *others]
 
 
 FORWARD = Op("groupnorm_silu", _reference, _empty, _triton, _csrc, csrc_devices=("cpu",))
@@ -230,26 +369,46 @@ BACKWARD = Op(
 )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, weight, bias, _, ctx.eps, ctx.silu, addend = inputs
-    _, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, _, ctx.eps, ctx.silu, addend, residual, later, _ = inputs
+    _, s, copy, mean, rstd = output
+    ctx.summed, ctx.copied = residual is not None, later is not None
+    unused = [*([s] if ctx.copied or not ctx.summed else []), *([] if ctx.copied else [copy])]
+    ctx.mark_non_differentiable(mean, rstd, *unused)
     # without this, autograd would allocate zeros for the gradients of mean and rstd in every backward pass
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, bias, addend, mean, rstd)
+    ctx.save_for_backward(s if ctx.summed else x, weight, bias, addend, later, mean, rstd)
 
 
-def _differentiate(ctx: Any, grad: Tensor | None, _mean: None, _rstd: None, skip: Tensor | None = None) -> Any:
-    if grad is None:
-        return (skip, *[None] * 6)
-    x, *norm = ctx.saved_tensors
+def _differentiate(
+    ctx: Any,
+    grad: Tensor | None,
+    of_s: Tensor | None,
+    of_copy: Tensor | None,
+    _mean: None,
+    _rstd: None,
+    skip: Tensor | None = None,
+) -> Any:
+    if ctx.copied or ctx.summed:
+        skip = of_copy if ctx.copied else of_s
+    if grad is None and not (ctx.copied or ctx.summed):
+        return (skip, *[None] * 9)
+    x, weight, bias, addend, later, mean, rstd = ctx.saved_tensors
+    if skip is not None:
+        skip = laid_out_as(x, skip.view(x.movedim(1, -1).shape).movedim(-1, 1) if ctx.copied else skip)
+    grad = torch.zeros_like(x) if grad is None else laid_out_as(x, grad)
     needs = ctx.needs_input_grad
-    asked = [needs[1] or needs[2], needs[6]]
-    skip = None if skip is None else laid_out_as(x, skip)
-    dx, *others = BACKWARD(x, laid_out_as(x, grad), skip, *norm, ctx.eps, ctx.silu, asked)
+    asked = [needs[1] or needs[2], needs[6], needs[8]]
+    dx, *others = BACKWARD(
+        *(x, grad, skip, weight, bias, addend, later, mean, rstd, ctx.eps, ctx.silu, ctx.summed, asked)
+    )
+    shared = _is_shared(x, addend, asked)
+    sums = iter(others[0].unbind() if asked[0] or shared or asked[2] else ())
     # autograd casts them to the parameters' dtypes, if those differ from each other
-    dweight, dbias = others[0].unbind() if asked[0] else (None, None)
-    return dx, dweight, dbias, None, None, None, others[-1] if asked[1] else None
+    dweight, dbias = (next(sums) if asked[0] else None for _ in range(2))
+    daddend = next(sums)[None] if shared else (others[-1] if asked[1] else None)
+    dlater = next(sums) if asked[2] else None
+    return dx, dweight, dbias, None, None, None, daddend, dx if ctx.summed else None, dlater, None
 
 
 FORWARD.register_autograd(_differentiate, setup_context=_save)

@@ -12,11 +12,15 @@ import torch
 import triton
 import triton.language as tl
 
+from ddpo_fast_kernels.launch import counters_of, share_of, sum_parts, tickets
+
 # elements that a program takes at a time: a 16-byte load of half precision for each of 256 threads. The backward pass
 # keeps up to four sums for each element in registers.
 TILE = 2048
 # programs of the backward pass: four of 8 warps for each of the 132 multiprocessors of an H100
 PROGRAMS = 528
+# elements of the parts of a sum that a program takes at a time: with more, the kernels would need more registers
+SUM_TILE = 4096
 
 
 @triton.jit
@@ -36,7 +40,9 @@ def add_layernorm_fwd_kernel(
     gate_ptr,
     scale_ptr,
     shift_ptr,
+    later_ptr,
     s_ptr,
+    copy_ptr,
     y_ptr,
     mean_ptr,
     rstd_ptr,
@@ -59,10 +65,14 @@ def add_layernorm_fwd_kernel(
     if residual_ptr is not None:
         s = (s + _vector(added_ptr, 0, column, real, 0.0)) * _vector(gate_ptr, image * width, column, real, 1.0)
         s += tl.load(residual_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-        rounded = s.to(s_ptr.dtype.element_ty)
-        tl.store(s_ptr + offset, rounded, mask=mask)
+        rounded = s.to(x_ptr.dtype.element_ty)
+        if s_ptr is not None:
+            tl.store(s_ptr + offset, rounded, mask=mask)
         # the backward pass reads the rounded sum
         s = rounded.to(tl.float32)
+    if copy_ptr is not None:
+        copy = s + _vector(later_ptr, 0, column, real, 0.0)
+        tl.store(copy_ptr + offset, copy.to(copy_ptr.dtype.element_ty), mask=mask)
 
     mean = tl.sum(s, axis=1) / width
     centred = tl.where(mask, s - mean[:, None], 0.0)
@@ -88,17 +98,28 @@ def add_layernorm_bwd_kernel(
     rstd_ptr,
     ds_ptr,
     dx_ptr,
-    dscale_ptr,
-    dadded_ptr,
-    dgate_ptr,
+    parts_ptr,
+    sums_ptr,
+    tickets,
     rows,
     width,
     scale_step,
     share,
+    parts_share,
+    counters,
+    AFFINE: tl.constexpr,
+    ADDED: tl.constexpr,
+    GATE: tl.constexpr,
+    LATER: tl.constexpr,
+    ONE_SHARE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):
-    """A program takes `share` rows of an image, so that it can add up their gradients of the vectors."""
+    """A program takes `share` rows of an image, so that it can add up their gradients of the vectors.
+
+    AFFINE, ADDED, GATE, LATER: which vectors get a gradient: scale and shift, added, gate, and later, in this order.
+    """
     image = tl.program_id(1)
     column = tl.arange(0, BLOCK_D)
     real = column < width
@@ -108,6 +129,7 @@ def add_layernorm_bwd_kernel(
     dshift = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     dadded = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     dgate = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    dlater = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     first = tl.program_id(0) * share
     for start in range(first, first + share, BLOCK_R):
         row = (start + tl.arange(0, BLOCK_R)).to(tl.int64)
@@ -126,30 +148,55 @@ def add_layernorm_bwd_kernel(
         along_x = tl.sum(h * xhat, axis=1) / width
         ds = (h - along_one[:, None] - xhat * along_x[:, None]) * rstd[:, None]
         if skip_ptr is not None:
-            ds += tl.load(skip_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+            skip = tl.load(skip_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+            ds += skip
+            if LATER:
+                dlater += skip
         tl.store(ds_ptr + offset, ds.to(ds_ptr.dtype.element_ty), mask=mask)
-        if dscale_ptr is not None:
+        if AFFINE:
             dscale += grad * xhat
             dshift += grad
         if gate_ptr is not None:
             dx = ds * gate
             tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-            if dgate_ptr is not None:
+            if GATE:
                 x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
                 dgate += tl.where(mask, ds * (x + _vector(added_ptr, 0, column, real, 0.0)), 0.0)
         else:
             dx = ds
-        if dadded_ptr is not None:
+        if ADDED:
             dadded += tl.where(mask, dx, 0.0)
-    part = image * tl.num_programs(0) + tl.program_id(0)
-    at = part * width + column
-    if dscale_ptr is not None:
-        tl.store(dscale_ptr + at, tl.sum(dscale, axis=0), mask=real)
-        tl.store(dscale_ptr + tl.num_programs(1) * tl.num_programs(0) * width + at, tl.sum(dshift, axis=0), mask=real)
-    if dadded_ptr is not None:
-        tl.store(dadded_ptr + at, tl.sum(dadded, axis=0), mask=real)
-    if dgate_ptr is not None:
-        tl.store(dgate_ptr + at, tl.sum(dgate, axis=0), mask=real)
+    if parts_ptr is not None:
+        parts, images = tl.num_programs(0), tl.num_programs(1)
+        vector_step = images * parts * width
+        of_image = parts_ptr + image * parts * width
+        at = of_image + tl.program_id(0) * width + column
+        if AFFINE:
+            tl.store(at, tl.sum(dscale, axis=0), mask=real)
+            tl.store(at + vector_step, tl.sum(dshift, axis=0), mask=real)
+        if ADDED:
+            tl.store(at + 2 * AFFINE * vector_step, tl.sum(dadded, axis=0), mask=real)
+        if GATE:
+            tl.store(at + (2 * AFFINE + ADDED) * vector_step, tl.sum(dgate, axis=0), mask=real)
+        if LATER:
+            tl.store(at + (2 * AFFINE + ADDED + GATE) * vector_step, tl.sum(dlater, axis=0), mask=real)
+        sum_parts(
+            of_image,
+            sums_ptr + image * width,
+            tickets + image * counters,
+            tl.program_id(0),
+            parts,
+            parts_share,
+            width,
+            vector_step,
+            images * width,
+            column,
+            real,
+            2 * AFFINE + ADDED + GATE + LATER,
+            ONE_SHARE,
+            BLOCK_P,
+            BLOCK_D,
+        )
 
 
 def add_layernorm(
@@ -160,14 +207,17 @@ def add_layernorm(
     residual: torch.Tensor | None,
     added: torch.Tensor | None,
     gate: torch.Tensor | None,
+    later: torch.Tensor | None,
     s: torch.Tensor | None,
+    copy: torch.Tensor | None,
     y: torch.Tensor,
     mean: torch.Tensor,
     rstd: torch.Tensor,
 ) -> None:
-    """Fills `y`, the fp32 `mean` and `rstd` of each row, and with a residual `s`; all are dense and not empty.
+    """Fills `y`, the fp32 `mean` and `rstd` of each row, with a residual `s` if it is given, and with `later` `copy`.
 
-    `x`, `residual`, `s` and `y` are [N, ..., D]; `scale` and `shift` [D] or [N, D], `added` [D], `gate` [N, D].
+    All are dense and not empty. `x`, `residual`, `s`, `copy` and `y` are [N, ..., D]; `scale` and `shift` [D] or
+    [N, D], `added` and `later` [D], `gate` [N, D].
     """
     images, rows, width = _sizes(x, scale, gate)
     tile, warps = _tiling(width)
@@ -179,7 +229,9 @@ def add_layernorm(
             gate,
             scale,
             shift,
+            later,
             s,
+            copy,
             y,
             mean,
             rstd,
@@ -205,27 +257,23 @@ def add_layernorm_backward(
     ds: torch.Tensor,
     dx: torch.Tensor | None,
     needs: Sequence[bool],
-    as_one: bool = False,
-) -> list[torch.Tensor | None]:
+    sums: torch.Tensor | None,
+) -> None:
     """Fills `ds`, from the gradients of y and, if given, of s; with a gate also `dx`. All are dense and not empty.
 
-    Returns the sums of parts of the rows, fp32, that `needs` asks for: of the gradients of scale and shift
-    [2, N or 1, parts, D], of added and of gate [N or 1, parts, D]. The caller adds the parts up, in a fixed order. With
-    `as_one`, those of scale, shift and added are one tensor [3, 1, parts, D], whose last part is the second result.
+    `sums` [V, N or 1, D] gets those gradients of vectors that `needs` asks for, for each image if any of the operands
+    differs between images: of scale and shift, of added, of gate, and of later, the sum of `skip`.
     """
     images, rows, width = _sizes(s, scale, gate)
     tile, warps = _tiling(width)
     blocks = triton.cdiv(rows, tile["BLOCK_R"])
     each = triton.cdiv(blocks, max(1, PROGRAMS // images))
     parts = triton.cdiv(blocks, each)
-    shapes = ((2, images, parts, width), (images, parts, width), (images, parts, width))
-    sums = [
-        torch.empty(shape, dtype=torch.float32, device=s.device) if needed else None
-        for shape, needed in zip(shapes, [needs[0] and not as_one, needs[1] and not as_one, needs[2]], strict=True)
-    ]
-    if as_one:
-        whole = torch.empty((3, *shapes[1]), dtype=torch.float32, device=s.device)
-        sums[:2] = whole, whole[2]
+    counters = counters_of(parts)
+    of_parts = counting = None
+    if sums is not None:
+        of_parts = torch.empty((len(sums), images, parts, width), dtype=torch.float32, device=s.device)
+        counting = tickets(s.device, images * counters)
     with torch.cuda.device_of(s):
         add_layernorm_bwd_kernel[parts, images](
             grad,
@@ -239,15 +287,24 @@ def add_layernorm_backward(
             rstd,
             ds,
             dx,
-            *sums,
+            of_parts,
+            sums,
+            counting,
             rows,
             width,
             width if scale.ndim == 2 else 0,
             each * tile["BLOCK_R"],
+            share_of(parts),
+            counters,
+            AFFINE=needs[0],
+            ADDED=needs[1],
+            GATE=needs[2],
+            LATER=needs[3],
+            ONE_SHARE=share_of(parts) == parts,
+            BLOCK_P=max(1, SUM_TILE // tile["BLOCK_D"]),
             **tile,
             num_warps=warps,
         )
-    return sums
 
 
 def _sizes(x: torch.Tensor, scale: torch.Tensor, gate: torch.Tensor | None) -> tuple[int, int, int]:
@@ -268,30 +325,39 @@ def ahead_of_time() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, Any], 
 
     Stable Diffusion 1.5 sums with biases, the transformers with gates.
     """
-    cases = [("fp16", 320, kind) for kind in ("norm", "sum", "frozen sum")]
+    cases = [("fp16", 320, kind) for kind in ("norm", "sum", "last sum", "frozen sum", "sampled sum")]
+    cases += [("fp16", 1280, "last sum")]
     cases += [("bf16", 320, "sum"), ("fp32", 320, "sum"), ("fp16", 640, "sum"), ("fp16", 1280, "sum")]
     cases += [("fp16", 1536, "gated sum"), ("bf16", 3072, "gated sum"), ("fp32", 3072, "gated sum")]
     for case in cases:
         yield _case("fwd", *case)
-        yield _case("bwd", *case)
+        if case[-1] != "sampled sum":
+            yield _case("bwd", *case)
 
 
 def _case(direction: str, dtype: str, width: int, kind: str) -> tuple[str, Any, dict[str, Any], dict[str, Any], int]:
-    given = {"norm": "", "sum": "residual added s dadded", "frozen sum": "residual s"}
-    given["gated sum"] = "residual gate s dx dgate"
+    given = {"norm": "", "sum": "residual added s", "frozen sum": "residual s", "gated sum": "residual gate s dx"}
+    given |= {"last sum": "residual added later s copy", "sampled sum": "residual added later copy"}
+    tile, warps = _tiling(width)
+    constants: dict[str, Any] = dict(tile)
     if direction == "fwd":
-        kernel, names = add_layernorm_fwd_kernel, "x residual added gate scale shift s y mean rstd"
+        kernel, names = add_layernorm_fwd_kernel, "x residual added gate scale shift later s copy y mean rstd"
         present, last = "x scale shift y mean rstd " + given[kind], {"eps": "fp32"}
     else:
-        kernel, names = add_layernorm_bwd_kernel, "grad skip s x added gate scale mean rstd ds dx dscale dadded dgate"
-        present, last = "grad skip s scale mean rstd ds " + given[kind], {"share": "i32"}
+        kernel, names = add_layernorm_bwd_kernel, "grad skip s x added gate scale mean rstd ds dx parts sums tickets"
+        present, last = "grad skip s scale mean rstd ds " + given[kind], dict.fromkeys(("share", "parts_share"), "i32")
         # of a gated sum the vectors' gradients; of others those of weights, if they are trained
-        present += " x dscale" if kind == "gated sum" else " dscale" if kind != "frozen sum" else ""
-    wide = {"mean", "rstd", "dscale", "dadded", "dgate"}
+        trained = kind != "frozen sum"
+        present += " x" * (kind == "gated sum") + " parts sums tickets" * trained
+        last["counters"] = "i32"
+        constants |= {"AFFINE": trained, "ADDED": "last" in kind or kind == "sum", "GATE": kind == "gated sum"}
+        constants |= {"LATER": kind == "last sum"}
+        # of few images there are many parts each
+        constants |= {"ONE_SHARE": kind == "gated sum", "BLOCK_P": max(1, SUM_TILE // tile["BLOCK_D"])}
+    types = {"mean": "*fp32", "rstd": "*fp32", "parts": "*fp32", "tickets": "*i32"}
     absent = [name for name in names.split() if name not in present.split()]
-    pointers = {f"{name}_ptr": "*fp32" if name in wide else f"*{dtype}" for name in names.split()}
-    pointers |= {f"{name}_ptr": "constexpr" for name in absent}
-    tile, warps = _tiling(width)
-    sizes = {"rows": "i32", "width": "i32", "scale_step": "i32", **last, **dict.fromkeys(tile, "constexpr")}
-    constants = {**{f"{name}_ptr": None for name in absent}, **tile}
-    return f"{direction} {dtype} {width} wide, {kind}", kernel, {**pointers, **sizes}, constants, warps
+    pointers = {name if name == "tickets" else f"{name}_ptr": types.get(name, f"*{dtype}") for name in names.split()}
+    constants |= {name if name == "tickets" else f"{name}_ptr": None for name in absent}
+    sizes = {"rows": "i32", "width": "i32", "scale_step": "i32", **last}
+    signature = {**pointers, **sizes, **dict.fromkeys(constants, "constexpr")}
+    return f"{direction} {dtype} {width} wide, {kind}", kernel, signature, constants, warps

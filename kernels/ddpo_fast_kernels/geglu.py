@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ddpo_fast_kernels.launch import counters_of, share_of, sum_parts, tickets
+
 # elements of a tile in each half of the input: two 16-byte loads of half precision for each of 128 threads
 TILE = 2048
 # programs of the backward pass: eight of 4 warps for each of the 132 multiprocessors of an H100
@@ -50,10 +52,15 @@ def geglu_bwd_kernel(
     bias_ptr,
     grad_ptr,
     dx_ptr,
-    partial_ptr,
+    parts_ptr,
+    dbias_ptr,
+    tickets,
     rows,
     inner,
     share,
+    parts_share,
+    counters,
+    ONE_SHARE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
@@ -71,13 +78,30 @@ def geglu_bwd_kernel(
         da, dg = grad * g * phi, grad * a * slope
         tl.store(dx_ptr + wide, da.to(dx_ptr.dtype.element_ty), mask=mask)
         tl.store(dx_ptr + wide + inner, dg.to(dx_ptr.dtype.element_ty), mask=mask)
-        if partial_ptr is not None:
+        if parts_ptr is not None:
             sum_a += tl.where(mask, da, 0.0)
             sum_g += tl.where(mask, dg, 0.0)
-    if partial_ptr is not None:
-        at = partial_ptr + tl.program_id(0) * (2 * inner) + column
+    if parts_ptr is not None:
+        at = parts_ptr + tl.program_id(0) * (2 * inner) + column
         tl.store(at, tl.sum(sum_a, axis=0), mask=column < inner)
         tl.store(at + inner, tl.sum(sum_g, axis=0), mask=column < inner)
+        sum_parts(
+            parts_ptr,
+            dbias_ptr,
+            tickets + tl.program_id(1) * counters,
+            tl.program_id(0),
+            tl.num_programs(0),
+            parts_share,
+            2 * inner,
+            inner,
+            inner,
+            column,
+            column < inner,
+            2,
+            ONE_SHARE,
+            BLOCK_R,
+            BLOCK_I,
+        )
 
 
 def geglu(x: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor) -> None:
@@ -90,24 +114,40 @@ def geglu(x: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor) -> None:
 
 
 def geglu_backward(
-    grad: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, dx: torch.Tensor, needs_bias: bool
-) -> torch.Tensor | None:
+    grad: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, dx: torch.Tensor, dbias: torch.Tensor | None
+) -> None:
     """Fills `dx` [..., 2I] from `grad` [..., I] and `x` [..., 2I], all contiguous and not empty, and `bias` [2I].
 
-    Returns, if `needs_bias`, the sums of parts of the rows of `dx`, [parts, 2I] fp32. The caller adds them up, in a
-    fixed order; atomic additions would not be reproducible.
+    `dbias` [2I], if given, gets the sum of all rows of dx.
     """
     inner = x.shape[-1] // 2
     rows = x.numel() // x.shape[-1]
     (row_tiles, column_tiles), tile = _tiling(rows, inner)
     tiles = triton.cdiv(row_tiles, max(1, PROGRAMS // column_tiles))
     parts = triton.cdiv(row_tiles, tiles)
-    partials = torch.empty((parts, 2 * inner), dtype=torch.float32, device=x.device) if needs_bias else None
+    counters = counters_of(parts)
+    of_parts = counting = None
+    if dbias is not None:
+        of_parts = torch.empty((parts, 2 * inner), dtype=torch.float32, device=x.device)
+        counting = tickets(x.device, column_tiles * counters)
     with torch.cuda.device_of(x):
         geglu_bwd_kernel[parts, column_tiles](
-            x, _dense(bias), grad, dx, partials, rows, inner, tiles * tile["BLOCK_R"], **tile, num_warps=4
+            x,
+            _dense(bias),
+            grad,
+            dx,
+            of_parts,
+            dbias,
+            counting,
+            rows,
+            inner,
+            tiles * tile["BLOCK_R"],
+            share_of(parts),
+            counters,
+            ONE_SHARE=share_of(parts) == parts,
+            **tile,
+            num_warps=4,
         )
-    return partials
 
 
 def _dense(bias: torch.Tensor | None) -> torch.Tensor | None:
@@ -135,7 +175,10 @@ def ahead_of_time() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, Any], 
             if not trained:
                 signature = {**inputs, "y_ptr": x, **sizes, **constants}
                 yield f"fwd {dtype}{kind}", geglu_fwd_kernel, signature, {**absent, **tile}, 4
-            partial = {"partial_ptr": "*fp32" if trained else "constexpr"}
-            signature = {**inputs, "grad_ptr": x, "dx_ptr": x, **partial, **sizes, "share": "i32", **constants}
-            nothing = {**absent, **({} if trained else {"partial_ptr": None})}
-            yield f"bwd {dtype}{kind}", geglu_bwd_kernel, signature, {**nothing, **tile}, 4
+            types = {"parts_ptr": "*fp32", "dbias_ptr": x, "tickets": "*i32"}
+            sums = types if trained else dict.fromkeys(types, "constexpr")
+            last = dict.fromkeys(("share", "parts_share", "counters"), "i32")
+            given = {**absent, **({} if trained else dict.fromkeys(types)), **tile, "ONE_SHARE": False}
+            signature = {**inputs, "grad_ptr": x, "dx_ptr": x, **sums, **sizes, **last}
+            signature |= {**constants, "ONE_SHARE": "constexpr"}
+            yield f"bwd {dtype}{kind}", geglu_bwd_kernel, signature, given, 4

@@ -1,17 +1,20 @@
 """GroupNorm followed by SiLU, forward and backward in one launch each, for contiguous and channels_last images.
 
-A program normalises whole groups of one image. It reads the groups twice: for the statistics, and to normalise.
+The norm is of x, or of a sum with a residual, which is then stored. A program normalises whole groups of one image. It
+reads the groups twice: for the statistics, and to normalise.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+
+from ddpo_fast_kernels.launch import counters_of, share_of, sum_parts, tickets
 
 # two programs for each of the 132 multiprocessors of an H100
 FULL_GRID = 264
@@ -73,12 +76,27 @@ def _addend(addend_ptr, addend_step, channel, real):
         return tl.load(addend_ptr + at, mask=real, other=0.0).to(tl.float32)[None, :]
 
 
+@triton.jit
+def _load_sum(x_ptr, residual_ptr, addend, offset, mask):
+    """x + addend or, as it is stored, x + addend + residual."""
+    x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32) + addend
+    if residual_ptr is not None:
+        x += tl.load(residual_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        # the backward pass reads the rounded sum
+        x = x.to(x_ptr.dtype.element_ty).to(tl.float32)
+    return x
+
+
 # In one piece, as all of it works on the values of one tile, and a quarter of the lines are arguments.
 @triton.jit
 def groupnorm_silu_fwd_kernel(
     x_ptr,
+    residual_ptr,
     addend_ptr,
+    later_ptr,
     y_ptr,
+    s_ptr,
+    copy_ptr,
     norm,
     channels,
     pixels,
@@ -102,7 +120,10 @@ def groupnorm_silu_fwd_kernel(
     for start in range(0, pixels, BLOCK_P):
         pixel = start + row
         mask = (pixel < pixels)[:, None] & real[None, :]
-        x = tl.load(x_ptr + first[None, :] + pixel[:, None] * step, mask=mask, other=0.0).to(tl.float32) + addend
+        offset = first[None, :] + pixel[:, None] * step
+        x = _load_sum(x_ptr, residual_ptr, addend, offset, mask)
+        if s_ptr is not None:
+            tl.store(s_ptr + offset, x.to(s_ptr.dtype.element_ty), mask=mask)
         delta = tl.where(mask, x - mean, 0.0)
         mean += delta * (1.0 / (start // BLOCK_P + 1))
         squares += delta * (x - mean)
@@ -127,12 +148,22 @@ def groupnorm_silu_fwd_kernel(
     weight = tl.load(norm.weight + channel, mask=real, other=0.0).to(tl.float32)
     bias = tl.load(norm.bias + channel, mask=real, other=0.0).to(tl.float32)
     scale = weight * _per_channel(member, rstd)
+    if s_ptr is not None:
+        # other threads may have stored what a thread reads
+        tl.debug_barrier()
+    if copy_ptr is not None:
+        later = tl.load(later_ptr + channel, mask=real, other=0.0).to(tl.float32)
     # from the last tile to the first, because the caches still hold the tiles that the first pass read last
     for done in range(0, pixels, BLOCK_P):
         pixel = (pixels - 1) // BLOCK_P * BLOCK_P - done + row
         mask = (pixel < pixels)[:, None] & real[None, :]
         offset = first[None, :] + pixel[:, None] * step
-        x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32) + addend
+        if s_ptr is not None:
+            x = tl.load(s_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        else:
+            x = _load_sum(x_ptr, residual_ptr, addend, offset, mask)
+        if copy_ptr is not None:
+            tl.store(copy_ptr + offset, (x + later[None, :]).to(copy_ptr.dtype.element_ty), mask=mask)
         y = (x - centre[None, :]) * scale[None, :] + bias[None, :]
         if SILU:
             y *= tl.sigmoid(y)
@@ -162,11 +193,19 @@ def groupnorm_silu_bwd_kernel(
     skip_ptr,
     dx_ptr,
     daddend_ptr,
-    partial_ptr,
+    parts_ptr,
+    sums_ptr,
+    tickets,
     norm,
     channels,
     pixels,
     addend_step,
+    share,
+    counters,
+    AFFINE: tl.constexpr,
+    SHARED: tl.constexpr,
+    LATER: tl.constexpr,
+    ONE_SHARE: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     GROUPS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -174,6 +213,8 @@ def groupnorm_silu_bwd_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    """AFFINE, SHARED, LATER: which vectors that are the same for all images get a gradient: weight and bias, the
+    addend, and what was added to the copy of the norm's input; in this order."""
     real, channel, first, step, member = _lanes(channels, pixels, GROUPS, GROUP_SIZE, BLOCK_C, CHANNELS_LAST)
     row = tl.arange(0, BLOCK_P)
     image = tl.program_id(1)
@@ -195,10 +236,11 @@ def groupnorm_silu_bwd_kernel(
         products += grad * xhat
     channel_sum = tl.sum(sums, axis=0)
     channel_product = tl.sum(products, axis=0)
-    if partial_ptr is not None:
-        at = partial_ptr + image * channels + channel
-        tl.store(at, channel_product, mask=real)
-        tl.store(at + tl.num_programs(1) * channels, channel_sum, mask=real)
+    # the images' gradients of the vectors, [V, N, C]
+    vector_step = tl.num_programs(1) * channels
+    if AFFINE:
+        tl.store(parts_ptr + image * channels + channel, channel_product, mask=real)
+        tl.store(parts_ptr + vector_step + image * channels + channel, channel_sum, mask=real)
 
     # Let h = grad * weight be the gradient with respect to xhat. xhat does not change if a constant is added to x or x
     # is scaled (up to eps), so dx has no component along the constant vector or along xhat. With means over the group,
@@ -207,6 +249,7 @@ def groupnorm_silu_bwd_kernel(
     along_one = _per_channel(member, _per_group(member, weight * channel_sum) / count)
     along_x = _per_channel(member, _per_group(member, weight * channel_product) / count)
     of_addend = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    of_later = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     # from the last tile to the first, as in the forward pass
     for done in range(0, pixels, BLOCK_P):
         pixel = (pixels - 1) // BLOCK_P * BLOCK_P - done + row
@@ -214,14 +257,40 @@ def groupnorm_silu_bwd_kernel(
         offset = first[None, :] + pixel[:, None] * step
         xhat, grad = _normalised(x_ptr, addend, grad_ptr, offset, mask, mean, rstd, weight, bias, SILU)
         dx = (grad * weight[None, :] - along_one[None, :] - xhat * along_x[None, :]) * rstd[None, :]
-        if daddend_ptr is not None:
-            of_addend += tl.where(mask, dx, 0.0)
         if skip_ptr is not None:
-            dx += tl.load(skip_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+            skip = tl.load(skip_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+            dx += skip
+            if LATER:
+                of_later += skip
+        if SHARED or daddend_ptr is not None:
+            of_addend += tl.where(mask, dx, 0.0)
         tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     if daddend_ptr is not None:
         at = daddend_ptr + image * channels + channel
         tl.store(at, tl.sum(of_addend, axis=0).to(daddend_ptr.dtype.element_ty), mask=real)
+    if parts_ptr is not None:
+        at = parts_ptr + 2 * AFFINE * vector_step + image * channels + channel
+        if SHARED:
+            tl.store(at, tl.sum(of_addend, axis=0), mask=real)
+        if LATER:
+            tl.store(at + SHARED * vector_step, tl.sum(of_later, axis=0), mask=real)
+        sum_parts(
+            parts_ptr,
+            sums_ptr,
+            tickets + tl.program_id(0) * counters,
+            image,
+            tl.num_programs(1),
+            share,
+            channels,
+            vector_step,
+            channels,
+            channel,
+            real,
+            2 * AFFINE + SHARED + LATER,
+            ONE_SHARE,
+            BLOCK_P,
+            BLOCK_C,
+        )
 
 
 def groupnorm_silu(
@@ -231,21 +300,41 @@ def groupnorm_silu(
     eps: float,
     silu: bool,
     addend: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    later: torch.Tensor | None,
     y: torch.Tensor,
+    s: torch.Tensor | None,
+    copy: torch.Tensor | None,
     mean: torch.Tensor,
     rstd: torch.Tensor,
 ) -> None:
     """Fills `y`, which has the dense layout of `x` [N, C, ...] (not empty), and the fp32 `mean` and `rstd` [N, G].
 
-    `addend` is [N, C] or [1, C].
+    `addend` is [N, C] or [1, C]. With a `residual`, in the layout of `x`, the norm is of the sum, which fills `s` if
+    that is given. With `later` [C], `copy`, in the same layout, is what was normalised plus that.
     """
     images, channels, pixels = x.shape[0], x.shape[1], math.prod(x.shape[2:])
     grid, tile, warps = _tiling(images, channels, pixels, mean.shape[1], x.element_size(), not x.is_contiguous())
     norm = Norm(weight.contiguous(), bias.contiguous(), mean, rstd)
     addend, step = _rows(addend)
+    later = None if later is None else later.contiguous()
     with torch.cuda.device_of(x):
         groupnorm_silu_fwd_kernel[grid](
-            x, addend, y, norm, channels, pixels, step, eps, SILU=silu, **tile, num_warps=warps
+            x,
+            residual,
+            addend,
+            later,
+            y,
+            s,
+            copy,
+            norm,
+            channels,
+            pixels,
+            step,
+            eps,
+            SILU=silu,
+            **tile,
+            num_warps=warps,
         )
 
 
@@ -259,19 +348,25 @@ def groupnorm_silu_backward(
     mean: torch.Tensor,
     rstd: torch.Tensor,
     silu: bool,
+    needs: Sequence[bool],
     dx: torch.Tensor,
     daddend: torch.Tensor | None,
-    partials: torch.Tensor | None,
+    sums: torch.Tensor | None,
 ) -> None:
-    """Fills `dx` and, if given, `daddend` [N, C] and `partials` [2, N, C] fp32: the gradients of weight and bias.
+    """Fills `dx` and, if given, `daddend` [N, C] and `sums` [V, C].
 
-    `x`, `grad`, `skip` and `dx` have the same dense layout; `skip` is added to dx. The caller adds up the images'
-    gradients, in a fixed order.
+    `x`, `grad`, `skip` and `dx` have the same dense layout; `skip` is added to dx. `sums` gets those gradients that
+    `needs` asks for: of weight and bias, of an addend that all images share, and of `later`, the sum of `skip`.
     """
     images, channels, pixels = x.shape[0], x.shape[1], math.prod(x.shape[2:])
     grid, tile, warps = _tiling(images, channels, pixels, mean.shape[1], x.element_size(), not x.is_contiguous())
     norm = Norm(weight.contiguous(), bias.contiguous(), mean, rstd)
     addend, step = _rows(addend)
+    counters = counters_of(images)
+    parts = counting = None
+    if sums is not None:
+        parts = torch.empty((len(sums), images, channels), dtype=torch.float32, device=x.device)
+        counting = tickets(x.device, grid[0] * counters)
     with torch.cuda.device_of(x):
         groupnorm_silu_bwd_kernel[grid](
             x,
@@ -280,11 +375,19 @@ def groupnorm_silu_backward(
             skip,
             dx,
             daddend,
-            partials,
+            parts,
+            sums,
+            counting,
             norm,
             channels,
             pixels,
             step,
+            share_of(images),
+            counters,
+            AFFINE=needs[0],
+            SHARED=needs[1],
+            LATER=needs[2],
+            ONE_SHARE=share_of(images) == images,
             SILU=silu,
             **tile,
             num_warps=warps,
@@ -337,24 +440,34 @@ def ahead_of_time() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, Any], 
         for pixels, channels in shapes if dtype == "fp16" else ((4096, 320), (1024, 1280)):
             _, tile, warps = _tiling(24, channels, pixels, 32, itemsize, channels_last=True)
             name = f"{dtype} {channels} channels, {pixels} pixels"
-            constants = {**tile, "SILU": True}
-            # a block's first norm has a skip connection, its second an addend; all are trained, or none is
+            # a residual block's first norm has a skip connection, its second an addend; the norm of a transformer has
+            # a residual and a later bias; all are trained, or none is
             for kind, given in (
-                ("fwd no addend", {"addend_ptr": None}),
-                ("fwd addend", {}),
-                ("bwd trained", {"addend_ptr": None, "daddend_ptr": None}),
-                ("bwd addend, trained", {"skip_ptr": None}),
-                ("bwd frozen", {"addend_ptr": None, "daddend_ptr": None, "partial_ptr": None}),
-                ("bwd addend, frozen", {"skip_ptr": None, "daddend_ptr": None, "partial_ptr": None}),
+                ("fwd", ""),
+                ("fwd addend", "addend"),
+                ("fwd sum", "residual addend later s copy"),
+                ("fwd sum, frozen", "residual addend later copy"),
+                ("bwd trained", "skip parts sums tickets"),
+                ("bwd addend, trained", "addend daddend parts sums tickets"),
+                ("bwd sum, trained", "skip parts sums tickets"),
+                ("bwd frozen", "skip"),
+                ("bwd addend, frozen", "addend"),
             ):
                 direction, _, rest = kind.partition(" ")
                 forward = direction == "fwd"
-                signature: dict[str, Any] = {"x_ptr": x, "addend_ptr": x}
-                signature |= (
-                    {"y_ptr": x} if forward else dict.fromkeys(("grad_ptr", "skip_ptr", "dx_ptr", "daddend_ptr"), x)
-                )
-                signature |= {} if forward else {"partial_ptr": "*fp32"}
-                signature |= {"norm": norm, **sizes, **({"eps": "fp32"} if forward else {})}
-                signature |= dict.fromkeys({**constants, **given}, "constexpr")
+                optional = "residual addend later s copy" if forward else "addend skip daddend parts sums tickets"
+                order = "x residual addend later y s copy"
+                order = order if forward else "x addend grad skip dx daddend parts sums tickets"
+                names = {name: name if name == "tickets" else f"{name}_ptr" for name in order.split()}
+                absent = {names[name]: None for name in optional.split() if name not in given.split()}
+                types = {"parts": "*fp32", "tickets": "*i32"}
+                constants = {**tile, "SILU": True}
+                last = {"eps": "fp32"} if forward else {"share": "i32", "counters": "i32"}
+                if not forward:
+                    summed = rest.startswith("sum")
+                    constants |= {"AFFINE": "parts" in given, "SHARED": summed, "LATER": summed, "ONE_SHARE": True}
+                signature: dict[str, Any] = {names[name]: types.get(name, x) for name in names}
+                signature |= {"norm": norm, **sizes, **last}
+                signature |= dict.fromkeys({**constants, **absent}, "constexpr")
                 kernel = groupnorm_silu_fwd_kernel if forward else groupnorm_silu_bwd_kernel
-                yield f"{direction} {name}, {rest}", kernel, signature, {**constants, **given}, warps
+                yield f"{direction} {name}, {rest}", kernel, signature, {**constants, **absent}, warps

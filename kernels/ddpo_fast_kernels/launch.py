@@ -6,6 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
+# parts that one program may add up; with more, the others would wait for it
+MOST_IN_ONE_SHARE = 64
+# as many as the launches of Stable Diffusion's UNets need at once
+FEWEST_TICKETS = 4096
 # by device and stream
 _TICKETS: dict[tuple[torch.device, int], torch.Tensor] = {}
 
@@ -33,54 +37,103 @@ def block_and_warps(elements: int) -> tuple[int, int]:
     return block, max(4, block // 256)
 
 
-@triton.jit
-def sum_parts_kernel(parts_ptr, sum_ptr, parts, width, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
-    column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    real = column < width
-    total = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
-    for start in range(0, parts, BLOCK_P):
-        part = start + tl.arange(0, BLOCK_P)
-        offset = (tl.program_id(1) * parts + part)[:, None] * width + column[None, :]
-        total += tl.load(parts_ptr + offset, mask=(part < parts)[:, None] & real[None, :], other=0.0)
-    summed = tl.sum(total, axis=0).to(sum_ptr.dtype.element_ty)
-    tl.store(sum_ptr + tl.program_id(1) * width + column, summed, mask=real)
+def tickets(device: torch.device, count: int = 1) -> torch.Tensor:
+    """Counters [at least `count`] that are 0 before and after every launch of the current stream; kernels reset them.
 
-
-def sum_parts(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The sums [K, D] in `dtype` of what programs have added up, [K, P, D] fp32, dense, with P > 0.
-
-    PyTorch's sum would need a second launch for the cast.
-    """
-    sums = torch.empty((parts.shape[0], parts.shape[2]), dtype=dtype, device=parts.device)
-    grid = (triton.cdiv(parts.shape[2], 32), parts.shape[0])
-    with torch.cuda.device_of(parts):
-        sum_parts_kernel[grid](parts, sums, parts.shape[1], parts.shape[2], BLOCK_P=64, BLOCK_D=32, num_warps=4)
-    return sums
-
-
-def ticket(device: torch.device) -> torch.Tensor:
-    """A counter [1] that is 0 before and after every launch of the current stream; kernels reset it themselves.
-
-    Launches on one stream run one after the other and can share a counter. A CUDA graph gets a counter of its own,
+    Launches on one stream run one after the other and can share counters. A CUDA graph gets counters of its own,
     because it may be replayed on another stream than it was captured on, at the same time as other launches.
     """
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(1, dtype=torch.int32, device=device)
+        return torch.zeros(count, dtype=torch.int32, device=device)
     key = device, torch.cuda.current_stream(device).cuda_stream
-    if key not in _TICKETS:
-        _TICKETS[key] = torch.zeros(1, dtype=torch.int32, device=device)
+    if key not in _TICKETS or len(_TICKETS[key]) < count:
+        # launches that still use a smaller tensor run before any that gets its memory, as they are on this stream
+        _TICKETS[key] = torch.zeros(max(count, FEWEST_TICKETS), dtype=torch.int32, device=device)
     return _TICKETS[key]
 
 
 @triton.jit
-def is_last(ticket):
-    """Whether this program is the last of its launch to arrive here.
+def is_last(ticket, count):
+    """Whether this program is the last of `count` programs to arrive here.
 
     Programs of a launch run in no particular order and cannot wait for each other. Each program increments the counter
-    after it has stored its results, so the program that brings the counter to the number of programs knows that all
-    results are stored. The acquire-release semantics of the increment make the other programs' stores visible to it.
+    after it has stored its results, so the program that brings the counter to `count` knows that all results are
+    stored. The acquire-release semantics of the increment make the other programs' stores visible to it.
     """
-    last = tl.atomic_add(ticket, 1, sem="acq_rel") == tl.num_programs(0) - 1
+    # one thread increments the counter, but all threads store results
+    tl.debug_barrier()
+    last = tl.atomic_add(ticket, 1, sem="acq_rel") == count - 1
     if last:
         tl.store(ticket, 0)
     return last
+
+
+@triton.jit
+def _sum_rows(from_ptr, to_ptr, rows, step, column, real, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Stores the sum of `rows` rows, of which each is `step` after the one before it; always in the same order."""
+    total = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
+    for start in range(0, rows, BLOCK_P):
+        row = start + tl.arange(0, BLOCK_P)
+        offset = row.to(tl.int64)[:, None] * step + column[None, :]
+        total += tl.load(from_ptr + offset, mask=(row < rows)[:, None] & real[None, :], other=0.0)
+    tl.store(to_ptr + column, tl.sum(total, axis=0).to(to_ptr.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def sum_parts(
+    parts_ptr,
+    sums_ptr,
+    tickets,
+    part,
+    parts,
+    share,
+    part_step,
+    vector_step,
+    sum_step,
+    column,
+    real,
+    VECTORS: tl.constexpr,
+    ONE_SHARE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Adds up what programs have stored for these columns of some vectors, in the launch that stored it.
+
+    A program calls this after it has stored row `part`, of `parts`, of each vector, in fp32. The last of each `share`
+    programs adds up their rows, and the last of those adds up these sums: about 2 sqrt(parts) rows one after the other,
+    and not `parts`, while the other multiprocessors may have nothing left to do. All sums have a fixed order; atomic
+    additions would not be reproducible.
+
+    Args:
+        tickets: counters that only these programs use, `counters_of(parts)` of them.
+        part_step, vector_step, sum_step: from a part's row to the next, and from a vector to the next of the parts and
+            of the sums.
+    """
+    group = part // share
+    first = group * share
+    if is_last(tickets + group, tl.minimum(share, parts - first)):
+        if ONE_SHARE:
+            for vector in tl.static_range(VECTORS):
+                at, to = parts_ptr + vector * vector_step, sums_ptr + vector * sum_step
+                _sum_rows(at, to, parts, part_step, column, real, BLOCK_P, BLOCK_D)
+        else:
+            members = tl.minimum(share, parts - first)
+            for vector in tl.static_range(VECTORS):
+                # the sum replaces the first row, which nothing reads any more
+                at = parts_ptr + vector * vector_step + first * part_step
+                _sum_rows(at, at, members, part_step, column, real, BLOCK_P, BLOCK_D)
+            groups = tl.cdiv(parts, share)
+            if is_last(tickets + groups, groups):
+                for vector in tl.static_range(VECTORS):
+                    at, to = parts_ptr + vector * vector_step, sums_ptr + vector * sum_step
+                    _sum_rows(at, to, groups, share * part_step, column, real, BLOCK_P, BLOCK_D)
+
+
+def share_of(parts: int) -> int:
+    """The `share` of `sum_parts`: all parts if they are few, else that with the fewest rows to add up."""
+    return parts if parts <= MOST_IN_ONE_SHARE else round(parts**0.5)
+
+
+def counters_of(parts: int) -> int:
+    """How many counters `sum_parts` needs: one for each share, and one for the shares."""
+    return triton.cdiv(parts, share_of(parts)) + 1

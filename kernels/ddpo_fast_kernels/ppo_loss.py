@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from ddpo_fast_kernels.gaussian import coefficients, load_fp32, load_guided, log_density, mean, place, store_guided
-from ddpo_fast_kernels.launch import block_and_warps, is_last, row_layout, ticket
+from ddpo_fast_kernels.launch import block_and_warps, is_last, row_layout, tickets
 
 
 class Pairs(NamedTuple):
@@ -108,7 +108,7 @@ def ppo_loss_fwd_kernel(
             other = load_guided(reference, pair, count, D, at, mask, guidance, GUIDED)
             grad = tl.fma(reference_slope * c_m, guided - other, grad)
         store_guided(results.grad, pair, count, D, at, mask, grad, guidance, GUIDED)
-    if is_last(ticket):
+    if is_last(ticket, count):
         average(results, count)
 
 
@@ -198,7 +198,7 @@ def ppo_loss(
             Pairs(latents, next_latents, old_log_probs, advantages, table, timesteps),
             Bounds(1.0 - clip_range, 1.0 + clip_range, clip_range, advantage_limit, reference_weight),
             Results(loss, metrics, log_probs, grad, scratch),
-            ticket(latents.device),
+            tickets(latents.device),
             loss if grad_scale is None else grad_scale,
             1.0 if guidance_scale is None else guidance_scale,
             elements,
