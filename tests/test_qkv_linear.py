@@ -46,7 +46,7 @@ def with_gradients(function, operands, grads):
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("shape", [(1, 24), (2, 5, 24)])
+@pytest.mark.parametrize("shape", [(1, 24), (2, 5, 24), (2, 9, 24)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_values_and_gradients(dtype, shape, lora):
     operands, grads = example(shape, lora, dtype)

@@ -139,9 +139,10 @@ def test_sd15_with_a_lora(tmp_path, capsys):
     # 61 group norms and 48 layer norms; 52 convolutions of 3x3, the others are matrix products; and copies of the time
     # embedding, of the parameters of its projection (a weight, and the biases of two layers), of 12 concatenations, of
     # three upsamplings and of what is shared: the residuals of a transformer and of its block and the norm, and the
-    # output of conv_in, only; and of the adapters of 16 self-attentions, whose first factors become one
+    # output of conv_in, only; and of the adapters of 16 self-attentions, whose first factors become one, and of the
+    # weights of all but those with 1280 channels, which are six
     launches = {kind: of["launches"] for kind, of in forward["kinds"].items()}
-    copies = 3 + 3 + 12 + 3 + 4 + 16
+    copies = 3 + 3 + 12 + 3 + 4 + 16 + 10
     assert [launches[kind] for kind in ("norm", "conv", "attention", "copy")] == [61 + 48, 52, 32, copies]
     assert (forward["phase"], backward["phase"]) == ("forward", "backward")
     assert "of 798 TFLOP/s" in capsys.readouterr().out

@@ -50,6 +50,8 @@ class Op:
             nothing traces or differentiates it.
         triton, csrc: the kernels, if there are any. They import their modules when they are called.
         csrc_devices: the device types that `csrc` is written for.
+        shares_memory: whether results may be parts of one tensor. PyTorch forbids that of a registered op, which then
+            returns copies.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Op:
         triton: Callable[..., Any] | None = None,
         csrc: Callable[..., Any] | None = None,
         csrc_devices: tuple[str, ...] = ("cpu", "cuda"),
+        shares_memory: bool = False,
     ) -> None:
         self.name = name
         self.csrc_devices = csrc_devices
@@ -72,7 +75,8 @@ class Op:
             self._torch_op: Any = self._run
             return
         schema = torch.library.infer_schema(reference, mutates_args=())
-        self._torch_op = torch.library.custom_op(f"ddpo_fast::{name}", self._run, mutates_args=(), schema=schema)
+        run = self._run_apart if shares_memory else self._run
+        self._torch_op = torch.library.custom_op(f"ddpo_fast::{name}", run, mutates_args=(), schema=schema)
         self._torch_op.register_fake(empty)
 
     def __call__(self, *arguments: Any) -> Any:
@@ -122,6 +126,9 @@ class Op:
         implementation = self.implementations[backend]
         assert implementation is not None
         return implementation(first, *others)
+
+    def _run_apart(self, *arguments: Any) -> Any:
+        return tuple(result.clone(memory_format=torch.contiguous_format) for result in self._run(*arguments))
 
     def backend(self, device_type: str, dtype: torch.dtype) -> str:
         """The name of the backend that runs: the chosen one if the op has it, else the first that can run.

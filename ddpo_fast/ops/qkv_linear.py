@@ -1,9 +1,10 @@
 """The query, key and value of a self-attention, with or without an adapter, as one op with the gradient of their input.
 
-As three layers, each would write a gradient of the input for autograd to add up, in kernels that read and write all of
-it; the matrix products add up by themselves. With an adapter (LoRA) the input is read once for the three low-rank
-projections, forward and backward. There is no kernel besides the reference, because library GEMMs do all the work.
-M rows of x, I inputs, O outputs, rank r.
+As three layers, each would read the input, and write a gradient of it for autograd to add up, in kernels that read and
+write all of it. Forward, one matrix product by all weights reads the input once; backward, the matrix products add up
+by themselves. With an adapter (LoRA) the input is read once for the three low-rank projections, forward and backward.
+There is no kernel besides the reference, because library GEMMs do all the work. M rows of x, I inputs, O outputs,
+rank r.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ Three = tuple[Tensor, Tensor, Tensor]
 
 
 def qkv_linear(x: Tensor, weights: Three) -> Three:
-    """`x W^T` for three weights [O, I]: [..., I] -> three [..., O], in the dtype of x, which is the weights'."""
+    """`x W^T` for three weights [O, I]: [..., I] -> three [..., O], in the dtype of x, which is the weights'.
+
+    Where one matrix product makes them, they are parts of its rows.
+    """
     return FORWARD(x, *weights, *[None] * 6, 1.0)[:3]
 
 
@@ -51,7 +55,14 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The three results and, with adapters, `x A^T` [M, 3 r]."""
     rows = x.reshape(-1, x.shape[-1])
-    q, k, v = (rows @ weight.t() for weight in (w_q, w_k, w_v))
+    weights = w_q, w_k, w_v
+    sizes = list(map(len, weights))
+    # Copying the weights costs less than reading the rows twice more if the images together have more rows than the
+    # weights: from 6 images on. How many there are decides nothing, as memory is predicted from few of them.
+    if 2 * x.shape[-2] >= max(sizes):
+        q, k, v = (rows @ torch.cat(weights).t()).split(sizes, dim=1)
+    else:
+        q, k, v = (rows @ weight.t() for weight in weights)
     low = x.new_empty(0)
     if a_q is not None and a_k is not None and a_v is not None:
         assert b_q is not None
@@ -108,7 +119,14 @@ def _backward(
     return found
 
 
-FORWARD = Op("qkv_linear", _forward, _forward)
+def _empty(x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    weights, adapters = others[:3], others[3:6]
+    q, k, v = (x.new_empty(*x.shape[:-1], len(weight)) for weight in weights)
+    rank = 0 if adapters[0] is None else sum(map(len, adapters))
+    return q, k, v, x.new_empty(x.shape[:-1].numel(), rank) if rank else x.new_empty(0)
+
+
+FORWARD = Op("qkv_linear", _forward, _empty, shares_memory=True)
 BACKWARD = Op("qkv_linear_backward", _backward, _backward)
 
 
