@@ -19,8 +19,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpo_fast.batch_sizes import MOST_ROWS
 from ddpo_fast.ops import force_backend
-from ddpo_fast.unet import SDPAProcessor, convolutions, fuse_unet, linear_layers, unfuse_unet
+from ddpo_fast.unet import SDPAProcessor, convolutions, fuse_unet, linear_layers, transformer_blocks, unfuse_unet
 from ddpo_fast.unet import fused_layers as fusing
+
+TINY = {
+    "block_out_channels": (32, 32),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
@@ -58,16 +64,36 @@ def test_the_same_where_kernels_add_what_a_cpu_adds_apart(kind, lora, monkeypatc
     monkeypatch.setattr(convolutions, "adds_in_kernels", lambda x: True)
     fuse_unet(unet).to(memory_format=torch.channels_last)
     calls = Counter()
-    for name in ("qkv_linear", "lora_qkv_linear"):
-        op = getattr(linear_layers, name)
-        monkeypatch.setattr(linear_layers, name, lambda *a, op=op, name=name: calls.update([name]) or op(*a))
+    counted = [(linear_layers, "qkv_linear"), (linear_layers, "lora_qkv_linear"), (fusing, "ImageSum")]
+    for module, name in (*counted, (fusing, "add_product_"), (transformer_blocks, "add_product_")):
+        op = getattr(module, name)
+        monkeypatch.setattr(module, name, Counted(op, name, calls))
     fused = output_and_gradients(unet, sample=inputs_of(unet)["sample"].to(memory_format=torch.channels_last))
     torch.testing.assert_close(fused, expected, rtol=1e-7, atol=1e-10)
-    blocks = sum(isinstance(module, BasicTransformerBlock) for module in unet.modules())
-    assert calls == {"lora_qkv_linear" if lora else "qkv_linear": blocks}
+    count = {
+        kind: sum(isinstance(m, kind) for m in unet.modules()) for kind in (BasicTransformerBlock, Transformer2DModel)
+    }
+    blocks, transformers = count.values()
+    own = {"lora_qkv_linear" if lora else "qkv_linear": blocks}
+    # both products at the ends of transformers add to a residual, and each transformer computes the sum before it
+    assert calls == {**own, "add_product_": blocks + transformers, "ImageSum": transformers}
     with torch.no_grad():
         sampled = predict(unet)
     assert torch.equal(predict(unet), sampled)
+
+
+class Counted:
+    """A function or class whose calls are counted by name; `isinstance` takes it for what it stands for."""
+
+    def __init__(self, called, name, calls):
+        self.called, self.name, self.calls = called, name, calls
+
+    def __call__(self, *args):
+        self.calls[self.name] += 1
+        return self.called(*args)
+
+    def __instancecheck__(self, instance):
+        return isinstance(instance, self.called)
 
 
 class Wrapped(torch.nn.Module):
@@ -92,15 +118,41 @@ def test_adapters_on_layers_of_another_kind_are_called_one_by_one(monkeypatch):
     torch.testing.assert_close(output_and_gradients(unet), expected, rtol=1e-7, atol=1e-10)
 
 
-@pytest.mark.parametrize("layer", ["conv1", "conv2", "conv_shortcut", "proj_in"])
-def test_a_hook_of_a_convolution_runs_although_others_could_add_its_bias(layer):
-    unet = make_unet("sd15", dtype=torch.float64)
+HOOKED = [
+    "conv1",
+    "conv2",
+    "conv_shortcut",
+    "norm",
+    "proj_in",
+    "proj_out",
+    "net.2",
+    "resnets.0",
+    "transformer_blocks.0",
+]
+
+
+@pytest.mark.parametrize("adds_in_kernels", [False, True])
+@pytest.mark.parametrize("layer", HOOKED)
+def test_a_hook_of_a_layer_runs_although_others_could_add_its_bias_or_its_sum(layer, adds_in_kernels, monkeypatch):
+    unet = make_unet("sd15", dtype=torch.float64, **TINY)
     modules = [module for name, module in unet.named_modules() if name.endswith(f".{layer}")]
     for module in modules:
         module.register_forward_hook(lambda module, inputs, output: 1.1 * output)
+    expected = output_and_gradients(unet)
+    monkeypatch.setattr(convolutions, "adds_in_kernels", lambda x: adds_in_kernels)
     fuse_unet(unet).to(memory_format=torch.channels_last)
-    fused = predict(unet)
-    torch.testing.assert_close(fused, predict(unfuse_unet(unet)), rtol=1e-9, atol=1e-10)
+    fused = output_and_gradients(unet, sample=inputs_of(unet)["sample"].to(memory_format=torch.channels_last))
+    torch.testing.assert_close(fused, expected, rtol=1e-7, atol=1e-10)
+
+
+def test_a_block_in_chunks_gives_the_layer_before_it_the_gradient_of_its_bias(monkeypatch):
+    unet = make_unet("sd15", dtype=torch.float64, **TINY)
+    expected = output_and_gradients(unet)
+    monkeypatch.setattr(convolutions, "adds_in_kernels", lambda x: True)
+    for module in fuse_unet(unet).modules():
+        if isinstance(module, BasicTransformerBlock):
+            module.set_chunk_feed_forward(1, 0)
+    torch.testing.assert_close(output_and_gradients(unet), expected, rtol=1e-7, atol=1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -326,13 +378,6 @@ def test_attention_masks():
     torch.testing.assert_close(predict(fuse_unet(unet), encoder_attention_mask=mask), plain, rtol=1e-9, atol=1e-10)
 
 
-TINY = {
-    "block_out_channels": (32, 32),
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-}
-
-
 def scaled(unet):
     for module in unet.modules():
         if isinstance(module, fusing.lora.Linear):
@@ -411,9 +456,11 @@ def test_hooks_still_run():
     assert seen == ["norm", "conv"]
 
 
-def test_gradient_checkpointing():
-    unet = make_unet("bundled", lora=True, dtype=torch.float64)
+@pytest.mark.parametrize("adds_in_kernels", [False, True])
+def test_gradient_checkpointing(adds_in_kernels, monkeypatch):
+    unet = make_unet("bundled", lora=not adds_in_kernels, dtype=torch.float64)
     expected = output_and_gradients(fuse_unet(unet))[1]
+    monkeypatch.setattr(convolutions, "adds_in_kernels", lambda x: adds_in_kernels)
     unet.enable_gradient_checkpointing()
     torch.testing.assert_close(output_and_gradients(unet)[1], expected)
 

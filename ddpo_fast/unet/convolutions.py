@@ -49,6 +49,13 @@ def adds_in_kernels(x: Tensor) -> bool:
     return x.device.type != "cpu"
 
 
+def is_autocast(x: Tensor) -> bool:
+    """Whether autocast is on for the device of `x`."""
+    device_type = x.device.type
+    # asking on the device `meta` raises
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def is_bare(layer: Any, *kinds: type[nn.Module]) -> bool:
     """Whether a layer is of one of these classes and nothing else runs where it is called, so that another op can
     compute it from its parameters."""

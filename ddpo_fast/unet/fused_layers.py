@@ -20,6 +20,7 @@ from diffusers.models.normalization import RMSNorm
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
+from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D, CrossAttnUpBlock2D, UNetMidBlock2DCrossAttn
 from diffusers.models.upsampling import Upsample2D
 from peft.tuners import lora
 from torch import nn
@@ -36,6 +37,7 @@ from ddpo_fast.unet.convolutions import (
     fits_conv,
     images_of,
     is_bare,
+    is_hooked,
     is_patched,
     is_pointwise,
     project,
@@ -48,6 +50,7 @@ from ddpo_fast.unet.modulated_blocks import (
     FusedJointTransformerBlock,
     has_layer_norms,
 )
+from ddpo_fast.unet.residual_sums import ImageSum, add_product_, later_bias, leaves_sums
 from ddpo_fast.unet.shared_halves import UNSHARED, share_halves, with_rows_of
 from ddpo_fast.unet.time_addends import TimeAddends
 from ddpo_fast.unet.time_embedding import project_apart, project_together
@@ -74,13 +77,23 @@ class GroupNormSiLU(nn.GroupNorm):
         return groupnorm_silu(x, self.weight, self.bias, self.num_groups, self.eps, True, addend)
 
 
-def norm_and_skip(norm: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A group norm of images, and x for a skip connection; a fused norm's kernel adds their gradients."""
-    if not (is_bare(norm, FusedGroupNorm, GroupNormSiLU) and convolutions.adds_in_kernels(x)):
+def norm_and_skip(
+    norm: Any, x: torch.Tensor | ImageSum, later: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A group norm of images or of a sum of images, and x for a skip connection; a fused norm's kernel adds their
+    gradients.
+
+    Args:
+        later: for what `groupnorm_silu_and_skip` returns with it in place of x; the norm must be a bare fused one.
+    """
+    images, addend, residual = (x.hidden, x.bias[None], x.residual) if isinstance(x, ImageSum) else (x, None, None)
+    if not (is_bare(norm, FusedGroupNorm, GroupNormSiLU) and convolutions.adds_in_kernels(images)):
+        assert later is None
+        x = x.total() if isinstance(x, ImageSum) else x
         return norm(x), x
-    return groupnorm_silu_and_skip(
-        x, norm.weight, norm.bias, norm.num_groups, norm.eps, isinstance(norm, GroupNormSiLU)
-    )
+    silu = isinstance(norm, GroupNormSiLU)
+    of_norm = norm.weight, norm.bias, norm.num_groups, norm.eps, silu
+    return groupnorm_silu_and_skip(images, *of_norm, addend, residual, later)
 
 
 class SkippedSiLU(nn.SiLU):
@@ -99,10 +112,13 @@ class FusedResnetBlock2D(ResnetBlock2D):
 
     # the block's place in `TimeAddends`, set by `project_together`
     reader_index: int
+    # the block that it belongs to and the transformer that reads its images, and nothing else; set by `fuse_unet`, in
+    # a tuple, so that they are no submodules of this one
+    followed_by: tuple[Any, Any] | None = None
 
     def forward(
         self, input_tensor: torch.Tensor, temb: torch.Tensor | TimeAddends | None, *args: Any, **kwargs: Any
-    ) -> torch.Tensor:
+    ) -> Any:
         hidden, input_tensor = norm_and_skip(self.norm1, input_tensor)
         added = None
         if isinstance(temb, TimeAddends):
@@ -119,8 +135,38 @@ class FusedResnetBlock2D(ResnetBlock2D):
                 added = added + self.conv1.bias.to(added.dtype)
             else:
                 hidden = self.conv1(hidden)
-        total = self._with_residual(input_tensor, self.dropout(self.norm2(hidden, added)))
+        hidden = self.dropout(self.norm2(hidden, added))
+        if self._leaves_sum(input_tensor):
+            return self._sum(input_tensor, hidden)
+        total = self._with_residual(input_tensor, hidden)
         return total if self.output_scale_factor == 1.0 else total / self.output_scale_factor
+
+    def _leaves_sum(self, x: torch.Tensor) -> bool:
+        """Whether the transformer after this block computes the sum of the block's two parts."""
+        if self.followed_by is None or not leaves_sums(x):
+            return False
+        block, transformer = self.followed_by
+        shortcut, conv = self.conv_shortcut, self.conv2
+        return (
+            # a checkpointed block would keep both parts
+            not (block.gradient_checkpointing and torch.is_grad_enabled())
+            and self.output_scale_factor == 1.0
+            and x.is_contiguous(memory_format=torch.channels_last)
+            and (shortcut is None or (is_pointwise(shortcut) and shortcut.bias is not None))
+            and is_bare(conv, *CONVOLUTIONS)
+            and conv.bias is not None
+            and conv.weight.dtype == x.dtype
+            and not is_hooked(self)
+            and transformer.reads_sums()
+        )
+
+    def _sum(self, x: torch.Tensor, hidden: torch.Tensor) -> ImageSum:
+        conv, shortcut = self.conv2, self.conv_shortcut
+        hidden = convolve(conv, hidden, None)
+        if shortcut is None:
+            return ImageSum(x, hidden, conv.bias)
+        residual = F.linear(rows_of(x), shortcut.weight.flatten(1))
+        return ImageSum(images_of(residual, *x.shape[2:]), hidden, shortcut.bias + conv.bias)
 
     def _with_residual(self, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """`shortcut(x) + conv2(hidden)`; a 1x1 shortcut adds both biases in its matrix product."""
@@ -141,12 +187,30 @@ class FusedTransformer2DModel(Transformer2DModel):
     diffusers makes the tokens contiguous images for the convolution; channels_last needs no copy.
     """
 
-    def _operate_on_continuous_inputs(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        """The tokens, and the residual: diffusers hands both on to `_get_output_for_continuous_inputs`."""
+    def reads_sums(self) -> bool:
+        """Whether its input may be an `ImageSum`."""
+        return is_bare(self, FusedTransformer2DModel) and is_bare(self.norm, FusedGroupNorm) and self._projects_rows()
+
+    def detached_bias(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The bias of `proj_in` if the first norm after it sums the gradient that its kernel makes, for that of the
+        bias. `x` is the layer's input or output."""
+        return later_bias(self.proj_in, x) if self._projects_rows() else None
+
+    def _operate_on_continuous_inputs(self, hidden_states: Any) -> tuple[torch.Tensor, Any]:
+        """The tokens, and the residual: diffusers hands both on to `_get_output_for_continuous_inputs`.
+
+        The residual is images, or rows that `proj_out` may add to.
+        """
         if not self._projects_rows():
             return super()._operate_on_continuous_inputs(hidden_states)
-        normed, residual = norm_and_skip(self.norm, hidden_states)
-        return self._project(self.proj_in, rows_of(normed)), residual
+        like = hidden_states.hidden if isinstance(hidden_states, ImageSum) else hidden_states
+        later = later_bias(self.proj_out, like) if is_bare(self.norm, FusedGroupNorm) else None
+        normed, residual = norm_and_skip(self.norm, hidden_states, later)
+        rows, first = rows_of(normed), self.transformer_blocks[0]
+        before = first.bias_before(rows) if isinstance(first, FusedBasicTransformerBlock) else None
+        if before is not None:
+            return F.linear(rows, self.proj_in.weight.flatten(1), before.detach()), residual
+        return self._project(self.proj_in, rows), residual
 
     def _get_output_for_continuous_inputs(
         self,
@@ -162,6 +226,10 @@ class FusedTransformer2DModel(Transformer2DModel):
             return super()._get_output_for_continuous_inputs(
                 hidden_states, residual, len(hidden_states), height, width, inner_dim
             )
+        if inner_dim.ndim == 2:
+            same = len(inner_dim) == len(hidden_states) * height * width
+            rows = inner_dim if same else torch.cat([inner_dim, inner_dim])
+            return images_of(add_product_(rows, self.proj_out, hidden_states), height, width)
         # the sum has the memory format of its first operand
         return with_rows_of(hidden_states, inner_dim) + images_of(
             self._project(self.proj_out, hidden_states), height, width
@@ -246,6 +314,8 @@ PLAIN: dict[type[nn.Module], type[nn.Module]] = {
     GroupNormSiLU: nn.GroupNorm,
     SkippedSiLU: nn.SiLU,
 }
+# blocks in which each transformer reads the images of the residual block before it
+CROSS_BLOCKS = (CrossAttnDownBlock2D, CrossAttnUpBlock2D, UNetMidBlock2DCrossAttn)
 # what `fuse_unet` changes: these, and a UNet as a whole (`share_halves`)
 FUSIBLE = frozenset((*FUSED, UNet2DConditionModel))
 
@@ -293,6 +363,16 @@ def fuse_unet(unet: Any, layers: Collection[type[nn.Module]] = FUSIBLE) -> Any:
             module.norm1.__class__ = module.norm2.__class__ = GroupNormSiLU
         if isinstance(module, Attention) and type(module.processor) is AttnProcessor2_0 and is_plain(module):
             module.set_processor(SDPAProcessor())
+    for module in unet.modules():
+        if isinstance(module, FusedTransformer2DModel):
+            first = module.transformer_blocks[0]
+            if type(first) is FusedBasicTransformerBlock:
+                first.first_of = (module,)
+        if PLAIN.get(type(module), type(module)) in CROSS_BLOCKS:
+            # a last residual block has no transformer after it
+            for resnet, transformer in zip(module.resnets, module.attentions, strict=False):
+                if type(resnet) is FusedResnetBlock2D and type(transformer) is FusedTransformer2DModel:
+                    resnet.followed_by = module, transformer
     if UNet2DConditionModel in layers:
         project_together(share_halves(unet), FusedResnetBlock2D, FusedBasicTransformerBlock)
     return unet
@@ -302,6 +382,8 @@ def unfuse_unet(unet: Any) -> Any:
     """Undoes `fuse_unet` in place and returns the UNet. Kernels that `set_attention` chose stay."""
     project_apart(unet)
     for module in unet.modules():
+        for name in ("followed_by", "first_of"):
+            vars(module).pop(name, None)
         module.__class__ = PLAIN.get(type(module), type(module))
         if isinstance(module, Attention):
             processor: Any = module.processor

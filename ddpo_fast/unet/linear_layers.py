@@ -90,10 +90,7 @@ def query_key_value(attention: Any, rows: Tensor, context: Tensor | None) -> tup
 
 def are_one_op(layers: tuple[Any, ...], rows: Tensor, bias: bool = False) -> bool:
     """Whether layers are nothing but matrix products in the dtype of `rows`, all with or all without a bias."""
-    device_type = rows.device.type
-    # asking about autocast on the device `meta` raises
-    casts = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-    return not casts and all(
+    return not convolutions.is_autocast(rows) and all(
         is_bare(layer, nn.Linear, FusedLinear) and (layer.bias is not None) == bias and layer.weight.dtype == rows.dtype
         for layer in layers
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch.nn.functional as F
+from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
 from ddpo_fast.ops.add_layernorm import add_layernorm
@@ -12,6 +13,7 @@ from ddpo_fast.unet import convolutions
 from ddpo_fast.unet.attention import SDPAProcessor
 from ddpo_fast.unet.convolutions import is_bare, is_hooked
 from ddpo_fast.unet.linear_layers import FusedLinear, query_key_value
+from ddpo_fast.unet.residual_sums import add_product_, later_bias
 from ddpo_fast.unet.shared_halves import SharingBlock, with_rows_of
 
 
@@ -28,6 +30,13 @@ def without_bias(layer: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
 class FusedBasicTransformerBlock(SharingBlock):
     """A block of self-attention, cross-attention and feed-forward layers, each after a layer norm of the sum so far."""
 
+    # the transformer whose first block it is; set by `fuse_unet`, in a tuple, so that it is no submodule of this one
+    first_of: tuple[Any] | None = None
+
+    def bias_before(self, x: Tensor) -> Tensor | None:
+        """The bias that the transformer's `proj_in` adds without a gradient, as its gradient is computed here."""
+        return None if self.first_of is None or is_hooked(self) else self.first_of[0].detached_bias(x)
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -42,20 +51,25 @@ class FusedBasicTransformerBlock(SharingBlock):
         context, given = encoder_hidden_states, cross_attention_kwargs or {}
         norms: tuple[Any, ...] = (self.norm1, self.norm2, self.norm3)
         plain = all(is_bare(norm, nn.LayerNorm) for norm in norms)
+        before = self.bias_before(hidden_states)
         if not plain or self._chunk_size is not None or hidden_states.ndim != 3 or "gligen" in given:
+            if before is not None:
+                hidden_states = hidden_states + (before - before.detach())
             return super().forward(
                 hidden_states, attention_mask, context, encoder_attention_mask, timestep, given, *args, **kwargs
             )
         first, second, third = ((norm.weight, norm.bias, norm.eps) for norm in norms)
-        hidden, normed = add_layernorm(hidden_states, *first)
+        hidden, normed = add_layernorm(hidden_states, *first, added=before)
         attended, bias = _attend(self.attn1, normed, None, attention_mask, given)
         hidden, normed = add_layernorm(attended, *second, residual=hidden, added=bias)
         if context is not None:
             # the rows of guidance have been the same up to here
             hidden, normed = (with_rows_of(context, rows) for rows in (hidden, normed))
         attended, bias = _attend(self.attn2, normed, context, encoder_attention_mask, given)
-        hidden, normed = add_layernorm(attended, *third, residual=hidden, added=bias)
-        return self.ff(normed) + hidden
+        last = _last_layer(self.ff)
+        later = None if last is None else later_bias(last, attended)
+        hidden, normed = add_layernorm(attended, *third, residual=hidden, added=bias, later=later)
+        return self.ff(normed) + hidden if later is None else add_product_(hidden, last, self.ff.net[0](normed))
 
 
 def fits_block(block: Any) -> bool:
@@ -68,6 +82,13 @@ def fits_block(block: Any) -> bool:
         and not block.only_cross_attention
         and all(type(norm) is nn.LayerNorm and norm.bias is not None for norm in norms)
     )
+
+
+def _last_layer(ff: Any) -> Any:
+    """The linear layer at the end of feed-forward layers, if only their first layer runs before it; else None."""
+    layers = list(ff.net)
+    plain = type(ff) is FeedForward and len(layers) == 3 and not any(map(is_hooked, (ff, ff.net, layers[1])))
+    return layers[2] if plain and type(layers[1]) is nn.Dropout and not (ff.training and layers[1].p > 0) else None
 
 
 def _attend(
