@@ -2,10 +2,10 @@
 
     python bench/traffic.py [--network sd1.5 sdxl sd3.5-medium] [--rows N] [--output FILE.jsonl]
 
-A row is one latent of a call; sampling with guidance takes two rows an image. Counted are the forward pass and the
-backward pass, with all weights trained and with a LoRA, of plain diffusers ('eager') and of the network as `fuse_unet`
-leaves it ('fused'), in half precision. The calls run on the device `meta`, so shapes are real and values do not exist.
-`bench/lib/traffic_rules.py` says what each op launches.
+A row is one latent of a call; sampling with guidance takes two rows an image. Counted are the forward pass without
+gradients, as in sampling, and with them, and the backward pass, with all weights trained and with a LoRA, of plain
+diffusers ('eager') and of the network as `fuse_unet` leaves it ('fused'), in half precision. The calls run on the
+device `meta`, so shapes are real and values do not exist. `bench/lib/traffic_rules.py` says what each op launches.
 
 The least time of a launch is the longer of its FLOPs at --tflops and its bytes at --tb-per-s, and that of a pass the
 sum over its launches: no program of these launches is faster. Both rates are assumed unless they are given. The share
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lib import records
@@ -48,14 +48,16 @@ def least_seconds(launches: Iterable[Launch], flops_per_s: float, bytes_per_s: f
 
 
 def measure(network: str, variant: str, trained: str, options: argparse.Namespace) -> list[records.Row]:
-    """The records of the forward and of the backward pass; all but launches are of one row."""
+    """The records of the forward pass in sampling, and of both passes in training; all but launches are of one row."""
     print_progress(f"{network} {variant} {trained}")
     made = prepare(make_network(network), variant, trained == "lora")
-    found = count(made, call_of(made, network, options.rows, channels_last=variant == "fused"))
+    call = call_of(made, network, options.rows, channels_last=variant == "fused")
+    found = count(made, call)
+    launches_of = {"sampling": count(made, call, trained=False).forward}
+    launches_of |= {phase: getattr(found, phase) for phase in ("forward", "backward")}
     of = {"network": network, "variant": variant, "trained": trained, "rows": options.rows}
     made_of = []
-    for phase in ("forward", "backward"):
-        launches = getattr(found, phase)
+    for phase, launches in launches_of.items():
         kinds = summed(launches)
         for sums in kinds.values():
             sums.update({name: sums[name] / options.rows for name in ("read", "written", "flops")})
@@ -69,10 +71,9 @@ def total(row: records.Row, *names: str, kinds: Iterable[str] = KINDS) -> float:
     return sum(row["kinds"][kind][name] for kind in kinds for name in names)
 
 
-def epoch_share(forward: records.Row, backward: records.Row, peak_tflops: float) -> float:
+def epoch_share(passes: Sequence[records.Row], peak_tflops: float) -> float:
     """The share of the peak over a forward pass to sample, and a forward and a backward pass to train."""
-    flops = 2 * total(forward, "flops") + total(backward, "flops")
-    return flops / (2 * forward["least_s"] + backward["least_s"]) / (peak_tflops * 1e12)
+    return sum(total(row, "flops") for row in passes) / sum(row["least_s"] for row in passes) / (peak_tflops * 1e12)
 
 
 def print_table(rows: list[records.Row], options: argparse.Namespace) -> None:
@@ -90,9 +91,9 @@ def print_table(rows: list[records.Row], options: argparse.Namespace) -> None:
             if of["launches"]:
                 line += f" {kind} {(of['read'] + of['written']) / 1e6:.0f} ({of['launches']})"
         print(line)
-    for forward, backward in zip(rows[::2], rows[1::2], strict=True):
-        share = epoch_share(forward, backward, options.peak_tflops)
-        name = "{network} {variant} {trained}".format(**forward)
+    for passes in zip(rows[::3], rows[1::3], rows[2::3], strict=True):
+        share = epoch_share(passes, options.peak_tflops)
+        name = "{network} {variant} {trained}".format(**passes[0])
         print(f"{name}: an epoch reaches at most {share:.0%} of {options.peak_tflops:g} TFLOP/s")
 
 
