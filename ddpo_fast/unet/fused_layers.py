@@ -50,7 +50,7 @@ from ddpo_fast.unet.modulated_blocks import (
     FusedJointTransformerBlock,
     has_layer_norms,
 )
-from ddpo_fast.unet.residual_sums import ImageSum, add_product_, later_bias, leaves_sums
+from ddpo_fast.unet.residual_sums import ImageSum, add_product_, alike, later_bias, leaves_sums
 from ddpo_fast.unet.shared_halves import UNSHARED, share_halves, with_rows_of
 from ddpo_fast.unet.time_addends import TimeAddends
 from ddpo_fast.unet.time_embedding import project_apart, project_together
@@ -165,8 +165,8 @@ class FusedResnetBlock2D(ResnetBlock2D):
         hidden = convolve(conv, hidden, None)
         if shortcut is None:
             return ImageSum(x, hidden, conv.bias)
-        residual = F.linear(rows_of(x), shortcut.weight.flatten(1))
-        return ImageSum(images_of(residual, *x.shape[2:]), hidden, shortcut.bias + conv.bias)
+        residual = F.linear(rows_of(x), shortcut.weight.flatten(1), shortcut.bias.detach())
+        return ImageSum(images_of(residual, *x.shape[2:]), hidden, alike(conv.bias, shortcut.bias))
 
     def _with_residual(self, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """`shortcut(x) + conv2(hidden)`; a 1x1 shortcut adds both biases in its matrix product."""

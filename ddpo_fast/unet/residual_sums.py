@@ -34,6 +34,22 @@ class ImageSum:
         return self.residual + (self.hidden + self.bias[:, None, None])
 
 
+class _Alike(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, bias: Tensor, other: Tensor) -> Tensor:
+        return bias.view_as(bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad, grad
+
+
+def alike(bias: Tensor, other: Tensor) -> Tensor:
+    """`bias`, whose gradient becomes that of `other` too: a bias of the same sum that its layer has added, detached."""
+    applied: Tensor = _Alike.apply(bias, other)
+    return applied
+
+
 def leaves_sums(x: Tensor) -> bool:
     """Whether sums are left to other kernels: of tensors of one dtype, which autocast would change.
 
