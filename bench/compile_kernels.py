@@ -85,6 +85,8 @@ def compiled(
         # than an int32 counts.
         "offsets": sorted(set(re.findall(r"tt\.addptr .*: tensor<\d+x\d+x!tt\.ptr<\w+>>, tensor<\w+x(i\d+)>", ttir))),
         "atomics": re.findall(r"\b(atom[.\w:]+)", made.asm["ptx"]),
+        # whether the threads of a program wait for each other between their last stores and each of these
+        "barriers": all("bar.sync" in code[code.rfind("st.global") :] for code in made.asm["ptx"].split("atom.")[:-1]),
         "contractible": contractible(ttir),
         "sums": [f"{shape} {layouts[layout]}" for shape, layout in sums],
         "vector_loads": len(re.findall(r"ld\.global[.\w:]*\.v[24]", made.asm["ptx"])),

@@ -79,12 +79,15 @@ def test_activations_are_indexed_in_64_bits(rows, op):
 
 
 def test_the_last_program_reads_what_the_others_stored(rows):
-    """The atomic counter has acquire-release order, so the last program sees the stores of all others."""
-    losses = [r for r in rows if r["op"] == "ppo_loss"]
-    assert losses
-    for row in losses:
-        assert row["atomics"]
+    """The atomic counters have acquire-release order, so the last program sees the stores of all others.
+
+    One thread of a program increments a counter, when all its threads have stored.
+    """
+    counting = [r for r in rows if r["atomics"]]
+    assert {r["op"] for r in counting} == {"ppo_loss", "add_layernorm", "geglu", "groupnorm_silu"}
+    for row in counting:
         assert all(".acq_rel" in atomic for atomic in row["atomics"]), row
+        assert row["barriers"], row
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
