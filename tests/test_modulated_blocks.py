@@ -5,11 +5,13 @@ import torch
 import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from diffusers.models.normalization import RMSNorm
+from example_unets import add_adapter
 from op_checks import DEVICE
 
-from ddpo_fast.unet import fuse_unet, unfuse_unet
+from ddpo_fast.unet import convolutions, fuse_unet, unfuse_unet
 from ddpo_fast.unet import modulated_blocks as blocks
 from ddpo_fast.unet.fused_layers import FUSIBLE
+from ddpo_fast.unet.joint_attention import JointProcessor
 
 WIDTH = 32
 # diffusers computes RMS norms in fp32 whatever their input is, so a fused one is more exact in fp64
@@ -74,16 +76,27 @@ def counted(monkeypatch):
 
 # of three blocks of SD3 the last norms no text with its own gate; SD3.5's second attention has one more norm. FLUX.1's
 # two double blocks have four norms each, and its two single blocks one.
-@pytest.mark.parametrize(("kind", "norms", "sums"), [("sd3", 5, 5), ("sd3.5", 6, 5), ("flux", 6, 4)])
-def test_the_same_output_and_gradients(kind, norms, sums, counted):
-    network = make(kind)
+@pytest.mark.parametrize("adds_in_kernels", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "norms", "sums"), [("sd3", 5, 5), ("sd3.5", 6, 5), ("sd3.5 lora", 6, 5), ("flux", 6, 4)]
+)
+def test_the_same_output_and_gradients(kind, norms, sums, adds_in_kernels, counted, monkeypatch):
+    network = make(kind.removesuffix(" lora"))
+    if kind.endswith("lora"):
+        add_adapter(network)
+        network.double()
+    monkeypatch.setattr(convolutions, "adds_in_kernels", lambda x: adds_in_kernels)
     expected, expected_gradients = output_and_gradients(network)
     names = [type(module) for module in network.modules()]
+    processors = [type(module.processor) for module in network.modules() if hasattr(module, "processor")]
     output, gradients = output_and_gradients(fuse_unet(network, LAYERS))
+    joint = sum(isinstance(getattr(module, "processor", None), JointProcessor) for module in network.modules())
+    assert joint == (0 if kind == "flux" else len(processors))
     torch.testing.assert_close(output, expected, rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(gradients, expected_gradients, rtol=1e-7, atol=1e-10)
     assert counted == [norms, sums]
     assert [type(module) for module in unfuse_unet(network).modules()] == names
+    assert [type(module.processor) for module in network.modules() if hasattr(module, "processor")] == processors
     assert torch.equal(call(network), expected)
 
 

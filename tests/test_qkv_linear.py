@@ -9,8 +9,9 @@ from ddpo_fast.ops.qkv_linear import lora_qkv_linear, qkv_linear
 SCALING = 1.5
 
 
-def example(shape=(2, 5, 24), lora=False, dtype=torch.float32):
-    """x, three weights of 16 outputs, and with `lora` six factors of rank 3 in fp32 or wider; three gradients."""
+def example(shape=(2, 5, 24), lora=False, dtype=torch.float32, biased=False):
+    """x, three weights of 16 outputs, with `biased` three biases, and with `lora` six factors of rank 3 in fp32 or
+    wider; three gradients."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*size, of=dtype):
@@ -18,27 +19,40 @@ def example(shape=(2, 5, 24), lora=False, dtype=torch.float32):
 
     wide = torch.promote_types(dtype, torch.float32)
     factors = [draw(3, shape[-1], of=wide) for _ in range(3)] + [draw(16, 3, of=wide) for _ in range(3)]
-    operands = [draw(*shape), *(draw(16, shape[-1]) for _ in range(3)), *(factors if lora else [])]
-    return operands, [draw(*shape[:-1], 16) for _ in range(3)]
+    x, weights = draw(*shape), [draw(16, shape[-1]) for _ in range(3)]
+    grads = [draw(*shape[:-1], 16) for _ in range(3)]
+    biases = [draw(16) for _ in range(3)] if biased else []
+    return [x, *weights, *biases, *(factors if lora else [])], grads
+
+
+def parts(operands):
+    """Weights, biases or None, and the factors of adapters."""
+    biased = len(operands) in (6, 12)
+    rest = operands[6 if biased else 3 :]
+    return operands[:3], operands[3:6] if biased else None, rest[:3], rest[3:]
 
 
 def plain(x, *operands):
-    weights, low, high = operands[:3], operands[3:6], operands[6:]
+    weights, biases, low, high = parts(operands)
     results = [x @ weight.t() for weight in weights]
+    if biases:
+        results = [result + bias for result, bias in zip(results, biases, strict=True)]
     for i, (a, b) in enumerate(zip(low, high, strict=True)):
         results[i] = results[i] + SCALING * (x @ a.to(x.dtype).t()) @ b.to(x.dtype).t()
     return results
 
 
-def fused(x, *operands):
-    if len(operands) == 3:
-        return qkv_linear(x, operands)
-    return lora_qkv_linear(x, operands[:3], operands[3:6], operands[6:], SCALING)
+def fused(x, *operands, packed=True):
+    weights, biases, low, high = parts(operands)
+    if not low:
+        return qkv_linear(x, weights, biases, packed)
+    return lora_qkv_linear(x, weights, low, high, SCALING, biases, packed)
 
 
 def with_gradients(function, operands, grads):
-    """q, k, v and the gradients of x and of the weights or, with an adapter, of x and of its factors."""
-    trained = [len(operands) == 4 or not 1 <= i <= 3 for i in range(len(operands))]
+    """q, k, v and the gradients of x and of weights and biases or, with an adapter, of x and of its factors."""
+    frozen = len(operands) - 7 if len(operands) > 7 else 0
+    trained = [not 1 <= i <= frozen for i in range(len(operands))]
     leaves = [tensor.detach().requires_grad_(of) for tensor, of in zip(operands, trained, strict=True)]
     results = function(*leaves)
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
@@ -47,9 +61,10 @@ def with_gradients(function, operands, grads):
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("shape", [(1, 24), (2, 5, 24), (2, 9, 24)])
+@pytest.mark.parametrize("biased", [False, True], ids=["", "biased"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_values_and_gradients(dtype, shape, lora):
-    operands, grads = example(shape, lora, dtype)
+def test_values_and_gradients(dtype, biased, shape, lora):
+    operands, grads = example(shape, lora, dtype, biased)
     exact = with_gradients(plain, [tensor.double() for tensor in operands], [grad.double() for grad in grads])
     assert_as_exact_as_plain(with_gradients(fused, operands, grads), with_gradients(plain, operands, grads), exact)
 
@@ -79,9 +94,17 @@ def test_frozen_weights_do_not_keep_the_input():
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_opcheck(lora):
-    (x, *operands), _ = example(lora=lora)
-    given = [x.requires_grad_(), *operands, *([] if lora else [None] * 6), SCALING]
-    torch.library.opcheck(torch.ops.ddpo_fast.qkv_linear.default, tuple(given))
+    # in which one product makes all three, so that a registered op must copy them
+    (x, *operands), _ = example((2, 9, 24), lora)
+    weights, factors = operands[:3], operands[3:] or [None] * 6
+    given = (x.requires_grad_(), *weights, *[None] * 3, *factors, SCALING, True)
+    torch.library.opcheck(torch.ops.ddpo_fast.qkv_linear.default, given)
+
+
+def test_results_that_are_not_packed_are_dense():
+    (x, *weights), _ = example((2, 9, 24))
+    assert all(result.stride(-2) == 3 * 16 for result in fused(x, *weights))
+    assert all(result.is_contiguous() for result in fused(x, *weights, packed=False))
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
@@ -91,8 +114,9 @@ def test_compiles_without_a_graph_break(lora):
     assert all(map(torch.equal, with_gradients(compiled, *inputs), with_gradients(fused, *inputs)))
 
 
-def test_an_adapter_on_trained_weights_is_refused():
-    operands, _ = example(lora=True)
-    operands[2].requires_grad_()
+@pytest.mark.parametrize("trained", [2, 5], ids=["weight", "bias"])
+def test_an_adapter_on_trained_weights_is_refused(trained):
+    operands, _ = example(lora=True, biased=True)
+    operands[trained].requires_grad_()
     with pytest.raises(ValueError, match="is for frozen weights"):
         fused(*operands)

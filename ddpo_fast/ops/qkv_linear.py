@@ -19,25 +19,38 @@ from ddpo_fast.ops.backend import Op
 from ddpo_fast.ops.operands import with_frozen
 
 Three = tuple[Tensor, Tensor, Tensor]
+NO_BIASES = (None, None, None)
 
 
-def qkv_linear(x: Tensor, weights: Three) -> Three:
-    """`x W^T` for three weights [O, I]: [..., I] -> three [..., O], in the dtype of x, which is the weights'.
+def qkv_linear(x: Tensor, weights: Three, biases: Three | None = None, packed: bool = True) -> Three:
+    """`x W^T + b` for three weights [O, I]: [..., I] -> three [..., O], in the dtype of x, which is the weights'.
 
-    Where one matrix product makes them, they are parts of its rows.
+    Args:
+        biases: three [O], or None for 0.
+        packed: whether the results may be parts of the rows of one matrix product.
     """
-    return FORWARD(x, *weights, *[None] * 6, 1.0)[:3]
+    return FORWARD(x, *weights, *(biases or NO_BIASES), *[None] * 6, 1.0, packed)[:3]
 
 
-def lora_qkv_linear(x: Tensor, weights: Three, lora_a: Three, lora_b: Three, scaling: float) -> Three:
-    """`x W^T + scaling (x A^T) B^T` for three frozen weights [O, I] with adapters A [r, I] and B [O, r].
+def lora_qkv_linear(
+    x: Tensor,
+    weights: Three,
+    lora_a: Three,
+    lora_b: Three,
+    scaling: float,
+    biases: Three | None = None,
+    packed: bool = True,
+) -> Three:
+    """`x W^T + b + scaling (x A^T) B^T` for three frozen weights [O, I] with adapters A [r, I] and B [O, r].
 
-    The dtypes are as for `lora_linear`. Raises `ValueError` if a weight requires a gradient.
+    The dtypes are as for `lora_linear`, other arguments as for `qkv_linear`. Raises `ValueError` if a weight or a bias
+    requires a gradient.
     """
-    frozen = [with_frozen("lora_qkv_linear", x, weight, None) for weight in weights]
-    x = frozen[0][0]
+    pairs = zip(weights, biases or NO_BIASES, strict=True)
+    inputs, frozen, added = zip(*(with_frozen("lora_qkv_linear", x, *pair) for pair in pairs), strict=True)
+    x = inputs[0]
     adapters = (factor.to(x.dtype) for factor in (*lora_a, *lora_b))
-    return FORWARD(x, *(weight for _, weight, _ in frozen), *adapters, scaling)[:3]
+    return FORWARD(x, *frozen, *added, *adapters, scaling, packed)[:3]
 
 
 def _forward(
@@ -45,6 +58,9 @@ def _forward(
     w_q: Tensor,
     w_k: Tensor,
     w_v: Tensor,
+    bias_q: Tensor | None,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
     a_q: Tensor | None,
     a_k: Tensor | None,
     a_v: Tensor | None,
@@ -52,17 +68,19 @@ def _forward(
     b_k: Tensor | None,
     b_v: Tensor | None,
     scaling: float,
+    packed: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The three results and, with adapters, `x A^T` [M, 3 r]."""
     rows = x.reshape(-1, x.shape[-1])
-    weights = w_q, w_k, w_v
+    weights, biases = (w_q, w_k, w_v), (bias_q, bias_k, bias_v)
     sizes = list(map(len, weights))
     # Copying the weights costs less than reading the rows twice more if the images together have more rows than the
     # weights: from 6 images on. How many there are decides nothing, as memory is predicted from few of them.
-    if 2 * x.shape[-2] >= max(sizes):
-        q, k, v = (rows @ torch.cat(weights).t()).split(sizes, dim=1)
+    if packed and 2 * x.shape[-2] >= max(sizes):
+        bias = None if bias_q is None else torch.cat([bias for bias in biases if bias is not None])
+        q, k, v = _product(rows, torch.cat(weights), bias).split(sizes, dim=1)
     else:
-        q, k, v = (rows @ weight.t() for weight in weights)
+        q, k, v = (_product(rows, weight, bias) for weight, bias in zip(weights, biases, strict=True))
     low = x.new_empty(0)
     if a_q is not None and a_k is not None and a_v is not None:
         assert b_q is not None
@@ -74,6 +92,10 @@ def _forward(
             result.addmm_(part, b.t(), alpha=scaling)
     q, k, v = (result.view(*x.shape[:-1], result.shape[-1]) for result in (q, k, v))
     return q, k, v, low
+
+
+def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
 
 
 def _backward(
@@ -88,8 +110,9 @@ def _backward(
     scaling: float,
     needs_x: bool,
     needs_weights: bool,
+    needs_biases: bool,
 ) -> list[Tensor]:
-    """The gradients of x and the weights, if they are needed, and of the adapters, if there are any and x is given.
+    """The gradients of x, the weights and the biases that are needed, and of the adapters, if there are any and x.
 
     Those of the three A are one tensor, because results of a custom op must not share memory.
     """
@@ -104,6 +127,8 @@ def _backward(
     if needs_weights:
         assert rows is not None
         found += [grad.t() @ rows for grad in grads]
+    if needs_biases:
+        found += [grad.sum(0) for grad in grads]
     if lora_a:
         stacked = torch.cat(list(lora_a))
         grad_low = torch.cat([grad @ b for grad, b in zip(grads, lora_b, strict=True)], dim=1)
@@ -120,7 +145,7 @@ def _backward(
 
 
 def _empty(x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    weights, adapters = others[:3], others[3:6]
+    weights, adapters = others[:3], others[6:9]
     q, k, v = (x.new_empty(*x.shape[:-1], len(weight)) for weight in weights)
     rank = 0 if adapters[0] is None else sum(map(len, adapters))
     return q, k, v, x.new_empty(x.shape[:-1].numel(), rank) if rank else x.new_empty(0)
@@ -131,32 +156,34 @@ BACKWARD = Op("qkv_linear_backward", _backward, _backward)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, *operands, ctx.scaling = inputs
+    x, *operands, ctx.scaling, _ = inputs
     low = output[-1]
     ctx.shape = x.shape
     ctx.mark_non_differentiable(low)
     # without this, autograd would allocate zeros for the gradient of `low` in every backward pass
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x if any(ctx.needs_input_grad[1:]) else None, low, *operands)
+    needs = ctx.needs_input_grad
+    ctx.save_for_backward(x if any(needs[1:4]) or any(needs[7:13]) else None, low, *operands[:3], *operands[6:])
 
 
 def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     x, low, *operands = ctx.saved_tensors
     weights, lora_a, lora_b = (operands[i : i + 3] for i in (0, 3, 6))
     needs = ctx.needs_input_grad
+    of = needs[0], any(needs[1:4]), any(needs[4:7])
     whole = [
         weight.new_zeros(*ctx.shape[:-1], len(weight)) if grad is None else grad
         for grad, weight in zip(grads[:3], weights, strict=True)
     ]
     adapters = ([], []) if lora_a[0] is None else (lora_a, lora_b)
-    found = iter(BACKWARD(*whole, x, weights, *adapters, low, ctx.scaling, needs[0], any(needs[1:4])))
+    found = iter(BACKWARD(*whole, x, weights, *adapters, low, ctx.scaling, *of))
     dx = next(found).view(ctx.shape) if needs[0] else None
-    of_weights = [next(found) for _ in range(3)] if any(needs[1:4]) else [None] * 3
+    of_weights, of_biases = ([next(found) for _ in range(3)] if needed else [None] * 3 for needed in of[1:])
     of_adapters: list[Tensor | None] = [None] * 6
     if adapters[0] and x is not None:
         stacked = next(found)
         of_adapters = [*stacked.split([len(a) for a in lora_a]), *found]
-    return dx, *of_weights, *of_adapters, None
+    return dx, *of_weights, *of_biases, *of_adapters, None, None
 
 
 FORWARD.register_autograd(_gradients, setup_context=_save)

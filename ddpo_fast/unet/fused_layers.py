@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock, JointTransformerBlock
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0, JointAttnProcessor2_0
 from diffusers.models.normalization import RMSNorm
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
@@ -43,6 +43,7 @@ from ddpo_fast.unet.convolutions import (
     project,
     rows_of,
 )
+from ddpo_fast.unet.joint_attention import JointProcessor
 from ddpo_fast.unet.linear_layers import FusedLinear, FusedLoraLinear
 from ddpo_fast.unet.modulated_blocks import (
     FusedFluxSingleTransformerBlock,
@@ -363,6 +364,10 @@ def fuse_unet(unet: Any, layers: Collection[type[nn.Module]] = FUSIBLE) -> Any:
             module.norm1.__class__ = module.norm2.__class__ = GroupNormSiLU
         if isinstance(module, Attention) and type(module.processor) is AttnProcessor2_0 and is_plain(module):
             module.set_processor(SDPAProcessor())
+        if isinstance(module, FusedJointTransformerBlock):
+            for attention in (module.attn, module.attn2):
+                if attention is not None and type(attention.processor) is JointAttnProcessor2_0:
+                    attention.set_processor(JointProcessor())
     for module in unet.modules():
         if isinstance(module, FusedTransformer2DModel):
             first = module.transformer_blocks[0]
@@ -390,4 +395,6 @@ def unfuse_unet(unet: Any) -> Any:
             if type(processor) is SDPAProcessor and processor.kernel is None:
                 plain: Any = AttnProcessor2_0()
                 module.set_processor(plain)
+            if type(processor) is JointProcessor:
+                module.set_processor(JointAttnProcessor2_0())
     return unet

@@ -69,23 +69,37 @@ def query_key_value(attention: Any, rows: Tensor, context: Tensor | None) -> tup
     cross-attentions (`text_projections.py`).
     """
     layers = attention.to_q, attention.to_k, attention.to_v
-    if context is None and convolutions.adds_in_kernels(rows):
-        if are_one_op(layers, rows):
-            return qkv_linear(rows, tuple(layer.weight for layer in layers))
-        if (adapter := _common_adapter(layers)) is not None:
-            weights, low, high = (
-                tuple(get(layer).weight for layer in layers)
-                for get in (lambda of: of.base_layer, lambda of: of.lora_A[adapter], lambda of: of.lora_B[adapter])
-            )
-            return lora_qkv_linear(rows, weights, low, high, float(layers[0].scaling[adapter]))
+    if context is None:
+        return project_three(layers, rows)
     if context is not None and convolutions.adds_in_kernels(rows):
         # set by `project_text_together`
         text = getattr(attention, "text", None)
         taken = None if text is None else text.take(attention.text_index, context)
         if taken is not None:
             return layers[0](rows), *taken
-    context = rows if context is None else context
     return layers[0](rows), layers[1](context), layers[2](context)
+
+
+def project_three(layers: tuple[Any, Any, Any], rows: Tensor, packed: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """Three layers of the same rows, as one op where nothing else runs in their place; `packed` as for that."""
+    if convolutions.adds_in_kernels(rows):
+        for bias in (False, True):
+            if are_one_op(layers, rows, bias):
+                weights = tuple(layer.weight for layer in layers)
+                return qkv_linear(rows, weights, tuple(layer.bias for layer in layers) if bias else None, packed)
+        if (adapter := _common_adapter(layers)) is not None:
+            weights, low, high, biases = (
+                tuple(map(get, layers))
+                for get in (
+                    lambda of: of.base_layer.weight,
+                    lambda of: of.lora_A[adapter].weight,
+                    lambda of: of.lora_B[adapter].weight,
+                    lambda of: of.base_layer.bias,
+                )
+            )
+            given = None if biases[0] is None else biases
+            return lora_qkv_linear(rows, weights, low, high, float(layers[0].scaling[adapter]), given, packed)
+    return layers[0](rows), layers[1](rows), layers[2](rows)
 
 
 def are_one_op(layers: tuple[Any, ...], rows: Tensor, bias: bool = False) -> bool:
@@ -97,12 +111,15 @@ def are_one_op(layers: tuple[Any, ...], rows: Tensor, bias: bool = False) -> boo
 
 
 def _common_adapter(layers: tuple[Any, ...]) -> str | None:
-    """The name of the adapter that all layers have as their only one, with one scaling and no bias; else None."""
+    """The name of the adapter that all layers have as their only one, with one scaling; else None.
+
+    All or none must have a bias.
+    """
     if not all(is_bare(layer, FusedLoraLinear) for layer in layers):
         return None
     adapters = {(adapter := layer.only_adapter(), layer.scaling.get(adapter)) for layer in layers}
     adapter, _ = adapters.pop()
     # a base layer of another kind, a quantized one for instance, has no plain adapter, and may have no bias to ask for
-    if adapters or adapter is None or any(layer.base_layer.bias is not None for layer in layers):
+    if adapters or adapter is None or len({layer.base_layer.bias is None for layer in layers}) > 1:
         return None
     return adapter
