@@ -20,6 +20,28 @@ from ddpo_fast.unet.convolutions import is_hooked
 LARGEST_FP16 = 65504
 
 
+class _GatedSum(torch.autograd.Function):
+    """PyTorch's own gradient of `addcmul` multiplies x by its factor of 1 first, in a kernel that copies it."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, gate: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, x if ctx.needs_input_grad[1] else None)
+        return torch.addcmul(rows, gate.unsqueeze(1), x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        gate, x = ctx.saved_tensors
+        dgate = None if x is None else (grad * x).sum(1)
+        return grad, dgate, grad * gate.unsqueeze(1) if ctx.needs_input_grad[2] else None
+
+
+def gated_sum(rows: Tensor, gate: Tensor, x: Tensor) -> Tensor:
+    """`rows + gate * x`: [N, L, D], [N, D] and [N, L, D] in one dtype."""
+    total: Tensor = _GatedSum.apply(rows, gate, x)
+    return total
+
+
 class FusedJointTransformerBlock(JointTransformerBlock):
     """A block of Stable Diffusion 3, or of 3.5 with its second attention."""
 
@@ -46,7 +68,7 @@ class FusedJointTransformerBlock(JointTransformerBlock):
         attended, context_attended = self.attn(hidden_states=normed, encoder_hidden_states=normed_context, **given)
         if second:
             attention: Any = self.attn2
-            hidden = torch.addcmul(hidden, gate.unsqueeze(1), attended)
+            hidden = gated_sum(hidden, gate, attended)
             attended, gate = attention(hidden_states=second_normed, **given), second_gate
         hidden = _feed_forward(self.norm2, self.ff, hidden, attended, gate, *of_ff)
         if self.context_pre_only:
@@ -99,7 +121,7 @@ class FusedFluxSingleTransformerBlock(FluxSingleTransformerBlock):
         inner = self.act_mlp(self.proj_mlp(normed))
         attended = self.attn(hidden_states=normed, image_rotary_emb=image_rotary_emb, **given)
         projected = self.proj_out(torch.cat([attended, inner], dim=2))
-        rows = _in_range(torch.addcmul(rows, gate.unsqueeze(1), projected))
+        rows = _in_range(gated_sum(rows, gate, projected))
         return rows[:, :tokens], rows[:, tokens:]
 
 
@@ -139,7 +161,7 @@ def _feed_forward(
 ) -> Tensor:
     """The rows after the gated attention and the gated feed-forward layers."""
     rows, normed = add_layernorm(attended, 1 + scale, shift, norm.eps, residual=rows, gate=gate)
-    return torch.addcmul(rows, last_gate.unsqueeze(1), layers(normed))
+    return gated_sum(rows, last_gate, layers(normed))
 
 
 def _in_range(rows: Tensor) -> Tensor:
