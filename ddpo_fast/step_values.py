@@ -15,14 +15,24 @@ second one is what all steps are given without values. Where nothing is learned,
 advantage, but for a constant. The variance of what a step is given falls from that of R to about that of its own
 change. The expected gradient is the same if V is right: E[V_{t+1} | latents before step t] = V_t.
 
-**The regression.** V_t is a kernel ridge regression of rewards on features of the image that the model predicts in step
-t (`predicted_features`), with this epoch's images and remembered ones. Rewards and features are distances from the mean
-of the set of images that are compared, such as a group, so that V is 0 on average in each. The kernel of two images is
-the inner product of their features, doubled if they have the same prompt: what prompts share is learned from all
-images, and what one has of its own from its own. When V of an image is predicted, its whole set is left out. For a
-linear smoother, `prediction = H rewards`, this needs no further regression: the errors of the set s that is left out
-are (1 - H_ss)^-1 (rewards - H rewards)_s. The ridge is the one with the smallest of these errors; if none predicts
-better than 0, V_t is 0.
+**The regression.** A linear model of rewards is learned from the features of the images that the last step predicts
+(`predicted_features`), those of this epoch and remembered ones, by ridge regression. It is applied to what each earlier
+step predicts. Its errors are then much the same before a step and after it, and cancel in V_{t+1} - V_t; regressions of
+the steps' own would have errors of their own. The features of each step are in units of their deviation there, and V_t
+is the model's value times the slope of the rewards by it: an early prediction says less.
+
+Rewards and features are distances from the mean of the set of images that are compared, such as a group. The kernel of
+two images is the inner product of their features, multiplied by 1 + c if they have the same prompt: what prompts share
+is learned from all images, and what one has of its own from its own. The ridge and c are those with the smallest error
+when each image is left out. If none predicts better than 0, all V are 0.
+
+**An image is left out** of the regression that foretells its own reward, and of the mean of its set, which is the mean
+of the n - 1 others there: its reward is y' = y n / (n - 1), where y is the distance from the mean of all, and theirs
+are y_j + y / (n - 1). No further regression is needed. A linear smoother H predicts y'_i without i as
+
+    ((H y')_i - H_ii y'_i) / (1 - H_ii)
+
+and the weights of this regression are those that the whole one has if y'_i is replaced by its prediction.
 
 Shapes: B images of an epoch, M images of a regression, T denoising steps, C H W latent, F features.
 """
@@ -39,12 +49,14 @@ from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d
 
 from ddpo_fast.by_size import BySize
 
-# Images that are remembered at most, and images of a regression: its time grows with the cube of their number, and is a
-# second for 20 steps of 512.
-REMEMBERED, TOGETHER = 256, 512
+# Images that are remembered at most, and an epoch's images of a regression: its time grows with the cube of their sum,
+# and is a second for 512.
+REMEMBERED, TOGETHER = 256, 256
 # The layout's features are means of so many parts of a side, those of detail are taken at so many scales.
 PARTS, SCALES = 4, 4
-# Ridges that are tried, in units of the kernel's mean eigenvalue.
+# How much more two images of one prompt have in common that are tried, and ridges, in units of the kernel's mean
+# eigenvalue.
+OWN = (0.0, 1.0, 4.0)
 RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
 # Of latents, whose variance is about 1, and of features.
 SMALLEST = 1e-6
@@ -89,7 +101,7 @@ class StepValues:
 
     def __init__(self) -> None:
         self._by_size: BySize[list[ComparedSet]] = BySize(list)
-        # the share of the rewards' variance that V explains, the mean over an epoch's steps
+        # the share of the rewards' variance that V explains, the mean over an epoch's trained steps
         self.explained = 0.0
 
     def use_size(self, size: str) -> None:
@@ -115,16 +127,16 @@ class StepValues:
         if not numbers:
             return found
         features, given = features.float(), torch.as_tensor(np.asarray(rewards, dtype=np.float32))
+        new = [ComparedSet(features[n], given[n], [prompts[int(i)] for i in n]) for n in numbers]
         remembered = self._by_size.now
-        known = remembered + [ComparedSet(features[n], given[n], [prompts[int(i)] for i in n]) for n in numbers]
-        parts = [(_terms(part), sum(len(one.prompts) for one in part)) for part in _parts(known, TOGETHER)]
-        mine = torch.cat([terms for (terms, _), _ in parts])[-sum(map(len, numbers)) :]
-        used = slice(trained.start, trained.stop)
-        scale = mine[:, used].square().mean().sqrt()
-        found[np.concatenate(numbers)] = (mine / scale).float().numpy()
-        images = sum(count for _, count in parts)
-        self.explained = sum(float(explained[used].mean()) * count / images for (_, explained), count in parts)
-        remembered[:] = _latest(known, REMEMBERED)
+        parts = [_values(remembered, part) for part in _parts(new, TOGETHER)]
+        targets, values = (torch.cat(both) for both in zip(*parts, strict=True))
+        terms = _terms(targets, values)
+        scale = terms[:, trained.start : trained.stop].square().mean().sqrt()
+        found[np.concatenate(numbers)] = (terms / scale).float().numpy()
+        unknown = (targets[:, None] - values[:, trained.start : trained.stop]).square().mean()
+        self.explained = max(0.0, 1 - float(unknown / targets.square().mean()))
+        remembered[:] = _latest(remembered + new, REMEMBERED)
         return found
 
     def state_dict(self) -> dict[str, Any]:
@@ -150,50 +162,75 @@ def _latest(sets: list[ComparedSet], images: int) -> list[ComparedSet]:
     return sets[first:]
 
 
-def _terms(sets: Sequence[ComparedSet]) -> tuple[Tensor, Tensor]:
-    """A_t of the images of all sets, in their order, [M, T] fp64, and the share of the variance that V_t explains, [T].
-
-    In units of the rewards, with the whole of each set left out of the regression of its own V.
-    """
-    rewards = torch.cat([one.rewards.double() - one.rewards.double().mean() for one in sets])
-    features = torch.cat([one.features.double() - one.features.double().mean(0) for one in sets])
-    prompts = np.array([prompt for one in sets for prompt in one.prompts], dtype=object)
-    shared = torch.from_numpy(1.0 + (prompts[:, None] == prompts[None]))
-    sizes = [len(one.prompts) for one in sets]
-    predicted = [_predicted_when_left_out(step, rewards, shared, sizes) for step in features.unbind(1)]
-    values = torch.stack([value for value, _ in predicted], dim=1)
-    unknown = (rewards - values[:, -1]) / len(predicted)
+def _terms(targets: Tensor, values: Tensor) -> Tensor:
+    """A_t [n, T] of images with the rewards `targets` [n] and the values V_t [n, T]."""
     changes = torch.diff(values, dim=1, append=values[:, -1:])
-    return changes + unknown[:, None], torch.stack([share for _, share in predicted])
+    return changes + (targets - values[:, -1])[:, None] / values.shape[1]
 
 
-def _predicted_when_left_out(
-    features: Tensor, rewards: Tensor, shared: Tensor, sizes: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    """Rewards [M] as predicted from features [M, F] by the images of other sets, and the share that this explains, [].
+def _values(remembered: Sequence[ComparedSet], new: Sequence[ComparedSet]) -> tuple[Tensor, Tensor]:
+    """The n new images' rewards [n], as distances from the mean of the others of their set, and V_t [n, T], in fp64.
+
+    No image takes part in the regression that foretells its own reward.
+    """
+    sets = [*remembered, *new]
+    prompts = np.array([prompt for one in sets for prompt in one.prompts], dtype=object)
+    sizes = torch.tensor([len(one.prompts) for one in sets])
+    features = _scaled(torch.cat([_centred(one.features) for one in sets]))
+    targets, weights = _fitted(
+        features[:, -1],
+        torch.cat([_centred(one.rewards) for one in sets]),
+        torch.from_numpy((prompts[:, None] == prompts[None]).astype(np.float64)),
+        torch.arange(len(sizes)).repeat_interleave(sizes),
+    )
+    # each image's own model, applied to all of its steps
+    values = torch.einsum("mtf,mf->mt", features, weights)
+    slopes = (values * targets[:, None]).sum(0) / values.square().sum(0).clamp(min=torch.finfo(values.dtype).tiny)
+    are_new = slice(len(values) - sum(len(one.prompts) for one in new), None)
+    return targets[are_new], (values * slopes.clamp(min=0))[are_new]
+
+
+def _centred(x: Tensor) -> Tensor:
+    """The distances in fp64 from the mean over the first dimension."""
+    return x.double() - x.double().mean(0)
+
+
+def _scaled(x: Tensor) -> Tensor:
+    """`x` over its deviation from 0 over the first dimension."""
+    return x / (x.square().mean(0).sqrt() + SMALLEST)
+
+
+def _fitted(features: Tensor, rewards: Tensor, same_prompt: Tensor, sets: Tensor) -> tuple[Tensor, Tensor]:
+    """The regression of rewards [M] on features [M, F] of the last step, both centred in each set.
+
+    Returns the rewards as distances from the mean of the others of their set, [M], and for each image the weights of
+    features in the model that foretells its reward, [M, F].
 
     Args:
-        shared: [M, M], by which the inner products of features are multiplied.
-        sizes: of the sets, which are consecutive images.
+        same_prompt: whether two images have the same prompt, 1 or 0, [M, M].
+        sets: the number of each image's set, [M].
     """
-    if len(sizes) == 1:
-        return torch.zeros_like(rewards), torch.zeros_like(rewards[0])
-    scaled = features / (features.square().mean(0).sqrt() + SMALLEST)
-    eigenvalues, vectors = torch.linalg.eigh(scaled @ scaled.T / scaled.shape[1] * shared)
-    # the kernel has no negative ones but for rounding
-    eigenvalues = eigenvalues.clamp(min=0)
-    projected, rows = vectors.T @ rewards, vectors.split(sizes)
-    total = rewards.square().mean()
-    best, smallest = torch.zeros_like(rewards), total
-    for ridge in RIDGES:
-        shrunk = eigenvalues / (eigenvalues + ridge * eigenvalues.mean() + SMALLEST**2)
-        residuals = (rewards - vectors @ (shrunk * projected)).split(sizes)
-        errors = torch.cat(
-            [
-                torch.linalg.solve(torch.eye(len(mine), dtype=mine.dtype) - (mine * shrunk) @ mine.T, residual)
-                for mine, residual in zip(rows, residuals, strict=True)
-            ]
-        )
-        if (error := errors.square().mean()) < smallest:
-            best, smallest = rewards - errors, error
-    return best, 1 - smallest / total
+    same_set = (sets[:, None] == sets[None]).to(rewards.dtype)
+    # what an image's reward adds to the distances of the others of its set, if it is left out of their mean
+    shift = rewards / (same_set.sum(1) - 1)
+    targets = rewards + shift
+    smallest, weights = targets.square().mean(), torch.zeros_like(features)
+    inner = features @ features.T / features.shape[1]
+    for own in OWN:
+        shared = 1 + own * same_prompt
+        eigenvalues, vectors = torch.linalg.eigh(inner * shared)
+        # the kernel has no negative ones but for rounding
+        eigenvalues = eigenvalues.clamp(min=0)
+        for ridge in RIDGES:
+            inverse = 1 / (eigenvalues + ridge * eigenvalues.mean() + SMALLEST**2)
+            smoother = (vectors * (eigenvalues * inverse)) @ vectors.T
+            alone = smoother.diagonal()
+            of_others = smoother @ rewards + (smoother * same_set).sum(1) * shift - alone * targets
+            predicted = of_others / (1 - alone)
+            if (error := (targets - predicted).square().mean()) < smallest:
+                # each column: the rewards as an image sees them, its own being what is foretold
+                seen = rewards[:, None] + same_set * shift
+                seen.fill_diagonal_(0).add_(torch.diag(predicted))
+                duals = (vectors * inverse) @ (vectors.T @ seen)
+                smallest, weights = error, (shared * duals.T) @ features / features.shape[1]
+    return targets, weights

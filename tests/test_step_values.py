@@ -1,4 +1,4 @@
-"""Values of denoising steps: their features, the regression with a set left out, and the advantages that follow."""
+"""Values of denoising steps: their features, the regression without an image, and the advantages that follow."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from ddpo_fast.flow_matching import flow_predictions, flow_table
 from ddpo_fast.run_folder.plain_data import pack, unpack
 from ddpo_fast.step_table import FLOW_SAMPLERS
 from ddpo_fast.step_values import (
+    OWN,
     REMEMBERED,
     RIDGES,
     ComparedSet,
     StepValues,
-    _predicted_when_left_out,
+    _fitted,
+    _parts,
     _terms,
+    _values,
     predicted_features,
 )
 
@@ -76,41 +79,82 @@ def test_features_of_any_size_are_finite(shape):
 # the regression
 
 
-def refitted(features: torch.Tensor, rewards: torch.Tensor, shared: torch.Tensor, sizes: list[int], ridge: float):
-    """Predictions of each set by a regression on the others, one after the other."""
-    scaled = features / (features.square().mean(0).sqrt() + 1e-6)
-    kernel = scaled @ scaled.T / features.shape[1] * shared
+def refitted(features: torch.Tensor, rewards: torch.Tensor, same: torch.Tensor, sets: torch.Tensor, own, ridge):
+    """(targets [M], predicted [M], weights [M, F]) by a regression for each image on the others, one after the other.
+
+    `rewards` are as given: an image's are compared with the mean of the others of its set.
+    """
+    count, width = features.shape
+    shared = 1 + own * same
+    kernel = features @ features.T / width * shared
     ridge = ridge * kernel.diagonal().mean() + 1e-12
-    found, start = [], 0
-    for size in sizes:
-        left_out = torch.zeros(len(rewards), dtype=torch.bool)
-        left_out[start : start + size] = True
-        start += size
-        others = kernel[~left_out][:, ~left_out]
-        weights = torch.linalg.solve(others + ridge * torch.eye(len(others), dtype=torch.float64), rewards[~left_out])
-        found.append(kernel[left_out][:, ~left_out] @ weights)
-    return torch.cat(found)
+    found = []
+    for image in range(count):
+        others = torch.arange(count) != image
+        mine = sets == sets[image]
+        # the distances from means that this image may know of
+        means = {int(k): rewards[(sets == k) & (others | ~mine)].mean() for k in sets.unique()}
+        seen = rewards - torch.stack([means[int(k)] for k in sets])
+        inner = kernel[others][:, others] + ridge * torch.eye(count - 1, dtype=torch.float64)
+        dual = torch.linalg.solve(inner, seen[others])
+        weights = (shared[image, others] * dual) @ features[others] / width
+        found.append((seen[image], kernel[image, others] @ dual, weights))
+    return tuple(torch.stack(part) for part in zip(*found, strict=True))
+
+
+def in_sets(values: torch.Tensor, sets: torch.Tensor) -> torch.Tensor:
+    """Distances from the mean of each one's set."""
+    return values - torch.stack([values[sets == k].mean(0) for k in sets])
 
 
 @pytest.mark.parametrize(("noise", "scale"), [(0.1, 1.0), (3.0, 1e3), (3.0, 0.0)])
-def test_a_set_is_predicted_by_the_others_alone(noise, scale):
+def test_an_image_is_foretold_by_the_others_alone(noise, scale):
     generator = torch.Generator().manual_seed(1)
-    features = scale * torch.randn(24, 5, generator=generator, dtype=torch.float64)
+    sizes = torch.tensor([2, 3, 2, 2, 8, 7])
+    sets = torch.arange(6).repeat_interleave(sizes)
+    features = in_sets(scale * torch.randn(24, 5, generator=generator, dtype=torch.float64), sets)
     rewards = features.sum(1) + noise * torch.randn(24, generator=generator, dtype=torch.float64)
     names = np.array(list("aabbbaccaabbbaccaabbbacc"))
-    shared = torch.from_numpy(1.0 + (names[:, None] == names[None]))
-    sizes = [2, 3, 1, 2, 8, 8]
-    each = [refitted(features, rewards, shared, sizes, ridge) for ridge in RIDGES]
-    errors = [float((rewards - one).square().mean()) for one in each]
-    total = float(rewards.square().mean())
-    found, share = _predicted_when_left_out(features, rewards, shared, sizes)
-    if min(errors) < total:
-        torch.testing.assert_close(found, each[int(np.argmin(errors))], rtol=1e-8, atol=1e-8 * (1 + noise))
-        assert float(share) == pytest.approx(1 - min(errors) / total)
+    same = torch.from_numpy(1.0 * (names[:, None] == names[None]))
+    targets, weights = _fitted(features, in_sets(rewards, sets), same, sets)
+    each = [refitted(features, rewards, same, sets, own, ridge) for own in OWN for ridge in RIDGES]
+    torch.testing.assert_close(targets, each[0][0])
+    errors = [float((targets - predicted).square().mean()) for _, predicted, _ in each]
+    assert (min(errors) < float(targets.square().mean())) == (scale > 0)
+    if scale > 0:
+        _, predicted, expected = each[int(np.argmin(errors))]
+        torch.testing.assert_close(weights, expected, rtol=1e-7, atol=1e-7 * (1 + noise) / scale)
+        torch.testing.assert_close((features * weights).sum(1), predicted, rtol=1e-7, atol=1e-7 * (1 + noise))
     else:
-        assert not found.any()
-        assert float(share) == 0
-    assert (min(errors) < total) == (scale > 0)
+        assert not weights.any()
+
+
+def test_an_images_own_reward_has_no_part_in_its_model():
+    """But for the choice of the ridge and the slope of each step, which all images share."""
+    generator = torch.Generator().manual_seed(2)
+    features = torch.randn(16, 5, generator=generator, dtype=torch.float64)
+    rewards = features.sum(1) + torch.randn(16, generator=generator, dtype=torch.float64)
+    sets = torch.arange(4).repeat_interleave(4)
+    same = torch.ones(16, 16, dtype=torch.float64)
+    _, before = _fitted(features, in_sets(rewards, sets), same, sets)
+    rewards[5] += 0.01
+    _, after = _fitted(features, in_sets(rewards, sets), same, sets)
+    torch.testing.assert_close(after[5], before[5], rtol=1e-9, atol=1e-9)
+    others = torch.arange(16) != 5
+    assert ((after - before)[others].abs().amax(1) > 1e-6).all()
+
+
+def test_an_early_step_foretells_as_much_as_it_knows():
+    """V_t is E[R | the walk before step t]: the slope of a step's values is that of the rewards."""
+    features, rewards, _ = walk(64)
+    sets = [ComparedSet(features[mine], torch.from_numpy(rewards[mine]), ["a lion"] * GROUP) for mine in groups(64)]
+    values = _values([], sets)[1]
+    expected = features.double().sum(2)
+    expected -= (expected.reshape(64, GROUP, -1).sum(1).repeat_interleave(GROUP, 0) - expected) / (GROUP - 1)
+    for step in range(1, 6):
+        # 256 images know a slope to about sqrt((6 - step) / (256 step)); a set's mean is of 4
+        assert np.polyfit(expected[:, step].numpy(), values[:, step].numpy(), 1)[0] == pytest.approx(0.75, abs=0.25)
+        assert np.corrcoef(expected[:, step], values[:, step])[0, 1] > 0.95
 
 
 def test_prompts_that_want_the_opposite_are_told_apart():
@@ -132,11 +176,13 @@ def test_prompts_that_want_the_opposite_are_told_apart():
 def test_the_terms_of_an_image_add_up_to_what_the_first_value_did_not_know():
     features, rewards, _ = walk(8)
     sets = [ComparedSet(features[mine], torch.from_numpy(rewards[mine]), ["a lion"] * GROUP) for mine in groups(8)]
-    terms, explained = _terms(sets)
-    centred = rewards - rewards.reshape(-1, GROUP).mean(1).repeat(GROUP)
+    targets, values = _values([], sets)
+    grouped = rewards.reshape(-1, GROUP)
+    others = (grouped.sum(1, keepdims=True) - grouped) / (GROUP - 1)
+    torch.testing.assert_close(targets, torch.from_numpy((grouped - others).ravel()).double(), rtol=1e-5, atol=1e-5)
     # before the first step all images are in one place: nothing is foretold
-    assert float(explained[0]) == 0
-    torch.testing.assert_close(terms.sum(1), torch.from_numpy(centred).double(), rtol=1e-5, atol=1e-5)
+    assert not values[:, 0].any()
+    torch.testing.assert_close(_terms(targets, values).sum(1), targets)
 
 
 def test_a_step_has_the_advantage_of_its_own_noise():
@@ -157,12 +203,27 @@ def test_without_anything_to_learn_from_advantages_are_those_of_images():
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_one_set_has_no_others_to_learn_from():
+def test_one_set_of_two_images_has_advantages():
+    """Each image has one other to learn from, whose reward is all that is known: no model predicts better than 0."""
     features, rewards, _ = walk(1)
     values = StepValues()
-    found = advantages(values, features, rewards, groups(1))
-    assert values.explained == 0
-    assert np.ptp(found, axis=1) == pytest.approx(0, abs=1e-6)
+    found = advantages(values, features[:2], rewards[:2], [np.array([True, True])])
+    assert np.isfinite(found).all()
+    assert found.any()
+    assert 0 <= values.explained <= 1
+
+
+@pytest.mark.parametrize("images", [4, 100, 128, 300])
+def test_an_epoch_of_many_images_is_learned_from_in_parts(images):
+    features, rewards, _ = walk(images)
+    sets = [ComparedSet(features[mine], torch.from_numpy(rewards[mine]), ["a lion"] * GROUP) for mine in groups(images)]
+    parts = _parts(sets, 256)
+    assert [one for part in parts for one in part] == sets
+    assert max(len(part) for part in parts) * GROUP <= 256
+    assert max(map(len, parts)) - min(map(len, parts)) <= len(parts)
+    found = advantages(StepValues(), features, rewards, groups(images))
+    assert found.shape == (images * GROUP, 6)
+    assert (np.abs(found).max(1) > 0).all()
 
 
 def test_the_size_of_advantages_is_that_of_trained_steps():
@@ -192,13 +253,16 @@ def test_a_set_of_equal_rewards_has_no_advantages():
 
 
 def test_values_are_learned_from_earlier_images_too():
-    values, found = StepValues(), []
-    for seed in range(6):
-        advantages(values, *walk(1, seed=seed)[:2], groups(1))
-        found.append(values.explained)
-    # a set has no others in the first epoch; 0.42 is what can be known
-    assert found[0] == 0
-    assert found[-1] > 0.2
+    values, with_earlier, alone = StepValues(), [], []
+    for seed in range(32):
+        features, rewards, _ = walk(2, seed=seed)
+        # eight images cannot tell which of 42 features matter
+        noise = torch.randn(*features.shape[:2], 40, generator=torch.Generator().manual_seed(seed))
+        for kept, found in ((values, with_earlier), (StepValues(), alone)):
+            advantages(kept, torch.cat([features, noise], dim=2), rewards, groups(2))
+            found.append(kept.explained)
+    # 0.42 is what can be known
+    assert np.mean(with_earlier[12:]) > np.mean(alone[12:]) + 0.15
 
 
 def test_what_is_remembered_is_bounded_and_the_latest():
