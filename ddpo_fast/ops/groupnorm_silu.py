@@ -224,12 +224,16 @@ def _empty(
     later: Tensor | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    wide = torch.promote_types(x.dtype, torch.float32)
-    mean, rstd = (torch.empty((x.shape[0], groups), dtype=wide, device=x.device) for _ in range(2))
+    mean, rstd = _statistics(x, groups)
     s = torch.empty_like(x) if _stores(residual, later, keep) else x.new_empty(0)
     images, channels, pixels = _sizes(x)
     copy = x.new_empty(0) if later is None else x.new_empty(images * pixels, channels)
     return torch.empty_like(x), s, copy, mean, rstd
+
+
+def _statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty((x.shape[0], groups), dtype=dtype), x.new_empty((x.shape[0], groups), dtype=dtype)
 
 
 def _triton(
@@ -323,7 +327,7 @@ def _csrc(
     """The C++ has no residual: on a CPU, whose caches hold a sum that was just made, one would save little."""
     s = x if residual is None else laid_out_as(x, _sum(x, addend, residual))
     addend = addend if residual is None else None
-    y, _, _, mean, rstd = _empty(s, weight, bias, groups, eps, silu, addend, None, None, keep)
+    y, (mean, rstd) = torch.empty_like(s), _statistics(s, groups)
     torch.ops.ddpo_fast_csrc.groupnorm_silu(s, weight, bias, eps, silu, addend, y, mean, rstd)
     stored = s if _stores(residual, later, keep) else x.new_empty(0)
     return y, stored, _copy(s, later), mean, rstd
@@ -373,8 +377,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     x, weight, bias, _, ctx.eps, ctx.silu, addend, residual, later, _ = inputs
     _, s, copy, mean, rstd = output
     ctx.summed, ctx.copied = residual is not None, later is not None
-    unused = [*([s] if ctx.copied or not ctx.summed else []), *([] if ctx.copied else [copy])]
-    ctx.mark_non_differentiable(mean, rstd, *unused)
+    # the copy is returned if there is one, else s
+    if ctx.copied:
+        ctx.mark_non_differentiable(mean, rstd, s)
+    elif ctx.summed:
+        ctx.mark_non_differentiable(mean, rstd, copy)
+    else:
+        ctx.mark_non_differentiable(mean, rstd, s, copy)
     # without this, autograd would allocate zeros for the gradients of mean and rstd in every backward pass
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(s if ctx.summed else x, weight, bias, addend, later, mean, rstd)

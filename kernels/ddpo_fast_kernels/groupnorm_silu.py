@@ -454,7 +454,10 @@ def ahead_of_time() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, Any], 
                 ("bwd addend, frozen", "addend"),
             ):
                 direction, _, rest = kind.partition(" ")
-                forward = direction == "fwd"
+                forward, summed = direction == "fwd", rest.startswith("sum")
+                if summed and channels not in (320, 640, 1280):
+                    # no transformer has as many
+                    continue
                 optional = "residual addend later s copy" if forward else "addend skip daddend parts sums tickets"
                 order = "x residual addend later y s copy"
                 order = order if forward else "x addend grad skip dx daddend parts sums tickets"
@@ -464,7 +467,6 @@ def ahead_of_time() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, Any], 
                 constants = {**tile, "SILU": True}
                 last = {"eps": "fp32"} if forward else {"share": "i32", "counters": "i32"}
                 if not forward:
-                    summed = rest.startswith("sum")
                     constants |= {"AFFINE": "parts" in given, "SHARED": summed, "LATER": summed, "ONE_SHARE": True}
                 signature: dict[str, Any] = {names[name]: types.get(name, x) for name in names}
                 signature |= {"norm": norm, **sizes, **last}
