@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from diffusers import UNet2DConditionModel
 from rounding import RUNS_APART_IN_FP64, in_fp64
 
 from ddpo_fast.engine import moments
+from ddpo_fast.engine.from_main import copy_from_main
 from ddpo_fast.engine.loss_scale import LossScale
 from ddpo_fast.engine.offload import _Staging
 from ddpo_fast.engine.optimizers import buckets, flat, rounded_stochastically
@@ -372,3 +374,24 @@ def test_processes_use_the_smallest_of_their_sizes(make_trainer, monkeypatch):
     monkeypatch.setattr(Accelerator, "num_processes", 2)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda value, _op: value.clamp_(max=10))
     assert (trainer.sizes.micro_batch_size, trainer.sizes.merged_batches) == (1, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_main_process_gives_its_weights_in_buckets(monkeypatch, dtype):
+    """To the bit, in any layout; the messages have up to 20 elements, or one larger tensor."""
+    monkeypatch.setattr("ddpo_fast.engine.optimizers.BUCKET", 20)
+    accelerator = SimpleNamespace(num_processes=2, device=torch.device("cpu"))
+    shapes = [(3, 2), (), (2, 2, 1, 3), (5,), (3, 4, 2, 2), (7,)]
+    given, taken = ([torch.randn(shape).to(dtype) for shape in shapes] for _ in range(2))
+    for tensors in (given, taken):
+        tensors[2], tensors[4] = (t.to(memory_format=torch.channels_last) for t in (tensors[2], tensors[4]))
+    expected, strides = [tensor.clone() for tensor in given], [tensor.stride() for tensor in taken]
+    messages: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda message, src: messages.append(message.clone()))
+    copy_from_main(given, accelerator)
+    assert [message.numel() for message in messages] == [6 + 1 + 12, 5, 48, 7]
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda message, src: message.copy_(messages.pop(0)))
+    copy_from_main(taken, accelerator)
+    for tensors in (given, taken):
+        assert all(torch.equal(one, other) for one, other in zip(tensors, expected, strict=True))
+    assert [tensor.stride() for tensor in taken] == strides

@@ -8,6 +8,7 @@
     master_weights.py   fp32 weights for the optimizer, half-precision copies for the network, and their gradients
     optimizers.py       AdamW, and its step on all weights in place or on a bucket of weights at a time
     offload.py          a step in host memory; host_adamw.py is AdamW with 8-bit moments for it
+    from_main.py        gives every process the main one's weights
     moments.py          Adam's moments in checkpoints, in a form that every AdamW implementation here can load
     loss_scale.py       fp16's loss scale
     ema.py              a moving average of the weights

@@ -14,6 +14,7 @@ from torch import Tensor
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.engine import moments
 from ddpo_fast.engine.ema import EMA
+from ddpo_fast.engine.from_main import copy_from_main
 from ddpo_fast.engine.loss_scale import LossScale
 from ddpo_fast.engine.master_weights import MasterWeights
 from ddpo_fast.engine.offload import Offload
@@ -55,7 +56,8 @@ class LocalEngine:
         if self.keeps_gradients:
             self.weights.fill_gradients(self._gradient_dtype)
         if accelerator.num_processes > 1:
-            self._broadcast_weights()
+            copy_from_main([master.data for master in weights.masters], accelerator)
+            self.weights.refresh()
         on_host = config.ema_device == "cpu"
         self.ema = EMA(weights.masters, config.ema_decay, on_host) if config.ema_decay else None
         if config.optimizer_in_backward:
@@ -224,15 +226,6 @@ class LocalEngine:
         self.weights.set_gradient(i, None)
 
     # processes
-
-    def _broadcast_weights(self) -> None:
-        """Gives every process the weights of process 0, because each process initialises a new LoRA at random."""
-        for master in self.weights.masters:
-            # NCCL, the backend on GPUs, cannot send from host memory
-            on_device = master.data.to(self.accelerator.device)
-            dist.broadcast(on_device, src=0)
-            master.data.copy_(on_device)
-        self.weights.refresh()
 
     def _average_over_processes(self) -> None:
         """Replaces the gradients by their mean over processes, and missing gradients by zeros."""

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.engine import moments
 from ddpo_fast.engine.ema import EMA
+from ddpo_fast.engine.from_main import copy_from_main
 from ddpo_fast.engine.master_weights import accumulate_into
 from ddpo_fast.engine.optimizers import LearningRate
 from ddpo_fast.engine.zero_fragments import ZeroFragments
@@ -101,7 +102,8 @@ class ZeroEngine:
         self._fragments = ZeroFragments(self._zero, self.parameters, accelerator)
         # the fp32 tensors that the optimizer trains
         self._flats = self._fragments.flats
-        self._fragments.set_weights([_from_main(values, accelerator) for values in exact])
+        copy_from_main(exact, accelerator)
+        self._fragments.set_weights(exact)
         # At stage 1, from the first backward pass of an update to its step, this holds the DeepSpeed context that keeps
         # gradients on this device.
         self._accumulation = ExitStack()
@@ -360,13 +362,3 @@ class ZeroEngine:
             # sets the counts as if the last overflow had come just before the `good_updates`
             scaler.cur_iter = saved["good_updates"]
             scaler.last_overflow_iter = -1
-
-
-def _from_main(values: Tensor, accelerator: Accelerator) -> Tensor:
-    """The main process's values, in host memory on every process."""
-    if accelerator.num_processes == 1:
-        return values
-    # NCCL, the backend on GPUs, cannot send from host memory
-    on_device = values.to(accelerator.device)
-    dist.broadcast(on_device, src=0)
-    return on_device.cpu()
