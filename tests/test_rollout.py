@@ -339,6 +339,12 @@ def test_what_cannot_be_cached_says_why():
     assert cache_problem(make_unet("sd15")) == ""
     assert "add_embedding" in cache_problem(make_unet("sdxl"))
     assert "UNet2DConditionModel" in cache_problem(torch.nn.Linear(1, 1))
+    unet = make_unet("sd15")
+    for kind in ("down_block_types", "up_block_types"):
+        blocks = [name.replace("CrossAttn", "SimpleCrossAttn") for name in unet.config[kind]]
+        unet.register_to_config(**{kind: blocks})
+    mid = "UNetMidBlock2DSimpleCrossAttn"
+    assert "AttnAddedKV" in cache_problem(type(unet).from_config(unet.config, mid_block_type=mid))
 
 
 def test_a_prompts_embedding_does_not_depend_on_the_other_prompts(make_trainer):

@@ -7,7 +7,7 @@ D width of the text embedding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 
+from ddpo_fast.unet.attention import is_plain
 from ddpo_fast.unet.time_addends import TimeAddends
 
 # A UNet with one of these parts cannot be cached: its time embedding depends on more than the timestep, or its
@@ -28,11 +29,16 @@ def cache_problem(unet: Any) -> str:
     """Why `UNetCache` cannot be used for a UNet, or '' if it can."""
     if not isinstance(unet, UNet2DConditionModel):
         return f"{type(unet).__name__} is no UNet2DConditionModel"
-    modules: Any = unet.modules()
+    modules: Iterable[Any] = unet.modules()
     if extra := next((name for name in UNCACHED if getattr(unet, name, None) is not None), None):
         return f"the UNet has {extra}"
-    other = next((m for m in modules if hasattr(m, "time_emb_proj") and not isinstance(m, ResnetBlock2D)), None)
-    return f"{type(other).__name__} uses the time embedding in a way of its own" if other is not None else ""
+    for module in modules:
+        if hasattr(module, "time_emb_proj") and not isinstance(module, ResnetBlock2D):
+            return f"{type(module).__name__} uses the time embedding in a way of its own"
+        # keys and values of added projections, for instance, are of the image too
+        if isinstance(module, Attention) and module.is_cross_attention and not is_plain(module):
+            return f"{type(module.processor).__name__} may take keys and values from more than the text"
+    return ""
 
 
 class UNetCache:
