@@ -337,9 +337,11 @@ class DDPOConfig(ConfigNumbers):
                 f"{self.sample_num_steps - 1}: let it end there, or sooner"
             )
         if self.num_trainable_steps < 1:
+            remedy = "a larger sample_num_steps" + (" or a window that begins sooner" if self.sde_window else "")
             raise ValueError(
-                f"train_skip_last_steps is {self.train_skip_last_steps!r}: of sample_num_steps={self.sample_num_steps} "
-                f"and sde_window={self.sde_window} it leaves no step with noise to train on; use less"
+                f"sample_num_steps={self.sample_num_steps} with sde_window={self.sde_window} and "
+                f"train_skip_last_steps={self.train_skip_last_steps:g} leaves no step with noise to train on: use "
+                f"{'less train_skip_last_steps' if self.train_skip_last_steps else remedy}"
             )
         if self.num_train_timesteps < 1:
             raise ValueError(

@@ -65,8 +65,12 @@ def test_what_depends_on_the_family_is_in_a_copy_of_the_settings():
     for settings in ({"train_image_credit": "coca"}, {"objective": "rwr"}):
         with refused(ValueError, "is not sampled by DDIM"):
             Flow.check_settings({}, DDPOConfig(**settings))
-    with refused(ValueError, "no step with noise"):
-        with_family(DDPOConfig(sample_num_steps=1), Flow)
+    for settings, remedy in (
+        ({"sample_num_steps": 1}, "num_steps"),
+        ({"sde_window": [49, 49]}, "window that begins sooner"),
+    ):
+        with refused(ValueError, f"no step with noise to train on: use a larger .*{remedy}"):
+            with_family(DDPOConfig(**settings), Flow)
 
 
 def test_steps_outside_the_window_are_deterministic_and_not_trained(make_trainer):
@@ -104,7 +108,7 @@ def test_steps_outside_the_window_are_deterministic_and_not_trained(make_trainer
         ({"sampler": "cps"}, "sampler is 'cps', and the model is a Stable Diffusion, which samples with 'ddim'"),
         ({"height": 20}, "height is 20, which 8 does not divide"),
         ({"sde_window": [2, 5]}, r"sde_window is \[2, 5\], and the steps of sample_num_steps=5 are 0 to 4"),
-        ({"sde_window": [4, 4], "train_skip_last_steps": 0.2}, "it leaves no step with noise"),
+        ({"sde_window": [4, 4], "train_skip_last_steps": 0.2}, "no step with noise .* use less train_skip"),
     ],
 )
 def test_settings_that_the_model_cannot_have_are_refused(make_trainer, tmp_path, settings, words):
