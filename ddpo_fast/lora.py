@@ -10,7 +10,7 @@ import copy
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -180,15 +180,14 @@ def find_targets(unet: nn.Module, targets: Sequence[str]) -> list[str]:
     As in peft, a target 'x' selects the layers whose name is 'x' or ends with '.x'. Raises `ValueError` for a target
     that selects no layer, or a layer that cannot have an adapter.
     """
-    # layers that have an adapter are wrapped: the original lies in `base_layer`, the adapter's parts in `lora_A`, ...
-    names = {name.replace(".base_layer", ""): layer for name, layer in unet.named_modules() if "lora_" not in name}
+    names = _layers_by_name(unet)
     found = []
     for target in targets:
-        selected = [name for name in names if name == target or name.endswith(f".{target}")]
+        selected = _selected(names, target)
         if not selected:
             raise ValueError(
-                f"lora_target_modules names {target!r}, and the UNet has no such layer: name layers that it has, such "
-                "as to_q, to_k, to_v, to_out.0, proj_in, ff.net.2 or conv1"
+                f"lora_target_modules names {target!r}, and the network has no such layer: name layers that it has, "
+                "such as to_q, to_k, to_v, to_out.0, proj_in, ff.net.2 or conv1"
             )
         for name in selected:
             if not isinstance(names[name], nn.Linear | nn.Conv2d | BaseTunerLayer):
@@ -200,6 +199,21 @@ def find_targets(unet: nn.Module, targets: Sequence[str]) -> list[str]:
     if not found:
         raise ValueError("lora_target_modules names no layer: leave it out for TRL's")
     return found
+
+
+def usual_targets(family: Family) -> list[str]:
+    """Those of the family's usual target modules that the network has: one of few blocks may lack some."""
+    names = _layers_by_name(family.denoiser)
+    return [target for target in family.targets if _selected(names, target)]
+
+
+def _layers_by_name(network: nn.Module) -> dict[str, nn.Module]:
+    # layers that have an adapter are wrapped: the original lies in `base_layer`, the adapter's parts in `lora_A`, ...
+    return {name.replace(".base_layer", ""): layer for name, layer in network.named_modules() if "lora_" not in name}
+
+
+def _selected(names: Iterable[str], target: str) -> list[str]:
+    return [name for name in names if name == target or name.endswith(f".{target}")]
 
 
 def check_new_adapter(unet: nn.Module, config: LoraConfig) -> None:

@@ -131,13 +131,11 @@ class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
                 f"model of both first ({lora.FUSE_COMMANDS}), move the adapter away, or train it with use_lora=True"
             )
         self.sd_pipeline: Any = load_pipeline(self.pretrained_model, pretrained_model_revision, self.single_file_config)
-        if set(targets) == set(TRL_TARGETS):
-            targets = list(self.family.targets)
         self.lora_config = LoraConfig(
             r=lora_rank,
             lora_alpha=lora_alpha,  # peft divides it by the rank, whatever it is
             init_lora_weights="gaussian",
-            target_modules=targets,
+            target_modules=lora.usual_targets(self.family) if set(targets) == set(TRL_TARGETS) else targets,
         )
         if beside is not None:
             lora.load_adapter(self.family, beside)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 
 import diffusers
 import pytest
 import torch
 from compare_runs import metrics_of, same_bits, trained_weights
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from rounding import drift_limits, in_fp64
 from test_step_table import published_step
 from torch.distributions import Normal
@@ -260,6 +263,24 @@ def test_a_resumed_run_ends_with_the_same_bits(make_trainer, tiny_model, tmp_pat
     resumed = make_trainer(output_dir=tmp_path / "cut", resume_from=str(tmp_path / "cut"), **settings)
     resumed.train()
     assert same_bits(trained_weights(whole), trained_weights(resumed))
+
+
+def test_an_adapter_beside_the_model_is_trained_further(tiny_model, tmp_path):
+    """Also one on other layers and of another rank than the family's usual ones, and than its recipe's."""
+    folder = shutil.copytree(tiny_model("sd35"), tmp_path / "model")
+    plain = diffusers.StableDiffusion3Pipeline.from_pretrained(folder)
+    plain.transformer.add_adapter(LoraConfig(r=3, lora_alpha=6, target_modules=["to_q"], init_lora_weights=False))
+    state = get_peft_model_state_dict(plain.transformer)
+    metadata = {"r": 3, "lora_alpha": 6, "target_modules": ["to_q"]}
+    plain.save_lora_weights(folder, transformer_lora_layers=state, transformer_lora_adapter_metadata=metadata)
+    pipeline = DefaultDDPOStableDiffusionPipeline(str(folder))
+    assert (pipeline.lora_config.r, pipeline.lora_config.target_modules) == (3, {"to_q"})
+    pipeline.get_trainable_layers()
+    trained = {name: p for name, p in pipeline.unet.named_parameters() if p.requires_grad}
+    assert {name.replace(".default", "") for name in trained} == set(state)
+    assert all(torch.equal(p, state[name.replace(".default", "")]) for name, p in trained.items())
+    run, _ = train.read_options(["--pretrained_model", str(folder), "--height", "16", "--width", "16"])
+    assert (run.recipe, run.lora_rank) == ("sd3-lora", 4)
 
 
 def parts_configs(pipeline) -> dict[str, dict]:

@@ -156,7 +156,7 @@ def test_the_cache_knows_that_the_hub_has_no_adapter(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"lora_target_modules": ["to_q", "to_z"]}, "'to_z', and the UNet has no such layer"),
+        ({"lora_target_modules": ["to_q", "to_z"]}, "'to_z', and the network has no such layer"),
         ({"lora_target_modules": ["attn1"]}, "'attn1', a Attention"),
         ({"lora_target_modules": []}, "names no layer"),
         ({"lora_rank": 10**6}, "lora_rank is 1000000"),

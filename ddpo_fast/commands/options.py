@@ -213,9 +213,22 @@ def apply_recipe(options: argparse.Namespace, given: set[str]) -> Recipe:
     options.recipe = recipe.name
     config = {name: value for name, value in recipe.settings.items() if name not in LORA_SETTINGS}
     lora = {name: value for name, value in recipe.settings.items() if name in LORA_SETTINGS and name not in given}
-    for name, value in {**fit(config, vars(options), given), **({} if options.full_finetune else lora)}.items():
+    # they are a new adapter's, and one beside the model has settings of its own
+    if options.full_finetune or _has_adapter(options.pretrained_model):
+        lora = {}
+    for name, value in {**fit(config, vars(options), given), **lora}.items():
         setattr(options, name, value)
     return recipe
+
+
+def _has_adapter(model: str) -> bool:
+    folder = existing(model)
+    if folder is None or not folder.is_dir():
+        return False
+    # this imports torch
+    from ddpo_fast.lora import LORA_WEIGHTS
+
+    return (folder / LORA_WEIGHTS).is_file()
 
 
 def apply_bundled_scorer(options: argparse.Namespace) -> None:
