@@ -199,23 +199,23 @@ def sd3(has_t5: bool = True, **transformer: Any) -> StableDiffusion3Pipeline:
     """SD3-medium; without T5 its place is empty, as SD3's documentation advises for small cards."""
     torch.manual_seed(0)
     tokenizer = t5_tokenizer(length=24) if has_t5 else None
+    config = {
+        "sample_size": LATENT_SIZE,
+        "in_channels": 16,
+        "num_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": T5,
+        "caption_projection_dim": 32,
+        "pooled_projection_dim": CLIP + LARGE_CLIP,
+        "pos_embed_max_size": 12,
+    }
     return StableDiffusion3Pipeline(
         **two_clips(first_projects=True),
         tokenizer_3=tokenizer,
         text_encoder_3=t5(tokenizer) if tokenizer else None,
         vae=autoencoder(16, scale=1.5305, shift=0.0609),
-        transformer=SD3Transformer2DModel(
-            sample_size=LATENT_SIZE,
-            in_channels=16,
-            num_layers=2,
-            attention_head_dim=16,
-            num_attention_heads=2,
-            joint_attention_dim=T5,
-            caption_projection_dim=32,
-            pooled_projection_dim=CLIP + LARGE_CLIP,
-            pos_embed_max_size=12,
-            **transformer,
-        ).eval(),
+        transformer=SD3Transformer2DModel(**(config | transformer)).eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     )
 
@@ -223,6 +223,14 @@ def sd3(has_t5: bool = True, **transformer: Any) -> StableDiffusion3Pipeline:
 def sd35() -> StableDiffusion3Pipeline:
     """SD3.5-medium: normalised queries and keys, and blocks with a second attention."""
     return sd3(dual_attention_layers=(0,), qk_norm="rms_norm")
+
+
+def small_patches() -> StableDiffusion3Pipeline:
+    """SD3's classes as diffusers' own tests configure them: a token for each latent pixel, a single block, and text
+    narrower than the CLIPs' together. Its schedule follows the resolution."""
+    made = sd3(has_t5=False, patch_size=1, num_layers=1, joint_attention_dim=CLIP + LARGE_CLIP // 2)
+    made.register_modules(scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
+    return made
 
 
 def flux(guidance: bool = True) -> FluxPipeline:
@@ -266,6 +274,7 @@ MODELS: dict[str, Callable[[], DiffusionPipeline]] = {
     "sdxl_inpainting": sdxl_inpainting,
     "sd3": sd3,
     "sd3_without_t5": lambda: sd3(has_t5=False),
+    "sd3_small_patches": small_patches,
     "sd35": sd35,
     "flux_dev": flux,
     "flux_schnell": lambda: flux(guidance=False),

@@ -39,9 +39,13 @@ class FlowMatching(Family):
     # told from configs
 
     @classmethod
+    def patch(cls, configs: Mapping[str, Config]) -> int:
+        """Latent pixels that make a token of the transformer, in each direction."""
+        return 2
+
+    @classmethod
     def divisor(cls, configs: Mapping[str, Config]) -> int:
-        # the transformer takes patches of 2 x 2 latent pixels
-        return max(8, 2 * cls.vae_scale(configs))
+        return max(8, cls.patch(configs) * cls.vae_scale(configs))
 
     @classmethod
     def dtype_of(cls, part: str, config: Config, dtype: torch.dtype) -> torch.dtype:
@@ -78,7 +82,8 @@ class FlowMatching(Family):
     @property
     def image_tokens(self) -> int:
         _, height, width = self.latent_shape
-        return (height // 2) * (width // 2)
+        patch = self.patch(self.parts_configs())
+        return (height // patch) * (width // patch)
 
     def set_steps(self, steps: int, device: torch.device | str) -> None:
         scheduler = self.pipe.scheduler
@@ -127,7 +132,7 @@ class FlowMatching(Family):
 
     def encode(self, prompts: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
         ids = self.tokens(prompts).input_ids.to(device)
-        with on_device(self.text_encoders.values(), device):
+        with self.encoding_on(device):
             return ids, with_pooled(*self._encoded(list(prompts), device))
 
     def _encoded(self, prompts: list[str], device: torch.device) -> tuple[Tensor, Tensor]:

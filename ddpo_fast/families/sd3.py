@@ -59,13 +59,18 @@ class StableDiffusion3(FlowMatching):
                 f"text encoders give {pooled}"
             )
         t5 = configs.get("text_encoder_3")
-        if (t5 is not None and t5["d_model"] != width) or sum(clip["hidden_size"] for clip in clips) > width:
-            raise ValueError(f"its transformer takes text of width {width}, which its text encoders do not give")
+        # diffusers cuts the CLIPs' token embeddings where they are wider
+        if t5 is not None and t5["d_model"] != width:
+            raise ValueError(f"its transformer takes text of width {width}, and its T5 gives {t5['d_model']}")
+
+    @classmethod
+    def patch(cls, configs: Mapping[str, Config]) -> int:
+        return configs["transformer"]["patch_size"]
 
     @classmethod
     def check_size(cls, configs: Mapping[str, Config], height: int | None, width: int | None) -> None:
         super().check_size(configs, height, width)
-        most = configs["transformer"]["pos_embed_max_size"] * 2 * cls.vae_scale(configs)
+        most = configs["transformer"]["pos_embed_max_size"] * cls.patch(configs) * cls.vae_scale(configs)
         for name, pixels in (("height", height), ("width", width)):
             if pixels is not None and pixels > most:
                 raise ValueError(f"{name} is {pixels}, but the model has positions for at most {most} pixels: use less")
