@@ -175,3 +175,34 @@ def test_an_offloaded_network_is_in_pinned_memory_and_its_stream_waits_for_its_c
             assert torch.equal(network(device.on_device(torch.ones(1, 3))), expected)
         for parameter, home in zip(network.parameters(), homes, strict=True):
             assert parameter.data_ptr() == home.data_ptr()
+
+
+def test_blocks_are_on_the_device_only_while_they_compute(device):
+    """The weight that a block shares with the module outside is there all the time."""
+    network = nn.ModuleDict({"first": nn.Linear(3, 3), "blocks": nn.ModuleList(nn.Linear(3, 3) for _ in range(2))})
+    network["blocks"][1].bias = network["first"].bias
+    x = device.on_device(torch.ones(1, 3))
+    seen = []
+
+    def compute(fails=False):
+        y = network["first"](x)
+        for block in network["blocks"]:
+            y = block(y)
+            seen.append([block.weight.is_cuda, block.bias.is_cuda])
+            if fails:
+                block(y[:, :2])
+        return y
+
+    for tensor in network.parameters():
+        device.on_device(tensor)
+    expected = compute().detach().clone()
+    seen.clear()
+    offload(network, torch.float32)
+    homes = [parameter.data_ptr() for parameter in network.parameters()]
+    with on_device(network, torch.device("cuda"), by_blocks=True):
+        assert torch.equal(compute(), expected)
+    with pytest.raises(RuntimeError), on_device(network, torch.device("cuda"), by_blocks=True):
+        compute(fails=True)
+    assert seen == [[False, False], [False, True], [False, False]]
+    assert [parameter.data_ptr() for parameter in network.parameters()] == homes
+    assert not any(block._forward_hooks or block._forward_pre_hooks for block in network["blocks"])

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -23,6 +24,7 @@ from diffusers.loaders import TextualInversionLoaderMixin
 from torch import Tensor, nn
 
 from ddpo_fast.config import DDPOConfig
+from ddpo_fast.offload_frozen import on_device
 from ddpo_fast.step_credit import of_window
 from ddpo_fast.step_table import Prediction
 
@@ -271,6 +273,10 @@ class Family:
         return self.latent_shape_of(self.parts_configs(), self.height, self.width)
 
     # prompts
+
+    def encoding_on(self, device: torch.device) -> AbstractContextManager[None]:
+        """A context in which the text encoders compute on `device`; those that are not there pass it block by block."""
+        return on_device(self.text_encoders.values(), device, by_blocks=True)
 
     def encode(self, prompts: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
         """Encodes B prompts: (token ids [B, L'], embeddings [B, L, D]), on the device."""

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ddpo_fast.families.base import Config, Family, Prompts, with_pooled, without_pooled
 from ddpo_fast.flow_matching import dynamic_shift, flow_predictions, flow_scheduler, flow_table, noise_levels
-from ddpo_fast.offload_frozen import on_device
 from ddpo_fast.step_table import Prediction
 
 # The level of noise that each sampler is published with. TRL's default of `sample_eta`, 1.0, stands for it.

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ddpo_fast.families.base import Config, Prompts, with_pooled, without_pooled
 from ddpo_fast.families.stable_diffusion import StableDiffusion, check_unet
-from ddpo_fast.offload_frozen import on_device
 
 TIME_IDS = 6
 
@@ -56,7 +55,7 @@ class SDXL(StableDiffusion):
 
     def encode(self, prompts: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
         ids = self.tokens(prompts).input_ids.to(device)
-        with on_device(self.text_encoders.values(), device):
+        with self.encoding_on(device):
             tokens, _, pooled, _ = self.pipe.encode_prompt(
                 list(prompts), device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
             )
@@ -81,7 +80,7 @@ class SDXL(StableDiffusion):
             "negative_pooled_prompt_embeds": negative_pooled,
         }
         self.pipe.check_inputs(given.prompt, None, *size, 1, **texts)
-        with on_device(self.text_encoders.values(), device):
+        with self.encoding_on(device):
             embeds, negative, pooled, negative_pooled = self.pipe.encode_prompt(
                 given.prompt,
                 device=device,

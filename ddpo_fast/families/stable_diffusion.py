@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ddpo_fast.ddim import DDIMCoefficients, check_steps, ddim_scheduler, predictions
 from ddpo_fast.families.base import Config, Family, Prompts
-from ddpo_fast.offload_frozen import on_device
 from ddpo_fast.step_table import Prediction
 
 # the tasks of UNets whose input has more channels than their output, by the number of input channels
@@ -60,14 +59,14 @@ class StableDiffusion(Family):
         # the mask is passed where StableDiffusionPipeline.encode_prompt passes it
         masked = getattr(text_encoder.config, "use_attention_mask", False)
         mask = tokens.attention_mask.to(device) if masked else None
-        with on_device(text_encoder, device):
+        with self.encoding_on(device):
             return ids, text_encoder(ids, attention_mask=mask)[0]
 
     def prepare_prompts(self, given: Prompts, device: torch.device) -> tuple[Tensor, Tensor | None]:
         size = self.image_size_of(self.parts_configs(), self.height, self.width)
         embeds, negative = given.prompt_embeds, given.negative_prompt_embeds
         self.pipe.check_inputs(given.prompt, *size, 1, given.negative_prompt, embeds, negative)
-        with on_device(self.pipe.text_encoder, device):
+        with self.encoding_on(device):
             return self.pipe.encode_prompt(
                 given.prompt,
                 device,

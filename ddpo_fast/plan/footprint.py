@@ -21,6 +21,7 @@ from transformers import T5EncoderModel
 from ddpo_fast import sampler
 from ddpo_fast.families import Family
 from ddpo_fast.model_configs import ModelConfigs
+from ddpo_fast.offload_frozen import bytes_by_blocks
 from ddpo_fast.plan import meta_model
 from ddpo_fast.plan.live_bytes import Trace, trace
 from ddpo_fast.plan.reward_memory import RewardMemory
@@ -87,10 +88,12 @@ class Footprint:
         network = self._network()
         trained = [p for p in network.parameters() if p.requires_grad]
         self.trained_sizes = [p.numel() for p in trained]
-        # bytes of the network's frozen weights, of the VAE, and of all text encoders
+        # bytes of the network's frozen weights, of the VAE, and of all text encoders; of these also the most that are
+        # on the device at a time if they are kept elsewhere
         self.frozen_bytes = meta_model.bytes_of(network)
         self.vae_bytes = meta_model.bytes_of(self._vae)
         self.text_bytes = sum(map(meta_model.bytes_of, self._encoders.values()))
+        self.passing_text_bytes = bytes_by_blocks(self._encoders.values())
         self.largest_block = meta_model.largest_block(network)
 
     @property

@@ -128,6 +128,7 @@ def predict(
 
     # The frozen networks are resident too, unless `offload_frozen` brings each to the GPU only while it computes.
     # `embed_prompts_once` leaves the text encoders where they were loaded, which takes no memory between their calls.
+    # Text encoders that come from elsewhere pass the GPU block by block.
     vae, text_encoder = footprint.vae_bytes, footprint.text_bytes
     kept = {"VAE": vae, "text encoder": 0 if config.embed_prompts_once else text_encoder}
     frozen = {} if config.offload_frozen else {name: size for name, size in kept.items() if size}
@@ -154,7 +155,7 @@ def predict(
 
     resident: dict[str, Bytes] = {
         # prompts are encoded at the beginning of an epoch, before there are trajectories
-        "encoding": {**frozen, "text encoder": text_encoder, **gradients_between_updates},
+        "encoding": {"text encoder": footprint.passing_text_bytes, **frozen, **gradients_between_updates},
         "sampling": {**frozen, **gradients_between_updates, **epoch, **reward},
         "decoding": {**frozen, "VAE": vae, **gradients_between_updates, **epoch, **reward},
         "training": {**frozen, **gradients, **epoch},
