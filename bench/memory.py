@@ -134,8 +134,8 @@ def combinations(options: argparse.Namespace) -> Iterable[Row]:
 
 def spec_of(options: argparse.Namespace, kind: str, settings: Row, model: str = "") -> Row:
     # The plan predicts training on all pairs, so none may be skipped. The profiler does not see work in another thread,
-    # so rewards must not overlap with sampling.
-    fixed = {"train_skip_dead_pairs": False, "reward_overlap": False}
+    # so rewards must not overlap with sampling. How many prompts are kept follows from the number of epochs.
+    fixed = {"train_skip_dead_pairs": False, "reward_overlap": False, "num_epochs": 2}
     fixed |= {"save_freq": NEVER, "train_learning_rate": FULL_RATE}
     settings = {**settings, **fixed}
     return {"device": options.device, "kind": kind, "settings": settings, "model": model, "size": options.size}
@@ -186,6 +186,7 @@ def trained(spec: Row) -> Row:
             config.fuse_unet,
             config.sample_num_steps,
             size=config.image_sizes[0],
+            prompts=len(set(prompts())),
         )
         chosen: Row = {}
         if "cap" in spec:

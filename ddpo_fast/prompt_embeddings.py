@@ -12,8 +12,8 @@ from ddpo_fast.prompt_store import PromptStore
 # The text encoder is always called with this many prompts. The bits of an embedding may depend on the number of rows,
 # and a resumed run, which encodes its prompts in other groups, must get the same bits.
 ENCODED_AT_ONCE = 8
-# bytes above which the kept embeddings are dropped: 4000 prompts of Stable Diffusion 1.x in fp32, 240 of FLUX in bf16
-MOST_KEPT = 10**9
+# bytes above which kept embeddings make room for new ones: 2000 prompts of Stable Diffusion 1.x in bf16, 60 of FLUX
+MOST_KEPT = 250_000_000
 
 
 class PromptEmbeddings:
@@ -41,13 +41,26 @@ class PromptEmbeddings:
         """Encodes B prompts: (token ids [B, L], embeddings [B, L, D])."""
         if not self.remembers:
             return self.family.encode(prompts, self.device)
-        if sum(ids.nbytes + embeds.nbytes for ids, embeds in self._known.values()) > MOST_KEPT:
-            self._known.clear()
-        if self.store is not None:
-            missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]
-            stored = {prompt: self.store.read(prompt, self.device) for prompt in missing}
-            self._known |= {prompt: found for prompt, found in stored.items() if found is not None}
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]
+        self.keep(prompts)
+        known = [self._known[prompt] for prompt in prompts]
+        return torch.stack([ids for ids, _ in known]), torch.stack([embedding for _, embedding in known])
+
+    @torch.no_grad()
+    def keep(self, prompts: Sequence[str]) -> None:
+        """Makes sure that the prompts' embeddings are on the device, where they stay for the next call at least."""
+        wanted = list(dict.fromkeys(prompts))
+        if all(prompt in self._known for prompt in wanted):
+            return
+        if self.kept_bytes > MOST_KEPT:
+            self._known = {prompt: self._known[prompt] for prompt in wanted if prompt in self._known}
+        new = []
+        for prompt in wanted:
+            if prompt in self._known:
+                continue
+            if self.store is not None and (found := self.store.read(prompt, self.device)) is not None:
+                self._known[prompt] = found
+            else:
+                new.append(prompt)
         for start in range(0, len(new), ENCODED_AT_ONCE):
             few = new[start : start + ENCODED_AT_ONCE]
             encoded = self.family.encode(few + few[-1:] * (ENCODED_AT_ONCE - len(few)), self.device)
@@ -57,14 +70,17 @@ class PromptEmbeddings:
                 self._known[prompt] = prompt_ids.clone(), embedding.clone()
                 if self.store is not None:
                     self.store.write(prompt, *self._known[prompt])
-        known = [self._known[prompt] for prompt in prompts]
-        return torch.stack([ids for ids, _ in known]), torch.stack([embedding for _, embedding in known])
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the embeddings that are on the device."""
+        return sum(ids.nbytes + embeds.nbytes for ids, embeds in self._known.values())
 
     def embed_all(self, prompts: Sequence[str]) -> None:
         """Makes sure that the store has each of the prompts."""
         assert self.store is not None, "without a store they would be dropped again"
         for start in range(0, len(prompts), ENCODED_AT_ONCE):
-            self(prompts[start : start + ENCODED_AT_ONCE])
+            self.keep(prompts[start : start + ENCODED_AT_ONCE])
 
     def negative(self, prompt: str | None) -> torch.Tensor:
         """The embedding [1, L, D] of a run's negative prompt; '' and None mean that it has none."""

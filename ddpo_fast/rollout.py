@@ -84,7 +84,7 @@ class Rollout:
             # All prompts are encoded here, before sampling is queued on the device: copying a batch's token ids to the
             # device later would wait for the batches before it.
             with self.policy.computing():
-                self.policy.embed_prompts([prompt for draw in draws for prompt in draw.prompts])
+                self.policy.embed_prompts.keep([prompt for draw in draws for prompt in draw.prompts])
         return self._sampled(draws)
 
     def _sampled(self, draws: list[Draw]) -> Iterator[SampledBatch]:

@@ -12,15 +12,15 @@ from one_sentence import refused
 from peft import LoraConfig
 from tiny_models import save
 
-from ddpo_fast import DDPOConfig, cli
+from ddpo_fast import DDPOConfig, cli, prompt_embeddings
 from ddpo_fast.device_memory import GB
 from ddpo_fast.families import family_of_pipeline
 from ddpo_fast.model_configs import check_model
 from ddpo_fast.offload_frozen import leave_as_loaded
-from ddpo_fast.plan import MARGIN, choose, live_bytes, predict
+from ddpo_fast.plan import MARGIN, choose, live_bytes, phases, predict
 from ddpo_fast.plan.candidates import with_settings
 from ddpo_fast.plan.footprint import Adapter, Footprint
-from ddpo_fast.prompt_embeddings import ENCODED_AT_ONCE
+from ddpo_fast.prompt_embeddings import ENCODED_AT_ONCE, PromptEmbeddings
 from ddpo_fast.unet import faster_layers, fuse_unet
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
@@ -100,6 +100,39 @@ def test_prompts_predicted_against_measured(folders, name, elsewhere):
     assert footprint.passing_text_bytes < 0.9 * footprint.text_bytes
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_kept_prompts_predicted_against_measured(folders, name, monkeypatch):
+    """To the byte, also beyond the limit, above which those of earlier epochs make room for the next epoch's."""
+    footprint = Footprint(check_model(folders[name]), Adapter(4), torch.float32, "cpu", steps=4)
+    family = family_of_pipeline(DiffusionPipeline.from_pretrained(folders[name]))
+    for encoder in family.text_encoders.values():
+        encoder.requires_grad_(False)
+    embed = PromptEmbeddings(family, torch.device("cpu"), remembers=True)
+    embed.negative(None)
+    config = DDPOConfig(mixed_precision="no", sample_num_steps=4, sample_batch_size=4, sample_num_batches_per_epoch=2)
+    monkeypatch.setattr(footprint, "prompts", 12)
+
+    def predicted() -> int:
+        return predict(footprint, config, evaluated_images=0).phases["training"]["kept prompts"]
+
+    cats = [f"cat {i}" for i in range(12)]
+    embed.keep(cats[:8])
+    embed.keep(cats[4:])
+    held = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for kept in embed._known.values() for t in kept
+    }
+    assert predicted() == sum(held.values()) == embed.kept_bytes == 13 * footprint.prompt_bytes
+    for module in (prompt_embeddings, phases):
+        monkeypatch.setattr(module, "MOST_KEPT", 3 * footprint.prompt_bytes)
+    assert predicted() == 12 * footprint.prompt_bytes
+    embed.keep(cats[:8])
+    assert embed.kept_bytes == 13 * footprint.prompt_bytes, "all were known"
+    embed.keep(["dog", *cats[:7]])
+    assert embed.kept_bytes == 8 * footprint.prompt_bytes
+    embed.keep(["bird", "dog"])
+    assert embed.kept_bytes == 2 * footprint.prompt_bytes
+
+
 @pytest.mark.parametrize(("name", "rows"), [("sd35", 2), ("flux_dev", 1)])
 def test_guidance_doubles_the_rows_unless_the_network_takes_its_scale(folders, name, rows):
     footprint = Footprint(check_model(folders[name]), Adapter(4), torch.float32, "cpu", steps=4)
@@ -145,7 +178,7 @@ def test_weights_that_do_not_fit_are_refused_before_anything_is_traced(published
 
 def test_prompts_are_embedded_once_where_the_text_encoders_do_not_fit_beside(folders):
     """That changes no result, unlike quantized weights, which are only named in the message."""
-    footprint = Footprint(check_model(folders["sd35"]), Adapter(4), torch.float32, "cpu", steps=4)
+    footprint = Footprint(check_model(folders["sd35"]), Adapter(4), torch.float32, "cpu", steps=4, prompts=2)
     config = with_settings(DDPOConfig(mixed_precision="no", sample_num_steps=4, sample_batch_size=8), SMALL)
     whole, once = (predict(footprint, with_settings(config, extra)) for extra in ({}, {"embed_prompts_once": True}))
     assert once.peak < whole.peak

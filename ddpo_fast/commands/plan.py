@@ -45,6 +45,7 @@ from ddpo_fast.plan import (
     predict,
     reward_memory,
 )
+from ddpo_fast.prompts import PROMPT_LISTS, ListPrompts, existing, load_prompts
 from ddpo_fast.recipes import LORA_SETTINGS
 
 
@@ -110,12 +111,22 @@ def footprint_of(
         reward,
         config.largest_size,
         "none" if full else config.quantize_frozen,
+        _number_of_prompts(run.prompts),
     )
 
 
 def _targets(run: RunArguments) -> tuple[str, ...] | None:
     """The layers of a new adapter; TRL's default stands for the family's usual ones."""
     return None if set(run.target_modules) == set(TRL_TARGETS) else tuple(run.target_modules)
+
+
+def _number_of_prompts(spec: str) -> int | None:
+    """How many prompts a list or file has; None for a function or a dataset, which a plan neither imports nor loads."""
+    if spec in PROMPT_LISTS or existing(spec) is not None:
+        function = load_prompts(spec)
+        assert isinstance(function, ListPrompts), "neither is a function"
+        return len(set(function.prompts))
+    return None
 
 
 def memory_of_rewards(

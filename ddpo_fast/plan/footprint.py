@@ -60,6 +60,7 @@ class Footprint:
         reward: the memory of the run's rewards.
         size: (height, width) of images in pixels; None for the model's own.
         quantized: the setting `quantize_frozen`.
+        prompts: how many the run has, or None for as many as it draws.
     """
 
     def __init__(
@@ -74,11 +75,12 @@ class Footprint:
         reward: RewardMemory | None = None,
         size: tuple[int | None, int | None] = (None, None),
         quantized: str = "none",
+        prompts: int | None = None,
     ) -> None:
         self.configs, self.adapter, self.dtype, self.device_type = configs, adapter, dtype, device_type
         self.fused, self.steps, self.cached = fused, steps, cached
         self.reward = reward or RewardMemory()
-        self.size, self.quantized = size, quantized
+        self.size, self.quantized, self.prompts = size, quantized, prompts
         self._frozen = meta_model.frozen_networks(configs, dtype)
         if quantized != "none":
             for encoder in self._frozen.values():
@@ -129,6 +131,12 @@ class Footprint:
     def embedding_shape(self) -> tuple[int, int]:
         """(L, D), with the rows of a pooled embedding."""
         return meta_model.embedding_shape(self.configs)
+
+    @property
+    def prompt_bytes(self) -> int:
+        """Bytes of a prompt: its embedding, and its token ids for a CLIP, which are int64."""
+        tokens, width = self.embedding_shape
+        return self.itemsize * tokens * width + 8 * self.configs.parts["text_encoder"]["max_position_embeddings"]
 
     @property
     def negative_shape(self) -> tuple[int, int]:

@@ -28,6 +28,7 @@ from ddpo_fast.plan.update_bytes import (
     update_bytes,
 )
 from ddpo_fast.plan.zero_bytes import zero_backward_bytes, zero_host_gradient_bytes
+from ddpo_fast.prompt_embeddings import MOST_KEPT
 
 # Bytes of the workspaces of cuBLAS and cuDNN, inside PyTorch's allocator: assumed, not measured. cuDNN chooses
 # algorithms with smaller workspaces if memory is short.
@@ -120,6 +121,8 @@ def predict(
     # rollout to the next.
     sampled_rows = config.rows_per_image * merged_batches(config) * config.sample_batch_size
     always["cached embeddings"] = footprint.cached_bytes(sampled_rows)
+    if config.sample_cache or config.embed_prompts_once:
+        always["kept prompts"] = _kept_prompt_bytes(footprint, config)
     if config.cuda_graphs:
         # A CUDA graph keeps the memory that it writes to as long as the graph exists. Work that runs without a graph,
         # such as a last micro-batch of fewer pairs, needs other memory, so the same bytes count again in these two
@@ -203,6 +206,17 @@ def merged_batches(config: DDPOConfig) -> int:
 
 
 # resident parts
+
+
+def _kept_prompt_bytes(footprint: Footprint, config: DDPOConfig) -> int:
+    """Embeddings of prompts on the GPU, of this process's and of earlier epochs, and the negative prompt's."""
+    an_epoch = -(-config.sample_batch_size * config.sample_num_batches_per_epoch // config.sample_group_size)
+    prompts = an_epoch * config.num_epochs * (1 + config.sample_redraws)
+    if footprint.prompts is not None:
+        prompts = min(prompts, footprint.prompts)
+    # those that are there may have this size before an epoch's new ones are added
+    most = MOST_KEPT // footprint.prompt_bytes + an_epoch
+    return (min(prompts, most) + 1) * footprint.prompt_bytes
 
 
 def _weight_bytes(footprint: Footprint, config: DDPOConfig, num_processes: int) -> tuple[Bytes, Bytes]:
