@@ -96,6 +96,15 @@ def test_memory_is_predicted_and_measured(tmp_path, monkeypatch, capsys, model, 
 
 
 @pytest.mark.benchmark
+def test_plans_of_published_sizes_are_recorded(tmp_path):
+    output = tmp_path / "plans.jsonl"
+    run(sys.executable, "bench/plans.py", "--models", "sd3.5-medium", "--output", str(output))
+    fits = read_records(output)
+    assert [(row["gpu_gb"], max(row["total_gb"].values()) < 0.95 * row["gpu_gb"]) for row in fits] == [(16, True)] * 2
+    assert [row["chosen"]["embed_prompts_once"] for row in fits] == [True, True]
+
+
+@pytest.mark.benchmark
 def test_a_stage_for_a_part_of_a_gpus_memory(tmp_path):
     # the cap lies between micro-batches of the layers without C++, which are the same on every machine
     settings = {
