@@ -6,7 +6,6 @@ kernel of its own. N images, D channels.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ddpo_fast.ops.backend import Op
+from ddpo_fast.ops.operands import stores_sum, widest
 
 
 def add_layernorm(
@@ -81,10 +81,6 @@ def _sums(scale: Tensor, gate: Tensor | None, needs: Sequence[bool], images: int
     return [needs[0] + sum(needs), images if per_image else 1, scale.shape[-1]]
 
 
-def _widest(*vectors: Tensor | None) -> torch.dtype:
-    return functools.reduce(torch.promote_types, (vector.dtype for vector in vectors if vector is not None))
-
-
 def _reference(
     x: Tensor,
     scale: Tensor,
@@ -109,13 +105,9 @@ def _reference(
         y = y * _for_each_row(scale, x) + _for_each_row(shift, x)
     wide = torch.promote_types(x.dtype, torch.float32)
     # a custom op must not return its argument
-    stored = s if _stores(residual, later, keep) else x.new_empty(0)
+    stored = s if stores_sum(residual, later, keep) else x.new_empty(0)
     copy = x.new_empty(0) if later is None else s.flatten(0, -2) + later.to(s.dtype)
     return y, stored, copy, mean.to(wide), rstd.to(wide)
-
-
-def _stores(residual: Tensor | None, later: Tensor | None, keep: bool) -> bool:
-    return residual is not None and (keep or later is None)
 
 
 def _reference_backward(
@@ -155,7 +147,7 @@ def _reference_backward(
     if parts:
         per_image = _sums(scale, gate, needs, len(s))[1] == len(s)
         sums = torch.stack([rows.unsqueeze(1 if per_image else 0).flatten(1, -2).sum(1) for rows in parts])
-        found.append(sums.to(_widest(scale, added, gate, later)))
+        found.append(sums.to(widest(scale, added, gate, later)))
     return found
 
 
@@ -175,7 +167,7 @@ def _empty(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     wide = torch.promote_types(x.dtype, torch.float32)
     mean, rstd = (torch.empty((*x.shape[:-1], 1), dtype=wide, device=x.device) for _ in range(2))
-    s = torch.empty_like(x) if _stores(residual, later, keep) else x.new_empty(0)
+    s = torch.empty_like(x) if stores_sum(residual, later, keep) else x.new_empty(0)
     copy = x.new_empty(0) if later is None else x.new_empty(x.shape[:-1].numel(), x.shape[-1])
     return torch.empty_like(x), s, copy, mean, rstd
 
@@ -196,7 +188,7 @@ def _empty_backward(
     found = [torch.empty_like(s) for _ in range(1 if gate is None else 2)]
     if any(needs):
         shape = _sums(scale, gate, needs, len(s))
-        found.append(torch.empty(shape, dtype=_widest(scale, added, gate, later), device=s.device))
+        found.append(torch.empty(shape, dtype=widest(scale, added, gate, later), device=s.device))
     return found
 
 
@@ -215,7 +207,7 @@ def _triton(
 
     made = _empty(x, scale, shift, eps, residual, added, gate, later, keep)
     y, s, copy, mean, rstd = made
-    stored, copied = s if _stores(residual, later, keep) else None, None if later is None else copy
+    stored, copied = s if stores_sum(residual, later, keep) else None, None if later is None else copy
     added = None if residual is None else added
     add_layernorm(x, scale, shift, eps, residual, added, gate, later, stored, copied, y, mean, rstd)
     return made
@@ -250,7 +242,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     x, scale, _, _, residual, added, gate, later, _ = inputs
     _, s, copy, mean, rstd = output
     ctx.has_residual, ctx.copied = residual is not None, later is not None
-    unused = [*([s] if ctx.copied or not ctx.has_residual else []), *([] if ctx.copied else [copy])]
+    # the copy is returned if there is one, else s
+    unused = (s,) if ctx.copied else ((copy,) if ctx.has_residual else (s, copy))
     ctx.mark_non_differentiable(mean, rstd, *unused)
     # without this, autograd would allocate zeros for the gradients of mean and rstd in every backward pass
     ctx.set_materialize_grads(False)

@@ -6,7 +6,6 @@ backward pass.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddpo_fast.ops.backend import Op
-from ddpo_fast.ops.operands import laid_out_as
+from ddpo_fast.ops.operands import laid_out_as, stores_sum, widest
 
 
 def groupnorm_silu(
@@ -90,6 +89,9 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.is_contiguous() or x.movedim(1, -1).is_contiguous() else x.contiguous()
 
 
+# y; s and its copy for a later product, empty where they are not stored; mean and rstd
+Made = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
 # the definition
 
 
@@ -127,22 +129,14 @@ def _reference(
     residual: Tensor | None,
     later: Tensor | None,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Made:
     """y; if there is a residual, s, unless it is only returned with `later` and not to `keep`; the copy; statistics."""
     s = _sum(x, addend, residual)
     z, mean, rstd = _norm(s, weight, bias, groups, eps)
     wide = torch.promote_types(x.dtype, torch.float32)
     y = laid_out_as(x, F.silu(z) if silu else z)
-    stored = s if _stores(residual, later, keep) else x.new_empty(0)
+    stored = s if stores_sum(residual, later, keep) else x.new_empty(0)
     return y, stored, _copy(s, later), mean.to(wide), rstd.to(wide)
-
-
-def _stores(residual: Tensor | None, later: Tensor | None, keep: bool) -> bool:
-    return residual is not None and (keep or later is None)
-
-
-def _widest(*vectors: Tensor | None) -> torch.dtype:
-    return functools.reduce(torch.promote_types, (vector.dtype for vector in vectors if vector is not None))
 
 
 def _is_shared(x: Tensor, addend: Tensor | None, needs: Sequence[bool]) -> bool:
@@ -206,26 +200,16 @@ def _vectors(
             found.append(of_images.to(addend.dtype))
     if needs[2]:
         sums.append(dx.new_zeros(dx.shape[1]) if skip is None else skip.movedim(1, -1).flatten(0, -2).sum(0))
-    return [*([torch.stack(sums).to(_widest(weight, bias, addend, later))] if sums else []), *found]
+    return [*([torch.stack(sums).to(widest(weight, bias, addend, later))] if sums else []), *found]
 
 
 # allocate the kernels' outputs; also the ops' fake implementations
 
 
-def _empty(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    groups: int,
-    eps: float,
-    silu: bool,
-    addend: Tensor | None,
-    residual: Tensor | None,
-    later: Tensor | None,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _empty(x: Tensor, weight: Tensor, bias: Tensor, groups: int, *others: Any) -> Made:
+    *_, residual, later, keep = others
     mean, rstd = _statistics(x, groups)
-    s = torch.empty_like(x) if _stores(residual, later, keep) else x.new_empty(0)
+    s = torch.empty_like(x) if stores_sum(residual, later, keep) else x.new_empty(0)
     images, channels, pixels = _sizes(x)
     copy = x.new_empty(0) if later is None else x.new_empty(images * pixels, channels)
     return torch.empty_like(x), s, copy, mean, rstd
@@ -236,46 +220,23 @@ def _statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     return x.new_empty((x.shape[0], groups), dtype=dtype), x.new_empty((x.shape[0], groups), dtype=dtype)
 
 
-def _triton(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    groups: int,
-    eps: float,
-    silu: bool,
-    addend: Tensor | None,
-    residual: Tensor | None,
-    later: Tensor | None,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _triton(x: Tensor, weight: Tensor, bias: Tensor, groups: int, *others: Any) -> Made:
     from ddpo_fast_kernels.groupnorm_silu import groupnorm_silu
 
-    made = _empty(x, weight, bias, groups, eps, silu, addend, residual, later, keep)
+    eps, silu, addend, residual, later, keep = others
+    made = _empty(x, weight, bias, groups, *others)
     y, s, copy, mean, rstd = made
-    stored = s if _stores(residual, later, keep) else None
+    stored = s if stores_sum(residual, later, keep) else None
     copied = None if later is None else copy
     groupnorm_silu(x, weight, bias, eps, silu, addend, residual, later, y, stored, copied, mean, rstd)
     return made
 
 
-def _triton_backward(
-    x: Tensor,
-    grad: Tensor,
-    skip: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    addend: Tensor | None,
-    later: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    eps: float,
-    silu: bool,
-    summed: bool,
-    needs: Sequence[bool],
-) -> list[Tensor]:
+def _triton_backward(*arguments: Any) -> list[Tensor]:
     from ddpo_fast_kernels.groupnorm_silu import groupnorm_silu_backward
 
-    found = _empty_backward(x, grad, skip, weight, bias, addend, later, mean, rstd, eps, silu, summed, needs)
+    x, grad, skip, weight, bias, addend, _, mean, rstd, _, silu, summed, needs = arguments
+    found = _empty_backward(*arguments)
     shared = _is_shared(x, addend, needs)
     dx, *others = found
     sums = others.pop(0) if needs[0] or shared or needs[2] else None
@@ -286,25 +247,12 @@ def _triton_backward(
     return found
 
 
-def _empty_backward(
-    x: Tensor,
-    grad: Tensor,
-    skip: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    addend: Tensor | None,
-    later: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    eps: float,
-    silu: bool,
-    summed: bool,
-    needs: Sequence[bool],
-) -> list[Tensor]:
+def _empty_backward(*arguments: Any) -> list[Tensor]:
+    x, _, _, weight, bias, addend, later, *_, needs = arguments
     found = [torch.empty_like(x)]
     shared = _is_shared(x, addend, needs)
     if vectors := 2 * needs[0] + shared + needs[2]:
-        dtype = _widest(weight, bias, addend, later)
+        dtype = widest(weight, bias, addend, later)
         found.append(torch.empty((vectors, len(weight)), dtype=dtype, device=x.device))
     if needs[1] and not shared:
         assert addend is not None
@@ -312,47 +260,24 @@ def _empty_backward(
     return found
 
 
-def _csrc(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    groups: int,
-    eps: float,
-    silu: bool,
-    addend: Tensor | None,
-    residual: Tensor | None,
-    later: Tensor | None,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _csrc(x: Tensor, weight: Tensor, bias: Tensor, groups: int, *others: Any) -> Made:
     """The C++ has no residual: on a CPU, whose caches hold a sum that was just made, one would save little."""
+    eps, silu, addend, residual, later, keep = others
     s = x if residual is None else laid_out_as(x, _sum(x, addend, residual))
     addend = addend if residual is None else None
     y, (mean, rstd) = torch.empty_like(s), _statistics(s, groups)
     torch.ops.ddpo_fast_csrc.groupnorm_silu(s, weight, bias, eps, silu, addend, y, mean, rstd)
-    stored = s if _stores(residual, later, keep) else x.new_empty(0)
+    stored = s if stores_sum(residual, later, keep) else x.new_empty(0)
     return y, stored, _copy(s, later), mean, rstd
 
 
-def _csrc_backward(
-    x: Tensor,
-    grad: Tensor,
-    skip: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    addend: Tensor | None,
-    later: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    eps: float,
-    silu: bool,
-    summed: bool,
-    needs: Sequence[bool],
-) -> list[Tensor]:
+def _csrc_backward(*arguments: Any) -> list[Tensor]:
+    x, grad, skip, weight, bias, addend, later, mean, rstd, _, silu, summed, needs = arguments
     run = torch.ops.ddpo_fast_csrc.groupnorm_silu_backward
     operands = x, grad, skip, weight, bias, None if summed else addend, mean, rstd, silu
-    dx, *others = _empty_backward(x, grad, skip, weight, bias, addend, later, mean, rstd, eps, silu, summed, needs)
+    dx, *others = _empty_backward(*arguments)
     if summed or needs[2]:
-        affine = torch.empty((2, len(weight)), dtype=_widest(weight, bias), device=x.device) if needs[0] else None
+        affine = torch.empty((2, len(weight)), dtype=widest(weight, bias), device=x.device) if needs[0] else None
         run(*operands, dx, affine, None)
         rows = [] if affine is None else list(affine)
         return [dx, *_vectors(dx, skip, weight, bias, addend, later, rows, needs)]
@@ -378,12 +303,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     _, s, copy, mean, rstd = output
     ctx.summed, ctx.copied = residual is not None, later is not None
     # the copy is returned if there is one, else s
-    if ctx.copied:
-        ctx.mark_non_differentiable(mean, rstd, s)
-    elif ctx.summed:
-        ctx.mark_non_differentiable(mean, rstd, copy)
-    else:
-        ctx.mark_non_differentiable(mean, rstd, s, copy)
+    unused = (s,) if ctx.copied else ((copy,) if ctx.summed else (s, copy))
+    ctx.mark_non_differentiable(mean, rstd, *unused)
     # without this, autograd would allocate zeros for the gradients of mean and rstd in every backward pass
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(s if ctx.summed else x, weight, bias, addend, later, mean, rstd)

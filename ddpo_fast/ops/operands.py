@@ -1,6 +1,8 @@
-"""Converts operands to the memory layouts and dtypes that the ops need."""
+"""What the ops need to know of their operands, and the memory layouts and dtypes that they convert them to."""
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
@@ -21,6 +23,16 @@ def laid_out_as(like: Tensor, tensor: Tensor) -> Tensor:
     if tensor.stride() == like.stride() and tensor.dtype == like.dtype:
         return tensor
     return torch.empty_like(like).copy_(tensor)
+
+
+def widest(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype that holds the values of all tensors that there are."""
+    return functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors if tensor is not None))
+
+
+def stores_sum(residual: Tensor | None, later: Tensor | None, keep: bool) -> bool:
+    """Whether a norm of a sum stores the sum: to return it, or to `keep` it for the backward pass beside its copy."""
+    return residual is not None and (keep or later is None)
 
 
 def with_frozen(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

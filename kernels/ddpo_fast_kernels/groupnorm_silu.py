@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ddpo_fast_kernels.groups import addend_of, lanes, load_sum, normalised, per_channel, per_group
 from ddpo_fast_kernels.launch import counters_of, share_of, sum_parts, tickets
 
 # two programs for each of the 132 multiprocessors of an H100
@@ -29,62 +30,6 @@ class Norm(NamedTuple):
     bias: Any
     mean: Any
     rstd: Any
-
-
-@triton.jit
-def _lanes(
-    channels,
-    pixels,
-    GROUPS: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-):
-    """Describes the channels of a program, one for each of BLOCK_C lanes.
-
-    Returns which lanes have a channel (BLOCK_C is rounded up to a power of two), the channels, the offsets of their
-    first pixels, the step from one pixel to the next, and [GROUPS, BLOCK_C] whether a lane belongs to a group.
-    """
-    lane = tl.arange(0, BLOCK_C)
-    channel = tl.program_id(0) * (GROUPS * GROUP_SIZE) + lane
-    # int64: a batch may hold more elements than an int32 counts; an image does not
-    image = tl.program_id(1).to(tl.int64) * channels * pixels
-    member = (lane // GROUP_SIZE)[None, :] == tl.arange(0, GROUPS)[:, None]
-    if CHANNELS_LAST:
-        return lane < GROUPS * GROUP_SIZE, channel, image + channel, channels, member
-    return lane < GROUPS * GROUP_SIZE, channel, image + channel * pixels, 1, member
-
-
-@triton.jit
-def _per_group(member, values):
-    # `where` and not a product with 0 or 1: 0 * NaN is NaN, which would spread to the program's other groups
-    return tl.sum(tl.where(member, values[None, :], 0.0), axis=1)
-
-
-@triton.jit
-def _per_channel(member, values):
-    return tl.sum(tl.where(member, values[:, None], 0.0), axis=0)
-
-
-@triton.jit
-def _addend(addend_ptr, addend_step, channel, real):
-    """What is added to each channel of the program's image, [1, BLOCK_C], or 0 without an addend."""
-    if addend_ptr is None:
-        return 0.0
-    else:  # noqa: RET505  # Triton compiles what follows a `return` that is taken
-        at = tl.program_id(1) * addend_step + channel
-        return tl.load(addend_ptr + at, mask=real, other=0.0).to(tl.float32)[None, :]
-
-
-@triton.jit
-def _load_sum(x_ptr, residual_ptr, addend, offset, mask):
-    """x + addend or, as it is stored, x + addend + residual."""
-    x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32) + addend
-    if residual_ptr is not None:
-        x += tl.load(residual_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-        # the backward pass reads the rounded sum
-        x = x.to(x_ptr.dtype.element_ty).to(tl.float32)
-    return x
 
 
 # In one piece, as all of it works on the values of one tile, and a quarter of the lines are arguments.
@@ -109,9 +54,9 @@ def groupnorm_silu_fwd_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    real, channel, first, step, member = _lanes(channels, pixels, GROUPS, GROUP_SIZE, BLOCK_C, CHANNELS_LAST)
+    real, channel, first, step, member = lanes(channels, pixels, GROUPS, GROUP_SIZE, BLOCK_C, CHANNELS_LAST)
     row = tl.arange(0, BLOCK_P)
-    addend = _addend(addend_ptr, addend_step, channel, real)
+    addend = addend_of(addend_ptr, addend_step, channel, real)
 
     # Welford's recurrence for mean and sum of squared distances, separately in each element of the tile. The variance
     # E[x^2] - E[x]^2 would be cheaper, but it loses all digits to cancellation where the mean is large.
@@ -121,7 +66,7 @@ def groupnorm_silu_fwd_kernel(
         pixel = start + row
         mask = (pixel < pixels)[:, None] & real[None, :]
         offset = first[None, :] + pixel[:, None] * step
-        x = _load_sum(x_ptr, residual_ptr, addend, offset, mask)
+        x = load_sum(x_ptr, residual_ptr, addend, offset, mask)
         if s_ptr is not None:
             tl.store(s_ptr + offset, x.to(s_ptr.dtype.element_ty), mask=mask)
         delta = tl.where(mask, x - mean, 0.0)
@@ -136,10 +81,10 @@ def groupnorm_silu_fwd_kernel(
     channel_mean = tl.sum(count * mean, axis=0) / pixels
     difference = mean - channel_mean[None, :]
     channel_squares = tl.sum(squares + count * difference * difference, axis=0)
-    group_mean = _per_group(member, channel_mean) / GROUP_SIZE
-    centre = _per_channel(member, group_mean)
+    group_mean = per_group(member, channel_mean) / GROUP_SIZE
+    centre = per_channel(member, group_mean)
     distance = channel_mean - centre
-    variance = _per_group(member, channel_squares + pixels * distance * distance) / (GROUP_SIZE * pixels)
+    variance = per_group(member, channel_squares + pixels * distance * distance) / (GROUP_SIZE * pixels)
     rstd = 1.0 / tl.sqrt(variance + eps)
     statistic = tl.program_id(1) * (channels // GROUP_SIZE) + tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     tl.store(norm.mean + statistic, group_mean)
@@ -147,7 +92,7 @@ def groupnorm_silu_fwd_kernel(
 
     weight = tl.load(norm.weight + channel, mask=real, other=0.0).to(tl.float32)
     bias = tl.load(norm.bias + channel, mask=real, other=0.0).to(tl.float32)
-    scale = weight * _per_channel(member, rstd)
+    scale = weight * per_channel(member, rstd)
     if s_ptr is not None:
         # other threads may have stored what a thread reads
         tl.debug_barrier()
@@ -161,27 +106,13 @@ def groupnorm_silu_fwd_kernel(
         if s_ptr is not None:
             x = tl.load(s_ptr + offset, mask=mask, other=0.0).to(tl.float32)
         else:
-            x = _load_sum(x_ptr, residual_ptr, addend, offset, mask)
+            x = load_sum(x_ptr, residual_ptr, addend, offset, mask)
         if copy_ptr is not None:
             tl.store(copy_ptr + offset, (x + later[None, :]).to(copy_ptr.dtype.element_ty), mask=mask)
         y = (x - centre[None, :]) * scale[None, :] + bias[None, :]
         if SILU:
             y *= tl.sigmoid(y)
         tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _normalised(x_ptr, addend, grad_ptr, offset, mask, mean, rstd, weight, bias, SILU: tl.constexpr):
-    """Returns xhat = (x - mean) * rstd and the gradient with respect to z = xhat * weight + bias, SiLU's input."""
-    x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32) + addend
-    grad = tl.load(grad_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-    xhat = (x - mean[None, :]) * rstd[None, :]
-    if SILU:
-        z = xhat * weight[None, :] + bias[None, :]
-        sigmoid = tl.sigmoid(z)
-        # the derivative of z sigmoid(z). z is computed again from x, so that the forward pass need not save it.
-        grad *= sigmoid * (1.0 + z * (1.0 - sigmoid))
-    return xhat, grad
 
 
 # In one piece, as all of it works on the values of one tile, and a quarter of the lines are arguments.
@@ -215,15 +146,15 @@ def groupnorm_silu_bwd_kernel(
 ):
     """AFFINE, SHARED, LATER: which vectors that are the same for all images get a gradient: weight and bias, the
     addend, and what was added to the copy of the norm's input; in this order."""
-    real, channel, first, step, member = _lanes(channels, pixels, GROUPS, GROUP_SIZE, BLOCK_C, CHANNELS_LAST)
+    real, channel, first, step, member = lanes(channels, pixels, GROUPS, GROUP_SIZE, BLOCK_C, CHANNELS_LAST)
     row = tl.arange(0, BLOCK_P)
     image = tl.program_id(1)
     statistic = image * (channels // GROUP_SIZE) + tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
-    mean = _per_channel(member, tl.load(norm.mean + statistic))
-    rstd = _per_channel(member, tl.load(norm.rstd + statistic))
+    mean = per_channel(member, tl.load(norm.mean + statistic))
+    rstd = per_channel(member, tl.load(norm.rstd + statistic))
     weight = tl.load(norm.weight + channel, mask=real, other=0.0).to(tl.float32)
     bias = tl.load(norm.bias + channel, mask=real, other=0.0).to(tl.float32)
-    addend = _addend(addend_ptr, addend_step, channel, real)
+    addend = addend_of(addend_ptr, addend_step, channel, real)
 
     sums = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     products = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
@@ -231,7 +162,7 @@ def groupnorm_silu_bwd_kernel(
         pixel = start + row
         mask = (pixel < pixels)[:, None] & real[None, :]
         offset = first[None, :] + pixel[:, None] * step
-        xhat, grad = _normalised(x_ptr, addend, grad_ptr, offset, mask, mean, rstd, weight, bias, SILU)
+        xhat, grad = normalised(x_ptr, addend, grad_ptr, offset, mask, mean, rstd, weight, bias, SILU)
         sums += grad
         products += grad * xhat
     channel_sum = tl.sum(sums, axis=0)
@@ -246,8 +177,8 @@ def groupnorm_silu_bwd_kernel(
     # is scaled (up to eps), so dx has no component along the constant vector or along xhat. With means over the group,
     # dx = rstd * (h - mean(h) - xhat * mean(h * xhat)).
     count = GROUP_SIZE * pixels
-    along_one = _per_channel(member, _per_group(member, weight * channel_sum) / count)
-    along_x = _per_channel(member, _per_group(member, weight * channel_product) / count)
+    along_one = per_channel(member, per_group(member, weight * channel_sum) / count)
+    along_x = per_channel(member, per_group(member, weight * channel_product) / count)
     of_addend = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     of_later = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     # from the last tile to the first, as in the forward pass
@@ -255,7 +186,7 @@ def groupnorm_silu_bwd_kernel(
         pixel = (pixels - 1) // BLOCK_P * BLOCK_P - done + row
         mask = (pixel < pixels)[:, None] & real[None, :]
         offset = first[None, :] + pixel[:, None] * step
-        xhat, grad = _normalised(x_ptr, addend, grad_ptr, offset, mask, mean, rstd, weight, bias, SILU)
+        xhat, grad = normalised(x_ptr, addend, grad_ptr, offset, mask, mean, rstd, weight, bias, SILU)
         dx = (grad * weight[None, :] - along_one[None, :] - xhat * along_x[None, :]) * rstd[None, :]
         if skip_ptr is not None:
             skip = tl.load(skip_ptr + offset, mask=mask, other=0.0).to(tl.float32)
@@ -320,18 +251,7 @@ def groupnorm_silu(
     later = None if later is None else later.contiguous()
     with torch.cuda.device_of(x):
         groupnorm_silu_fwd_kernel[grid](
-            x,
-            residual,
-            addend,
-            later,
-            y,
-            s,
-            copy,
-            norm,
-            channels,
-            pixels,
-            step,
-            eps,
+            *(x, residual, addend, later, y, s, copy, norm, channels, pixels, step, eps),
             SILU=silu,
             **tile,
             num_warps=warps,
@@ -455,8 +375,8 @@ def ahead_of_time() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, Any], 
             ):
                 direction, _, rest = kind.partition(" ")
                 forward, summed = direction == "fwd", rest.startswith("sum")
-                if summed and channels not in (320, 640, 1280):
-                    # no transformer has as many
+                # transformers have these widths
+                if summed and channels not in ((320, 640, 1280) if dtype == "fp16" else (320,)):
                     continue
                 optional = "residual addend later s copy" if forward else "addend skip daddend parts sums tickets"
                 order = "x residual addend later y s copy"
