@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from ddpo_fast_kernels import launch
 from ddpo_fast_kernels import ppo_loss as kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -387,6 +389,38 @@ def test_the_loss_scale_multiplies_the_whole_gradient(backend, reference):
         plain, scaled = (example.fused(scale).gradient for scale in (None, torch.tensor(2.0**12, device=DEVICE)))
     assert plain.all()
     assert torch.equal(scaled, 2.0**12 * plain)
+
+
+def test_the_counters_of_a_graph_are_its_own_and_not_filled_in_its_capture(monkeypatch):
+    """With a stand-in for a CUDA device that has one stream."""
+    capturing, made = [False], []
+
+    def zeros(count, device, **kwargs):
+        made.append(capturing[0])
+        return torch.empty(count, device="meta", **kwargs)
+
+    monkeypatch.setattr(launch, "_TICKETS", {})
+    monkeypatch.setattr(launch, "_CAPTURED", [])
+    monkeypatch.setattr(torch, "zeros", zeros)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=1))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+
+    def of_calls(counts):
+        return [launch.tickets(torch.device("cuda", 0), count) for count in counts]
+
+    graphs = []
+    for _ in range(2):
+        capturing[0] = False
+        warm, again = of_calls((1, 3000))
+        assert warm is again
+        capturing[0] = True
+        captured, later = of_calls((3000, 1))
+        assert captured is later is warm
+        graphs.append(captured)
+    assert graphs[0] is not graphs[1]
+    assert made == [False, False]
+    # of a launch that no warm-up had
+    assert of_calls([5000])[0] is not graphs[1]
 
 
 def test_the_atomic_counter_is_zero_after_each_launch(monkeypatch):

@@ -12,6 +12,8 @@ MOST_IN_ONE_SHARE = 64
 FEWEST_TICKETS = 4096
 # by device and stream
 _TICKETS: dict[tuple[torch.device, int], torch.Tensor] = {}
+# those of CUDA graphs, which know their addresses only
+_CAPTURED: list[torch.Tensor] = []
 
 
 def row_layout(tensor: torch.Tensor) -> tuple[int, int]:
@@ -40,16 +42,26 @@ def block_and_warps(elements: int) -> tuple[int, int]:
 def tickets(device: torch.device, count: int = 1) -> torch.Tensor:
     """Counters [at least `count`] that are 0 before and after every launch of the current stream; kernels reset them.
 
-    Launches on one stream run one after the other and can share counters. A CUDA graph gets counters of its own,
-    because it may be replayed on another stream than it was captured on, at the same time as other launches.
+    Launches on one stream run one after the other and can share counters. A CUDA graph keeps those of the stream that
+    it is captured on, and the next launch there outside of a capture gets others: the graph may be replayed on another
+    stream, at the same time as other launches. They are made before the capture, which would record a launch that
+    fills them; PyTorch requires that a function runs once on the stream before.
     """
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda":
         return torch.zeros(count, dtype=torch.int32, device=device)
     key = device, torch.cuda.current_stream(device).cuda_stream
-    if key not in _TICKETS or len(_TICKETS[key]) < count:
+    counters = _TICKETS.get(key)
+    large_enough = counters is not None and len(counters) >= count
+    if torch.cuda.is_current_stream_capturing():
+        if counters is None or not large_enough:
+            return torch.zeros(count, dtype=torch.int32, device=device)
+        if not any(counters is kept for kept in _CAPTURED):
+            _CAPTURED.append(counters)
+        return counters
+    if counters is None or not large_enough or any(counters is kept for kept in _CAPTURED):
         # launches that still use a smaller tensor run before any that gets its memory, as they are on this stream
-        _TICKETS[key] = torch.zeros(max(count, FEWEST_TICKETS), dtype=torch.int32, device=device)
-    return _TICKETS[key]
+        counters = _TICKETS[key] = torch.zeros(max(count, FEWEST_TICKETS), dtype=torch.int32, device=device)
+    return counters
 
 
 @triton.jit
