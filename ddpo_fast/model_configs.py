@@ -99,7 +99,9 @@ def check_model(
         index = _read(name, revision, folder, "model_index.json")
         family = _family(index)
         present = [part for part in (family.network, *family.frozen) if index.get(part, [None, None])[1] is not None]
-        found = {part: _read(name, revision, folder, f"{part}/config.json") for part in present}
+        found = {
+            part: _read(name, revision, folder, f"{part}/config.json", remedy=_remedy(part, family)) for part in present
+        }
         scheduler = _read(name, revision, folder, SCHEDULER)
         parts = {part: _completed(part, index[part][1], config) for part, config in found.items()}
         configs = ModelConfigs(family, parts, scheduler)
@@ -211,7 +213,17 @@ def weight_files(folder: Path, part: str, variant: str | None) -> list[str]:
     return []
 
 
-def _read(name: str, revision: str, folder: Path | None, file: str, needed: bool = True) -> dict[str, Any]:
+def _remedy(part: str, family: type[Family]) -> str:
+    """What to do where a part of a model is missing."""
+    if part not in family.optional:
+        return REMEDY
+    tokenizer = part.replace("text_encoder", "tokenizer")
+    return f"{AGAIN}, or leave it out by [null, null] for {part} and {tokenizer} in its model_index.json"
+
+
+def _read(
+    name: str, revision: str, folder: Path | None, file: str, needed: bool = True, remedy: str = REMEDY
+) -> dict[str, Any]:
     """Reads a config file; returns an empty dict if the file does not exist and is not `needed`."""
     try:
         path = folder / file if folder is not None else Path(hf_hub_download(name, file, revision=revision))
@@ -221,7 +233,7 @@ def _read(name: str, revision: str, folder: Path | None, file: str, needed: bool
             return {}
         if isinstance(error, errors.LocalEntryNotFoundError):
             raise OSError(hub_problem(name, error)) from error
-        raise ValueError(f"it has no {file}: {REMEDY}") from None
+        raise ValueError(f"it has no {file}: {remedy}") from None
     except (OSError, ValueError) as error:
         if folder is None:
             raise OSError(hub_problem(name, error)) from error

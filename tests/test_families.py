@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
 from compare_runs import metrics_of
@@ -37,6 +40,16 @@ def test_other_models_are_refused_with_those_that_work(tiny_model, model, words)
     if model != "sd2_epsilon_zero_snr":
         assert "Stable Diffusion 1.x or 2.x" in str(caught.value)
         assert "Stable Diffusion XL" in str(caught.value)
+
+
+def test_a_folder_that_has_lost_t5_says_how_to_train_without(tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model("sd35"), tmp_path / "model")
+    shutil.rmtree(folder / "text_encoder_3")
+    with refused(ValueError, r"no text_encoder_3/config.json: .* or leave it out by \[null, null\] for text_encoder_3"):
+        check_model(str(folder))
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "text_encoder_3": [None, None]}))
+    assert "text_encoder_3" not in check_model(str(folder)).parts
 
 
 def test_a_class_of_another_name_is_judged_by_its_parts():
