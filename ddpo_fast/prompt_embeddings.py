@@ -79,8 +79,9 @@ class PromptEmbeddings:
     def embed_all(self, prompts: Sequence[str]) -> None:
         """Makes sure that the store has each of the prompts."""
         assert self.store is not None, "without a store they would be dropped again"
-        for start in range(0, len(prompts), ENCODED_AT_ONCE):
-            self.keep(prompts[start : start + ENCODED_AT_ONCE])
+        new = [prompt for prompt in prompts if not self.store.path(prompt).exists()]
+        for start in range(0, len(new), ENCODED_AT_ONCE):
+            self.keep(new[start : start + ENCODED_AT_ONCE])
 
     def negative(self, prompt: str | None) -> torch.Tensor:
         """The embedding [1, L, D] of a run's negative prompt; '' and None mean that it has none."""

@@ -6,6 +6,7 @@ import torch
 from safetensors import safe_open
 from tiny_run import build_pipeline, build_trainer
 
+from ddpo_fast.prompt_embeddings import PromptEmbeddings
 from ddpo_fast.prompt_store import PromptStore, key_of
 from ddpo_fast.prompts import ListPrompts
 
@@ -34,6 +35,10 @@ def test_prompts_of_a_list_are_embedded_before_training(model_dir, tmp_path):
     trainer.train()
     trainer.evaluate(("a cat",), ({},))
     assert calls == []
+    # a resumed run finds all of a long list, and brings none of them to the device before it is drawn
+    again = PromptEmbeddings(trainer.policy.family, torch.device("cpu"), True, trainer.policy.embed_prompts.store)
+    again.embed_all(PROMPTS)
+    assert (calls, again.kept_bytes) == ([], 0)
 
 
 def test_other_prompts_are_embedded_when_they_are_drawn_and_only_once(model_dir, tmp_path):
