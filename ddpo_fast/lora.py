@@ -203,8 +203,7 @@ def find_targets(unet: nn.Module, targets: Sequence[str]) -> list[str]:
 
 def usual_targets(family: Family) -> list[str]:
     """Those of the family's usual target modules that the network has: one of few blocks may lack some."""
-    names = _layers_by_name(family.denoiser)
-    return [target for target in family.targets if _selected(names, target)]
+    return [target for target in family.targets if _selected(_layers_by_name(family.denoiser), target)]
 
 
 def _layers_by_name(network: nn.Module) -> dict[str, nn.Module]:

@@ -287,13 +287,8 @@ class Family:
         tokenizer = self.pipe.tokenizer
         # a textual inversion of several vectors is one word in the prompt and several tokens
         whole = TextualInversionLoaderMixin().maybe_convert_prompt(list(prompts), tokenizer)
-        return tokenizer(
-            whole,
-            return_tensors="pt",
-            padding="max_length",
-            truncation=True,
-            max_length=tokenizer.model_max_length,
-        )
+        cut = {"truncation": True, "max_length": tokenizer.model_max_length}
+        return tokenizer(whole, return_tensors="pt", padding="max_length", **cut)
 
     def no_negative(self, empty: Tensor) -> Tensor:
         """What guidance leads away from without a negative prompt, from the embedding `empty` [1, L, D] of ''."""
