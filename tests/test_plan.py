@@ -253,6 +253,8 @@ def test_prompts_that_are_embedded_once_leave_the_text_encoder_out(footprints):
     plan = predict(footprints["lora"], config(embed_prompts_once=True, train_micro_batch_size=1))
     found = {name: parts.get("text encoder", 0) for name, parts in plan.phases.items()}
     assert found == {name: text if name == "encoding" else 0 for name in plan.phases}
+    kept = {name for name, parts in plan.phases.items() if parts.get("kept prompts")}
+    assert kept == set(plan.phases) - {"loading"}
     # mapped from its file, it takes no host memory either
     away = predict(footprints["lora"], config(embed_prompts_once=True, offload_frozen=True, train_micro_batch_size=1))
     assert (plan.host, away.host) == ({}, {"VAE": footprints["lora"].vae_bytes})

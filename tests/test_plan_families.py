@@ -113,7 +113,7 @@ def test_kept_prompts_predicted_against_measured(folders, name, monkeypatch):
     monkeypatch.setattr(footprint, "prompts", 12)
 
     def predicted() -> int:
-        return predict(footprint, config, evaluated_images=0).phases["training"]["kept prompts"]
+        return phases._kept_prompt_bytes(footprint, config)
 
     cats = [f"cat {i}" for i in range(12)]
     embed.keep(cats[:8])
