@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ddpo_fast.ops.backend import Op
-from ddpo_fast.ops.operands import stores_sum, widest
+from ddpo_fast.ops.operands import mark_outputs, returned_sums_gradient, stores_sum, widest
 
 
 def add_layernorm(
@@ -240,15 +240,10 @@ BACKWARD = Op("add_layernorm_backward", _reference_backward, _empty_backward, _t
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, scale, _, _, residual, added, gate, later, _ = inputs
-    _, s, copy, mean, rstd = output
-    ctx.has_residual, ctx.copied = residual is not None, later is not None
-    # the copy is returned if there is one, else s
-    unused = (s,) if ctx.copied else ((copy,) if ctx.has_residual else (s, copy))
-    ctx.mark_non_differentiable(mean, rstd, *unused)
-    # without this, autograd would allocate zeros for the gradients of mean and rstd in every backward pass
-    ctx.set_materialize_grads(False)
+    _, s, _, mean, rstd = output
+    mark_outputs(ctx, output, residual, later)
     only_gated = None if gate is None else x
-    ctx.save_for_backward(s if ctx.has_residual else x, only_gated, scale, mean, rstd, added, gate, later)
+    ctx.save_for_backward(s if ctx.summed else x, only_gated, scale, mean, rstd, added, gate, later)
 
 
 def _differentiate(
@@ -260,8 +255,7 @@ def _differentiate(
     _rstd: None,
     skip: Tensor | None = None,
 ) -> Any:
-    if ctx.copied or ctx.has_residual:
-        skip = of_copy if ctx.copied else of_s
+    skip = returned_sums_gradient(ctx, of_s, of_copy, skip)
     if grad is None and skip is None:
         return (None,) * 9
     # once, because checkpointing allows no second reading
@@ -283,7 +277,7 @@ def _differentiate(
 
     dscale, dshift = (of(scale, asked[0]) for _ in range(2))
     dadded, dgate, dlater = map(of, (added, gate, later), asked[1:])
-    return dx, dscale, dshift, None, ds if ctx.has_residual else None, dadded, dgate, dlater, None
+    return dx, dscale, dshift, None, ds if ctx.summed else None, dadded, dgate, dlater, None
 
 
 FORWARD.register_autograd(_differentiate, setup_context=_save)

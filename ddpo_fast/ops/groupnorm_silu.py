@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddpo_fast.ops.backend import Op
-from ddpo_fast.ops.operands import laid_out_as, stores_sum, widest
+from ddpo_fast.ops.operands import laid_out_as, mark_outputs, returned_sums_gradient, stores_sum, widest
 
 
 def groupnorm_silu(
@@ -300,13 +300,8 @@ BACKWARD = Op(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, bias, _, ctx.eps, ctx.silu, addend, residual, later, _ = inputs
-    _, s, copy, mean, rstd = output
-    ctx.summed, ctx.copied = residual is not None, later is not None
-    # the copy is returned if there is one, else s
-    unused = (s,) if ctx.copied else ((copy,) if ctx.summed else (s, copy))
-    ctx.mark_non_differentiable(mean, rstd, *unused)
-    # without this, autograd would allocate zeros for the gradients of mean and rstd in every backward pass
-    ctx.set_materialize_grads(False)
+    _, s, _, mean, rstd = output
+    mark_outputs(ctx, output, residual, later)
     ctx.save_for_backward(s if ctx.summed else x, weight, bias, addend, later, mean, rstd)
 
 
@@ -319,8 +314,7 @@ def _differentiate(
     _rstd: None,
     skip: Tensor | None = None,
 ) -> Any:
-    if ctx.copied or ctx.summed:
-        skip = of_copy if ctx.copied else of_s
+    skip = returned_sums_gradient(ctx, of_s, of_copy, skip)
     if grad is None and not (ctx.copied or ctx.summed):
         return (skip, *[None] * 9)
     x, weight, bias, addend, later, mean, rstd = ctx.saved_tensors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,26 @@ def widest(*tensors: Tensor | None) -> torch.dtype:
 def stores_sum(residual: Tensor | None, later: Tensor | None, keep: bool) -> bool:
     """Whether a norm of a sum stores the sum: to return it, or to `keep` it for the backward pass beside its copy."""
     return residual is not None and (keep or later is None)
+
+
+def mark_outputs(ctx: Any, output: tuple[Tensor, ...], residual: Tensor | None, later: Tensor | None) -> None:
+    """Sets `ctx.summed` and `ctx.copied` of a norm, and which of its outputs (y, s, copy, mean, rstd) have gradients.
+
+    Beside y the copy has one if there is `later`, else the sum s if there is a residual.
+    """
+    _, s, copy, mean, rstd = output
+    ctx.summed, ctx.copied = residual is not None, later is not None
+    unused = (s,) if ctx.copied else ((copy,) if ctx.summed else (s, copy))
+    ctx.mark_non_differentiable(mean, rstd, *unused)
+    # without this, autograd would allocate zeros for the gradients of mean and rstd in every backward pass
+    ctx.set_materialize_grads(False)
+
+
+def returned_sums_gradient(ctx: Any, of_s: Tensor | None, of_copy: Tensor | None, skip: Tensor | None) -> Tensor | None:
+    """The gradient of what `mark_outputs` named beside y; `skip` where a norm has no sum."""
+    if ctx.copied:
+        return of_copy
+    return of_s if ctx.summed else skip
 
 
 def with_frozen(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
