@@ -19,7 +19,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpo_fast.batch_sizes import MOST_ROWS
 from ddpo_fast.ops import force_backend
-from ddpo_fast.unet import SDPAProcessor, convolutions, fuse_unet, linear_layers, transformer_blocks, unfuse_unet
+from ddpo_fast.unet import (
+    SDPAProcessor,
+    convolutions,
+    fuse_unet,
+    linear_layers,
+    residual_blocks,
+    transformer_blocks,
+    unfuse_unet,
+    up_blocks,
+)
 from ddpo_fast.unet import fused_layers as fusing
 
 TINY = {
@@ -64,7 +73,8 @@ def test_the_same_where_kernels_add_what_a_cpu_adds_apart(kind, lora, monkeypatc
     monkeypatch.setattr(convolutions, "adds_in_kernels", lambda x: True)
     fuse_unet(unet).to(memory_format=torch.channels_last)
     calls = Counter()
-    counted = [(linear_layers, "qkv_linear"), (linear_layers, "lora_qkv_linear"), (fusing, "ImageSum")]
+    counted = [(linear_layers, "qkv_linear"), (linear_layers, "lora_qkv_linear"), (residual_blocks, "ImageSum")]
+    counted.append((up_blocks, "ImageConcatenation"))
     for module, name in (*counted, (fusing, "add_product_"), (transformer_blocks, "add_product_")):
         op = getattr(module, name)
         monkeypatch.setattr(module, name, Counted(op, name, calls))
@@ -75,11 +85,23 @@ def test_the_same_where_kernels_add_what_a_cpu_adds_apart(kind, lora, monkeypatc
     }
     blocks, transformers = count.values()
     own = {"lora_qkv_linear" if lora else "qkv_linear": blocks}
-    # both products at the ends of transformers add to a residual, and each transformer computes the sum before it
-    assert calls == {**own, "add_product_": blocks + transformers, "ImageSum": transformers}
+    # both products at the ends of transformers add to a residual, each transformer computes the sum before it, and each
+    # residual block of the up path the concatenation
+    joined = {"ImageConcatenation": sum(len(block.resnets) for block in unet.up_blocks)}
+    assert calls == {**own, **joined, "add_product_": blocks + transformers, "ImageSum": transformers}
     with torch.no_grad():
         sampled = predict(unet)
     assert torch.equal(predict(unet), sampled)
+
+
+def test_freeu_changes_what_is_concatenated(monkeypatch):
+    unet = make_unet("sd15", dtype=torch.float64)
+    plain = predict(unet)
+    monkeypatch.setattr(convolutions, "adds_in_kernels", lambda x: True)
+    fuse_unet(unet).enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    changed = predict(unet)
+    assert not torch.allclose(changed, plain)
+    torch.testing.assert_close(changed, predict(unfuse_unet(unet)), rtol=1e-9, atol=1e-10)
 
 
 class Counted:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from ddpo_fast_kernels import groupnorm_silu as kernels
+from ddpo_fast_kernels import groups as kernels
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from op_checks import DEVICE, DTYPES, HALVES, assert_as_exact_as_plain, in_layout, name_of
@@ -284,6 +284,36 @@ def test_a_sum_and_a_later_bias(backend, dtype, channels_last, given):
     assert torch.equal(s if s.ndim == 4 else s.view(3, 9, 7, 40).permute(0, 3, 1, 2), actual[1])
 
 
+@pytest.mark.usefixtures("poisoned_empty", "several_groups")
+@pytest.mark.parametrize(("dtype", "channels_last"), [(torch.float32, False), (torch.float16, True)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_channels_of_two_tensors(backend, dtype, channels_last):
+    """Their border is within a group. Each gets its gradient as a dense tensor; s has other uses, or none."""
+    s, weight, bias, grad = example((3, 40, 9, 7), dtype, channels_last)
+    # the second tensor has another layout than the first
+    x, beside = in_layout(s[:, :27], channels_last), in_layout(s[:, 27:], not channels_last)
+
+    def all_of(x, weight, bias, beside, of=plain, uses=2):
+        inputs = [tensor.detach().requires_grad_() for tensor in (x, weight, bias, beside)]
+        if of is plain:
+            s = torch.cat([inputs[0], inputs[3]], 1)
+            made = plain(s, *inputs[1:3], 4, EPS), s
+        else:
+            made = groupnorm_silu_and_skip(*inputs[:3], 4, EPS, beside=inputs[3])
+        grads = grad.to(made[0].dtype), grad.flip(0).to(made[0].dtype)
+        return *(t.detach() for t in made), *torch.autograd.grad(made[:uses], inputs, grads[:uses])
+
+    values = (x, weight, bias, beside)
+    for uses in (1, 2):
+        with force_backend(backend):
+            actual = all_of(*values, of=groupnorm_silu_and_skip, uses=uses)
+        exact = all_of(*(tensor.double() for tensor in values), uses=uses)
+        assert_as_exact_as_plain(actual, all_of(*values, uses=uses), exact)
+        assert torch.equal(actual[1], s)
+        for tensor in (*actual[:3], actual[5]):
+            assert tensor.stride() == in_layout(tensor, channels_last).stride()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_addend_of_any_strides(backend):
     x, weight, bias, grad = example((3, 40, 5, 4))
@@ -381,6 +411,16 @@ def test_gradcheck_of_a_sum():
     assert torch.autograd.gradcheck(of, inputs)
 
 
+def test_gradcheck_of_two_tensors():
+    s, weight, bias, _ = example((2, 6, 2, 3), torch.float64)
+    inputs = [tensor.detach().requires_grad_() for tensor in (s[:, :4], weight, bias, s[:, 4:])]
+
+    def of(x, weight, bias, beside):
+        return groupnorm_silu_and_skip(x, weight, bias, 2, EPS, True, beside=beside)
+
+    assert torch.autograd.gradcheck(of, inputs)
+
+
 @pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "contiguous"])
 @pytest.mark.parametrize("silu", [True, False])
 def test_gradcheck(silu, channels_last):
@@ -398,16 +438,18 @@ def test_opcheck(backend, channels_last):
     inputs = [tensor.requires_grad_() for tensor in (x, weight, bias)]
     with force_backend(backend):
         forward = torch.ops.ddpo_fast.groupnorm_silu.default
-        torch.library.opcheck(forward, (*inputs, 2, EPS, True, None, None, None, True))
+        torch.library.opcheck(forward, (*inputs, 2, EPS, True, None, None, None, True, None))
+        parts = [in_layout(part, channels_last).detach().requires_grad_() for part in x.split([5, 3], 1)]
+        torch.library.opcheck(forward, (parts[0], *inputs[1:], 2, EPS, True, None, None, None, True, parts[1]))
         addend, skip = torch.ones(2, 8, device=DEVICE), grad.clone()
-        torch.library.opcheck(forward, (*inputs, 2, EPS, True, addend, None, None, True))
-        torch.library.opcheck(forward, (*inputs, 2, EPS, True, addend[:1], skip, weight.clone(), True))
-        saved = [t.detach() for t in forward(*inputs, 2, EPS, True, addend, None, None, True)[3:]]
-        for affine, summed in ((True, False), (False, False), (True, True)):
+        torch.library.opcheck(forward, (*inputs, 2, EPS, True, addend, None, None, True, None))
+        torch.library.opcheck(forward, (*inputs, 2, EPS, True, addend[:1], skip, weight.clone(), True, None))
+        saved = [t.detach() for t in forward(*inputs, 2, EPS, True, addend, None, None, True, None)[3:]]
+        for affine, summed, width in ((True, False, 0), (False, False, 0), (True, True, 0), (True, True, 5)):
             backward = torch.ops.ddpo_fast.groupnorm_silu_backward.default
             given = (x.detach(), grad, skip if summed else None, weight.detach(), bias.detach())
             given += (addend[:1] if summed else addend, bias.detach() if summed else None, *saved)
-            torch.library.opcheck(backward, (*given, EPS, True, summed, [affine, affine, summed]))
+            torch.library.opcheck(backward, (*given, EPS, True, summed, width, [affine, affine, summed]))
 
 
 def test_compiles_without_a_graph_break():
@@ -430,7 +472,7 @@ def test_shapes_that_do_not_fit_are_refused():
 @pytest.mark.parametrize("channels", [320, 640, 960, 1280, 1920, 2560])
 @pytest.mark.parametrize(("images", "itemsize"), [(2, 2), (24, 2), (96, 2), (96, 4)])
 def test_a_program_takes_several_groups_only_if_there_are_enough_programs(images, channels, itemsize):
-    (blocks, _), tile, _ = kernels._tiling(images, channels, 4096, 32, itemsize, channels_last=True)
+    (blocks, _), tile, _ = kernels.tiling(images, channels, 4096, 32, itemsize, channels_last=True)
     owned = tile["GROUPS"]
     assert blocks * owned == 32
     assert owned == 1 or blocks * images >= kernels.FULL_GRID

@@ -19,6 +19,7 @@ from lib.traffic_count import count
 from lib.traffic_rules import Launch
 
 from ddpo_fast.unet import fuse_unet
+from ddpo_fast.unet.residual_sums import ImageConcatenation
 
 HALF = 2
 empty = partial(torch.empty, dtype=torch.float16, device="meta")
@@ -115,6 +116,23 @@ def test_a_residual_block_plain_and_fused():
     assert not any(launch.kind == "add" for launch in found.backward)
 
 
+def test_the_first_norm_of_an_up_block_makes_the_concatenation():
+    """It reads both parts and writes the concatenation, which the shortcut reads, and its own result."""
+    block = fuse_unet(on_meta(ResnetBlock2D(in_channels=64, out_channels=32, temb_channels=16)))
+    x, beside, temb = images(2, 32, 4, 4), images(2, 32, 4, 4), empty(2, 16, requires_grad=True)
+    found = count(block, lambda: block(ImageConcatenation(x, beside), temb))
+    both, statistics, weights = HALF * 2 * x.numel(), 2 * 4 * 2 * 32, HALF * 2 * 64
+    assert found.forward[0] == Launch("norm", both + weights, 2 * both + statistics)
+    # of the sum of two biases, both of which need a gradient of their own
+    assert [launch for launch in (*found.forward, *found.backward) if launch.kind == "copy"] == [
+        Launch("copy", HALF * 32, HALF * 32)
+    ]
+    # the backward kernel reads the concatenation and two gradients; each image's sums become those of two vectors
+    parts = 4 * 2 * 2 * 64
+    expected = Launch("norm", 3 * both + weights + statistics + parts, both + weights + parts)
+    assert [launch for launch in found.backward if launch.kind == "norm"][-1] == expected
+
+
 def test_an_op_without_a_rule_is_refused():
     with pytest.raises(NotImplementedError, match=r"no rule for aten\.cumsum"):
         count(nn.Module(), lambda: empty(3, requires_grad=True).cumsum(0))
@@ -137,12 +155,12 @@ def test_sd15_with_a_lora(tmp_path, capsys):
     shared = 2.0 * 4096 * 320 * (9 * 4 + 2 * 9 * 320 + 5 * 320 + 2 * 4096)
     assert traffic.total(forward, "flops") == pytest.approx(803e9 - shared / 2, rel=0.003)
     # 61 group norms and 48 layer norms; 52 convolutions of 3x3, the others are matrix products; and copies of the time
-    # embedding, of the parameters of its projection (a weight, and the biases of two layers), of 12 concatenations, of
-    # three upsamplings and of what is shared: the residuals of a transformer and of its block and the norm, and the
+    # embedding, of the parameters of its projection (a weight, and the biases of two layers), of three upsamplings and
+    # of what is shared: the residuals of a transformer and of its block and the norm, and the
     # output of conv_in, only; and of the adapters of 16 self-attentions, whose first factors become one, and of the
     # weights of all but those with 1280 channels, which are six
     launches = {kind: of["launches"] for kind, of in forward["kinds"].items()}
-    copies = 3 + 3 + 12 + 3 + 4 + 16 + 10
+    copies = 3 + 3 + 3 + 4 + 16 + 10
     assert [launches[kind] for kind in ("norm", "conv", "attention", "copy")] == [61 + 48, 52, 32, copies]
     assert [row["phase"] for row in (sampling, forward, backward)] == ["sampling", "forward", "backward"]
     # without gradients, sums before the last layer norms and the group norms of transformers are not stored beside

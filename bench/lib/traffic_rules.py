@@ -219,9 +219,10 @@ def layer_norm_backward(out: tuple[Tensor | None, ...], grad: Tensor, x: Tensor,
 
 def fused_group_norm_backward(out: list[Tensor], x: Tensor, *args: Any) -> Iterator[Launch]:
     """Ours: one kernel, which also adds up the images' gradients of vectors that are the same for all of them."""
-    addend, (affine, of_addend, later) = args[4], args[-1]
+    addend, width, (affine, of_addend, later) = args[4], *args[-2:]
     shared = of_addend and len(addend) != len(x)
-    parts = FLOAT * len(x) * out[1].numel() if affine or shared or later else 0
+    # of a concatenation, dx is two tensors
+    parts = FLOAT * len(x) * out[2 if width else 1].numel() if affine or shared or later else 0
     yield with_parts("norm", [x, *tensors_in(args)], out, parts)
 
 

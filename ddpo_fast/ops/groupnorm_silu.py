@@ -47,7 +47,7 @@ def groupnorm_silu(
             raise ValueError(f"{name} has shape {tuple(parameter.shape)} but x has {x.shape[1]} channels")
     if addend is not None and addend.shape not in (x.shape[:2], (1, x.shape[1])):
         raise ValueError(f"addend has shape {tuple(addend.shape)} but must be {tuple(x.shape[:2])}")
-    return FORWARD(_dense(x), weight, bias, groups, eps, silu, addend, None, None, True)[0]
+    return FORWARD(_dense(x), weight, bias, groups, eps, silu, addend, None, None, True, None)[0]
 
 
 def groupnorm_silu_and_skip(
@@ -60,11 +60,14 @@ def groupnorm_silu_and_skip(
     addend: Tensor | None = None,
     residual: Tensor | None = None,
     later: Tensor | None = None,
+    beside: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`groupnorm_silu` of `s = x + addend + residual`, and s for a skip connection.
 
     Args:
         residual: like `x`; without it s is `x`, and `addend` must be None. s is rounded to the dtype of `x`.
+        beside: [N, C', ...] in the dtype of `x`, in place of the three others. s is `x` and, after its channels, these;
+            weight and bias have the channels of s. The backward pass gives each its gradient as a tensor.
         later: [C], the bias of a layer whose output will be added to s. With it, s + later is returned as rows
             [N * pixels, C] that nothing else reads, so that a matrix product may add to them in place. `x` is then
             copied if it is not channels_last.
@@ -73,15 +76,23 @@ def groupnorm_silu_and_skip(
     Without gradients, s is not stored if `later` is given.
     """
     assert residual is not None or addend is None
+    assert beside is None or (residual is None and later is None)
     if later is not None and not x.movedim(1, -1).is_contiguous():
         x = x.movedim(1, -1).contiguous().movedim(-1, 1)
     x = _dense(x)
-    if residual is None and later is None:
-        y, *_, x = FORWARD.with_skip(x, weight, bias, groups, eps, silu, None, None, None, True)
+    if residual is None and later is None and beside is None:
+        y, *_, x = FORWARD.with_skip(x, weight, bias, groups, eps, silu, None, None, None, True, None)
         return y, x
     residual = None if residual is None else laid_out_as(x, residual)
-    y, s, copy, _, _ = FORWARD(x, weight, bias, groups, eps, silu, addend, residual, later, torch.is_grad_enabled())
+    beside = None if beside is None else _as_dense_as(x, beside)
+    keep = torch.is_grad_enabled()
+    y, s, copy, _, _ = FORWARD(x, weight, bias, groups, eps, silu, addend, residual, later, keep, beside)
     return y, s if later is None else copy
+
+
+def _as_dense_as(x: Tensor, other: Tensor) -> Tensor:
+    """Returns `other` if it is contiguous or channels_last where `x` is, else a copy that is."""
+    return other.contiguous() if x.is_contiguous() else other.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -108,9 +119,15 @@ def _norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> t
     return torch.native_group_norm(x, weight, bias, images, channels, pixels, groups, eps)
 
 
-def _sum(x: Tensor, addend: Tensor | None, residual: Tensor | None = None) -> Tensor:
+def _sum(x: Tensor, addend: Tensor | None, residual: Tensor | None = None, beside: Tensor | None = None) -> Tensor:
+    x = x if beside is None else _as_dense_as(x, torch.cat([x, beside], 1))
     x = x if addend is None else x + addend.to(x.dtype).view(*addend.shape, *[1] * (x.ndim - 2))
     return x if residual is None else x + residual
+
+
+def _made_with(residual: Tensor | None, beside: Tensor | None) -> Tensor | None:
+    """What `s` is made of beside `x`; without it `s` is `x`."""
+    return beside if residual is None else residual
 
 
 def _copy(s: Tensor, later: Tensor | None) -> Tensor:
@@ -129,13 +146,14 @@ def _reference(
     residual: Tensor | None,
     later: Tensor | None,
     keep: bool,
+    beside: Tensor | None,
 ) -> Made:
-    """y; if there is a residual, s, unless it is only returned with `later` and not to `keep`; the copy; statistics."""
-    s = _sum(x, addend, residual)
+    """y; s if it is made, unless it is only returned with `later` and not to `keep`; its copy; the statistics."""
+    s = _sum(x, addend, residual, beside)
     z, mean, rstd = _norm(s, weight, bias, groups, eps)
     wide = torch.promote_types(x.dtype, torch.float32)
-    y = laid_out_as(x, F.silu(z) if silu else z)
-    stored = s if stores_sum(residual, later, keep) else x.new_empty(0)
+    y = laid_out_as(s, F.silu(z) if silu else z)
+    stored = s if stores_sum(_made_with(residual, beside), later, keep) else x.new_empty(0)
     return y, stored, _copy(s, later), mean.to(wide), rstd.to(wide)
 
 
@@ -157,12 +175,14 @@ def _reference_backward(
     eps: float,
     silu: bool,
     summed: bool,
+    width: int,
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """dx, to which `skip` is added, and of the others those in `needs`: of weight and bias, addend, and later.
 
-    Those that are the same for all images are one tensor [V, C]. The gradient of an addend for each image is another.
-    With `summed`, x is s and has the addend already.
+    If `width` is not 0, dx is two tensors, of which the first has as many channels. Of the others, those that are the
+    same for all images are one tensor [V, C]. The gradient of an addend for each image is another.
+    With `summed`, x is s, which has what was added already.
     """
     groups = mean.shape[1]
     s = x if summed else _sum(x, addend)
@@ -176,7 +196,29 @@ def _reference_backward(
     )
     dx = laid_out_as(x, dx)
     dx = dx if skip is None else dx + skip
-    return [dx, *_vectors(dx, skip, weight, bias, addend, later, [dweight, dbias] if needs[0] else [], needs)]
+    affine = [dweight, dbias] if needs[0] else []
+    return [*_in_parts(dx, width), *_vectors(dx, skip, weight, bias, addend, later, affine, needs)]
+
+
+def _in_parts(dx: Tensor, width: int) -> list[Tensor]:
+    """dx if `width` is 0, else its first `width` channels and the others as two dense tensors."""
+    if not width:
+        return [dx]
+    empty = _empty_parts(dx, width)
+    return [to.copy_(part) for to, part in zip(empty, dx.split([to.shape[1] for to in empty], 1), strict=True)]
+
+
+def _empty_parts(x: Tensor, width: int) -> list[Tensor]:
+    """Tensors in the dense layout of x: one if `width` is 0, else one of its first `width` channels and one more."""
+    return [_empty_like(x, channels) for channels in ((width, x.shape[1] - width) if width else x.shape[1:2])]
+
+
+def _empty_like(x: Tensor, channels: int) -> Tensor:
+    """A tensor like x, with another number of channels."""
+    shape = x.shape[0], channels, *x.shape[2:]
+    if x.is_contiguous():
+        return x.new_empty(shape)
+    return x.movedim(1, -1).new_empty((*x.shape[:1], *x.shape[2:], channels)).movedim(-1, 1)
 
 
 def _vectors(
@@ -207,12 +249,13 @@ def _vectors(
 
 
 def _empty(x: Tensor, weight: Tensor, bias: Tensor, groups: int, *others: Any) -> Made:
-    *_, residual, later, keep = others
+    *_, residual, later, keep, beside = others
     mean, rstd = _statistics(x, groups)
-    s = torch.empty_like(x) if stores_sum(residual, later, keep) else x.new_empty(0)
+    y = torch.empty_like(x) if beside is None else _empty_like(x, len(weight))
+    s = torch.empty_like(y) if stores_sum(_made_with(residual, beside), later, keep) else x.new_empty(0)
     images, channels, pixels = _sizes(x)
     copy = x.new_empty(0) if later is None else x.new_empty(images * pixels, channels)
-    return torch.empty_like(x), s, copy, mean, rstd
+    return y, s, copy, mean, rstd
 
 
 def _statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -223,33 +266,34 @@ def _statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
 def _triton(x: Tensor, weight: Tensor, bias: Tensor, groups: int, *others: Any) -> Made:
     from ddpo_fast_kernels.groupnorm_silu import groupnorm_silu
 
-    eps, silu, addend, residual, later, keep = others
+    eps, silu, addend, residual, later, keep, beside = others
     made = _empty(x, weight, bias, groups, *others)
     y, s, copy, mean, rstd = made
-    stored = s if stores_sum(residual, later, keep) else None
+    stored = s if stores_sum(_made_with(residual, beside), later, keep) else None
     copied = None if later is None else copy
-    groupnorm_silu(x, weight, bias, eps, silu, addend, residual, later, y, stored, copied, mean, rstd)
+    groupnorm_silu(x, weight, bias, eps, silu, addend, residual, later, beside, y, stored, copied, mean, rstd)
     return made
 
 
 def _triton_backward(*arguments: Any) -> list[Tensor]:
     from ddpo_fast_kernels.groupnorm_silu import groupnorm_silu_backward
 
-    x, grad, skip, weight, bias, addend, _, mean, rstd, _, silu, summed, needs = arguments
+    x, grad, skip, weight, bias, addend, _, mean, rstd, _, silu, summed, width, needs = arguments
     found = _empty_backward(*arguments)
     shared = _is_shared(x, addend, needs)
     dx, *others = found
+    dbeside = others.pop(0) if width else None
     sums = others.pop(0) if needs[0] or shared or needs[2] else None
     groupnorm_silu_backward(
         *(x, grad, skip, weight, bias, None if summed else addend, mean, rstd, silu),
-        *([needs[0], shared, needs[2]], dx, others[0] if others else None, sums),
+        *([needs[0], shared, needs[2]], dx, dbeside, others[0] if others else None, sums),
     )
     return found
 
 
 def _empty_backward(*arguments: Any) -> list[Tensor]:
-    x, _, _, weight, bias, addend, later, *_, needs = arguments
-    found = [torch.empty_like(x)]
+    x, _, _, weight, bias, addend, later, *_, width, needs = arguments
+    found = _empty_parts(x, width) if width else [torch.empty_like(x)]
     shared = _is_shared(x, addend, needs)
     if vectors := 2 * needs[0] + shared + needs[2]:
         dtype = widest(weight, bias, addend, later)
@@ -262,25 +306,26 @@ def _empty_backward(*arguments: Any) -> list[Tensor]:
 
 def _csrc(x: Tensor, weight: Tensor, bias: Tensor, groups: int, *others: Any) -> Made:
     """The C++ has no residual: on a CPU, whose caches hold a sum that was just made, one would save little."""
-    eps, silu, addend, residual, later, keep = others
-    s = x if residual is None else laid_out_as(x, _sum(x, addend, residual))
+    eps, silu, addend, residual, later, keep, beside = others
+    s = x if _made_with(residual, beside) is None else _sum(x, addend, residual, beside)
+    s = s if residual is None else laid_out_as(x, s)
     addend = addend if residual is None else None
     y, (mean, rstd) = torch.empty_like(s), _statistics(s, groups)
     torch.ops.ddpo_fast_csrc.groupnorm_silu(s, weight, bias, eps, silu, addend, y, mean, rstd)
-    stored = s if stores_sum(residual, later, keep) else x.new_empty(0)
+    stored = s if stores_sum(_made_with(residual, beside), later, keep) else x.new_empty(0)
     return y, stored, _copy(s, later), mean, rstd
 
 
 def _csrc_backward(*arguments: Any) -> list[Tensor]:
-    x, grad, skip, weight, bias, addend, later, mean, rstd, _, silu, summed, needs = arguments
+    x, grad, skip, weight, bias, addend, later, mean, rstd, _, silu, summed, width, needs = arguments
     run = torch.ops.ddpo_fast_csrc.groupnorm_silu_backward
     operands = x, grad, skip, weight, bias, None if summed else addend, mean, rstd, silu
-    dx, *others = _empty_backward(*arguments)
+    dx, *others = _empty_backward(*arguments[:-2], 0, needs)
     if summed or needs[2]:
         affine = torch.empty((2, len(weight)), dtype=widest(weight, bias), device=x.device) if needs[0] else None
         run(*operands, dx, affine, None)
         rows = [] if affine is None else list(affine)
-        return [dx, *_vectors(dx, skip, weight, bias, addend, later, rows, needs)]
+        return [*_in_parts(dx, width), *_vectors(dx, skip, weight, bias, addend, later, rows, needs)]
     affine = others[0][:2] if needs[0] else None
     # of all images or of each, the last row or all rows of the last tensor
     run(*operands, dx, affine, (others[-1][-1:] if _is_shared(x, addend, needs) else others[-1]) if needs[1] else None)
@@ -299,9 +344,10 @@ BACKWARD = Op(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, _, ctx.eps, ctx.silu, addend, residual, later, _ = inputs
+    x, weight, bias, _, ctx.eps, ctx.silu, addend, residual, later, _, beside = inputs
     _, s, _, mean, rstd = output
-    mark_outputs(ctx, output, residual, later)
+    mark_outputs(ctx, output, _made_with(residual, beside), later)
+    ctx.width = 0 if beside is None else x.shape[1]
     ctx.save_for_backward(s if ctx.summed else x, weight, bias, addend, later, mean, rstd)
 
 
@@ -316,7 +362,7 @@ def _differentiate(
 ) -> Any:
     skip = returned_sums_gradient(ctx, of_s, of_copy, skip)
     if grad is None and not (ctx.copied or ctx.summed):
-        return (skip, *[None] * 9)
+        return (skip, *[None] * 10)
     x, weight, bias, addend, later, mean, rstd = ctx.saved_tensors
     if skip is not None:
         skip = laid_out_as(x, skip.view(x.movedim(1, -1).shape).movedim(-1, 1) if ctx.copied else skip)
@@ -324,15 +370,17 @@ def _differentiate(
     needs = ctx.needs_input_grad
     asked = [needs[1] or needs[2], needs[6], needs[8]]
     dx, *others = BACKWARD(
-        *(x, grad, skip, weight, bias, addend, later, mean, rstd, ctx.eps, ctx.silu, ctx.summed, asked)
+        *(x, grad, skip, weight, bias, addend, later, mean, rstd, ctx.eps, ctx.silu, ctx.summed, ctx.width, asked)
     )
+    dbeside = others.pop(0) if ctx.width else None
     shared = _is_shared(x, addend, asked)
     sums = iter(others[0].unbind() if asked[0] or shared or asked[2] else ())
     # autograd casts them to the parameters' dtypes, if those differ from each other
     dweight, dbias = (next(sums) if asked[0] else None for _ in range(2))
     daddend = next(sums)[None] if shared else (others[-1] if asked[1] else None)
     dlater = next(sums) if asked[2] else None
-    return dx, dweight, dbias, None, None, None, daddend, dx if ctx.summed else None, dlater, None
+    dresidual = dx if ctx.summed and not ctx.width else None
+    return dx, dweight, dbias, None, None, None, daddend, dresidual, dlater, None, dbeside
 
 
 FORWARD.register_autograd(_differentiate, setup_context=_save)

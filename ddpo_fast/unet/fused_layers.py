@@ -20,7 +20,12 @@ from diffusers.models.normalization import RMSNorm
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
-from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D, CrossAttnUpBlock2D, UNetMidBlock2DCrossAttn
+from diffusers.models.unets.unet_2d_blocks import (
+    CrossAttnDownBlock2D,
+    CrossAttnUpBlock2D,
+    UNetMidBlock2DCrossAttn,
+    UpBlock2D,
+)
 from diffusers.models.upsampling import Upsample2D
 from peft.tuners import lora
 from torch import nn
@@ -29,13 +34,10 @@ from ddpo_fast.ops.backend import OPS
 from ddpo_fast.ops.geglu import geglu
 from ddpo_fast.unet.attention import SDPAProcessor, is_plain
 from ddpo_fast.unet.convolutions import (
-    CONVOLUTIONS,
     FrozenConv2d,
-    convolve,
     fits_conv,
     images_of,
     is_bare,
-    is_hooked,
     is_patched,
     is_pointwise,
     project,
@@ -50,92 +52,15 @@ from ddpo_fast.unet.modulated_blocks import (
     FusedJointTransformerBlock,
     has_layer_norms,
 )
-from ddpo_fast.unet.residual_sums import ImageSum, add_product_, alike, later_bias, leaves_sums
+from ddpo_fast.unet.residual_blocks import FusedResnetBlock2D
+from ddpo_fast.unet.residual_sums import ImageSum, add_product_, later_bias
 from ddpo_fast.unet.shared_halves import UNSHARED, share_halves, with_rows_of
-from ddpo_fast.unet.time_addends import TimeAddends
 from ddpo_fast.unet.time_embedding import project_apart, project_together
 from ddpo_fast.unet.transformer_blocks import FusedBasicTransformerBlock, fits_block, without_bias
+from ddpo_fast.unet.up_blocks import FusedCrossAttnUpBlock2D, FusedUpBlock2D
 
 # the most output elements of PyTorch's nearest upsampling of channels_last images, which counts them in an int32
 MOST_UPSAMPLED = 2**31 - 1
-
-
-class FusedResnetBlock2D(ResnetBlock2D):
-    """A residual block whose two norms are `GroupNormSiLU`, without resampling, and without scaling by the embedding.
-
-    The block does not apply the activation after each norm, which the norm includes, and does not divide by an output
-    factor of 1.
-    """
-
-    # the block's place in `TimeAddends`, set by `project_together`
-    reader_index: int
-    # the block that it belongs to and the transformer that reads its images, and nothing else; set by `fuse_unet`, in
-    # a tuple, so that they are no submodules of this one
-    followed_by: tuple[Any, Any] | None = None
-
-    def forward(
-        self, input_tensor: torch.Tensor, temb: torch.Tensor | TimeAddends | None, *args: Any, **kwargs: Any
-    ) -> Any:
-        hidden, input_tensor = norm_and_skip(self.norm1, input_tensor)
-        added = None
-        if isinstance(temb, TimeAddends):
-            hidden, added = convolve(self.conv1, hidden, None), temb.of_block[self.reader_index]
-        elif self.time_emb_proj is None:
-            hidden = self.conv1(hidden)
-            hidden = hidden if temb is None else hidden + temb
-        else:
-            assert temb is not None
-            added = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
-            if is_bare(self.conv1, *CONVOLUTIONS) and self.conv1.bias is not None:
-                # the norm adds the convolution's bias too
-                hidden = convolve(self.conv1, hidden, None)
-                added = added + self.conv1.bias.to(added.dtype)
-            else:
-                hidden = self.conv1(hidden)
-        hidden = self.dropout(self.norm2(hidden, added))
-        if self._leaves_sum(input_tensor):
-            return self._sum(input_tensor, hidden)
-        total = self._with_residual(input_tensor, hidden)
-        return total if self.output_scale_factor == 1.0 else total / self.output_scale_factor
-
-    def _leaves_sum(self, x: torch.Tensor) -> bool:
-        """Whether the transformer after this block computes the sum of the block's two parts."""
-        if self.followed_by is None or not leaves_sums(x):
-            return False
-        block, transformer = self.followed_by
-        shortcut, conv = self.conv_shortcut, self.conv2
-        return (
-            # a checkpointed block would keep both parts
-            not (block.gradient_checkpointing and torch.is_grad_enabled())
-            and self.output_scale_factor == 1.0
-            and x.is_contiguous(memory_format=torch.channels_last)
-            and (shortcut is None or (is_pointwise(shortcut) and shortcut.bias is not None))
-            and is_bare(conv, *CONVOLUTIONS)
-            and conv.bias is not None
-            and conv.weight.dtype == x.dtype
-            and not is_hooked(self)
-            and transformer.reads_sums()
-        )
-
-    def _sum(self, x: torch.Tensor, hidden: torch.Tensor) -> ImageSum:
-        conv, shortcut = self.conv2, self.conv_shortcut
-        hidden = convolve(conv, hidden, None)
-        if shortcut is None:
-            return ImageSum(x, hidden, conv.bias)
-        residual = F.linear(rows_of(x), shortcut.weight.flatten(1), shortcut.bias.detach())
-        return ImageSum(images_of(residual, *x.shape[2:]), hidden, alike(conv.bias, shortcut.bias))
-
-    def _with_residual(self, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """`shortcut(x) + conv2(hidden)`; a 1x1 shortcut adds both biases in its matrix product."""
-        shortcut, conv = self.conv_shortcut, self.conv2
-        if shortcut is None:
-            return x + conv(hidden)
-        # in another layout the rows would be a copy
-        as_rows = x.is_contiguous(memory_format=torch.channels_last) and is_pointwise(shortcut)
-        if not (as_rows and shortcut.bias is not None and is_bare(conv, *CONVOLUTIONS) and conv.bias is not None):
-            return shortcut(x) + conv(hidden)
-        residual = project(shortcut, rows_of(x), shortcut.bias + conv.bias)
-        return images_of(residual, *x.shape[2:]) + convolve(conv, hidden, None)
 
 
 class FusedTransformer2DModel(Transformer2DModel):
@@ -252,6 +177,8 @@ def _fits_upsample(layer: Upsample2D) -> bool:
 FUSED: dict[type[nn.Module], tuple[type[nn.Module], Callable[[Any], bool]]] = {
     ResnetBlock2D: (FusedResnetBlock2D, _fits_resnet),
     Transformer2DModel: (FusedTransformer2DModel, lambda transformer: transformer.is_input_continuous),
+    UpBlock2D: (FusedUpBlock2D, lambda _: True),
+    CrossAttnUpBlock2D: (FusedCrossAttnUpBlock2D, lambda _: True),
     BasicTransformerBlock: (FusedBasicTransformerBlock, fits_block),
     JointTransformerBlock: (FusedJointTransformerBlock, has_layer_norms),
     FluxTransformerBlock: (FusedFluxTransformerBlock, has_layer_norms),
@@ -295,12 +222,12 @@ def faster_layers(device: torch.device | str) -> frozenset[type[nn.Module]]:
 def fuse_unet(unet: Any, layers: Collection[type[nn.Module]] = FUSIBLE) -> Any:
     """Fuses layers of a diffusers UNet or transformer in place and returns it; it computes the same up to rounding.
 
-    Group norms compute the SiLU that follows them, layer norms the sum before them, GEGLU, linear layers with an
-    adapter and the three projections of a self-attention become one op each,
-    convolutions with frozen weights do not save their input, 1x1 convolutions around transformers are linear layers,
-    biases of a residual block are added with the time embedding and the shortcut, RMS norms are one kernel, and
-    divisions by 1 are left out. A module that has no fitting version stays as it is. Layers that are fused already do
-    not change, so this function can be called again after an adapter was added.
+    Group norms compute the SiLU that follows them and the concatenation before them, layer norms the sum before them.
+    GEGLU, linear layers with an adapter and the three projections of a self-attention become one op each, convolutions
+    with frozen weights do not save their input, 1x1 convolutions around transformers are linear layers, biases of a
+    residual block are added with the time embedding and the shortcut, RMS norms are one kernel, and divisions by 1 are
+    left out. A module that has no fitting version stays as it is. Layers that are fused already do not change, so this
+    function can be called again after an adapter was added.
 
     Args:
         layers: the classes to fuse, of those in `FUSIBLE`. With `UNet2DConditionModel`, the rows of guidance share what

@@ -1,4 +1,4 @@
-"""Group norms of images with the SiLU that follows them, and with the sum before them."""
+"""Group norms of images with the SiLU that follows them, and with the sum or the concatenation before them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from ddpo_fast.ops.groupnorm_silu import groupnorm_silu, groupnorm_silu_and_skip
 from ddpo_fast.unet import convolutions
 from ddpo_fast.unet.convolutions import is_bare
-from ddpo_fast.unet.residual_sums import ImageSum
+from ddpo_fast.unet.residual_sums import ImageConcatenation, ImageSum
 
 
 class FusedGroupNorm(nn.GroupNorm):
@@ -38,19 +38,24 @@ class SkippedSiLU(nn.SiLU):
 
 
 def norm_and_skip(
-    norm: Any, x: torch.Tensor | ImageSum, later: torch.Tensor | None = None
+    norm: Any, x: torch.Tensor | ImageSum | ImageConcatenation, later: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A group norm of images or of a sum of images, and x for a skip connection; a fused norm's kernel adds their
-    gradients.
+    """A group norm of images, of a sum or of a concatenation, and x for a skip connection; a fused norm's kernel adds
+    their gradients.
 
     Args:
         later: for what `groupnorm_silu_and_skip` returns with it in place of x; the norm must be a bare fused one.
     """
-    images, addend, residual = (x.hidden, x.bias[None], x.residual) if isinstance(x, ImageSum) else (x, None, None)
+    addend = residual = beside = None
+    images: Any = x
+    if isinstance(x, ImageSum):
+        images, addend, residual = x.hidden, x.bias[None], x.residual
+    elif isinstance(x, ImageConcatenation):
+        images, beside = x.images, x.beside
     if not (is_bare(norm, FusedGroupNorm, GroupNormSiLU) and convolutions.adds_in_kernels(images)):
         assert later is None
-        x = x.total() if isinstance(x, ImageSum) else x
+        x = x if isinstance(x, torch.Tensor) else x.total()
         return norm(x), x
     silu = isinstance(norm, GroupNormSiLU)
     of_norm = norm.weight, norm.bias, norm.num_groups, norm.eps, silu
-    return groupnorm_silu_and_skip(images, *of_norm, addend, residual, later)
+    return groupnorm_silu_and_skip(images, *of_norm, addend, residual, later, beside)

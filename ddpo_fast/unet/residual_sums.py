@@ -19,6 +19,20 @@ from ddpo_fast.unet.linear_layers import FusedLinear
 
 
 @dataclass(frozen=True)
+class ImageConcatenation:
+    """The channels of two batches of images [B, C, H, W] and [B, C', H, W]: what a residual block of an up block reads.
+
+    The block's first group norm makes it, which would only read it again.
+    """
+
+    images: Tensor
+    beside: Tensor
+
+    def total(self) -> Tensor:
+        return torch.cat([self.images, self.beside], 1)
+
+
+@dataclass(frozen=True)
 class ImageSum:
     """`residual + hidden + bias`, images [B, C, H, W] and [C]: what a residual block hands on to a transformer."""
 

@@ -194,7 +194,7 @@ def share_halves(unet: Any) -> Any:
         return unet
     blocks = [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
     first = next((block for block in unet.down_blocks if hasattr(block, "attentions")), None)
-    if first is None or any(type(block) not in MATCHING or is_patched(block) for block in blocks):
+    if first is None or not all(_can_match(block) for block in blocks):
         return unet
     transformer: Any = first.attentions[0]
     # one that is fused already has this part of `SharingTransformer2DModel`
@@ -202,12 +202,17 @@ def share_halves(unet: Any) -> Any:
     if not (fits and _can_share(transformer.transformer_blocks[0]) and not is_patched(transformer)):
         return unet
     for block in blocks:
-        block.__class__ = SharingDownBlock2D if block is first else MATCHING[type(block)]
+        # an up block that is fused matches already
+        block.__class__ = SharingDownBlock2D if block is first else MATCHING.get(type(block), type(block))
     if type(transformer) is Transformer2DModel:
         transformer.__class__ = SharingTransformer2DModel
     if type(transformer.transformer_blocks[0]) is BasicTransformerBlock:
         transformer.transformer_blocks[0].__class__ = SharingBlock
     return unet
+
+
+def _can_match(block: Any) -> bool:
+    return (type(block) in MATCHING or isinstance(block, _MatchingUp)) and not is_patched(block)
 
 
 def _can_share(block: Any) -> bool:

@@ -1,7 +1,7 @@
 """GroupNorm followed by SiLU, forward and backward in one launch each, for contiguous and channels_last images.
 
-The norm is of x, or of a sum with a residual, which is then stored. A program normalises whole groups of one image. It
-reads the groups twice: for the statistics, and to normalise.
+The norm is of x, or of a sum with a residual or a concatenation of two tensors, which is then stored. A program
+normalises whole groups of one image. It reads the groups twice: for the statistics, and to normalise.
 """
 
 from __future__ import annotations
@@ -14,13 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ddpo_fast_kernels.groups import addend_of, lanes, load_sum, normalised, per_channel, per_group
+from ddpo_fast_kernels.groups import addend_of, in_parts, lanes, load_sum, normalised, per_channel, per_group, tiling
 from ddpo_fast_kernels.launch import counters_of, share_of, sum_parts, tickets
-
-# two programs for each of the 132 multiprocessors of an H100
-FULL_GRID = 264
-# elements that a program takes at a time: two 16-byte loads of half precision for each thread of 8 warps
-TILE = 4096
 
 
 class Norm(NamedTuple):
@@ -36,6 +31,7 @@ class Norm(NamedTuple):
 @triton.jit
 def groupnorm_silu_fwd_kernel(
     x_ptr,
+    beside_ptr,
     residual_ptr,
     addend_ptr,
     later_ptr,
@@ -43,6 +39,7 @@ def groupnorm_silu_fwd_kernel(
     s_ptr,
     copy_ptr,
     norm,
+    width,
     channels,
     pixels,
     addend_step,
@@ -57,6 +54,8 @@ def groupnorm_silu_fwd_kernel(
     real, channel, first, step, member = lanes(channels, pixels, GROUPS, GROUP_SIZE, BLOCK_C, CHANNELS_LAST)
     row = tl.arange(0, BLOCK_P)
     addend = addend_of(addend_ptr, addend_step, channel, real)
+    if beside_ptr is not None:
+        parts, steps = in_parts(x_ptr, beside_ptr, width, channels, pixels, channel, BLOCK_C, CHANNELS_LAST)
 
     # Welford's recurrence for mean and sum of squared distances, separately in each element of the tile. The variance
     # E[x^2] - E[x]^2 would be cheaper, but it loses all digits to cancellation where the mean is large.
@@ -66,7 +65,10 @@ def groupnorm_silu_fwd_kernel(
         pixel = start + row
         mask = (pixel < pixels)[:, None] & real[None, :]
         offset = first[None, :] + pixel[:, None] * step
-        x = load_sum(x_ptr, residual_ptr, addend, offset, mask)
+        if beside_ptr is not None:
+            x = tl.load(parts + pixel[:, None] * steps, mask=mask, other=0.0).to(tl.float32)
+        else:
+            x = load_sum(x_ptr, residual_ptr, addend, offset, mask)
         if s_ptr is not None:
             tl.store(s_ptr + offset, x.to(s_ptr.dtype.element_ty), mask=mask)
         delta = tl.where(mask, x - mean, 0.0)
@@ -123,11 +125,13 @@ def groupnorm_silu_bwd_kernel(
     grad_ptr,
     skip_ptr,
     dx_ptr,
+    dbeside_ptr,
     daddend_ptr,
     parts_ptr,
     sums_ptr,
     tickets,
     norm,
+    width,
     channels,
     pixels,
     addend_step,
@@ -145,7 +149,8 @@ def groupnorm_silu_bwd_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """AFFINE, SHARED, LATER: which vectors that are the same for all images get a gradient: weight and bias, the
-    addend, and what was added to the copy of the norm's input; in this order."""
+    addend, and what was added to the copy of the norm's input; in this order. With `dbeside_ptr`, x is a concatenation,
+    and the gradient of its channels from `width` on is stored there."""
     real, channel, first, step, member = lanes(channels, pixels, GROUPS, GROUP_SIZE, BLOCK_C, CHANNELS_LAST)
     row = tl.arange(0, BLOCK_P)
     image = tl.program_id(1)
@@ -179,6 +184,8 @@ def groupnorm_silu_bwd_kernel(
     count = GROUP_SIZE * pixels
     along_one = per_channel(member, per_group(member, weight * channel_sum) / count)
     along_x = per_channel(member, per_group(member, weight * channel_product) / count)
+    if dbeside_ptr is not None:
+        parts, steps = in_parts(dx_ptr, dbeside_ptr, width, channels, pixels, channel, BLOCK_C, CHANNELS_LAST)
     of_addend = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     of_later = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     # from the last tile to the first, as in the forward pass
@@ -195,7 +202,10 @@ def groupnorm_silu_bwd_kernel(
                 of_later += skip
         if SHARED or daddend_ptr is not None:
             of_addend += tl.where(mask, dx, 0.0)
-        tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        if dbeside_ptr is not None:
+            tl.store(parts + pixel[:, None] * steps, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        else:
+            tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     if daddend_ptr is not None:
         at = daddend_ptr + image * channels + channel
         tl.store(at, tl.sum(of_addend, axis=0).to(daddend_ptr.dtype.element_ty), mask=real)
@@ -233,6 +243,7 @@ def groupnorm_silu(
     addend: torch.Tensor | None,
     residual: torch.Tensor | None,
     later: torch.Tensor | None,
+    beside: torch.Tensor | None,
     y: torch.Tensor,
     s: torch.Tensor | None,
     copy: torch.Tensor | None,
@@ -242,16 +253,17 @@ def groupnorm_silu(
     """Fills `y`, which has the dense layout of `x` [N, C, ...] (not empty), and the fp32 `mean` and `rstd` [N, G].
 
     `addend` is [N, C] or [1, C]. With a `residual`, in the layout of `x`, the norm is of the sum, which fills `s` if
-    that is given. With `later` [C], `copy`, in the same layout, is what was normalised plus that.
+    that is given. With `later` [C], `copy`, in the same layout, is what was normalised plus that. With `beside`, in
+    the layout of `x`, the norm is of the channels of both, which fill `s`.
     """
-    images, channels, pixels = x.shape[0], x.shape[1], math.prod(x.shape[2:])
-    grid, tile, warps = _tiling(images, channels, pixels, mean.shape[1], x.element_size(), not x.is_contiguous())
+    images, channels, pixels = y.shape[0], y.shape[1], math.prod(y.shape[2:])
+    grid, tile, warps = tiling(images, channels, pixels, mean.shape[1], y.element_size(), not y.is_contiguous())
     norm = Norm(weight.contiguous(), bias.contiguous(), mean, rstd)
     addend, step = _rows(addend)
     later = None if later is None else later.contiguous()
     with torch.cuda.device_of(x):
         groupnorm_silu_fwd_kernel[grid](
-            *(x, residual, addend, later, y, s, copy, norm, channels, pixels, step, eps),
+            *(x, beside, residual, addend, later, y, s, copy, norm, x.shape[1], channels, pixels, step, eps),
             SILU=silu,
             **tile,
             num_warps=warps,
@@ -270,16 +282,18 @@ def groupnorm_silu_backward(
     silu: bool,
     needs: Sequence[bool],
     dx: torch.Tensor,
+    dbeside: torch.Tensor | None,
     daddend: torch.Tensor | None,
     sums: torch.Tensor | None,
 ) -> None:
-    """Fills `dx` and, if given, `daddend` [N, C] and `sums` [V, C].
+    """Fills `dx` and, if given, `dbeside`, `daddend` [N, C] and `sums` [V, C].
 
-    `x`, `grad`, `skip` and `dx` have the same dense layout; `skip` is added to dx. `sums` gets those gradients that
+    `x`, `grad`, `skip` and `dx` have the same dense layout; `skip` is added to dx. With `dbeside`, x was made of two
+    tensors, and `dx` has the channels of the first only. `sums` gets those gradients that
     `needs` asks for: of weight and bias, of an addend that all images share, and of `later`, the sum of `skip`.
     """
     images, channels, pixels = x.shape[0], x.shape[1], math.prod(x.shape[2:])
-    grid, tile, warps = _tiling(images, channels, pixels, mean.shape[1], x.element_size(), not x.is_contiguous())
+    grid, tile, warps = tiling(images, channels, pixels, mean.shape[1], x.element_size(), not x.is_contiguous())
     norm = Norm(weight.contiguous(), bias.contiguous(), mean, rstd)
     addend, step = _rows(addend)
     counters = counters_of(images)
@@ -294,11 +308,13 @@ def groupnorm_silu_backward(
             grad,
             skip,
             dx,
+            dbeside,
             daddend,
             parts,
             sums,
             counting,
             norm,
+            dx.shape[1],
             channels,
             pixels,
             step,
@@ -323,64 +339,43 @@ def _rows(addend: torch.Tensor | None) -> tuple[torch.Tensor | None, int]:
     return addend, 0 if len(addend) == 1 else addend.stride(0)
 
 
-def _tiling(
-    images: int, channels: int, pixels: int, groups: int, itemsize: int, channels_last: bool
-) -> tuple[tuple[int, int], dict[str, Any], int]:
-    """Returns the grid, the kernels' constants and the number of warps; a program owns whole groups of an image."""
-    group_size = channels // groups
-    owned = 1
-    if channels_last:
-        # In channels_last, a group has one short segment of memory for each pixel: 20 bytes for 10 channels of half
-        # precision. A program that computes neighbouring groups can read whole 32-byte sectors in 16-byte loads. Groups
-        # are joined only as long as enough programs are left to occupy the GPU.
-        while groups % (2 * owned) == 0 and images * groups >= 2 * owned * FULL_GRID:
-            segment = owned * group_size * itemsize
-            if segment >= 64 and segment % 16 == 0:
-                break
-            owned *= 2
-    block_c = triton.next_power_of_2(owned * group_size)
-    block_p = min(triton.next_power_of_2(pixels), max(1, TILE // block_c))
-    constants = {
-        "GROUP_SIZE": group_size,
-        "GROUPS": owned,
-        "CHANNELS_LAST": channels_last,
-        "BLOCK_P": block_p,
-        "BLOCK_C": block_c,
-    }
-    return (groups // owned, images), constants, min(8, max(1, block_p * block_c // 512))
-
-
 def ahead_of_time() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, Any], int]]:
     """Yields (name, kernel, signature, constants, warps) of SD 1.5's norms for 24 images."""
     shapes = [(4096, 320), (4096, 640), (4096, 960), (1024, 1280), (256, 1920), (64, 2560)]
     for dtype, itemsize in (("fp16", 2), ("bf16", 2), ("fp32", 4)):
         x = f"*{dtype}"
         norm = Norm(x, x, "*fp32", "*fp32")
-        sizes = {"channels": "i32", "pixels": "i32", "addend_step": "i32"}
+        sizes = {"width": "i32", "channels": "i32", "pixels": "i32", "addend_step": "i32"}
         for pixels, channels in shapes if dtype == "fp16" else ((4096, 320), (1024, 1280)):
-            _, tile, warps = _tiling(24, channels, pixels, 32, itemsize, channels_last=True)
+            _, tile, warps = tiling(24, channels, pixels, 32, itemsize, channels_last=True)
             name = f"{dtype} {channels} channels, {pixels} pixels"
-            # a residual block's first norm has a skip connection, its second an addend; the norm of a transformer has
-            # a residual and a later bias; all are trained, or none is
+            # a residual block's first norm has a skip connection, and in up blocks two tensors, its second an addend;
+            # the norm of a transformer has a residual and a later bias; all are trained, or none is
             for kind, given in (
                 ("fwd", ""),
                 ("fwd addend", "addend"),
+                ("fwd parts", "beside s"),
                 ("fwd sum", "residual addend later s copy"),
                 ("fwd sum, frozen", "residual addend later copy"),
                 ("bwd trained", "skip parts sums tickets"),
                 ("bwd addend, trained", "addend daddend parts sums tickets"),
+                ("bwd parts, trained", "skip dbeside parts sums tickets"),
+                ("bwd parts, frozen", "skip dbeside"),
                 ("bwd sum, trained", "skip parts sums tickets"),
                 ("bwd frozen", "skip"),
                 ("bwd addend, frozen", "addend"),
             ):
                 direction, _, rest = kind.partition(" ")
                 forward, summed = direction == "fwd", rest.startswith("sum")
-                # transformers have these widths
+                # up blocks have all of these widths but one, and transformers only some
+                if rest.startswith("parts") and (channels == 320) == (dtype == "fp16"):
+                    continue
                 if summed and channels not in ((320, 640, 1280) if dtype == "fp16" else (320,)):
                     continue
-                optional = "residual addend later s copy" if forward else "addend skip daddend parts sums tickets"
-                order = "x residual addend later y s copy"
-                order = order if forward else "x addend grad skip dx daddend parts sums tickets"
+                optional = "addend skip dbeside daddend parts sums tickets"
+                optional = "beside residual addend later s copy" if forward else optional
+                order = "x beside residual addend later y s copy"
+                order = order if forward else "x addend grad skip dx dbeside daddend parts sums tickets"
                 names = {name: name if name == "tickets" else f"{name}_ptr" for name in order.split()}
                 absent = {names[name]: None for name in optional.split() if name not in given.split()}
                 types = {"parts": "*fp32", "tickets": "*i32"}

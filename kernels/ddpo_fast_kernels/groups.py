@@ -1,9 +1,43 @@
-"""What the kernels of group norms have in common: the channels of a program, and the values of a tile."""
+"""What the kernels of group norms have in common: the grid, the channels of a program, and the values of a tile."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
+
+# two programs for each of the 132 multiprocessors of an H100
+FULL_GRID = 264
+# elements that a program takes at a time: two 16-byte loads of half precision for each thread of 8 warps
+TILE = 4096
+
+
+def tiling(
+    images: int, channels: int, pixels: int, groups: int, itemsize: int, channels_last: bool
+) -> tuple[tuple[int, int], dict[str, Any], int]:
+    """Returns the grid, the kernels' constants and the number of warps; a program owns whole groups of an image."""
+    group_size = channels // groups
+    owned = 1
+    if channels_last:
+        # In channels_last, a group has one short segment of memory for each pixel: 20 bytes for 10 channels of half
+        # precision. A program that computes neighbouring groups can read whole 32-byte sectors in 16-byte loads. Groups
+        # are joined only as long as enough programs are left to occupy the GPU.
+        while groups % (2 * owned) == 0 and images * groups >= 2 * owned * FULL_GRID:
+            segment = owned * group_size * itemsize
+            if segment >= 64 and segment % 16 == 0:
+                break
+            owned *= 2
+    block_c = triton.next_power_of_2(owned * group_size)
+    block_p = min(triton.next_power_of_2(pixels), max(1, TILE // block_c))
+    constants = {
+        "GROUP_SIZE": group_size,
+        "GROUPS": owned,
+        "CHANNELS_LAST": channels_last,
+        "BLOCK_P": block_p,
+        "BLOCK_C": block_c,
+    }
+    return (groups // owned, images), constants, min(8, max(1, block_p * block_c // 512))
 
 
 @triton.jit
@@ -39,6 +73,25 @@ def per_group(member, values):
 @triton.jit
 def per_channel(member, values):
     return tl.sum(tl.where(member, values[:, None], 0.0), axis=0)
+
+
+@triton.jit
+def in_parts(ptr, beside_ptr, width, channels, pixels, channel, BLOCK_C: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """Describes images whose channels from `width` on are in a second tensor.
+
+    Returns [1, BLOCK_C] pointers to the channels' first pixels, and the steps from one pixel to the next.
+    """
+    inside = channel < width
+    own = tl.where(inside, width, channels - width)
+    at = tl.where(inside, channel, channel - width)
+    image = tl.program_id(1).to(tl.int64) * own * pixels
+    if CHANNELS_LAST:
+        offset = image + at
+        step = own
+    else:
+        offset = image + at * pixels
+        step = tl.full([BLOCK_C], 1, tl.int32)
+    return tl.where(inside, ptr + offset, beside_ptr + offset)[None, :], step[None, :]
 
 
 @triton.jit
