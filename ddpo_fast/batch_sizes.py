@@ -107,7 +107,8 @@ class BatchSizes:
             timesteps = torch.zeros(1, dtype=torch.int64, device=device)
             return policy.output(latents, timesteps, policy.negative_embeds.repeat(self.config.rows_per_pair, 1, 1))
 
-        with policy.computing():
+        # not compiled for this one number of rows; a compiler keeps no more than the layers themselves
+        with policy.computing(), torch.compiler.set_stance("force_eager"):
             kept = kept_bytes(forward, _storages(weights), lambda: _storages(split)) // self.config.rows_per_pair
         factor = PEAK_OVER_KEPT_OF_BLOCKS if self.config.gradient_checkpointing == "blocks" else 1
         return max(1, kept * factor)

@@ -271,7 +271,9 @@ class DDPOConfig(ConfigNumbers):
     fuse_unet: bool = _option(
         True, "Swap layers of the UNet for fused ones where they are faster on the device; same numbers."
     )
-    compile_unet: bool = _option(False, "Compile the UNet by torch.compile at its first calls.")
+    compile_unet: bool = _option(
+        False, "Compile the UNet's repeated blocks by torch.compile at their first calls, each kind of block once."
+    )
     cuda_graphs: bool = _option(
         False, "Record the sampling step and the training micro-batch as CUDA graphs, which saves the launches."
     )

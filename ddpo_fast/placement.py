@@ -18,7 +18,14 @@ from ddpo_fast.measured import Measured
 from ddpo_fast.offload_frozen import leave_as_loaded, offload
 from ddpo_fast.processes import broadcast_from_main
 from ddpo_fast.quantize_frozen import quantize_linears
-from ddpo_fast.unet import FusedLoraLinear, faster_layers, fuse_unet, set_attention, set_gradient_checkpointing
+from ddpo_fast.unet import (
+    FusedLoraLinear,
+    compile_blocks,
+    faster_layers,
+    fuse_unet,
+    set_attention,
+    set_gradient_checkpointing,
+)
 
 
 def place_networks(
@@ -89,7 +96,7 @@ def place_networks(
     if config.vae_tiling:
         pipeline.vae.enable_tiling()
     if config.compile_unet:
-        pipeline.unet.compile()
+        compile_blocks(pipeline.unet)
     return layers
 
 

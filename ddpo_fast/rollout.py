@@ -192,8 +192,7 @@ class RolloutChain(DenoisingChain):
         guidance_scale = config.sample_guidance_scale if config.rows_per_image == 2 else None
         super().__init__(family, embeds.clone(), guidance_scale, config.sample_eta)
         self.stop, self.eta = stop, config.sample_eta
-        # with the cache, torch.compile would compile the UNet again in each rollout
-        uses_cache = config.sample_cache and not config.compile_unet and not cache_problem(family.denoiser)
+        uses_cache = config.sample_cache and not cache_problem(family.denoiser)
         self.cache = UNetCache(family.denoiser) if uses_cache else None
         self.recorded = Recorded(self._step) if config.cuda_graphs else None
         # How each step's prediction of the final latents is found, for advantages of single steps.

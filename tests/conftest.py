@@ -33,7 +33,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 # The beginnings of names of files and tests that `make test-fast` leaves out. pytest's summary names each test that
 # took more than SLOW_S seconds of processor time, that of its child processes included, and is not in this list.
 SLOW = """
-test_backends test_bad_folders test_bench test_cli test_cuda_graphs test_damage test_engine test_kernels_compile
+test_backends test_bad_folders test_bench test_cli test_compiled_blocks test_cuda_graphs test_damage test_engine
+test_kernels_compile
 test_differences_from_trl test_fused_layers test_groupnorm_silu test_health test_host_adamw test_optimizer test_plan
 test_quiet_start
 test_resumption test_stopping test_throughput test_trl_parity test_two_processes

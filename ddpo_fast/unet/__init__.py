@@ -1,9 +1,9 @@
 """Makes a diffusers UNet compute the same function in less time or memory.
 
-`fuse_unet` replaces layers by fused ones, `set_attention` chooses the attention kernels, `set_gradient_checkpointing`
-chooses which activations are kept for the backward pass, and `UNetCache` computes layers whose output does not change
-between the steps of a rollout only once. None of them changes a parameter or its name, and outputs stay equal up to
-rounding.
+`fuse_unet` replaces layers by fused ones, `compile_blocks` compiles repeated blocks, `set_attention` chooses the
+attention kernels, `set_gradient_checkpointing` chooses which activations are kept for the backward pass, and
+`UNetCache` computes layers whose output does not change between the steps of a rollout only once. None of them changes
+a parameter or its name, and outputs stay equal up to rounding.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         is_plain,
         set_attention,
     )
+    from ddpo_fast.unet.compiled_blocks import compile_blocks
     from ddpo_fast.unet.fused_layers import faster_layers, fuse_unet, unfuse_unet
     from ddpo_fast.unet.gradient_checkpointing import set_gradient_checkpointing
     from ddpo_fast.unet.linear_layers import FusedLoraLinear
@@ -38,6 +39,7 @@ __all__ = [
     "attention_problem",
     "cache_problem",
     "choose_kernels",
+    "compile_blocks",
     "describe_kernels",
     "faster_layers",
     "fuse_unet",
@@ -59,6 +61,7 @@ _MODULES = {
     "attention_problem": "attention",
     "cache_problem": "sampling_cache",
     "choose_kernels": "attention",
+    "compile_blocks": "compiled_blocks",
     "describe_kernels": "attention",
     "faster_layers": "fused_layers",
     "fuse_unet": "fused_layers",

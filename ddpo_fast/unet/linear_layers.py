@@ -71,7 +71,8 @@ def query_key_value(attention: Any, rows: Tensor, context: Tensor | None) -> tup
     layers = attention.to_q, attention.to_k, attention.to_v
     if context is None:
         return project_three(layers, rows)
-    if context is not None and convolutions.adds_in_kernels(rows):
+    # a compiler would have to follow what is kept from one attention to the next
+    if context is not None and convolutions.adds_in_kernels(rows) and not torch.compiler.is_compiling():
         # set by `project_text_together`
         text = getattr(attention, "text", None)
         taken = None if text is None else text.take(attention.text_index, context)
@@ -82,7 +83,8 @@ def query_key_value(attention: Any, rows: Tensor, context: Tensor | None) -> tup
 
 def project_three(layers: tuple[Any, Any, Any], rows: Tensor, packed: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     """Three layers of the same rows, as one op where nothing else runs in their place; `packed` as for that."""
-    if convolutions.adds_in_kernels(rows):
+    # to a compiler the op would have to return copies of its three results
+    if convolutions.adds_in_kernels(rows) and not torch.compiler.is_compiling():
         for bias in (False, True):
             if are_one_op(layers, rows, bias):
                 weights = tuple(layer.weight for layer in layers)

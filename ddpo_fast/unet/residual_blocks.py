@@ -67,7 +67,8 @@ class FusedResnetBlock2D(ResnetBlock2D):
 
     def _leaves_sum(self, x: torch.Tensor) -> bool:
         """Whether the transformer after this block computes the sum of the block's two parts."""
-        if self.followed_by is None or not leaves_sums(x):
+        # in this order: what is compiled for a block without a follower is then for those with one too
+        if not leaves_sums(x) or self.followed_by is None:
             return False
         block, transformer = self.followed_by
         shortcut, conv = self.conv_shortcut, self.conv2

@@ -7,8 +7,9 @@ D width of the text embedding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 
 from ddpo_fast.unet.attention import is_plain
+from ddpo_fast.unet.compiled_blocks import for_any_rows, is_compiled
 from ddpo_fast.unet.time_addends import TimeAddends
 
 # A UNet with one of these parts cannot be cached: its time embedding depends on more than the timestep, or its
@@ -66,6 +68,8 @@ class UNetCache:
         """Computes the results for the text embeddings of a rollout's rows and for its timesteps."""
         context = [projection(embeds_BLD) for projection in self.projections]
         self._context = [kept_in_place(old, new) for old, new in zip(self._context or context, context, strict=True)]
+        if any(map(is_compiled, self.blocks)):
+            for_any_rows(*self._context)
         emb = self.unet.time_embedding(self.unet.time_proj(timesteps_T).to(embeds_BLD.dtype))
         self._together = emb if isinstance(emb, TimeAddends) else None
         if self._together is not None:
@@ -100,18 +104,20 @@ class UNetCache:
         # a module may already have a `forward` of its own, from accelerate's hooks for instance
         before = [vars(module).get("forward") for module, _ in stand_ins]
         for module, answer in stand_ins:
-            module.forward = _answers(answer)
+            module.answer, module.forward = answer, MethodType(_answer, module)
         try:
             yield
         finally:
             for (module, _), forward in zip(stand_ins, before, strict=True):
-                del module.forward
+                del module.forward, module.answer
                 if forward is not None:
                     module.forward = forward
 
 
-def _answers(answer: Any) -> Callable[..., Any]:
-    return lambda *_args, **_kwargs: answer
+def _answer(module: Any, *_args: Any, **_kwargs: Any) -> Any:
+    # One function for all modules, with the result as an attribute: a compiled block reads the attribute at each call,
+    # where it would be compiled again for another function.
+    return module.answer
 
 
 def kept_in_place(buffer: Tensor, values: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from diffusers.models.embeddings import TimestepEmbedding
 from torch import Tensor, nn
 
 from ddpo_fast.unet import convolutions
+from ddpo_fast.unet.compiled_blocks import is_compiled
 from ddpo_fast.unet.convolutions import is_bare, is_hooked
 from ddpo_fast.unet.linear_layers import are_one_op
 from ddpo_fast.unet.shared_halves import blocks_of_one_half, shares_halves
@@ -33,7 +34,7 @@ class TogetherTimestepEmbedding(TimestepEmbedding):
 
     def forward(self, sample: Tensor, condition: Tensor | None = None) -> Any:
         emb = super().forward(sample, condition)
-        if torch.compiler.is_compiling():
+        if any(map(is_compiled, self.readers)):
             return emb
         if self.text is not None:
             # every call of the UNet begins here

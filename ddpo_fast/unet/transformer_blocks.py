@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ddpo_fast.ops.add_layernorm import add_layernorm
 from ddpo_fast.unet import convolutions
 from ddpo_fast.unet.attention import SDPAProcessor
+from ddpo_fast.unet.compiled_blocks import is_compiled
 from ddpo_fast.unet.convolutions import is_bare, is_hooked
 from ddpo_fast.unet.linear_layers import FusedLinear, query_key_value
 from ddpo_fast.unet.residual_sums import add_product_, later_bias
@@ -35,7 +36,10 @@ class FusedBasicTransformerBlock(SharingBlock):
 
     def bias_before(self, x: Tensor) -> Tensor | None:
         """The bias that the transformer's `proj_in` adds without a gradient, as its gradient is computed here."""
-        return None if self.first_of is None or is_hooked(self) else self.first_of[0].detached_bias(x)
+        if is_compiled(self) or self.first_of is None or is_hooked(self):
+            return None
+        bias: Tensor | None = self.first_of[0].detached_bias(x)
+        return bias
 
     def forward(
         self,

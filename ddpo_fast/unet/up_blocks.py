@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddpo_fast.unet.compiled_blocks import is_compiled
 from ddpo_fast.unet.convolutions import is_bare
 from ddpo_fast.unet.residual_blocks import FusedResnetBlock2D
 from ddpo_fast.unet.residual_sums import ImageConcatenation, leaves_sums
@@ -48,7 +49,7 @@ def joins(block: Any, images: Tensor, states: Sequence[Tensor]) -> bool:
     return (
         leaves_sums(images)
         and all(state.dtype == images.dtype for state in states)
-        and all(is_bare(resnet, FusedResnetBlock2D) for resnet in block.resnets)
+        and all(is_bare(resnet, FusedResnetBlock2D) and not is_compiled(resnet) for resnet in block.resnets)
         and getattr(block, "s1", None) is None
     )
 
