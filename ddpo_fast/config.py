@@ -194,6 +194,11 @@ class DDPOConfig(ConfigNumbers):
         "Side of the squares of latent pixels whose means the loss looks at, 1 for every pixel (TRL). What early steps "
         "decide is larger than a pixel, and the noise of single pixels only blurs the gradient.",
     )
+    train_strongest_share: float = _option(
+        1.0,
+        "Share of the (image, timestep) pairs that are trained: those whose advantages are largest by amount. It needs "
+        "train_skip_dead_pairs to save time. 1 trains all (TRL).",
+    )
     train_skip_last_steps: float = _option(0.0, "Share of the denoising steps, the last ones, that are not trained.")
     train_clip_unit: str = _option(
         "ratio",

@@ -149,6 +149,7 @@ RULES: tuple[tuple[str, Predicate, str], ...] = (
     ),
     ("zero", whole(0, 3), "0, 1, 2 or 3"),
     ("ema_decay train_skip_last_steps", _number(lambda v: 0 <= v < 1), "at least 0 and below 1"),
+    ("train_strongest_share", _number(lambda v: 0 < v <= 1), "above 0 and at most 1"),
     ("rwr_top_fraction", _number(lambda v: 0 <= v <= 1), "from 0 to 1"),
     ("gpu_memory", _none_or(_number(lambda v: v > 0)), "None or a number above 0 (GB)"),
     ("deepspeed", _none_or(lambda v: v != "" and is_path(v)), "None or the path of a JSON file"),
@@ -330,11 +331,12 @@ CONFLICTS: tuple[tuple[Callable[[Settings], bool], str], ...] = (
                 c.step_credit != "none"
                 or c.train_image_credit != "none"
                 or c.train_skip_last_steps > 0
+                or c.train_strongest_share < 1
                 or c.train_pool_latents > 1
             )
         ),
         "objective is 'rwr', which trains on noised images and on no denoising steps: leave out step_credit, "
-        "train_image_credit, train_skip_last_steps and train_pool_latents",
+        "train_image_credit, train_skip_last_steps, train_strongest_share and train_pool_latents",
     ),
     (
         lambda c: c.train_target_decay > 0 and c.train_target_update == 0,

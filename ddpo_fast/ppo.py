@@ -189,8 +189,7 @@ class PPO:
     def _add_objective(self, batches: Sequence[TrainingBatch], index: np.ndarray, number: int) -> None:
         """Adds the objective's gradient. Pairs that are known to have none are left out of the UNet calls."""
         total, size = len(index), self.sizes.micro_batch_size
-        # Pairs of images whose advantage is 0 have neither loss nor gradient. The host knows them without asking the
-        # device.
+        # Pairs whose advantage is 0 have neither loss nor gradient. The host knows them without asking the device.
         if self.objective.skips:
             index = _with_advantage(batches, index)
         scored = len(index)
@@ -337,10 +336,12 @@ class PPO:
 
 
 def _with_advantage(batches: Sequence[TrainingBatch], index: np.ndarray) -> np.ndarray:
-    """The rows of a `pair_index` except those of images whose advantage is known to be 0 (`has_advantage`)."""
+    """The rows of a `pair_index` except those whose advantage is known to be 0 (`has_advantage`)."""
     keep = np.ones(len(index), dtype=bool)
     for i, batch in enumerate(batches):
         if batch.has_advantage is not None:
             mine = index[:, 0] == i
-            keep[mine] = batch.has_advantage.numpy()[index[mine, 2]]
+            steps, images = index[mine, 1:].T
+            flags = batch.has_advantage.numpy()
+            keep[mine] = flags[images, steps] if flags.ndim > 1 else flags[images]
     return index[keep]

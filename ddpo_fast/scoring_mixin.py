@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from ddpo_fast import rewards, rwr, variety
-from ddpo_fast.advantages import batch_advantages, compared_sets, group_advantages, step_advantages
+from ddpo_fast.advantages import batch_advantages, compared_sets, group_advantages, step_advantages, strongest
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.groups import ScoredImages
 from ddpo_fast.health import SampleHealth
@@ -207,8 +207,8 @@ class ScoringMixin:
                 found = step_advantages(found, credit, sets, config.num_trainable_steps)
             else:
                 features = self.accelerator.gather(trajectory.features).cpu()
-                trained = self.policy.config.trainable_steps
-                found = self.step_values.advantages(features, values, prompts, sets, trained)
+                found = self.step_values.advantages(features, values, prompts, sets, self.policy.config.trainable_steps)
+        found = strongest(found, config.train_strongest_share, self.policy.config.trainable_steps)
         of_processes = np.split(np.ascontiguousarray(found), self.accelerator.num_processes)
         return torch.as_tensor(of_processes[self.accelerator.process_index])
 

@@ -54,7 +54,8 @@ class Trajectory(_Keyed):
     credit: torch.Tensor | None = None  # [B, T], see image_credit.py
     features: torch.Tensor | None = None  # [B, T, F], see step_values.py
     advantages: torch.Tensor | None = None  # [B], or [B, T] if each step has its own
-    has_advantage: torch.Tensor | None = None  # [B] bool on the CPU, so that the host can read it; None: all have one
+    # bool in the shape of `advantages`, on the CPU, so that the host can read it; None: all have one
+    has_advantage: torch.Tensor | None = None
 
     _views = ("latents", "next_latents")
 
@@ -102,7 +103,7 @@ class Trajectory(_Keyed):
 
     def with_advantages(self, advantages: torch.Tensor) -> Trajectory:
         """A copy that has the advantages of its images [B], or of their steps [B, T], given on the CPU."""
-        differs = (advantages != 0).flatten(1).any(1) if advantages.dim() > 1 else advantages != 0
+        differs = advantages != 0
         return replace(
             self,
             advantages=advantages.to(self.trail.device),
@@ -115,7 +116,7 @@ class Trajectory(_Keyed):
             return self
         kept = slice(steps.start, steps.stop)
         fewer = {name: self[name][:, kept] for name in ("timesteps", "log_probs")}
-        for name in ("credit", "features", "advantages"):
+        for name in ("credit", "features", "advantages", "has_advantage"):
             if self[name] is not None and self[name].dim() > 1:
                 fewer[name] = self[name][:, kept]
         return replace(self, trail=self.trail[:, steps.start : steps.stop + 1], **fewer)
@@ -153,7 +154,10 @@ def training_batches(trajectory: Trajectory, batch_size: int, inner_epochs: int)
         steps = steps.gather(1, torch.stack([torch.randperm(num_steps, device=device) for _ in range(count)]))
         flags: Any = repeat(None)
         if trajectory.has_advantage is not None:
-            flags = trajectory.has_advantage[rows.cpu()].split(batch_size)
+            on_host = rows.cpu()
+            of_steps = trajectory.has_advantage.dim() > 1
+            pick = (on_host[:, None], steps.cpu()) if of_steps else on_host
+            flags = trajectory.has_advantage[pick].split(batch_size)
         parts = zip(rows.split(batch_size), steps.split(batch_size), flags, strict=False)
         yield (trajectory.training_batch(*part) for part in parts)
 
@@ -172,7 +176,7 @@ class TrainingBatch(_Keyed):
     next_latents: torch.Tensor  # [b, T, C, H, W]
     log_probs: torch.Tensor  # [b, T]
     advantages: torch.Tensor  # [b] or, in the order of the steps, [b, T]
-    has_advantage: torch.Tensor | None = None  # [b] on the CPU, as in `Trajectory`
+    has_advantage: torch.Tensor | None = None  # in the shape of `advantages`, on the CPU, as in `Trajectory`
 
     @classmethod
     def of(cls, batch: Any) -> TrainingBatch:

@@ -14,6 +14,7 @@ from ddpo_fast.advantages import (
     distances,
     group_advantages,
     step_advantages,
+    strongest,
 )
 
 
@@ -138,6 +139,39 @@ def test_steps_are_standardised_over_the_trained_steps_of_images_that_are_compar
         np.testing.assert_allclose(found[rows], (product[rows] - trained.mean()) / trained.std(), rtol=1e-5, atol=1e-6)
         assert found[rows, :3].mean() == pytest.approx(0, abs=1e-6)
     assert (found[4:] == 0).all(), "a group without spread"
+
+
+def test_the_strongest_pairs_of_the_trained_steps_keep_their_advantages():
+    advantages = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
+    given = advantages.copy()
+    found = strongest(advantages, 0.25, range(1, 5))
+    trained, kept = advantages[:, 1:5], found[:, 1:5] != 0
+    assert kept.sum() == 40
+    assert np.abs(trained[kept]).min() > np.abs(trained[~kept]).max()
+    np.testing.assert_array_equal(found[:, 1:5][kept], trained[kept])
+    np.testing.assert_array_equal(found[:, [0, 5]], advantages[:, [0, 5]])
+    np.testing.assert_array_equal(advantages, given)
+    assert strongest(advantages, 1.0, range(6)) is advantages
+
+
+def test_the_strongest_images():
+    found = strongest(np.array([0.5, -3.0, 0.0, 1.0, -1.0], dtype=np.float32), 0.2, range(1))
+    assert found.tolist() == [0, -3, 0, 0, 0]
+    # equal ones stay together, and one image always stays
+    assert strongest(np.array([1.0, -1.0, 0.5]), 0.3, range(1)).tolist() == [1, -1, 0]
+    assert strongest(np.array([0.5, 2.0]), 0.01, range(1)).tolist() == [0, 2]
+    assert strongest(np.zeros(4), 0.5, range(1)).tolist() == [0] * 4
+
+
+def test_half_of_normal_advantages_have_93_percent_of_their_squares():
+    """With c the median of |A|, the integral of x^2 over |x| > c is 2 (c phi(c) + 1 - Phi(c)) = 0.9287."""
+    normal = NormalDist()
+    c = normal.inv_cdf(0.75)
+    expected = 2 * (c * normal.pdf(c) + 1 - normal.cdf(c))
+    assert expected == pytest.approx(0.9287, abs=5e-5)
+    advantages = np.array([normal.inv_cdf((i + 0.5) / 20_000) for i in range(20_000)])
+    kept = strongest(advantages, 0.5, range(1))
+    assert np.square(kept).sum() / np.square(advantages).sum() == pytest.approx(expected, abs=1e-3)
 
 
 def test_what_is_compared():

@@ -127,7 +127,7 @@ def test_each_step_is_trained_with_its_own_advantage(make_trainer):
     advantages = torch.arange(20.0).reshape(4, 5)
     advantages[2] = 0
     trajectory = trajectory.with_advantages(advantages).with_steps(range(4))
-    assert trajectory.has_advantage.tolist() == [True, True, False, True]
+    assert trajectory.has_advantage.tolist() == [[False, True, True, True], [True] * 4, [False] * 4, [True] * 4]
     by_step = {
         (float(log_prob), int(t)): float(advantage)
         for log_probs, timesteps, row in zip(trajectory.log_probs, trajectory.timesteps, advantages, strict=True)
@@ -139,6 +139,8 @@ def test_each_step_is_trained_with_its_own_advantage(make_trainer):
         assert pairs.number == 16
         for log_prob, t, advantage in zip(pairs.log_probs, pairs.timesteps, pairs.advantages, strict=True):
             assert by_step[float(log_prob), int(t)] == float(advantage)
+        for batch in group:
+            assert torch.equal(batch.has_advantage, batch.advantages != 0)
 
 
 @pytest.mark.parametrize("settings", [{}, {"sample_group_size": 4}, {"per_prompt_stat_tracking": True}])

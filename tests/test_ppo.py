@@ -134,6 +134,29 @@ def test_calls_have_few_sizes_and_the_update_stays(make_trainer, tmp_path, score
     assert sizes == ([[7, 7, 6, 7, 3], [7, 7, 7, 7, 4]] if scores_first else [[7, 7, 6], [7, 7, 7]])
 
 
+@pytest.mark.parametrize(("credit", "kept"), [("coca", 12), ("none", 10)], ids=["of steps", "of images"])
+def test_only_the_strongest_pairs_are_trained(make_trainer, tmp_path, credit, kept):
+    """12 of 30 pairs where each has its own advantage, else the 5 pairs of each of 2 images out of 6: 2.4 rounded."""
+    found = {}
+    for share, skips in ((1.0, True), (0.4, False), (0.4, True)):
+        trainer = make_trainer(
+            train_image_credit=credit,
+            train_strongest_share=share,
+            train_skip_dead_pairs=skips,
+            output_dir=tmp_path / f"{share}-{skips}",
+            **ONE_UPDATE,
+        )
+        watched = Watched(in_fp64(trainer))
+        trainer.train(1)
+        found[share, skips] = watched.gradient, sum(size for size, _ in watched.updates[0])
+    (of_all, all_pairs), (zeroed, zeroed_pairs), (left_out, pairs) = found.values()
+    assert all_pairs > pairs == kept
+    assert zeroed_pairs == 30
+    assert (left_out - zeroed).norm() < 1e-12 * zeroed.norm()
+    # far above the rounding of sums in fp64: the pairs that are left out had a gradient
+    assert (left_out - of_all).norm() > 1e-6 * of_all.norm()
+
+
 @pytest.mark.parametrize("precision", ["no", "fp16"])
 def test_an_epoch_without_any_advantage_trains_on_zero(make_trainer, precision):
     """Adam's weight decay still acts, as it does in TRL, and no UNet is called."""
