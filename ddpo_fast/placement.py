@@ -40,7 +40,7 @@ def place_networks(
     """
     device, dtype = accelerator.device, compute_dtype(config.mixed_precision)
     if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
+        choose_libraries(config)
         if config.gpu_memory is not None:
             limit_memory(config.gpu_memory, device)
 
@@ -98,6 +98,15 @@ def place_networks(
     if config.compile_unet:
         compile_blocks(pipeline.unet)
     return layers
+
+
+def choose_libraries(config: DDPOConfig) -> None:
+    """Sets what cuBLAS and cuDNN may choose from."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
+    # cuDNN times its convolutions for each size of input and keeps the fastest. There are few sizes: sampling calls
+    # have one number of rows; those of training have that of a micro-batch, or are padded to a power of two. A process
+    # that asked for the same bits in every run keeps what cuDNN takes untimed.
+    torch.backends.cudnn.benchmark = not torch.backends.cudnn.deterministic
 
 
 def compute_precision(pipeline: Any, config: DDPOConfig) -> str:
