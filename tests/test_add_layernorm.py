@@ -12,11 +12,14 @@ from ddpo_fast.ops.backend import force_backend
 
 BACKENDS = ("reference", "triton")
 EPS = 1e-5
+FACTOR = 1.7
 # which operands there are, beside x and the norm's vectors
 NORM, SUM, BIASED = (), ("residual",), ("residual", "added")
 MODULATED, GATED = ("modulated",), ("residual", "added", "gate", "modulated")
 # without a residual, x has the bias already
 AFTER, LAST, LATER = ("added",), ("residual", "added", "later"), ("later",)
+# with the last factors of an adapter
+ADAPTED = ("residual", "added", "low", "up")
 # one row, several tiles of rows, widths that are and are not a power of two
 SHAPES = [(1, 8), (2, 37, 40), (1, 3, 320), (3, 2, 5, 64)]
 
@@ -35,16 +38,18 @@ def example(shape, given, dtype=torch.float32, vectors=None, seed=0):
         **{name: draw(*of_norm, of=vectors or dtype) for name in ("scale", "shift")},
     }
     sizes = {"residual": shape, "added": (width,), "gate": (images, width), "later": (width,)}
+    sizes |= {"low": (*shape[:-1], 3), "up": (width, 3)}
     operands |= {name: draw(*sizes[name]) for name in given if name in sizes}
     return operands, (draw(*shape), draw(*shape))
 
 
-def plain(x, scale, shift, residual=None, added=None, gate=None, later=None):
+def plain(x, scale, shift, residual=None, added=None, gate=None, later=None, low=None, up=None):
     def over_rows(vector):
         return vector if vector.ndim == 1 else vector.view(len(vector), *[1] * (x.ndim - 2), -1)
 
     # without a residual, only the gradient of what was added is asked for
     s = x if added is None else x + (added - added.detach() if residual is None else added)
+    s = s if low is None else s + FACTOR * (low @ up.t())
     s = s if gate is None else over_rows(gate) * s
     s = s if residual is None else residual + s
     y = F.layer_norm(s, x.shape[-1:], eps=EPS) * over_rows(scale) + over_rows(shift)
@@ -52,7 +57,7 @@ def plain(x, scale, shift, residual=None, added=None, gate=None, later=None):
 
 
 def fused(x, scale, shift, **others):
-    s, y = add_layernorm(x, scale, shift, EPS, **others)
+    s, y = add_layernorm(x, scale, shift, EPS, **others, factor=FACTOR)
     return s.view(x.shape), y
 
 
@@ -81,7 +86,7 @@ def check(backend, operands, grads):
 
 @pytest.mark.usefixtures("poisoned_empty")
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("given", [NORM, SUM, BIASED, MODULATED, GATED, AFTER, LAST, LATER], ids="-".join)
+@pytest.mark.parametrize("given", [NORM, SUM, BIASED, MODULATED, GATED, AFTER, LAST, LATER, ADAPTED], ids="-".join)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_values_and_gradients(backend, given, shape, monkeypatch):
     """With few programs, one takes several tiles of rows."""
@@ -91,7 +96,7 @@ def test_values_and_gradients(backend, given, shape, monkeypatch):
 
 @pytest.mark.usefixtures("poisoned_empty")
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=name_of)
-@pytest.mark.parametrize("given", [BIASED, GATED, LAST], ids="-".join)
+@pytest.mark.parametrize("given", [BIASED, GATED, LAST, ADAPTED], ids="-".join)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_half_precision(backend, given, dtype):
     operands, grads = example((2, 9, 80), given, dtype)
@@ -106,9 +111,10 @@ def test_fp32_weights_of_a_half_precision_input(backend, dtype):
     check(backend, *example((2, 9, 80), BIASED, dtype, vectors=torch.float32))
 
 
+@pytest.mark.parametrize("given", [LAST, ADAPTED], ids="-".join)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_only_what_requires_a_gradient_gets_one(backend):
-    operands, grads = example((2, 9, 40), LAST)
+def test_only_what_requires_a_gradient_gets_one(backend, given):
+    operands, grads = example((2, 9, 40), given)
     with force_backend(backend):
         everything = dict(zip(operands, with_gradients(fused, operands, grads)[2:], strict=True))
         for name in operands:
@@ -159,21 +165,21 @@ def test_two_runs_are_equal_to_the_last_bit(backend):
     assert all(map(torch.equal, first, second))
 
 
-@pytest.mark.parametrize("given", [NORM, GATED, LAST], ids="-".join)
+@pytest.mark.parametrize("given", [NORM, GATED, LAST, ADAPTED], ids="-".join)
 def test_gradcheck(given):
     operands, _ = example((2, 3, 4), given, torch.float64)
     leaves = [tensor.requires_grad_() for tensor in operands.values()]
     assert torch.autograd.gradcheck(lambda *values: fused(**dict(zip(operands, values, strict=True))), leaves)
 
 
-@pytest.mark.parametrize("given", [BIASED, GATED, LAST], ids="-".join)
+@pytest.mark.parametrize("given", [BIASED, GATED, LAST, ADAPTED], ids="-".join)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend, given):
     operands, (of_s, of_y) = example((2, 3, 8), given)
     x, scale, shift, residual, added = (operands[name] for name in ("x", "scale", "shift", "residual", "added"))
-    gate, later = operands.get("gate"), operands.get("later")
+    gate, later, low, up = (operands.get(name) for name in ("gate", "later", "low", "up"))
     with force_backend(backend):
-        arguments = (x, scale, shift, EPS, residual, added, gate, later, True)
+        arguments = (x, scale, shift, EPS, residual, added, gate, later, True, low, up, FACTOR)
         _, s, _, mean, rstd = torch.ops.ddpo_fast.add_layernorm(*arguments)
         for needs in ([True, True, gate is not None, later is not None], [False] * 4):
             backward = (of_y, of_s, s, x, scale, mean, rstd, added, gate, later, needs)
@@ -182,7 +188,7 @@ def test_opcheck(backend, given):
         torch.library.opcheck(torch.ops.ddpo_fast.add_layernorm.default, tuple(arguments))
 
 
-@pytest.mark.parametrize("given", [NORM, GATED, LAST], ids="-".join)
+@pytest.mark.parametrize("given", [NORM, GATED, LAST, ADAPTED], ids="-".join)
 def test_compiles_without_a_graph_break(given):
     inputs = example((2, 3, 8), given)
     compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
@@ -206,7 +212,9 @@ def test_without_gradients_the_sum_is_not_stored_beside_its_copy(backend):
         s, y = fused(**operands)
         with torch.no_grad():
             arguments = (operands[name] for name in ("residual", "added"))
-            _, stored, *_ = add_layernorm_op(*norm_of(operands), *arguments, None, operands["later"], False)
+            _, stored, *_ = add_layernorm_op(
+                *norm_of(operands), *arguments, None, operands["later"], False, None, None, 1.0
+            )
             assert not stored.numel()
             assert all(map(torch.equal, fused(**operands), (s, y)))
 

@@ -74,7 +74,7 @@ def test_the_same_where_kernels_add_what_a_cpu_adds_apart(kind, lora, monkeypatc
     fuse_unet(unet).to(memory_format=torch.channels_last)
     calls = Counter()
     counted = [(linear_layers, "qkv_linear"), (linear_layers, "lora_qkv_linear"), (residual_blocks, "ImageSum")]
-    counted.append((up_blocks, "ImageConcatenation"))
+    counted += [(up_blocks, "ImageConcatenation"), (transformer_blocks, "two_products")]
     for module, name in (*counted, (fusing, "add_product_"), (transformer_blocks, "add_product_")):
         op = getattr(module, name)
         monkeypatch.setattr(module, name, Counted(op, name, calls))
@@ -84,7 +84,8 @@ def test_the_same_where_kernels_add_what_a_cpu_adds_apart(kind, lora, monkeypatc
         kind: sum(isinstance(m, kind) for m in unet.modules()) for kind in (BasicTransformerBlock, Transformer2DModel)
     }
     blocks, transformers = count.values()
-    own = {"lora_qkv_linear" if lora else "qkv_linear": blocks}
+    # the norms after both attentions add what is left of their adapters
+    own = {"lora_qkv_linear": blocks, "two_products": 2 * blocks} if lora else {"qkv_linear": blocks}
     # both products at the ends of transformers add to a residual, each transformer computes the sum before it, and each
     # residual block of the up path the concatenation
     joined = {"ImageConcatenation": sum(len(block.resnets) for block in unet.up_blocks)}

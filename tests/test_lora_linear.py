@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from op_checks import DEVICE, DTYPES, assert_as_exact_as_plain, name_of
 
-from ddpo_fast.ops.lora_linear import lora_linear
+from ddpo_fast.ops.lora_linear import lora_linear, two_products
 
 SCALING = 1.7
 
@@ -49,6 +49,31 @@ def test_an_expanded_gradient_and_a_transposed_input():
     x = torch.randn(3, 13, 7, dtype=torch.float64, device=DEVICE).transpose(1, 2).requires_grad_()
     grads = [torch.autograd.grad(f(x, weight, bias, a, b, SCALING).sum(), (x, a, b)) for f in (lora_linear, plain)]
     torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_two_products_of_one_input(dtype):
+    weight, _, (x, a, _), grad = example(dtype)
+
+    def both(function, dtype=dtype):
+        operands = [tensor.detach().to(dtype) for tensor in (x, weight, a)]
+        leaves = [operands[i].requires_grad_() for i in (0, 2)]
+        results = function(*operands)
+        grads = grad.to(dtype), grad[..., : len(a)].to(dtype)
+        return *results, *torch.autograd.grad(results, leaves, grads)
+
+    def separately(x, weight, a):
+        return F.linear(x, weight), F.linear(x, a)
+
+    assert_as_exact_as_plain(both(two_products), both(separately), both(separately, torch.float64))
+
+
+def test_gradcheck_and_opcheck_of_two_products():
+    weight, _, (x, a, _), grad = example()
+    assert torch.autograd.gradcheck(lambda x, a: two_products(x, weight, a), (x, a))
+    torch.library.opcheck(torch.ops.ddpo_fast.two_products, (x, weight, a))
+    backward = grad, grad[..., : len(a)].contiguous(), x.detach(), weight, a.detach()
+    torch.library.opcheck(torch.ops.ddpo_fast.two_products_backward, backward)
 
 
 def test_empty_batch():

@@ -15,6 +15,9 @@ from torch import Tensor
 from ddpo_fast.ops.backend import Op
 from ddpo_fast.ops.operands import mark_outputs, returned_sums_gradient, stores_sum, widest
 
+# of the adapter of a layer before a sum: each rank is a multiplication of every element of the rows
+MOST_RANK = 16
+
 
 def add_layernorm(
     x: Tensor,
@@ -25,8 +28,13 @@ def add_layernorm(
     added: Tensor | None = None,
     gate: Tensor | None = None,
     later: Tensor | None = None,
+    low: Tensor | None = None,
+    up: Tensor | None = None,
+    factor: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """`s = residual + gate * (x + added)` and `y = (s - mean) / sqrt(var + eps) * scale + shift`; returns (s, y).
+    """`s = residual + gate * (x + added + factor low up^T)` and `y = (s - mean) / sqrt(var + eps) * scale + shift`.
+
+    Returns (s, y).
 
     Args:
         x: [N, ..., D] fp16, bf16 or fp32 (fp64: by the reference). `mean` and `var` of each row of s are computed in
@@ -38,6 +46,8 @@ def add_layernorm(
         gate: [N, D]; without it 1.
         later: [D], the bias of a layer whose output will be added to s. With it, s + later is returned in place of s,
             as rows [M, D] that nothing else reads, so that a matrix product may add to them in place.
+        low, up: [N, ..., r] and [D, r] in the dtype of `x`, the last factors of an adapter of the layer that made `x`,
+            without a gate; r is at most `MOST_RANK`. Without them 0 is added.
 
     Returns s and y in the dtype of `x`, dense. Saved for the backward pass are s, with a gate `x`, and the rows'
     statistics; without gradients, s is not stored if `later` is given. The gradient of s, from its other uses, is added
@@ -51,15 +61,19 @@ def add_layernorm(
         )
     if residual is None and gate is not None:
         raise ValueError("a gate belongs to a sum, but there is no residual")
-    fits = {"residual": (residual, x.shape), "gate": (gate, images + width)}
+    assert low is None or (up is not None and residual is not None and gate is None)
+    fits: dict[str, tuple[Tensor | None, Any]] = {"residual": (residual, x.shape), "gate": (gate, images + width)}
     fits |= {"added": (added, width), "later": (later, width)}
+    if low is not None:
+        fits |= {"low": (low, (*x.shape[:-1], *low.shape[-1:])), "up": (up, (*width, *low.shape[-1:]))}
     for name, (operand, shape) in fits.items():
         if operand is not None and operand.shape != shape:
             raise ValueError(f"{name} has shape {tuple(operand.shape)} but must be {tuple(shape)}")
     residual = None if residual is None else residual.to(x.dtype)
     x, scale, shift = (operand.contiguous() for operand in (x, scale, shift))
     optional = (None if operand is None else operand.contiguous() for operand in (residual, added, gate, later))
-    operands = x, scale, shift, eps, *optional, torch.is_grad_enabled()
+    low, up = (None if operand is None else operand.contiguous() for operand in (low, up))
+    operands = x, scale, shift, eps, *optional, torch.is_grad_enabled(), low, up, factor
     if residual is None and later is None:
         y, *_, s = FORWARD.with_skip(*operands)
         return s, y
@@ -91,11 +105,15 @@ def _reference(
     gate: Tensor | None,
     later: Tensor | None,
     keep: bool,
+    low: Tensor | None,
+    up: Tensor | None,
+    factor: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y; if there is a residual, s, unless it is only returned with `later` and not to `keep`; the copy; statistics."""
     s = x
     if residual is not None:
         s = s if added is None else s + added.to(x.dtype)
+        s = s if low is None or up is None else s + factor * (low @ up.t())
         s = residual + (s if gate is None else _for_each_row(gate, x) * s)
     width = list(x.shape[-1:])
     if scale.ndim == 1:
@@ -164,6 +182,9 @@ def _empty(
     gate: Tensor | None,
     later: Tensor | None,
     keep: bool,
+    low: Tensor | None,
+    up: Tensor | None,
+    factor: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     wide = torch.promote_types(x.dtype, torch.float32)
     mean, rstd = (torch.empty((*x.shape[:-1], 1), dtype=wide, device=x.device) for _ in range(2))
@@ -202,14 +223,18 @@ def _triton(
     gate: Tensor | None,
     later: Tensor | None,
     keep: bool,
+    low: Tensor | None,
+    up: Tensor | None,
+    factor: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from ddpo_fast_kernels.add_layernorm import add_layernorm
 
-    made = _empty(x, scale, shift, eps, residual, added, gate, later, keep)
+    made = _empty(x, scale, shift, eps, residual, added, gate, later, keep, low, up, factor)
     y, s, copy, mean, rstd = made
     stored, copied = s if stores_sum(residual, later, keep) else None, None if later is None else copy
     added = None if residual is None else added
-    add_layernorm(x, scale, shift, eps, residual, added, gate, later, stored, copied, y, mean, rstd)
+    operands = x, scale, shift, eps, residual, added, gate, low, up, factor, later
+    add_layernorm(*operands, stored, copied, y, mean, rstd)
     return made
 
 
@@ -239,11 +264,11 @@ BACKWARD = Op("add_layernorm_backward", _reference_backward, _empty_backward, _t
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, scale, _, _, residual, added, gate, later, _ = inputs
+    x, scale, _, _, residual, added, gate, later, _, low, up, ctx.factor = inputs
     _, s, _, mean, rstd = output
     mark_outputs(ctx, output, residual, later)
     only_gated = None if gate is None else x
-    ctx.save_for_backward(s if ctx.summed else x, only_gated, scale, mean, rstd, added, gate, later)
+    ctx.save_for_backward(s if ctx.summed else x, only_gated, scale, mean, rstd, added, gate, later, low, up)
 
 
 def _differentiate(
@@ -257,9 +282,9 @@ def _differentiate(
 ) -> Any:
     skip = returned_sums_gradient(ctx, of_s, of_copy, skip)
     if grad is None and skip is None:
-        return (None,) * 9
+        return (None,) * 12
     # once, because checkpointing allows no second reading
-    saved = ctx.saved_tensors
+    *saved, low, up = ctx.saved_tensors
     s, _, scale, _, _, added, gate, later = saved
     skip = None if skip is None else skip.contiguous().view(s.shape)
     grad = torch.zeros_like(s) if grad is None else grad.contiguous()
@@ -277,7 +302,14 @@ def _differentiate(
 
     dscale, dshift = (of(scale, asked[0]) for _ in range(2))
     dadded, dgate, dlater = map(of, (added, gate, later), asked[1:])
-    return dx, dscale, dshift, None, ds if ctx.summed else None, dadded, dgate, dlater, None
+    dlow = dup = None
+    if low is not None:
+        rows, low_rows = dx.flatten(0, -2), low.flatten(0, -2)
+        # with beta=0 the first operand is not read: this is factor * product in one launch
+        dlow = torch.addmm(low_rows, rows, up, beta=0, alpha=ctx.factor).view(low.shape) if needs[9] else None
+        dup = torch.addmm(up, rows.t(), low_rows, beta=0, alpha=ctx.factor) if needs[10] else None
+    dresidual = ds if ctx.summed else None
+    return dx, dscale, dshift, None, dresidual, dadded, dgate, dlater, None, dlow, dup, None
 
 
 FORWARD.register_autograd(_differentiate, setup_context=_save)

@@ -33,6 +33,17 @@ def lora_linear(
     return FORWARD(x, weight, bias, lora_a.to(x.dtype), lora_b.to(x.dtype), scaling)[0]
 
 
+def two_products(x: torch.Tensor, weight: torch.Tensor, lora_a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`x W^T` and `x A^T`: [..., I] -> [..., O] and [..., r]; the gradient flows to x and A.
+
+    For a kernel that adds the rest of the layer where it reads the first result: added by a matrix product, as in
+    `lora_linear`, it would take another pass over that. All have one dtype. Raises `ValueError` if the weight [O, I]
+    requires a gradient.
+    """
+    x, weight, _ = with_frozen("two_products", x, weight, None)
+    return PRODUCTS(x, weight, lora_a)
+
+
 def _forward(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -70,6 +81,19 @@ def _backward(
     return grad_x, grad_a, grad_b
 
 
+def _products(x: torch.Tensor, weight: torch.Tensor, lora_a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, sizes = x.reshape(-1, x.shape[-1]), x.shape[:-1]
+    return product(rows, weight).view(*sizes, len(weight)), (rows @ lora_a.t()).view(*sizes, len(lora_a))
+
+
+def _products_backward(
+    grad: torch.Tensor, grad_low: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, lora_a: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    grad_rows, low_rows, rows = (rows.reshape(-1, rows.shape[-1]) for rows in (grad, grad_low, x))
+    grad_x = product(grad_rows, weight.t()).addmm_(low_rows, lora_a)
+    return grad_x.view(x.shape), low_rows.t() @ rows
+
+
 FORWARD = Op("lora_linear", _forward, _forward)
 BACKWARD = Op("lora_linear_backward", _backward, _backward)
 
@@ -92,3 +116,19 @@ def _gradients(ctx: Any, grad: torch.Tensor | None, _: None) -> tuple[torch.Tens
 
 
 FORWARD.register_autograd(_gradients, setup_context=_save)
+
+
+PRODUCTS = Op("two_products", _products, _products)
+PRODUCTS_BACKWARD = Op("two_products_backward", _products_backward, _products_backward)
+
+
+def _save_products(ctx: Any, inputs: tuple[torch.Tensor, ...], output: tuple[torch.Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients_of_products(ctx: Any, grad: torch.Tensor, grad_low: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    grad_x, grad_a = PRODUCTS_BACKWARD(grad, grad_low, *ctx.saved_tensors)
+    return grad_x, None, grad_a
+
+
+PRODUCTS.register_autograd(_gradients_of_products, setup_context=_save_products)

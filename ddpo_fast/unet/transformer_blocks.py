@@ -8,13 +8,14 @@ import torch.nn.functional as F
 from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
-from ddpo_fast.ops.add_layernorm import add_layernorm
+from ddpo_fast.ops.add_layernorm import MOST_RANK, add_layernorm
+from ddpo_fast.ops.lora_linear import two_products
 from ddpo_fast.unet import convolutions
 from ddpo_fast.unet.attention import SDPAProcessor
 from ddpo_fast.unet.compiled_blocks import is_compiled
 from ddpo_fast.unet.convolutions import is_bare, is_hooked
-from ddpo_fast.unet.linear_layers import FusedLinear, query_key_value
-from ddpo_fast.unet.residual_sums import add_product_, later_bias
+from ddpo_fast.unet.linear_layers import FusedLinear, FusedLoraLinear, query_key_value
+from ddpo_fast.unet.residual_sums import add_product_, later_bias, leaves_sums
 from ddpo_fast.unet.shared_halves import SharingBlock, with_rows_of
 
 
@@ -26,6 +27,19 @@ def without_bias(layer: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
     if not (convolutions.adds_in_kernels(x) and is_bare(layer, nn.Linear, FusedLinear)):
         return layer(x), None
     return F.linear(x, layer.weight), layer.bias
+
+
+def without_additions(layer: Any, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    """A linear layer without its bias and without the last product of an adapter, and both as `add_layernorm` takes
+    them."""
+    adapter = layer.only_adapter() if is_bare(layer, FusedLoraLinear) and leaves_sums(x) else None
+    if adapter is None or layer.r[adapter] > MOST_RANK or layer.base_layer.weight.dtype != x.dtype:
+        rows, bias = without_bias(layer, x)
+        return rows, {"added": bias}
+    base, factors = layer.base_layer, (layer.lora_A[adapter].weight, layer.lora_B[adapter].weight)
+    a, up = (factor.to(x.dtype) for factor in factors)
+    rows, low = two_products(x, base.weight, a)
+    return rows, {"added": base.bias, "low": low, "up": up, "factor": float(layer.scaling[adapter])}
 
 
 class FusedBasicTransformerBlock(SharingBlock):
@@ -64,15 +78,15 @@ class FusedBasicTransformerBlock(SharingBlock):
             )
         first, second, third = ((norm.weight, norm.bias, norm.eps) for norm in norms)
         hidden, normed = add_layernorm(hidden_states, *first, added=before)
-        attended, bias = _attend(self.attn1, normed, None, attention_mask, given)
-        hidden, normed = add_layernorm(attended, *second, residual=hidden, added=bias)
+        attended, added = _attend(self.attn1, normed, None, attention_mask, given)
+        hidden, normed = add_layernorm(attended, *second, residual=hidden, **added)
         if context is not None:
             # the rows of guidance have been the same up to here
             hidden, normed = (with_rows_of(context, rows) for rows in (hidden, normed))
-        attended, bias = _attend(self.attn2, normed, context, encoder_attention_mask, given)
+        attended, added = _attend(self.attn2, normed, context, encoder_attention_mask, given)
         last = _last_layer(self.ff)
         later = None if last is None else later_bias(last, attended)
-        hidden, normed = add_layernorm(attended, *third, residual=hidden, added=bias, later=later)
+        hidden, normed = add_layernorm(attended, *third, residual=hidden, later=later, **added)
         return self.ff(normed) + hidden if later is None else add_product_(hidden, last, self.ff.net[0](normed))
 
 
@@ -97,11 +111,11 @@ def _last_layer(ff: Any) -> Any:
 
 def _attend(
     attention: Any, rows: Tensor, context: Tensor | None, mask: Tensor | None, given: dict[str, Any]
-) -> tuple[Tensor, Tensor | None]:
-    """The attention, and the bias of its last layer if that is not added yet."""
+) -> tuple[Tensor, dict[str, Any]]:
+    """The attention, and what its last layer adds that is not added yet, as `add_layernorm` takes it."""
     processor = attention.processor
     plain = isinstance(processor, SDPAProcessor) and not is_hooked(attention) and mask is None and not given
     if not plain or (attention.training and attention.to_out[1].p > 0):
-        return attention(rows, encoder_hidden_states=context, attention_mask=mask, **given), None
+        return attention(rows, encoder_hidden_states=context, attention_mask=mask, **given), {}
     heads = (row.unflatten(-1, (attention.heads, -1)) for row in query_key_value(attention, rows, context))
-    return without_bias(attention.to_out[0], processor.attend(*heads).flatten(2))
+    return without_additions(attention.to_out[0], processor.attend(*heads).flatten(2))

@@ -1,6 +1,6 @@
 """LayerNorm of a sum, forward and backward in one launch each. A program takes whole rows of one image.
 
-The sum is `s = residual + gate * (x + added)`. Pointers to operands that are absent are None.
+The sum is `s = residual + gate * (x + added + low up^T)`. Pointers to operands that are absent are None.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ def add_layernorm_fwd_kernel(
     residual_ptr,
     added_ptr,
     gate_ptr,
+    low_ptr,
+    up_ptr,
     scale_ptr,
     shift_ptr,
     later_ptr,
@@ -50,6 +52,8 @@ def add_layernorm_fwd_kernel(
     width,
     scale_step,
     eps,
+    factor,
+    RANK: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -62,6 +66,11 @@ def add_layernorm_fwd_kernel(
     offset = (image * rows + row)[:, None] * width + column[None, :]
 
     s = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    if low_ptr is not None:
+        at = (image * rows + row) * RANK
+        for i in tl.static_range(RANK):
+            low = factor * tl.load(low_ptr + at + i, mask=row < rows, other=0.0).to(tl.float32)
+            s += low[:, None] * _vector(up_ptr, i, column * RANK, real, 0.0)
     if residual_ptr is not None:
         s = (s + _vector(added_ptr, 0, column, real, 0.0)) * _vector(gate_ptr, image * width, column, real, 1.0)
         s += tl.load(residual_ptr + offset, mask=mask, other=0.0).to(tl.float32)
@@ -207,6 +216,9 @@ def add_layernorm(
     residual: torch.Tensor | None,
     added: torch.Tensor | None,
     gate: torch.Tensor | None,
+    low: torch.Tensor | None,
+    up: torch.Tensor | None,
+    factor: float,
     later: torch.Tensor | None,
     s: torch.Tensor | None,
     copy: torch.Tensor | None,
@@ -217,7 +229,8 @@ def add_layernorm(
     """Fills `y`, the fp32 `mean` and `rstd` of each row, with a residual `s` if it is given, and with `later` `copy`.
 
     All are dense and not empty. `x`, `residual`, `s`, `copy` and `y` are [N, ..., D]; `scale` and `shift` [D] or
-    [N, D], `added` and `later` [D], `gate` [N, D].
+    [N, D], `added` and `later` [D], `gate` [N, D]. The product of `low` [N, ..., r] and `up` [D, r], times `factor`, is
+    added to x if they are given.
     """
     images, rows, width = _sizes(x, scale, gate)
     tile, warps = _tiling(width)
@@ -227,6 +240,8 @@ def add_layernorm(
             residual,
             added,
             gate,
+            low,
+            up,
             scale,
             shift,
             later,
@@ -239,6 +254,8 @@ def add_layernorm(
             width,
             width if scale.ndim == 2 else 0,
             eps,
+            factor,
+            RANK=0 if up is None else up.shape[1],
             **tile,
             num_warps=warps,
         )
@@ -326,23 +343,26 @@ def ahead_of_time() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, Any], 
     Stable Diffusion 1.5 sums with biases, the transformers with gates.
     """
     cases = [("fp16", 320, kind) for kind in ("norm", "sum", "last sum", "frozen sum", "sampled sum")]
-    cases += [("fp16", 1280, "last sum")]
+    cases += [("fp16", 1280, "last sum"), *(("fp16", width, "adapted sum") for width in (320, 640, 1280))]
     cases += [("bf16", 320, "sum"), ("fp32", 320, "sum"), ("fp16", 640, "sum"), ("fp16", 1280, "sum")]
     cases += [("fp16", 1536, "gated sum"), ("bf16", 3072, "gated sum"), ("fp32", 3072, "gated sum")]
     for case in cases:
         yield _case("fwd", *case)
-        if case[-1] != "sampled sum":
+        # that of a sum with an adapter is no other than without
+        if case[-1] not in ("sampled sum", "adapted sum"):
             yield _case("bwd", *case)
 
 
 def _case(direction: str, dtype: str, width: int, kind: str) -> tuple[str, Any, dict[str, Any], dict[str, Any], int]:
     given = {"norm": "", "sum": "residual added s", "frozen sum": "residual s", "gated sum": "residual gate s dx"}
     given |= {"last sum": "residual added later s copy", "sampled sum": "residual added later copy"}
+    given["adapted sum"] = "residual added low up later s copy"
     tile, warps = _tiling(width)
     constants: dict[str, Any] = dict(tile)
     if direction == "fwd":
-        kernel, names = add_layernorm_fwd_kernel, "x residual added gate scale shift later s copy y mean rstd"
-        present, last = "x scale shift y mean rstd " + given[kind], {"eps": "fp32"}
+        kernel, names = add_layernorm_fwd_kernel, "x residual added gate low up scale shift later s copy y mean rstd"
+        present, last = "x scale shift y mean rstd " + given[kind], {"eps": "fp32", "factor": "fp32"}
+        constants["RANK"] = 16 if kind == "adapted sum" else 0
     else:
         kernel, names = add_layernorm_bwd_kernel, "grad skip s x added gate scale mean rstd ds dx parts sums tickets"
         present, last = "grad skip s scale mean rstd ds " + given[kind], dict.fromkeys(("share", "parts_share"), "i32")
