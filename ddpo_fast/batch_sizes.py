@@ -16,12 +16,13 @@ import torch
 from accelerate import Accelerator
 from torch.autograd.graph import saved_tensors_hooks
 
+from ddpo_fast import cuda_graphs
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.device_memory import free_bytes
 from ddpo_fast.engine import Engine
 from ddpo_fast.measured import Measured
 from ddpo_fast.policy import Policy
-from ddpo_fast.processes import all_reduce_min
+from ddpo_fast.processes import all_reduce_min, broadcast_from_main
 
 # More rows gain no speed: NeMo's ControlNet is 1.26 times as fast with 32 images as with 8 on an A100, and the bundled
 # model on a CPU 1.35 times with 48 rows as with 6, and not faster with more.
@@ -67,6 +68,37 @@ class BatchSizes:
         set_to = self.config.sample_merge_batches
         return self.measured.measure_once("merged_batches", self._fitting_batches) if set_to is None else set_to
 
+    def settle_graphs(self) -> None:
+        """Makes `cuda_graphs` True or False in the run's settings where it is None; the same on every process."""
+        if self.config.cuda_graphs is None:
+            self.config.cuda_graphs = bool(self.measured.measure_once("cuda_graphs", self._graphs_pay))
+            if self.config.cuda_graphs:
+                self.engine.keep_gradients()
+
+    def _graphs_pay(self) -> bool:
+        config, device = self.config, self.accelerator.device
+        # A graph keeps its memory, which settings that were planned for a GPU's memory do not leave.
+        planned = config.auto_memory or config.gpu_memory is not None
+        others = config.uses_deepspeed or config.optimizer_in_backward or config.sizes is not None
+        if cuda_graphs.problem(device) or others or planned or self.policy.pipeline.autocast is not None:
+            return False
+        pairs = self.micro_batch_size
+        with torch.no_grad(), self.policy.computing():
+            pays = cuda_graphs.host_is_the_limit(lambda: self._call(pairs))
+        pays = broadcast_from_main(self.accelerator, pays)
+        if pays and config.train_micro_batch_size is None:
+            # chosen again, with the memory that graphs leave
+            del self.measured["micro_batch_size"]
+        return pays
+
+    def _call(self, pairs: int) -> torch.Tensor:
+        """The output of a UNet call in training for zeros, of the largest size."""
+        device = self.accelerator.device
+        latents = torch.zeros((pairs, *self.policy.largest_latent_shape), device=device)
+        timesteps = torch.zeros(pairs, dtype=torch.int64, device=device)
+        embeds = self.policy.negative_embeds.repeat(pairs * self.config.rows_per_pair, 1, 1)
+        return self.policy.output(latents, timesteps, embeds)
+
     def halve(self) -> bool:
         """Halves the micro-batch for the rest of the run, after memory ran out; False if it is one pair already."""
         if self.micro_batch_size == 1:
@@ -97,19 +129,17 @@ class BatchSizes:
     @cached_property
     def _kept_bytes_per_row(self) -> int:
         """Bytes that a row of a UNet call keeps for the backward pass at most, by a forward pass of one pair."""
-        policy, device = self.policy, self.accelerator.device
+        policy = self.policy
         weights = list(policy.unet.parameters())
         # ZeRO stage 3 gathers a layer's weights while it runs, and frees them afterwards: they are no activations
         split = [weight for weight in weights if hasattr(weight, "ds_id")]
 
-        def forward() -> torch.Tensor:
-            latents = torch.zeros((1, *policy.largest_latent_shape), device=device)
-            timesteps = torch.zeros(1, dtype=torch.int64, device=device)
-            return policy.output(latents, timesteps, policy.negative_embeds.repeat(self.config.rows_per_pair, 1, 1))
-
         # not compiled for this one number of rows; a compiler keeps no more than the layers themselves
         with policy.computing(), torch.compiler.set_stance("force_eager"):
-            kept = kept_bytes(forward, _storages(weights), lambda: _storages(split)) // self.config.rows_per_pair
+            kept = (
+                kept_bytes(lambda: self._call(1), _storages(weights), lambda: _storages(split))
+                // self.config.rows_per_pair
+            )
         factor = PEAK_OVER_KEPT_OF_BLOCKS if self.config.gradient_checkpointing == "blocks" else 1
         return max(1, kept * factor)
 

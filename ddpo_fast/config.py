@@ -279,8 +279,10 @@ class DDPOConfig(ConfigNumbers):
     compile_unet: bool = _option(
         False, "Compile the UNet's repeated blocks by torch.compile at their first calls, each kind of block once."
     )
-    cuda_graphs: bool = _option(
-        False, "Record the sampling step and the training micro-batch as CUDA graphs, which saves the launches."
+    cuda_graphs: Optional[bool] = _option(  # noqa: UP045
+        False,
+        "Record the sampling step and the training micro-batch as CUDA graphs, which saves the launches. None, as in "
+        "recipes: where a GPU computes a micro-batch faster than the host launches it, and nothing forbids it.",
     )
 
     zero: int = _option(0, "DeepSpeed ZeRO stage: 0 (none), 1 (states), 2 (and gradients) or 3 (and weights) split.")

@@ -151,6 +151,7 @@ RULES: tuple[tuple[str, Predicate, str], ...] = (
     ("ema_decay train_skip_last_steps", _number(lambda v: 0 <= v < 1), "at least 0 and below 1"),
     ("train_strongest_share", _number(lambda v: 0 < v <= 1), "above 0 and at most 1"),
     ("rwr_top_fraction", _number(lambda v: 0 <= v <= 1), "from 0 to 1"),
+    ("cuda_graphs", _none_or(lambda v: isinstance(v, bool)), "None, True or False"),
     ("gpu_memory", _none_or(_number(lambda v: v > 0)), "None or a number above 0 (GB)"),
     ("deepspeed", _none_or(lambda v: v != "" and is_path(v)), "None or the path of a JSON file"),
     ("output_dir", _none_or(is_path), "None or the path of a folder"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,10 @@ from torch import Tensor
 # Calls before a recording: in them Triton compiles its kernels, cuDNN chooses its own, and libraries allocate their
 # workspaces, none of which may happen while a graph is recorded.
 WARM_UPS = 3
+# of `host_is_the_limit`, which pauses for at least this many times the time that the host takes, at a GPU's clock
+ROUNDS = 5
+PAUSE = 2
+CYCLES_A_SECOND = 2e9
 
 Function = Callable[..., Sequence[Tensor]]
 
@@ -79,6 +84,33 @@ def record(function: Function, arguments: Sequence[Tensor]) -> Recording:
 def _stream() -> torch.cuda.Stream:
     """One stream for all recordings, as cuBLAS and cuDNN keep a workspace for each stream that was ever used."""
     return torch.cuda.Stream()
+
+
+def host_is_the_limit(call: Callable[[], Any]) -> bool:
+    """Whether a GPU computes a call faster than the host launches its kernels, so that a graph would save time.
+
+    The shortest times of some rounds count, because disturbances only make times longer.
+    """
+    for _ in range(WARM_UPS):
+        call()
+    torch.cuda.synchronize()
+    of_host, of_device = [], []
+    for _ in range(ROUNDS):
+        # The device is idle. CUDA queues about a thousand launches, after which the host waits for a slower device, but
+        # never as long as that takes for all of them.
+        begun = time.perf_counter()
+        call()
+        of_host.append(time.perf_counter() - begun)
+        torch.cuda.synchronize()
+        # the kernels wait behind a pause until all are launched, so that the device does not wait between them
+        torch.cuda._sleep(int(PAUSE * of_host[-1] * CYCLES_A_SECOND))
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        call()
+        last.record()
+        last.synchronize()
+        of_device.append(first.elapsed_time(last) / 1e3)
+    return min(of_host) > min(of_device)
 
 
 def problem(device: torch.device) -> str:

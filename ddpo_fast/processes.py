@@ -62,7 +62,8 @@ def with_launch_settings(config: DDPOConfig, accelerator: Accelerator) -> DDPOCo
         raise ValueError("optimizer_in_backward is True, which is for one process: leave it out")
     if config.cuda_graphs:
         cuda_graphs.check(accelerator.device)
-    return config
+    # a copy, in which `BatchSizes.settle_graphs` decides
+    return copy(config) if config.cuda_graphs is None else config
 
 
 def check_launch() -> None:

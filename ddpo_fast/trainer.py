@@ -162,6 +162,7 @@ class DDPOTrainer(ScoringMixin, FixedImagesMixin, CheckpointMixin, HubModel):
         # attributes of TRL's trainer, which its users' subclasses may read
         self.autocast, self.neg_prompt_embed = sd_pipeline.autocast or nullcontext, self.policy.negative_embeds
         self.sizes = BatchSizes(settings, self.policy, self.engine, self.accelerator, self.measured)
+        self.sizes.settle_graphs()
 
         # The stages of an epoch: sampling, scoring, advantages, updates.
         self.rollout: Rollout | PipelineRollout = PipelineRollout(settings, self.policy)

@@ -224,3 +224,94 @@ def test_without_a_gpu_the_setting_is_refused(make_trainer, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(ValueError, match="cuda_graphs is True, but CUDA graphs need a CUDA device"):
         make_trainer(cuda_graphs=True)
+
+
+class Clock:
+    """Time of a host that takes `launch` seconds for a call, and of a device that takes `compute`, without a GPU."""
+
+    def __init__(self, launch, compute):
+        self.launch, self.compute, self.host, self.device = launch, compute, 0.0, 0.0
+
+    def call(self):
+        # a kernel at the begin and one at the end: the last one cannot run before it is launched
+        begun = max(self.host, self.device)
+        self.host += self.launch
+        self.device = max(begun + self.compute, self.host)
+
+    def synchronize(self):
+        self.host = max(self.host, self.device)
+
+    def sleep(self, cycles):
+        self.device = max(self.host, self.device) + cycles / cuda_graphs.CYCLES_A_SECOND
+
+    def event(self, enable_timing):
+        clock = self
+
+        class Event:
+            def record(self):
+                self.at = max(clock.host, clock.device)
+
+            def synchronize(self):
+                clock.synchronize()
+
+            def elapsed_time(self, other):
+                return 1e3 * (other.at - self.at)
+
+        return Event()
+
+
+def put_clock_behind_torch(monkeypatch, clock):
+    monkeypatch.setattr(cuda_graphs.time, "perf_counter", lambda: clock.host)
+    for name, value in (("synchronize", clock.synchronize), ("_sleep", clock.sleep), ("Event", clock.event)):
+        monkeypatch.setattr(torch.cuda, name, value)
+
+
+@pytest.mark.parametrize(("launch", "compute", "expected"), [(30e-3, 5e-3, True), (30e-3, 60e-3, False)])
+def test_the_probe_compares_the_host_with_a_device_that_need_not_wait(monkeypatch, launch, compute, expected):
+    clock = Clock(launch, compute)
+    put_clock_behind_torch(monkeypatch, clock)
+    assert cuda_graphs.host_is_the_limit(clock.call) is expected
+
+
+@pytest.mark.parametrize("pays", [False, True])
+def test_a_run_decides_once_and_for_itself(make_trainer, tmp_path, monkeypatch, pays):
+    """The probe is one of the run's micro-batch, whose size is chosen anew with the memory that graphs leave."""
+    probed = []
+
+    def probe(call):
+        probed.append(len(call()))
+        return pays
+
+    monkeypatch.setattr(cuda_graphs, "host_is_the_limit", probe)
+    sizes = []
+    for again in (False, True):
+        trainer = make_trainer(
+            cuda_graphs=None,
+            num_epochs=1 + again,
+            output_dir=str(tmp_path),
+            resume_from=str(tmp_path) if again else "",
+        )
+        assert trainer.config.cuda_graphs is None, "the user's settings stay"
+        assert (trainer.ppo._recorded is not None) is pays
+        assert trainer.engine.keeps_gradients is pays
+        trainer.train()
+        sizes.append(trainer.sizes.micro_batch_size)
+    assert len(probed) == 1, "the resumed run uses what the first has measured"
+    assert probed[0] == 2 * sizes[0] == 2 * sizes[1]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"auto_memory": True}, {"gpu_memory": 8.0}, {"sizes": ["16x16", "16x24"]}, {"in_backward": True}]
+)
+def test_settings_that_forbid_graphs_are_no_error(make_trainer, monkeypatch, settings):
+    if settings.pop("in_backward", False):
+        settings = {
+            "optimizer_in_backward": True,
+            "train_max_grad_norm": float("inf"),
+            "train_micro_batch_size": 20,
+        }
+    monkeypatch.setattr(cuda_graphs, "host_is_the_limit", lambda call: True)
+    trainer = make_trainer(cuda_graphs=None, **settings)
+    assert trainer.ppo._recorded is None
+    monkeypatch.setattr(cuda_graphs, "problem", lambda device: "no GPU")
+    assert make_trainer(cuda_graphs=None).ppo._recorded is None

@@ -44,17 +44,15 @@ class LocalEngine:
         self.optimizer = optimizer
         self.weights = weights
         self.config = config
-        # a CUDA graph writes gradients to the addresses that they had while the graph was captured, so they must not be
-        # freed between updates
-        self.keeps_gradients = config.cuda_graphs
+        self.keeps_gradients = False
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.updates = 0
         self.rate = LearningRate(optimizer, config)
         self._scale = LossScale(accelerator.device, config.mixed_precision == "fp16")
         self._generator = torch.Generator(accelerator.device)
         self._offload = Offload(optimizer, weights) if weights.exact_weights == "host" else None
-        if self.keeps_gradients:
-            self.weights.fill_gradients(self._gradient_dtype)
+        if config.cuda_graphs:
+            self.keep_gradients()
         if accelerator.num_processes > 1:
             copy_from_main([master.data for master in weights.masters], accelerator)
             self.weights.refresh()
@@ -96,6 +94,10 @@ class LocalEngine:
 
     def backward_from(self, output: Tensor, gradient: Tensor) -> None:
         output.backward(gradient)
+
+    def keep_gradients(self) -> None:
+        self.keeps_gradients = True
+        self.weights.fill_gradients(self._gradient_dtype)
 
     def zero_gradients(self) -> None:
         """Discards the gradients since the last update, or sets them to zero in place if CUDA graphs write to them."""

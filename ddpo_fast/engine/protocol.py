@@ -68,6 +68,12 @@ class Engine(Protocol):
             gradient: the loss's gradient with respect to `output`, times `loss_scale`.
         """
 
+    def keep_gradients(self) -> None:
+        """Keeps gradients at their addresses between updates from now on.
+
+        A CUDA graph writes to the addresses that they had while it was recorded.
+        """
+
     def zero_gradients(self) -> None:
         """Discards the gradients since the last update, if the engine `can_begin_again`."""
 

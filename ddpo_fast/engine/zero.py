@@ -179,6 +179,9 @@ class ZeroEngine:
         self._begin_backward()
         output.backward(gradient)
 
+    def keep_gradients(self) -> None:
+        raise AssertionError("DeepSpeed's gradients move, and CUDA graphs are refused with ZeRO")
+
     def zero_gradients(self) -> None:
         """Not supported, as an update cannot begin again."""
         raise NotImplementedError
