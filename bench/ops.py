@@ -107,15 +107,19 @@ def all_passed(stem: str, report: Path) -> bool:
     return bool(tests) and not any(test.find(kind) is not None for test in tests for kind in ("failure", "error"))
 
 
-def contenders(case: Case, options: argparse.Namespace) -> Iterator[tuple[str, Function, str]]:
-    """(name, function, backend). Interpreted Triton kernels are left out, as that backend gives a reason not to run."""
+def contenders(case: Case, direction: str, options: argparse.Namespace) -> Iterator[tuple[str, Function, str]]:
+    """(name, function, backend).
+
+    Left out are interpreted Triton kernels, as that backend gives a reason not to run, and CUDA that declines the call.
+    """
     yield "eager", case.eager, "auto"
     if options.compile:
         yield "torch.compile", torch.compile(case.eager, dynamic=False), "auto"
     for name, function in case.others.items():
         yield name, function, "auto"
     for backend in BACKENDS:
-        if not case.op.reasons(backend, options.device, case.dtype):
+        runs = not case.op.reasons(backend, options.device, case.dtype)
+        if runs and not (backend == "csrc" and case.declines(direction)):
             yield backend, case.fused, backend
 
 
@@ -139,7 +143,7 @@ def measured(case: Case, direction: str, options: argparse.Namespace) -> Iterato
     """A record for each contender."""
     runs: dict[str, Run] = {}
     costs: dict[str, Row] = {}
-    for name, function, backend in contenders(case, options):
+    for name, function, backend in contenders(case, direction, options):
         try:
             runs[name] = with_backend(call_to_time(function, case, direction), backend)
             forward = with_backend(partial(function, *case.arguments), backend)

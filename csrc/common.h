@@ -100,6 +100,28 @@ inline void check_step(const Tensor& latents, const Tensor& table, const Tensor&
   if (timesteps.dim() > 0) CHECK_SHAPE(timesteps, latents.size(0));
 }
 
+// Whether a tensor's channels are consecutive in memory, and its pixels and images follow in their order.
+inline bool is_channels_last(const Tensor& x) {
+  int64_t expected = 1;
+  bool all = true;
+  const auto follows = [&](int64_t i) {
+    // the stride of a dimension of size 1 has no meaning
+    all = all && (x.size(i) == 1 || x.stride(i) == expected);
+    expected *= x.size(i);
+  };
+  follows(1);
+  for (int64_t i = x.dim() - 1; i > 1; --i) follows(i);
+  follows(0);
+  return all;
+}
+
+inline void check_like(const char* name, const Tensor& tensor, const Tensor& x) {
+  bool same = tensor.dim() == x.dim() && tensor.scalar_type() == x.scalar_type();
+  for (int64_t i = 0; same && i < x.dim(); ++i) same = tensor.size(i) == x.size(i);
+  same = same && (x.is_contiguous() ? tensor.is_contiguous() : is_channels_last(tensor));
+  STD_TORCH_CHECK(same, name, " must have the shape, dtype and layout of x");
+}
+
 // Calls f with a zero of the C++ type of the tensor's elements. f uses only the type of its argument.
 template <typename F>
 void for_dtype(const Tensor& tensor, const F& f) {

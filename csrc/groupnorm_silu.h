@@ -27,21 +27,6 @@ struct Images {
   int64_t blocks() const { return (channels + width - 1) / width; }
 };
 
-// Whether a tensor's channels are consecutive in memory, and its pixels and images follow in their order.
-inline bool is_channels_last(const Tensor& x) {
-  int64_t expected = 1;
-  bool all = true;
-  const auto follows = [&](int64_t i) {
-    // the stride of a dimension of size 1 has no meaning
-    all = all && (x.size(i) == 1 || x.stride(i) == expected);
-    expected *= x.size(i);
-  };
-  follows(1);
-  for (int64_t i = x.dim() - 1; i > 1; --i) follows(i);
-  follows(0);
-  return all;
-}
-
 inline Images images_of(const Tensor& x, int64_t groups) {
   STD_TORCH_CHECK(x.dim() >= 2, "x must be [N, C, ...]");
   const int64_t channels = x.size(1);
@@ -56,13 +41,6 @@ inline Images images_of(const Tensor& x, int64_t groups) {
     n.width = whole * n.pixels > 2 * MOST_ELEMENTS ? channels : std::min(channels, whole);
   }
   return n;
-}
-
-inline void check_like(const char* name, const Tensor& tensor, const Tensor& x) {
-  bool same = tensor.dim() == x.dim() && tensor.scalar_type() == x.scalar_type();
-  for (int64_t i = 0; same && i < x.dim(); ++i) same = tensor.size(i) == x.size(i);
-  same = same && (x.is_contiguous() ? tensor.is_contiguous() : is_channels_last(tensor));
-  STD_TORCH_CHECK(same, name, " must have the shape, dtype and layout of x");
 }
 
 // The channels of an image that are computed together.

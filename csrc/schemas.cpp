@@ -16,6 +16,7 @@ STABLE_TORCH_LIBRARY(ddpo_fast_csrc, m) {
   m.def(
       "groupnorm_silu_backward(Tensor x, Tensor grad, Tensor? skip, Tensor weight, Tensor bias, Tensor? addend, "
       "Tensor mean, Tensor rstd, bool silu, Tensor(a!) dx, Tensor(b!)? daffine, Tensor(c!)? daddend) -> ()");
+  m.def("groupnorm_silu_fits(Tensor x, int groups, bool backward) -> bool");
   m.def(
       "step_logprob(Tensor model_output, Tensor latents, Tensor noise, Tensor table, Tensor timesteps, "
       "float? guidance_scale, Tensor(a!) next_latents, Tensor(b!) log_probs, Tensor(c!) next_input) -> ()");

@@ -6,10 +6,17 @@ from collections.abc import Sequence
 
 import torch
 
+from ddpo_fast.ops.backend import BACKENDS, OPS
+
 # on a machine with a GPU the same tests run compiled kernels
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALVES = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, *HALVES)
+
+
+def backends_of(op: str) -> list[str]:
+    """The backends of the op that are written for the device."""
+    return [name for name in BACKENDS if OPS[op].has(name, DEVICE)]
 
 
 def name_of(value: object) -> str | None:

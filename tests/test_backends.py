@@ -70,6 +70,22 @@ def test_an_op_without_the_chosen_backend_takes_another():
         assert op.backend("cpu", torch.float32) == "reference"
 
 
+def test_on_a_gpu_csrc_runs_what_is_written_in_cuda(monkeypatch):
+    monkeypatch.setattr(backend, "triton_reasons", lambda device_type, forced=False: "")
+    missing = {"cuda": "nvcc was not found"}
+    monkeypatch.setattr(extension, "reasons", lambda device_type: missing.get(device_type, ""))
+    norm, gate = backend.OPS["groupnorm_silu"], backend.OPS["geglu"]
+    with ops.force_backend("auto"):
+        with pytest.raises(ValueError, match="kernel_backend is 'csrc', which cannot run: nvcc was not found"):
+            backend.require_backend("csrc", "cuda")
+        with pytest.raises(ValueError, match=r"which cannot run: .* has C\+\+ for"):
+            backend.require_backend("csrc", "mps")
+        missing.clear()
+        backend.require_backend("csrc", "cuda")
+        assert [op.backend("cuda", torch.float16) for op in (norm, gate)] == ["csrc", "triton"]
+    assert norm.backend("cuda", torch.float16) == "triton"
+
+
 def test_unknown_names_are_refused(monkeypatch):
     with pytest.raises(ValueError, match="backend is 'cuda'"):
         ops.use_backend("cuda")

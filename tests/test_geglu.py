@@ -8,12 +8,12 @@ from ddpo_fast_kernels import geglu as kernels
 from diffusers.models.activations import GEGLU
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from op_checks import DEVICE, DTYPES, assert_as_exact_as_plain, name_of
+from op_checks import DEVICE, DTYPES, assert_as_exact_as_plain, backends_of, name_of
 
 from ddpo_fast.ops.backend import force_backend
 from ddpo_fast.ops.geglu import geglu
 
-BACKENDS = ("reference", "triton", "csrc")
+BACKENDS = backends_of("geglu")
 
 
 class WithoutProjection(GEGLU):

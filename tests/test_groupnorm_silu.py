@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from ddpo_fast_kernels import groups as kernels
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from op_checks import DEVICE, DTYPES, HALVES, assert_as_exact_as_plain, in_layout, name_of
+from op_checks import DEVICE, DTYPES, HALVES, assert_as_exact_as_plain, backends_of, in_layout, name_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpo_fast.ops.backend import force_backend
 from ddpo_fast.ops.groupnorm_silu import groupnorm_silu, groupnorm_silu_and_skip
 
-BACKENDS = ("reference", "triton", "csrc")
+BACKENDS = backends_of("groupnorm_silu")
 EPS = 1e-5
 
 # (N, C, H, W), groups, channels_last: 1, 10, 20, 30, 40, 60, 80 channels a group; 1, 63, 123, 4096 pixels. Interpreted

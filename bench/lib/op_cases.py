@@ -17,7 +17,7 @@ from ddpo_fast.ops.backend import OPS, Op
 from ddpo_fast.ops.frozen import frozen_conv2d
 from ddpo_fast.ops.gaussian import table_rows
 from ddpo_fast.ops.geglu import geglu
-from ddpo_fast.ops.groupnorm_silu import groupnorm_silu
+from ddpo_fast.ops.groupnorm_silu import csrc_declines, groupnorm_silu
 from ddpo_fast.ops.lora_linear import lora_linear
 from ddpo_fast.ops.qkv_linear import qkv_linear
 
@@ -32,6 +32,7 @@ class Case:
 
     `leaves` are the arguments that get a gradient. `moved` has the least bytes that an implementation must read and
     write in each direction that is timed: 'fwd', 'bwd', 'fwd+bwd'. `others` are other packages' implementations.
+    `declines(direction)` is whether the backend `csrc` leaves the call to another one.
     """
 
     op: Op
@@ -43,6 +44,7 @@ class Case:
     leaves: tuple[Tensor, ...]
     moved: dict[str, int]
     others: dict[str, Function] = field(default_factory=dict)
+    declines: Callable[[str], bool] = lambda direction: False
 
 
 def nbytes(*tensors: Tensor) -> int:
@@ -149,7 +151,11 @@ def groupnorm_silu_cases(device: str, size: str) -> Iterator[Case]:
         moved = each_direction(2 * nbytes(x) + nbytes(weight, bias), 3 * nbytes(x) + nbytes(weight, weight, bias))
         leaves = (x, weight, bias)
         others = _liger_groupnorm(device)
-        yield Case(OPS["groupnorm_silu"], name, dtype, eager, fused, leaves, leaves, moved, others)
+
+        def declines(direction: str, x: Tensor = x) -> bool:
+            return csrc_declines(x, GROUPS, direction == "bwd", has_sum=False)
+
+        yield Case(OPS["groupnorm_silu"], name, dtype, eager, fused, leaves, leaves, moved, others, declines)
 
 
 # rows, width of the projection (values and gates), dtype

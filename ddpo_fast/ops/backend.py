@@ -138,11 +138,16 @@ class Op:
         if self._has_only_reference:
             return "reference"
         choice = chosen_backend()
-        if choice == "auto" or self.implementations[choice] is None:
+        if choice == "auto" or not self.has(choice, device_type):
             return next(name for name in BACKENDS if not self.reasons(name, device_type, dtype))
         if reasons := self.reasons(choice, device_type, dtype, forced=True):
             raise RuntimeError(f"{self.name}: the backend {choice!r} was asked for but cannot run: {reasons}")
         return choice
+
+    def has(self, backend: str, device_type: str) -> bool:
+        """Whether the op has this backend for a device type."""
+        written = backend != "csrc" or device_type in self.csrc_devices
+        return written and self.implementations[backend] is not None
 
     def reasons(self, backend: str, device_type: str, dtype: torch.dtype, forced: bool = False) -> str:
         """Why `backend` does not run for tensors of this device type and dtype, or '' if it does.
@@ -243,7 +248,7 @@ def force_backend(name: str) -> Iterator[None]:
 
 
 def require_backend(name: str, device_type: str) -> None:
-    """Calls `use_backend` and checks that every op with this backend can run on it, for fp32 tensors on the device.
+    """Calls `use_backend` and checks that every op with this backend on the device can run on it, for fp32 tensors.
 
     Raises `ValueError` with the reason if an op cannot.
     """
@@ -251,7 +256,9 @@ def require_backend(name: str, device_type: str) -> None:
     choice = chosen_backend()
     if choice == "auto":
         return
-    having = (op for op in OPS.values() if op.implementations[choice] is not None)
+    having = [op for op in OPS.values() if op.has(choice, device_type)]
+    # without one, that of an op which has the backend for another device
+    having = having or [op for op in OPS.values() if op.implementations[choice] is not None]
     reasons = next(filter(None, (op.reasons(choice, device_type, torch.float32, forced=True) for op in having)), "")
     if reasons:
         raise ValueError(f"kernel_backend is {choice!r}, which cannot run: {reasons}")

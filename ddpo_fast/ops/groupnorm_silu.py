@@ -304,20 +304,38 @@ def _empty_backward(*arguments: Any) -> list[Tensor]:
     return found
 
 
+def csrc_declines(x: Tensor, groups: int, backward: bool, has_sum: bool) -> bool:
+    """Whether the CUDA leaves a call to other backends: a sum, or groups of x that shared memory does not hold."""
+    return x.is_cuda and (has_sum or not torch.ops.ddpo_fast_csrc.groupnorm_silu_fits(x, groups, backward))
+
+
+def _without_csrc(op: Op, x: Tensor, *others: Any) -> Any:
+    names = (name for name in ("triton", "reference") if not op.reasons(name, x.device.type, x.dtype))
+    run = op.implementations[next(names)]
+    assert run is not None
+    return run(x, *others)
+
+
 def _csrc(x: Tensor, weight: Tensor, bias: Tensor, groups: int, *others: Any) -> Made:
     """The C++ has no residual: on a CPU, whose caches hold a sum that was just made, one would save little."""
     eps, silu, addend, residual, later, keep, beside = others
-    s = x if _made_with(residual, beside) is None else _sum(x, addend, residual, beside)
+    added = _made_with(residual, beside)
+    if csrc_declines(x, groups, False, added is not None or later is not None):
+        return _without_csrc(FORWARD, x, weight, bias, groups, *others)
+    s = x if added is None else _sum(x, addend, residual, beside)
     s = s if residual is None else laid_out_as(x, s)
     addend = addend if residual is None else None
     y, (mean, rstd) = torch.empty_like(s), _statistics(s, groups)
-    torch.ops.ddpo_fast_csrc.groupnorm_silu(s, weight, bias, eps, silu, addend, y, mean, rstd)
-    stored = s if stores_sum(_made_with(residual, beside), later, keep) else x.new_empty(0)
+    with torch.cuda.device_of(x):
+        torch.ops.ddpo_fast_csrc.groupnorm_silu(s, weight, bias, eps, silu, addend, y, mean, rstd)
+    stored = s if stores_sum(added, later, keep) else x.new_empty(0)
     return y, stored, _copy(s, later), mean, rstd
 
 
 def _csrc_backward(*arguments: Any) -> list[Tensor]:
     x, grad, skip, weight, bias, addend, later, mean, rstd, _, silu, summed, width, needs = arguments
+    if csrc_declines(x, mean.shape[1], True, summed or needs[2]):
+        return _without_csrc(BACKWARD, *arguments)
     run = torch.ops.ddpo_fast_csrc.groupnorm_silu_backward
     operands = x, grad, skip, weight, bias, None if summed else addend, mean, rstd, silu
     dx, *others = _empty_backward(*arguments[:-2], 0, needs)
@@ -328,18 +346,20 @@ def _csrc_backward(*arguments: Any) -> list[Tensor]:
         return [*_in_parts(dx, width), *_vectors(dx, skip, weight, bias, addend, later, rows, needs)]
     affine = others[0][:2] if needs[0] else None
     # of all images or of each, the last row or all rows of the last tensor
-    run(*operands, dx, affine, (others[-1][-1:] if _is_shared(x, addend, needs) else others[-1]) if needs[1] else None)
+    added = (others[-1][-1:] if _is_shared(x, addend, needs) else others[-1]) if needs[1] else None
+    with torch.cuda.device_of(x):
+        run(*operands, dx, affine, added)
     return [dx, *others]
 
 
-FORWARD = Op("groupnorm_silu", _reference, _empty, _triton, _csrc, csrc_devices=("cpu",))
+FORWARD = Op("groupnorm_silu", _reference, _empty, _triton, _csrc, csrc_devices=("cpu", "cuda"))
 BACKWARD = Op(
     "groupnorm_silu_backward",
     _reference_backward,
     _empty_backward,
     _triton_backward,
     _csrc_backward,
-    csrc_devices=("cpu",),
+    csrc_devices=("cpu", "cuda"),
 )
 
 
