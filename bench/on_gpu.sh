@@ -14,7 +14,7 @@ size=full device=cuda quick=() kernels=() compiler=(--compile --rounds 9)
 # with TRL's 50 denoising steps a case takes minutes; with these, two rounds or more fit into a stage
 example=lora-fp16 few=(--steps 10) fewer=(--steps 4) seeds=2
 if [[ ${DRY_RUN:-} ]]; then
-    size=tiny device=cpu quick=(-k "determin or last_bit or refuse or unknown_names or replays or buckets") compiler=()
+    size=tiny device=cpu quick=(-k "determin or last_bit or refuse or unknown_names or replays or buckets or unfused") compiler=()
     kernels=(--only geglu --architectures 90)
     example=lora few=() fewer=() seeds=1
 fi
@@ -71,11 +71,26 @@ capped() {
         --kinds "$1" --cap "$2" --output "$OUT/memory-$1-$2.jsonl.part"
 }
 
+# calls NAME WAY...: calls of the UNet by their rows, launched in each way; a CPU has only the plain one
+calls() {
+    local ways=("${@:2}")
+    [[ -z ${DRY_RUN:-} ]] || ways=(plain)
+    stage "calls-$1" "calls-$1.jsonl" "$python" bench/unet_calls.py --device $device --size $size \
+        --way "${ways[@]}" --output "$OUT/calls-$1.jsonl.part"
+}
+
 tests steps tests/test_step_logprob.py tests/test_ppo_loss.py
 stage model model.json "$python" bench/model.py --device $device --size $size --output "$OUT/model.json.part"
 speeds $example --case $example "${few[@]}"
+# eager, with timed convolutions and as a graph; then compiled, which takes longer to begin with
+calls plain plain timed graph
 speeds full-bf16 --case full-bf16 "${fewer[@]}"
 for gb in 24 8 16 12; do capped full $gb; done
+if [[ -z ${DRY_RUN:-} ]]; then
+    calls compiled compiled
+    calls compiled_graph "compiled graph"
+fi
+tests compiled tests/test_compiled_blocks.py
 speeds no-guidance --case no-guidance "${few[@]}"
 speeds full-fp32 --case full-fp32 "${fewer[@]}"
 bars 1 trl plain merged cached
