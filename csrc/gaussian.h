@@ -1,4 +1,4 @@
-// The Gaussian denoising step on the CPU, defined in `ddpo_fast/ops/gaussian.py`, one tile of an image at a time.
+// The Gaussian denoising step, defined in `ddpo_fast/ops/gaussian.py`, one tile of an image at a time.
 //
 // Sampling and training must compute the same log-prob in every bit for the same UNet output, so that ratios are
 // exactly 1 while the policy has not changed. Both call these functions, which add up in the same order for any number
@@ -12,6 +12,66 @@
 #include <cmath>
 
 namespace ddpo_fast {
+
+#define CHECK_LATENTS(tensor, like)                                                              \
+  do {                                                                                           \
+    CHECK_DTYPE(tensor, Float);                                                                  \
+    CHECK_CONTIGUOUS(tensor);                                                                    \
+    STD_TORCH_CHECK((tensor).numel() == (like).numel(), #tensor " must be as large as latents"); \
+  } while (false)
+
+// The memory layout of the UNet's output: contiguous or channels_last. Latents are always contiguous; ops number the
+// elements of both in NCHW order. With guidance there are two rows for each image: first the unconditional outputs of
+// all images, then the outputs for their prompts.
+struct Rows {
+  int64_t images;
+  int64_t elements;
+  int64_t channels;
+  int64_t pixels;
+  bool channels_last;
+  bool guided;
+
+  int64_t rows() const { return guided ? 2 * images : images; }
+};
+
+inline Rows rows_of(const Tensor& model_output, const Tensor& latents, bool guided) {
+  Rows rows{latents.size(0), 0, 1, 1, false, guided};
+  STD_TORCH_CHECK(
+      model_output.dim() == latents.dim() && model_output.size(0) == rows.rows(), "model_output must have ",
+      rows.rows(), " rows but has ", model_output.size(0));
+  rows.elements = 1;
+  for (int64_t i = 1; i < latents.dim(); ++i) {
+    STD_TORCH_CHECK(model_output.size(i) == latents.size(i), "model_output and latents must have images of one shape");
+    rows.elements *= latents.size(i);
+  }
+  rows.channels_last = !model_output.is_contiguous();
+  if (rows.channels_last) {
+    STD_TORCH_CHECK(
+        model_output.dim() == 4 && model_output.stride(1) == 1 && model_output.stride(3) == model_output.size(1),
+        "model_output must be contiguous or channels_last");
+    rows.channels = model_output.size(1);
+    rows.pixels = model_output.size(2) * model_output.size(3);
+  }
+  return rows;
+}
+
+inline void check_same_rows(const char* name, const Tensor& tensor, const Tensor& model_output) {
+  STD_TORCH_CHECK(
+      tensor.numel() == model_output.numel() && tensor.scalar_type() == model_output.scalar_type() &&
+          (tensor.is_contiguous() == model_output.is_contiguous()),
+      name, " must have the shape, dtype and layout of model_output");
+}
+
+inline void check_step(const Tensor& latents, const Tensor& table, const Tensor& timesteps) {
+  CHECK_DTYPE(latents, Float);
+  CHECK_CONTIGUOUS(latents);
+  CHECK_DTYPE(table, Float);
+  CHECK_CONTIGUOUS(table);
+  CHECK_SHAPE(table, table.size(0), 4);
+  CHECK_DTYPE(timesteps, Long);
+  CHECK_CONTIGUOUS(timesteps);
+  if (timesteps.dim() > 0) CHECK_SHAPE(timesteps, latents.size(0));
+}
 
 // elements of a tile: a few fp32 buffers of this size fit into a first-level cache of 32 KB
 constexpr int64_t TILE = 1024;

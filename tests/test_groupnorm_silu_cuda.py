@@ -250,7 +250,7 @@ def test_a_block_takes_what_the_device_has_and_no_more(device):
         run(*inputs, 1)
 
 
-def test_whatcsrc_declines_runs_on_another_backend(monkeypatch):
+def test_what_is_declined_runs_on_another_backend(monkeypatch):
     x, weight, bias, grad = cases.example((2, 40, 5, 7))
     assert not torch.ops.ddpo_fast_emulated.groupnorm_silu_fits(x.contiguous(), 4, False)
     with pytest.raises(RuntimeError, match="x must be channels_last"):

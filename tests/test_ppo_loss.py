@@ -11,13 +11,14 @@ from ddpo_fast_kernels import launch
 from ddpo_fast_kernels import ppo_loss as kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_checks import DEVICE, DTYPES, HALVES, assert_as_exact_as_plain, largest, name_of
+from op_checks import DEVICE, DTYPES, HALVES, assert_as_exact_as_plain, backends_of, largest, name_of
 from step_example import SHAPES, step_example
 
 from ddpo_fast.ddim import PREDICTION_TYPES
-from ddpo_fast.ops import BACKENDS, clipped_surrogate, force_backend, guided, ppo_loss, score_step, step_logprob
+from ddpo_fast.ops import clipped_surrogate, force_backend, guided, ppo_loss, score_step, step_logprob
 from ddpo_fast.ops.gaussian import per_image, step_mean, table_rows
 
+BACKENDS = backends_of("ppo_loss")
 CLIP = 0.05
 SETTINGS = {"clip_range": CLIP, "advantage_limit": 5.0}
 

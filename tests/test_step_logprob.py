@@ -6,12 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_checks import DEVICE, DTYPES, assert_as_exact_as_plain, in_layout, name_of
+from op_checks import DEVICE, DTYPES, assert_as_exact_as_plain, backends_of, in_layout, name_of
 from step_example import GUIDANCE, SHAPES, scheduler_table, step_example
 
 from ddpo_fast.ddim import PREDICTION_TYPES
-from ddpo_fast.ops import BACKENDS, force_backend, guided, score_step, step_logprob, take_step
+from ddpo_fast.ops import force_backend, guided, score_step, step_logprob, take_step
 from ddpo_fast.ops.gaussian import table_rows
+
+BACKENDS = backends_of("step_logprob")
 
 
 def plain(example):

@@ -256,4 +256,4 @@ def _csrc(*arguments: Any) -> None:
     torch.ops.ddpo_fast_csrc.adamw8bit(*arguments)
 
 
-OP = Op("adamw8bit", _reference, None, csrc=_csrc, csrc_devices=("cpu",))
+OP = Op("adamw8bit", _reference, None, csrc=_csrc)

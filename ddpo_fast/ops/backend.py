@@ -61,7 +61,7 @@ class Op:
         empty: Callable[..., Any] | None,
         triton: Callable[..., Any] | None = None,
         csrc: Callable[..., Any] | None = None,
-        csrc_devices: tuple[str, ...] = ("cpu", "cuda"),
+        csrc_devices: tuple[str, ...] = ("cpu",),
         shares_memory: bool = False,
     ) -> None:
         self.name = name

@@ -24,11 +24,10 @@ CSRC = next((place for place in _PLACES if (place / "common.h").exists()), _PLAC
 # torch 2.11: the headers then offer only what that version has, so the library runs with every later version too
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 CPU_COMMON = ("-std=c++20", "-fPIC", STABLE_ABI)
-# -ffp-contract=off, and --fmad=false for nvcc, keep the compiler from fusing a product and a sum. It could fuse them in
-# sampling and not in training, and the log-probs would differ in their last bits. The sources call fma
-# explicitly.
+# -ffp-contract=off keeps the compiler from fusing a product and a sum. It could fuse them in sampling and not in
+# training, and the log-probs would differ in their last bits. The sources call fma explicitly.
 CPU_FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
-CUDA_COMMON = ("-std=c++20", STABLE_ABI, "-O3", "-DUSE_CUDA", "--fmad=false", "-Xcompiler", "-fPIC")
+CUDA_COMMON = ("-std=c++20", STABLE_ABI, "-O3", "-DUSE_CUDA", "-Xcompiler", "-fPIC")
 COMPILE_SECONDS = 300
 # the mode bits that allow the group or others to write
 OTHERS_WRITE = 0o022

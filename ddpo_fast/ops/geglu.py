@@ -84,10 +84,8 @@ def _csrc_backward(grad: Tensor, x: Tensor, bias: Tensor | None, needs_bias: boo
     return found
 
 
-FORWARD = Op("geglu", _reference, _empty, _triton, csrc_kernel("geglu", _empty), csrc_devices=("cpu",))
-BACKWARD = Op(
-    "geglu_backward", _reference_backward, _empty_backward, _triton_backward, _csrc_backward, csrc_devices=("cpu",)
-)
+FORWARD = Op("geglu", _reference, _empty, _triton, csrc_kernel("geglu", _empty))
+BACKWARD = Op("geglu_backward", _reference_backward, _empty_backward, _triton_backward, _csrc_backward)
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, Tensor | None], output: Tensor) -> None:
