@@ -74,7 +74,7 @@ def test_the_same_where_kernels_add_what_a_cpu_adds_apart(kind, lora, monkeypatc
     fuse_unet(unet).to(memory_format=torch.channels_last)
     calls = Counter()
     counted = [(linear_layers, "qkv_linear"), (linear_layers, "lora_qkv_linear"), (residual_blocks, "ImageSum")]
-    counted += [(up_blocks, "ImageConcatenation"), (transformer_blocks, "two_products")]
+    counted += [(up_blocks, "ImageConcatenation"), (transformer_blocks, "two_products"), (up_blocks, "BiasedImages")]
     for module, name in (*counted, (fusing, "add_product_"), (transformer_blocks, "add_product_")):
         op = getattr(module, name)
         monkeypatch.setattr(module, name, Counted(op, name, calls))
@@ -89,6 +89,8 @@ def test_the_same_where_kernels_add_what_a_cpu_adds_apart(kind, lora, monkeypatc
     # both products at the ends of transformers add to a residual, each transformer computes the sum before it, and each
     # residual block of the up path the concatenation
     joined = {"ImageConcatenation": sum(len(block.resnets) for block in unet.up_blocks)}
+    # and, after an upsampler, the bias of its convolution
+    joined["BiasedImages"] = len(unet.up_blocks) - 1
     assert calls == {**own, **joined, "add_product_": blocks + transformers, "ImageSum": transformers}
     with torch.no_grad():
         sampled = predict(unet)
@@ -142,6 +144,9 @@ def test_adapters_on_layers_of_another_kind_are_called_one_by_one(monkeypatch):
 
 
 HOOKED = [
+    "up_blocks.1",
+    "upsamplers.0",
+    "upsamplers.0.conv",
     "conv1",
     "conv2",
     "conv_shortcut",
@@ -158,7 +163,7 @@ HOOKED = [
 @pytest.mark.parametrize("layer", HOOKED)
 def test_a_hook_of_a_layer_runs_although_others_could_add_its_bias_or_its_sum(layer, adds_in_kernels, monkeypatch):
     unet = make_unet("sd15", dtype=torch.float64, **TINY)
-    modules = [module for name, module in unet.named_modules() if name.endswith(f".{layer}")]
+    modules = [module for name, module in unet.named_modules() if f".{name}".endswith(f".{layer}")]
     for module in modules:
         module.register_forward_hook(lambda module, inputs, output: 1.1 * output)
     expected = output_and_gradients(unet)
@@ -491,7 +496,7 @@ def test_gradient_checkpointing(adds_in_kernels, monkeypatch):
 def upsampling_layers():
     plain = Upsample2D(4, use_conv=True)
     fused = copy.deepcopy(plain)
-    fused.__class__ = fusing.FusedUpsample2D
+    fused.__class__ = up_blocks.FusedUpsample2D
     return plain, fused
 
 
@@ -515,7 +520,7 @@ def test_an_upsampler_with_another_size_or_too_many_elements_is_diffusers(monkey
     monkeypatch.setattr(Upsample2D, "forward", lambda *_, **__: called.append(1))
     fused(x)
     assert not called
-    monkeypatch.setattr(fusing, "MOST_UPSAMPLED", 4 * x.numel() - 1)
+    monkeypatch.setattr(up_blocks, "MOST_UPSAMPLED", 4 * x.numel() - 1)
     fused(x)
     assert called
 

@@ -288,30 +288,32 @@ def test_a_sum_and_a_later_bias(backend, dtype, channels_last, given):
 @pytest.mark.parametrize(("dtype", "channels_last"), [(torch.float32, False), (torch.float16, True)])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_channels_of_two_tensors(backend, dtype, channels_last):
-    """Their border is within a group. Each gets its gradient as a dense tensor; s has other uses, or none."""
+    """Their border is within a group, and a bias is added to the first. Each gets its gradient as a dense tensor; s has
+    other uses, or none."""
     s, weight, bias, grad = example((3, 40, 9, 7), dtype, channels_last)
     # the second tensor has another layout than the first
     x, beside = in_layout(s[:, :27], channels_last), in_layout(s[:, 27:], not channels_last)
 
-    def all_of(x, weight, bias, beside, of=plain, uses=2):
-        inputs = [tensor.detach().requires_grad_() for tensor in (x, weight, bias, beside)]
+    def all_of(x, weight, bias, addend, beside, of=plain, uses=2):
+        inputs = [tensor.detach().requires_grad_() for tensor in (x, weight, bias, addend, beside)]
         if of is plain:
-            s = torch.cat([inputs[0], inputs[3]], 1)
+            s = torch.cat([inputs[0] + inputs[3][:, :, None, None], inputs[4]], 1)
             made = plain(s, *inputs[1:3], 4, EPS), s
         else:
-            made = groupnorm_silu_and_skip(*inputs[:3], 4, EPS, beside=inputs[3])
+            made = groupnorm_silu_and_skip(*inputs[:3], 4, EPS, addend=inputs[3], beside=inputs[4])
         grads = grad.to(made[0].dtype), grad.flip(0).to(made[0].dtype)
         return *(t.detach() for t in made), *torch.autograd.grad(made[:uses], inputs, grads[:uses])
 
-    values = (x, weight, bias, beside)
+    values = (x, weight, bias, bias[None, 9:36], beside)
     for uses in (1, 2):
         with force_backend(backend):
             actual = all_of(*values, of=groupnorm_silu_and_skip, uses=uses)
         exact = all_of(*(tensor.double() for tensor in values), uses=uses)
         assert_as_exact_as_plain(actual, all_of(*values, uses=uses), exact)
-        assert torch.equal(actual[1], s)
-        for tensor in (*actual[:3], actual[5]):
+        for tensor in (*actual[:3], actual[6]):
             assert tensor.stride() == in_layout(tensor, channels_last).stride()
+    with force_backend(backend):
+        assert torch.equal(groupnorm_silu_and_skip(x, weight, bias, 4, EPS, beside=beside)[1], s)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

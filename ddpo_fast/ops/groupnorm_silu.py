@@ -66,8 +66,9 @@ def groupnorm_silu_and_skip(
 
     Args:
         residual: like `x`; without it s is `x`, and `addend` must be None. s is rounded to the dtype of `x`.
-        beside: [N, C', ...] in the dtype of `x`, in place of the three others. s is `x` and, after its channels, these;
-            weight and bias have the channels of s. The backward pass gives each its gradient as a tensor.
+        beside: [N, C', ...] in the dtype of `x`, in place of a residual and `later`. s is `x + addend` and, after its
+            channels, these; weight and bias have the channels of s. The backward pass gives each its gradient as a
+            tensor.
         later: [C], the bias of a layer whose output will be added to s. With it, s + later is returned as rows
             [N * pixels, C] that nothing else reads, so that a matrix product may add to them in place. `x` is then
             copied if it is not channels_last.
@@ -75,8 +76,8 @@ def groupnorm_silu_and_skip(
     The norm's backward pass adds the gradient of s from its other uses to its own, and sums it for that of `later`.
     Without gradients, s is not stored if `later` is given.
     """
-    assert residual is not None or addend is None
-    assert beside is None or (residual is None and later is None)
+    assert residual is not None or beside is not None or addend is None
+    assert beside is None or (residual is None and later is None and (addend is None or len(addend) == 1))
     if later is not None and not x.movedim(1, -1).is_contiguous():
         x = x.movedim(1, -1).contiguous().movedim(-1, 1)
     x = _dense(x)
@@ -120,8 +121,8 @@ def _norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> t
 
 
 def _sum(x: Tensor, addend: Tensor | None, residual: Tensor | None = None, beside: Tensor | None = None) -> Tensor:
-    x = x if beside is None else _as_dense_as(x, torch.cat([x, beside], 1))
     x = x if addend is None else x + addend.to(x.dtype).view(*addend.shape, *[1] * (x.ndim - 2))
+    x = x if beside is None else _as_dense_as(x, torch.cat([x, beside], 1))
     return x if residual is None else x + residual
 
 
@@ -324,7 +325,7 @@ def _csrc(x: Tensor, weight: Tensor, bias: Tensor, groups: int, *others: Any) ->
         return _without_csrc(FORWARD, x, weight, bias, groups, *others)
     s = x if added is None else _sum(x, addend, residual, beside)
     s = s if residual is None else laid_out_as(x, s)
-    addend = addend if residual is None else None
+    addend = addend if _made_with(residual, beside) is None else None
     y, (mean, rstd) = torch.empty_like(s), _statistics(s, groups)
     with torch.cuda.device_of(x):
         torch.ops.ddpo_fast_csrc.groupnorm_silu(s, weight, bias, eps, silu, addend, y, mean, rstd)
@@ -397,7 +398,8 @@ def _differentiate(
     sums = iter(others[0].unbind() if asked[0] or shared or asked[2] else ())
     # autograd casts them to the parameters' dtypes, if those differ from each other
     dweight, dbias = (next(sums) if asked[0] else None for _ in range(2))
-    daddend = next(sums)[None] if shared else (others[-1] if asked[1] else None)
+    # of a concatenation, what the first part's channels have
+    daddend = next(sums)[None, : ctx.width or None] if shared else (others[-1] if asked[1] else None)
     dlater = next(sums) if asked[2] else None
     dresidual = dx if ctx.summed and not ctx.width else None
     return dx, dweight, dbias, None, None, None, daddend, dresidual, dlater, None, dbeside

@@ -8,6 +8,7 @@ other.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -57,10 +58,7 @@ from ddpo_fast.unet.residual_sums import ImageSum, add_product_, later_bias
 from ddpo_fast.unet.shared_halves import UNSHARED, share_halves, with_rows_of
 from ddpo_fast.unet.time_embedding import project_apart, project_together
 from ddpo_fast.unet.transformer_blocks import FusedBasicTransformerBlock, fits_block, without_bias
-from ddpo_fast.unet.up_blocks import FusedCrossAttnUpBlock2D, FusedUpBlock2D
-
-# the most output elements of PyTorch's nearest upsampling of channels_last images, which counts them in an int32
-MOST_UPSAMPLED = 2**31 - 1
+from ddpo_fast.unet.up_blocks import FusedCrossAttnUpBlock2D, FusedUpBlock2D, FusedUpsample2D
 
 
 class FusedTransformer2DModel(Transformer2DModel):
@@ -131,20 +129,6 @@ class FusedRMSNorm(RMSNorm):
         if hidden_states.dtype != self.weight.dtype:
             return super().forward(hidden_states)
         return F.rms_norm(hidden_states, self.dim, self.weight, self.eps)
-
-
-class FusedUpsample2D(Upsample2D):
-    """Doubles the size of images and convolves them, without a copy.
-
-    For batches of 64 and more, diffusers calls `contiguous` on the input, to avoid a defect of old versions of PyTorch.
-    That call copies channels_last images into the contiguous layout.
-    """
-
-    def forward(self, hidden_states: torch.Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if output_size is not None or args or kwargs or 4 * hidden_states.numel() > MOST_UPSAMPLED:
-            return super().forward(hidden_states, output_size, *args, **kwargs)
-        conv: Any = self.conv
-        return conv(F.interpolate(hidden_states, scale_factor=2.0, mode="nearest"))
 
 
 class FusedGEGLU(GEGLU):
@@ -261,6 +245,9 @@ def fuse_unet(unet: Any, layers: Collection[type[nn.Module]] = FUSIBLE) -> Any:
             for resnet, transformer in zip(module.resnets, module.attentions, strict=False):
                 if type(resnet) is FusedResnetBlock2D and type(transformer) is FusedTransformer2DModel:
                     resnet.followed_by = module, transformer
+    for block, after in pairwise(getattr(unet, "up_blocks", ())):
+        if all(type(each) in (FusedUpBlock2D, FusedCrossAttnUpBlock2D) for each in (block, after)):
+            block.read_by = (after,)
     if UNet2DConditionModel in layers:
         project_together(share_halves(unet), FusedResnetBlock2D, FusedBasicTransformerBlock)
     return unet
@@ -270,7 +257,7 @@ def unfuse_unet(unet: Any) -> Any:
     """Undoes `fuse_unet` in place and returns the UNet. Kernels that `set_attention` chose stay."""
     project_apart(unet)
     for module in unet.modules():
-        for name in ("followed_by", "first_of"):
+        for name in ("followed_by", "first_of", "read_by"):
             vars(module).pop(name, None)
         module.__class__ = PLAIN.get(type(module), type(module))
         if isinstance(module, Attention):

@@ -51,7 +51,7 @@ def norm_and_skip(
     if isinstance(x, ImageSum):
         images, addend, residual = x.hidden, x.bias[None], x.residual
     elif isinstance(x, ImageConcatenation):
-        images, beside = x.images, x.beside
+        images, beside, addend = x.images, x.beside, None if x.bias is None else x.bias[None]
     if not (is_bare(norm, FusedGroupNorm, GroupNormSiLU) and convolutions.adds_in_kernels(images)):
         assert later is None
         x = x if isinstance(x, torch.Tensor) else x.total()

@@ -19,17 +19,30 @@ from ddpo_fast.unet.linear_layers import FusedLinear
 
 
 @dataclass(frozen=True)
+class BiasedImages:
+    """`images + bias`, [B, C, H, W] and [C]: what an upsampler hands on to the next up block."""
+
+    images: Tensor
+    bias: Tensor
+
+    def total(self) -> Tensor:
+        return self.images + self.bias[:, None, None]
+
+
+@dataclass(frozen=True)
 class ImageConcatenation:
     """The channels of two batches of images [B, C, H, W] and [B, C', H, W]: what a residual block of an up block reads.
 
-    The block's first group norm makes it, which would only read it again.
+    The block's first group norm makes it, which would only read it again. `bias` [C] is added to the first.
     """
 
     images: Tensor
     beside: Tensor
+    bias: Tensor | None = None
 
     def total(self) -> Tensor:
-        return torch.cat([self.images, self.beside], 1)
+        images = self.images if self.bias is None else BiasedImages(self.images, self.bias).total()
+        return torch.cat([images, self.beside], 1)
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,9 @@ def groupnorm_silu_fwd_kernel(
 ):
     real, channel, first, step, member = lanes(channels, pixels, GROUPS, GROUP_SIZE, BLOCK_C, CHANNELS_LAST)
     row = tl.arange(0, BLOCK_P)
-    addend = addend_of(addend_ptr, addend_step, channel, real)
+    # of a concatenation the first part has one only
+    has_addend = real if beside_ptr is None else real & (channel < width)
+    addend = addend_of(addend_ptr, addend_step, channel, has_addend)
     if beside_ptr is not None:
         parts, steps = in_parts(x_ptr, beside_ptr, width, channels, pixels, channel, BLOCK_C, CHANNELS_LAST)
 
@@ -66,7 +68,9 @@ def groupnorm_silu_fwd_kernel(
         mask = (pixel < pixels)[:, None] & real[None, :]
         offset = first[None, :] + pixel[:, None] * step
         if beside_ptr is not None:
-            x = tl.load(parts + pixel[:, None] * steps, mask=mask, other=0.0).to(tl.float32)
+            x = tl.load(parts + pixel[:, None] * steps, mask=mask, other=0.0).to(tl.float32) + addend
+            # the backward pass reads the rounded concatenation
+            x = x.to(x_ptr.dtype.element_ty).to(tl.float32)
         else:
             x = load_sum(x_ptr, residual_ptr, addend, offset, mask)
         if s_ptr is not None:
@@ -254,7 +258,7 @@ def groupnorm_silu(
 
     `addend` is [N, C] or [1, C]. With a `residual`, in the layout of `x`, the norm is of the sum, which fills `s` if
     that is given. With `later` [C], `copy`, in the same layout, is what was normalised plus that. With `beside`, in
-    the layout of `x`, the norm is of the channels of both, which fill `s`.
+    the layout of `x`, the norm is of the channels of both, which fill `s`; the addend is that of `x`.
     """
     images, channels, pixels = y.shape[0], y.shape[1], math.prod(y.shape[2:])
     grid, tile, warps = tiling(images, channels, pixels, mean.shape[1], y.element_size(), not y.is_contiguous())
@@ -354,7 +358,7 @@ def ahead_of_time() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, Any], 
             for kind, given in (
                 ("fwd", ""),
                 ("fwd addend", "addend"),
-                ("fwd parts", "beside s"),
+                ("fwd parts", "beside addend s"),
                 ("fwd sum", "residual addend later s copy"),
                 ("fwd sum, frozen", "residual addend later copy"),
                 ("bwd trained", "skip parts sums tickets"),
@@ -382,7 +386,8 @@ def ahead_of_time() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, Any], 
                 constants = {**tile, "SILU": True}
                 last = {"eps": "fp32"} if forward else {"share": "i32", "counters": "i32"}
                 if not forward:
-                    constants |= {"AFFINE": "parts" in given, "SHARED": summed, "LATER": summed, "ONE_SHARE": True}
+                    shared = summed or rest == "parts, trained"
+                    constants |= {"AFFINE": "parts" in given, "SHARED": shared, "LATER": summed, "ONE_SHARE": True}
                 signature: dict[str, Any] = {names[name]: types.get(name, x) for name in names}
                 signature |= {"norm": norm, **sizes, **last}
                 signature |= dict.fromkeys({**constants, **absent}, "constexpr")
