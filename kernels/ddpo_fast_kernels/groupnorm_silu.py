@@ -344,14 +344,14 @@ def _rows(addend: torch.Tensor | None) -> tuple[torch.Tensor | None, int]:
 
 
 def ahead_of_time() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, Any], int]]:
-    """Yields (name, kernel, signature, constants, warps) of SD 1.5's norms for 24 images."""
+    """Yields (name, kernel, signature, constants, warps) of SD 1.5's norms for 48 images."""
     shapes = [(4096, 320), (4096, 640), (4096, 960), (1024, 1280), (256, 1920), (64, 2560)]
     for dtype, itemsize in (("fp16", 2), ("bf16", 2), ("fp32", 4)):
         x = f"*{dtype}"
         norm = Norm(x, x, "*fp32", "*fp32")
         sizes = {"width": "i32", "channels": "i32", "pixels": "i32", "addend_step": "i32"}
         for pixels, channels in shapes if dtype == "fp16" else ((4096, 320), (1024, 1280)):
-            _, tile, warps = tiling(24, channels, pixels, 32, itemsize, channels_last=True)
+            _, tile, warps = tiling(48, channels, pixels, 32, itemsize, channels_last=True)
             name = f"{dtype} {channels} channels, {pixels} pixels"
             # a residual block's first norm has a skip connection, and in up blocks two tensors, its second an addend;
             # the norm of a transformer has a residual and a later bias; all are trained, or none is
