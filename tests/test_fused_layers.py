@@ -145,6 +145,7 @@ def test_adapters_on_layers_of_another_kind_are_called_one_by_one(monkeypatch):
 
 HOOKED = [
     "up_blocks.1",
+    "up_blocks.1.resnets.0",
     "upsamplers.0",
     "upsamplers.0.conv",
     "conv1",

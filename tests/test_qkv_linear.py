@@ -107,6 +107,14 @@ def test_results_that_are_not_packed_are_dense():
     assert all(result.is_contiguous() for result in fused(x, *weights, packed=False))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_with_adapters_a_row_of_the_packed_results_is_whole_16_bytes(dtype):
+    """It also has the products by the three first factors, of rank 3."""
+    (x, *operands), _ = example((2, 9, 24), lora=True, dtype=dtype)
+    expected = {torch.float32: 3 * 16 + 9 + 3}.get(dtype, 3 * 16 + 9 + 7)
+    assert all(result.stride(-2) == expected for result in fused(x, *operands))
+
+
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_compiles_without_a_graph_break(lora):
     inputs = example(lora=lora)

@@ -156,11 +156,11 @@ def test_sd15_with_a_lora(tmp_path, capsys):
     assert traffic.total(forward, "flops") == pytest.approx(803e9 - shared / 2, rel=0.003)
     # 61 group norms and 48 layer norms; 52 convolutions of 3x3, the others are matrix products; and copies of the time
     # embedding, of the parameters of its projection (a weight, and the biases of two layers), of three upsamplings and
-    # of what is shared: the residuals of a transformer and of its block and the norm, and the
-    # output of conv_in, only; and of the adapters of 16 self-attentions, whose first factors become one, and of the
-    # weights of all but those with 1280 channels, which are six
+    # of what is shared: the residuals of a transformer and of its block and the norm, and the output of conv_in, only;
+    # and of the first factors of each self-attention's adapters, with the weights for all but those with 1280
+    # channels, which are six
     launches = {kind: of["launches"] for kind, of in forward["kinds"].items()}
-    copies = 3 + 3 + 3 + 4 + 16 + 10
+    copies = 3 + 3 + 3 + 4 + 6 + 10
     assert [launches[kind] for kind in ("norm", "conv", "attention", "copy")] == [61 + 48, 52, 32, copies]
     assert [row["phase"] for row in (sampling, forward, backward)] == ["sampling", "forward", "backward"]
     # without gradients, sums before the last layer norms and the group norms of transformers are not stored beside

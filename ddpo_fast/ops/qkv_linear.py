@@ -76,9 +76,14 @@ def _forward(
     sizes = list(map(len, weights))
     # Copying the weights costs less than reading the rows twice more if the images together have more rows than the
     # weights: from 6 images on. How many there are decides nothing, as memory is predicted from few of them.
-    if packed and 2 * x.shape[-2] >= max(sizes):
-        bias = None if bias_q is None else torch.cat([bias for bias in biases if bias is not None])
-        q, k, v = _product(rows, torch.cat(weights), bias).split(sizes, dim=1)
+    together = packed and 2 * x.shape[-2] >= max(sizes)
+    found: list[Tensor] = []
+    if together and bias_q is None:
+        # with the first factors of adapters, for which the rows would be read again
+        q, k, v, *found = _one_product(rows, weights, [a for a in (a_q, a_k, a_v) if a is not None])
+    elif together:
+        bias = torch.cat([bias for bias in biases if bias is not None])
+        q, k, v = torch.addmm(bias, rows, torch.cat(weights).t()).split(sizes, dim=1)
     else:
         q, k, v = (_product(rows, weight, bias) for weight, bias in zip(weights, biases, strict=True))
     low = x.new_empty(0)
@@ -86,12 +91,25 @@ def _forward(
         assert b_q is not None
         assert b_k is not None
         assert b_v is not None
-        low = rows @ torch.cat([a_q, a_k, a_v]).t()
+        low = found[0] if found else rows @ torch.cat([a_q, a_k, a_v]).t()
         parts = low.split([len(a_q), len(a_k), len(a_v)], dim=1)
         for result, part, b in zip((q, k, v), parts, (b_q, b_k, b_v), strict=True):
             result.addmm_(part, b.t(), alpha=scaling)
     q, k, v = (result.view(*x.shape[:-1], result.shape[-1]) for result in (q, k, v))
     return q, k, v, low
+
+
+def _one_product(rows: Tensor, weights: Sequence[Tensor], lora_a: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The rows' products by three weights and, if there are any, by all of `lora_a` together, as parts of one.
+
+    The rows of the result are padded to whole 16 bytes, as attention reads them.
+    """
+    sizes, ranks = list(map(len, weights)), sum(map(len, lora_a))
+    if not lora_a:
+        return (rows @ torch.cat(list(weights)).t()).split(sizes, dim=1)
+    padding = -(sum(sizes) + ranks) % (16 // rows.element_size())
+    stacked = torch.cat([*weights, *lora_a, weights[0][:padding]])
+    return (rows @ stacked.t()).split([*sizes, ranks, len(stacked) - sum(sizes) - ranks], dim=1)[:-1]
 
 
 def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
