@@ -25,6 +25,17 @@ def test_records_and_plot(tmp_path):
     assert (tmp_path / "ops.png").stat().st_size > 1000
 
 
+def test_a_call_that_csrc_declines_is_not_timed_as_its_own(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    script = importlib.import_module("ops")
+    options = script.parse(["--device", "cpu", "--size", "tiny"])
+    (case,) = script.CASES["groupnorm_silu"]("cpu", "tiny")
+    case.declines = lambda direction: direction == "bwd"
+    timed = {direction: [name for name, *_ in script.contenders(case, direction, options)] for direction in case.moved}
+    assert timed["fwd"] == timed["fwd+bwd"] == ["eager", "csrc", "reference"]
+    assert timed["bwd"] == ["eager", "reference"]
+
+
 @pytest.mark.benchmark
 def test_an_op_whose_tests_fail_is_not_timed(tmp_path):
     output = tmp_path / "ops.jsonl"
