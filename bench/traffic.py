@@ -4,8 +4,11 @@
 
 A row is one latent of a call; sampling with guidance takes two rows an image. Counted are the forward pass without
 gradients, as in sampling, and with them, and the backward pass, with all weights trained and with a LoRA, of plain
-diffusers ('eager') and of the network as `fuse_unet` leaves it ('fused'), in half precision. The calls run on the
-device `meta`, so shapes are real and values do not exist. `bench/lib/traffic_rules.py` says what each op launches.
+diffusers ('eager') and of the network as `fuse_unet` leaves it ('fused'), in half precision; if asked for, of either
+with its repeated blocks compiled ('compiled', 'fused and compiled'), as Inductor plans them for an H100. The calls run
+on the device `meta`, so shapes are real and values do not exist. `bench/lib/traffic_rules.py` says what each op
+launches, and `bench/lib/traffic_compiled.py` what compiled blocks do: of Inductor's kernels, those with a reduction
+count as norms, the others as activations.
 
 The least time of a launch is the longer of its FLOPs at --tflops and its bytes at --tb-per-s, and that of a pass the
 sum over its launches: no program of these launches is faster. Both rates are assumed unless they are given. The share
@@ -18,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from lib import records
@@ -47,13 +51,28 @@ def least_seconds(launches: Iterable[Launch], flops_per_s: float, bytes_per_s: f
     return sum(max(of.flops / flops_per_s, (of.read + of.written) / bytes_per_s) for of in launches)
 
 
+def planning(variant: str) -> AbstractContextManager[None]:
+    """A context in which Inductor plans for a GPU, if blocks are compiled, by names that are private to PyTorch."""
+    if "compiled" not in variant:
+        return nullcontext()
+    from lib.traffic_compiled import a_gpu
+
+    return a_gpu()
+
+
 def measure(network: str, variant: str, trained: str, options: argparse.Namespace) -> list[records.Row]:
     """The records of the forward pass in sampling, and of both passes in training; all but launches are of one row."""
     print_progress(f"{network} {variant} {trained}")
     made = prepare(make_network(network), variant, trained == "lora")
-    call = call_of(made, network, options.rows, channels_last=variant == "fused")
-    found = count(made, call)
-    launches_of = {"sampling": count(made, call, trained=False).forward}
+    call = call_of(made, network, options.rows, channels_last=variant != "eager")
+    with planning(variant):
+        if "compiled" in variant:
+            # only compiles
+            for trains in (False, True):
+                count(made, call, trains)
+            made.zero_grad()
+        found = count(made, call)
+        launches_of = {"sampling": count(made, call, trained=False).forward}
     launches_of |= {phase: getattr(found, phase) for phase in ("forward", "backward")}
     of = {"network": network, "variant": variant, "trained": trained, "rows": options.rows}
     made_of = []
@@ -101,7 +120,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = new_parser(__doc__)
     add = parser.add_argument
     add("--network", nargs="+", choices=list(PIPELINES), default=list(PIPELINES))
-    add("--variant", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    add("--variant", nargs="+", choices=VARIANTS, default=["eager", "fused"])
     add("--trained", nargs="+", choices=TRAINED, default=list(TRAINED))
     add("--rows", type=int, default=48, help="of a call, over which its reads of the weights are divided")
     add("--tflops", type=float, help="what matrix products reach (assumed: 550, of an H100)")

@@ -15,6 +15,7 @@ sys.path.append(str(Path(__file__).parents[1] / "bench"))
 
 import traffic
 from lib import traffic_networks
+from lib.traffic_compiled import a_gpu, compile_for_counting
 from lib.traffic_count import count
 from lib.traffic_rules import Launch
 
@@ -174,3 +175,34 @@ def test_sd15_with_a_lora(tmp_path, capsys):
 
 def test_networks_are_known_by_name():
     assert list(traffic_networks.PIPELINES) == ["sd1.5", "sdxl", "sd3.5-medium"]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_compiled_residual_block(fused):
+    """By hand, of 2 images with 32 channels: Inductor has one kernel for statistics of a norm, one for its use."""
+    network = nn.Sequential(residual_block())
+    compile_for_counting(fuse_unet(network) if fused else network)
+    x, temb = images(2, 32, 4, 4), empty(2, 16)
+    with a_gpu():
+        # the first one compiles
+        for _ in range(2):
+            network.zero_grad()
+            found = count(network, lambda: network[0](x, temb))
+    y, channels, affine = HALF * x.numel(), HALF * 32, 2 * HALF * 32  # bytes of images, of a vector and of a norm's two
+    conv = Launch("conv", y + HALF * 32 * 32 * 9, y, 2.0 * 2 * 16 * 32 * 32 * 9)
+    assert [launch for launch in found.forward if launch.kind == "conv"] == [conv, conv]
+    # the second convolution's bias and the residual in one kernel, where plain PyTorch has two
+    assert found.forward[-1] == Launch("activation", 2 * y + channels, y)
+    if fused:
+        statistics = 2 * 4 * 2 * 32
+        # the project's own op, and with the embedding and the first convolution's bias as an operand
+        assert found.forward[0] == Launch("norm", y + affine, y + statistics)
+        assert found.forward[5] == Launch("norm", y + affine + HALF * 2 * 32, y + statistics)
+        assert len(found.forward) == 8
+    else:
+        groups = 2 * 32
+        # a mean and a sum of squares of each group, in fp32
+        assert found.forward[0] == Launch("norm", y, 2 * 4 * groups)
+        assert len(found.forward) == 10
+    gradients = [launch for launch in found.backward if launch.kind == "conv"]
+    assert len(gradients) == 4

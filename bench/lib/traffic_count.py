@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,9 @@ class Traffic(NamedTuple):
 
 class Counter(TorchDispatchMode):
     """Collects the launches of all ops that are called within."""
+
+    # the one that compiled blocks add their launches to (`traffic_compiled.py`), as it cannot see what runs in them
+    current: Counter | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,6 +65,16 @@ class Counter(TorchDispatchMode):
             return definition(*args)
 
 
+@contextmanager
+def current(counter: Counter) -> Iterator[Counter]:
+    Counter.current = counter
+    try:
+        with counter:
+            yield counter
+    finally:
+        Counter.current = None
+
+
 def is_composite(func: Any) -> bool:
     """Whether PyTorch composes the op of others on every device."""
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
@@ -86,15 +100,34 @@ class OpsOfGPU(TorchFunctionMode):
     """SDPA and RMS norm by the kernels that a GPU has for them; on the device `meta`, PyTorch would compose them."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            (query, key, value), kwargs = args, {**(kwargs or {})}
-            assert kwargs.pop("attn_mask", None) is None, "FlashAttention takes no mask"
-            assert not kwargs.pop("dropout_p", 0.0), "counted without dropout"
-            kwargs.pop("is_causal", None), kwargs.pop("enable_gqa", None)
-            return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, **kwargs)[0]
-        if func is F.rms_norm:
-            return torch.ops.traffic.rms_norm(args[0], kwargs["weight"])[0]
-        return func(*args, **(kwargs or {}))
+        return OPS_OF_GPU.get(func, func)(*args, **(kwargs or {}))
+
+
+def flash_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    assert attn_mask is None, "FlashAttention takes no mask"
+    assert not dropout_p, "counted without dropout"
+    attended: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, scale=scale)[0]
+    return attended
+
+
+def rms_norm(x: Tensor, shape: Any, weight: Tensor, eps: float | None = None) -> Tensor:
+    normed: Tensor = torch.ops.traffic.rms_norm(x, weight)[0]
+    return normed
+
+
+OPS_OF_GPU: dict[Any, Callable[..., Any]] = {
+    F.scaled_dot_product_attention: flash_attention,
+    F.rms_norm: rms_norm,
+}
 
 
 def count(network: nn.Module, call: Callable[[], Tensor], trained: bool = True) -> Traffic:
@@ -113,12 +146,12 @@ def count(network: nn.Module, call: Callable[[], Tensor], trained: bool = True) 
         return tensor
 
     with OpsOfGPU(), torch.set_grad_enabled(trained), saved_tensors_hooks(keep, lambda tensor: tensor):
-        with Counter() as forward:
+        with current(Counter()) as forward:
             out = call()
         if not trained:
             return Traffic(forward.launches, [], 0)
         kept = sum(storage.nbytes() for storage in saved.values())
         gradient = torch.empty_like(out)
-        with Counter() as backward:
+        with current(Counter()) as backward:
             out.backward(gradient)
     return Traffic(forward.launches, backward.launches, kept)

@@ -20,7 +20,7 @@ PIPELINES: dict[str, tuple[Callable[[], Any], int]] = {
     "sdxl": (lambda: random_families.make("sdxl", "meta"), 1024),
     "sd3.5-medium": (lambda: random_families.make("sd3.5-medium", "meta"), 1024),
 }
-VARIANTS = ("eager", "fused")
+VARIANTS = ("eager", "fused", "compiled", "fused and compiled")
 
 
 def make_network(name: str) -> nn.Module:
@@ -33,7 +33,8 @@ def make_network(name: str) -> nn.Module:
 def prepare(network: nn.Module, variant: str, lora: bool) -> nn.Module:
     """Adds an adapter of rank 4 to the attention, and fuses the network as training does on a GPU.
 
-    'eager' is plain diffusers and PEFT, with contiguous images; 'fused' runs in channels_last.
+    'eager' is plain diffusers and PEFT, with contiguous images; the others run in channels_last. 'compiled' is the same
+    with its repeated blocks compiled, to be called within `traffic_compiled.a_gpu`.
     """
     from ddpo_fast.unet.fused_layers import faster_layers, fuse_unet
 
@@ -44,8 +45,14 @@ def prepare(network: nn.Module, variant: str, lora: bool) -> nn.Module:
         targets = ["to_k", "to_q", "to_v", "to_out.0"]
         network.add_adapter(LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=targets))
         network.to(HALF)
-    if variant == "fused":
-        fuse_unet(network.to(memory_format=torch.channels_last), faster_layers("cuda"))
+    if variant != "eager":
+        network.to(memory_format=torch.channels_last)
+    if "fused" in variant:
+        fuse_unet(network, faster_layers("cuda"))
+    if "compiled" in variant:
+        from lib.traffic_compiled import compile_for_counting
+
+        compile_for_counting(network)
     return network
 
 
