@@ -122,6 +122,17 @@ def test_options_of_the_user_come_before_the_recipe():
     assert read("--full-finetune", "--sample_num_steps", "50").sample_num_steps == 50
 
 
+def test_updates_move_images_as_far_with_another_number_of_steps():
+    """The variance of a path of n steps, each shifted by d of its standard deviations: n d^2 of one step's."""
+    recipe = recipes.load("sd-full").settings
+    found = recipes.config("sd-full", sample_num_steps=20)
+    moved = [c["sample_num_steps"] * c["train_target_update"] ** 2 for c in (recipe, vars(found))]
+    assert moved[1] == pytest.approx(moved[0], rel=1e-2)
+    assert recipes.config("sd-full", sample_num_steps=20, train_target_update=0.3).train_target_update == 0.3
+    assert recipes.config("sd-full", sample_num_steps=50).train_target_update == recipe["train_target_update"]
+    assert recipes.config("trl", sample_num_steps=20).train_target_update == 0
+
+
 @pytest.mark.parametrize(
     ("given", "sizes"),
     [
@@ -377,6 +388,7 @@ def test_what_is_printed_about_a_recipe():
     first, *lines = said.splitlines()
     assert first == f"recipe bundled-full: {recipes.load('bundled-full').description}"
     settings, yours, fitted = lines[-3:]
+    assert "train_target_update=0.254 (recipe: 0.15)" in fitted
     assert settings.startswith("  settings: step_credit=equal, ")
     assert "sample_num_steps" not in settings
     assert yours == "  you gave: sample_num_steps=7 (recipe: 20), sample_batch_size=4 (recipe: 16)"

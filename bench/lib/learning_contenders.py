@@ -14,6 +14,7 @@ from typing import Any
 from ddpo_fast import recipes
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.recipes import LORA_SETTINGS
+from ddpo_fast.recipes.fit import target_for
 from lib.workloads import NEVER, OURS, TINY, TRL_DEMO, Contender, Settings
 
 KINDS = ("full", "lora")
@@ -58,11 +59,11 @@ def contenders(names: Iterable[str], own: Iterable[str], kinds: Iterable[str], f
             if only not in KINDS:
                 raise UnknownContender(f"contender {name!r} must end with @full or @lora, or name no kind")
             if only == kind:
-                found.append(_made(plain, kind, settings_of(plain, kind), forced))
+                found.append(_made(plain, kind, settings_of(plain, kind, forced), forced))
         for text in own:
             given = parsed(text)
             if given.get("kind", kind) == kind:
-                base = settings_of(given.get("base", BASELINE), kind)
+                base = settings_of(given.get("base", BASELINE), kind, forced)
                 changes = {key: value for key, value in given.items() if key not in OWN_OPTIONS}
                 found.append(_made(given["name"], kind, {**base, **changes}, forced))
     labels = [(c.name, c.use_lora) for c in found]
@@ -88,12 +89,13 @@ def _value(text: str) -> Any:
         return text
 
 
-def settings_of(name: str, kind: str) -> Settings:
-    """TRL's settings, or a recipe's over those of the task."""
+def settings_of(name: str, kind: str, forced: Settings) -> Settings:
+    """TRL's settings, or a recipe's over those of the task, with its length of updates for the steps of `--steps`."""
     if name == BASELINE:
         return BASELINE_SETTINGS
     try:
-        return {**TASK, **recipes.load(f"bundled-{kind}" if name == RECIPE else name).settings}
+        settings = recipes.load(f"bundled-{kind}" if name == RECIPE else name).settings
+        return {**TASK, **settings, **target_for(settings, forced.get("sample_num_steps"))}
     except (ValueError, ImportError) as error:
         raise UnknownContender(f"contender {name!r}: {error}") from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import fields
 from typing import Any
@@ -29,7 +30,8 @@ def fit(settings: Mapping[str, Any], options: Mapping[str, Any], given: Collecti
        user's value is not the recipe's.
     2. Beside a batch size that the user gave, the recipe's other batch sizes change, so that an epoch and an update
        have as many images as the recipe says, or as nearly as the sizes divide each other (`_batch_sizes`).
-    3. A setting with which `DDPOConfig` would refuse the user's options does not apply.
+    3. Beside a number of denoising steps that the user gave, the recipe's length of updates changes (`target_for`).
+    4. A setting with which `DDPOConfig` would refuse the user's options does not apply.
 
     Options that are wrong by themselves are not refused here but by the `DDPOConfig` that is then made of them.
 
@@ -47,6 +49,8 @@ def fit(settings: Mapping[str, Any], options: Mapping[str, Any], given: Collecti
     if own_sizes and any(name in settings for name in BATCH_SIZES):
         # first, as other settings may depend on them
         wanted = _batch_sizes(settings, own_sizes) | {k: v for k, v in wanted.items() if k not in BATCH_SIZES}
+    if "sample_num_steps" in given and "train_target_update" in wanted:
+        wanted |= target_for(settings, options["sample_num_steps"])
 
     base = {name: value for name, value in options.items() if name in DEFAULTS}
     if _is_allowed({**base, **wanted}):
@@ -64,6 +68,20 @@ def fit(settings: Mapping[str, Any], options: Mapping[str, Any], given: Collecti
                 kept |= part
                 found_one = True
     return kept
+
+
+def target_for(settings: Mapping[str, Any], steps: Any) -> dict[str, float]:
+    """A recipe's `train_target_update` for another number of denoising steps than its own, if it has a target.
+
+    The target is a shift of the mean of each step in standard deviations of the step. Of n steps with a variance of
+    1 / n of an image's noise, shifts by d of each, in one direction, move the image by d sqrt(n) standard deviations of
+    that noise. So d is in proportion to 1 / sqrt(n), for updates that move images as far as the recipe's.
+    """
+    target, own = settings.get("train_target_update"), settings.get("sample_num_steps", DEFAULTS["sample_num_steps"])
+    # what is no whole number above 0 `DDPOConfig` refuses by its name
+    if not target or not isinstance(steps, int) or steps < 1 or steps == own:
+        return {}
+    return {"train_target_update": float(f"{target * math.sqrt(own / steps):.3g}")}
 
 
 def _batch_sizes(settings: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, int]:
