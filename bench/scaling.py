@@ -6,7 +6,8 @@
 The model is Stable Diffusion 1.5 at 512x512, trained with plain data parallelism, as this project does it, and with
 ZeRO 1 to 3. Weak scaling keeps the number of images per GPU constant, strong scaling the number per epoch.
 
-Each line says which figures are measured. Without a record all are assumed, from data sheets and a share of the peak.
+Each line says which figures are measured. Without a record all are assumed: what `traffic.py` has counted of a UNet row
+takes its least time at a share of the data sheets' rates, which is the same as there for an H100.
 The formulas assume that no communication overlaps with compute (in reality some does, which is faster), that no GPU
 waits for another, and that small batches lose no speed (in reality they do, most of all in strong scaling). --check
 needs no GPU.
@@ -24,13 +25,13 @@ from lib.scaling_check import check
 from lib.scaling_model import (
     CARDS,
     DECODE_FLOPS,
-    FORWARD_FLOPS,
     MODELS,
     OPTIMIZER_BYTES,
     STAGES,
     Rates,
     Row,
     Work,
+    least_s,
     predicted,
 )
 from matplotlib.figure import Figure
@@ -47,10 +48,11 @@ def recorded_rows_per_s(rows: list[Row], card: str, trained: str) -> tuple[float
 
 
 def rates_for(name: str, trained: str, recorded: list[Row], options: argparse.Namespace) -> Rates:
-    """Rows/s as given or recorded, else from a share of the peak; the optimizer at the memory's full bandwidth."""
+    """Rows/s as given or recorded, else from the counts of a row; the optimizer at the memory's full bandwidth."""
     (flops, memory_rate, _), model = CARDS[name], MODELS[trained]
-    usable, sampled = options.utilisation * flops, FORWARD_FLOPS + DECODE_FLOPS / options.steps / 2
-    assumed = usable / sampled, usable / model.row_flops
+    usable = options.utilisation * flops, options.memory_share * memory_rate
+    decoding = DECODE_FLOPS / usable[0] / (2 * options.steps)
+    assumed = 1 / (least_s(model.sampling, *usable) + decoding), 1 / least_s(model.training, *usable)
     given, found = options.rows_per_s, recorded_rows_per_s(recorded, name, trained)
     origin = f"rows/s {'given' if given else 'measured'}, rest assumed" if given or found else "assumed"
     return Rates(*(given or found or assumed), options.reward_s, OPTIMIZER_BYTES * model.trained / memory_rate, origin)
@@ -115,7 +117,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--devices", type=int, nargs="+", default=[2**power for power in range(11)], metavar="N")
     add("--record", type=Path, nargs="+", default=[], help="records of throughput.py, which have measured rows/s")
     add("--rows-per-s", type=float, nargs=2, metavar=("SAMPLE", "TRAIN"), help="UNet rows/s of one device")
-    add("--utilisation", type=float, default=0.38, help="share of the peak FLOP/s (default: MLPerf 4.0's)")
+    add("--utilisation", type=float, default=0.69, help="share of the peak FLOP/s that products reach")
+    add("--memory-share", type=float, default=0.84, help="share of the memory's full rate that other kernels reach")
     add("--link-share", type=float, default=0.8, help="share of the links' full rate that messages reach")
     add("--reward-s", type=float, default=0.0, help="seconds of an image's reward that do not overlap with sampling")
     add("--images", type=int, default=32, help="images of a device in an epoch, for weak scaling")

@@ -18,7 +18,7 @@ import scaling  # noqa: E402
 from lib import scaling_check, scaling_model  # noqa: E402
 
 FULL, LORA = scaling_model.MODELS["full"], scaling_model.MODELS["lora"]
-SMALL = scaling_model.Model(weights=5000, trained=1000, row_flops=0, row_bytes=100)
+SMALL = scaling_model.Model(weights=5000, trained=1000, row_bytes=100)
 ASSUMED = scaling.predictions(scaling.parse([]))
 RECORD = {
     "bench": "throughput",
@@ -105,6 +105,19 @@ def test_communication_time_equals_that_computed_by_hand():
     assert scaling_model.epoch_s(0, SMALL, work, rates, 1, links) == 4 + 8 + 2 + 2 * 8
     exchange = scaling_model.communication_s(1, SMALL, 4, 4, links)
     assert scaling_model.epoch_s(1, SMALL, work, rates, 4, links) == pytest.approx(4 + 8 + 2 + 2 * (8 / 4 + exchange))
+
+
+def test_least_times_are_those_of_the_counted_row():
+    counts = ((8e9, 1e6), (0.0, 6e6), (1e9, 4e6))
+    assert scaling_model.least_s(counts, 1e12, 1e9) == pytest.approx(8e-3 + 6e-3 + 4e-3)
+    rows = [row for row in read_records(BENCH / "records" / "traffic.jsonl") if row["network"] == "sd1.5"]
+    for kind, model in (("all weights", FULL), ("lora", LORA)):
+        of = {row["phase"]: row for row in rows if (row["variant"], row["trained"]) == ("fused", kind)}
+        for counted, phases in ((model.sampling, ["sampling"]), (model.training, ["forward", "backward"])):
+            # at the rates that the record was made with it is the record's
+            found = scaling_model.least_s(counted, 550e12, 2.8e12)
+            assert found == pytest.approx(sum(of[phase]["least_s"] for phase in phases))
+            assert all(size >= 0 for _, size in counted)
 
 
 def test_strong_scaling_ends_where_an_update_has_no_image():

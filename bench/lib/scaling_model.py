@@ -8,9 +8,11 @@ is slower in reality, most of all in strong scaling).
 from __future__ import annotations
 
 from math import ceil, nan
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-Row = dict[str, Any]
+from lib import RECORDS, records
+from lib.records import Row
+
 STAGES = ("data parallel", "ZeRO-1", "ZeRO-2", "ZeRO-3")
 # bytes of a number in half and in single precision
 HALF, SINGLE = 2, 4
@@ -47,21 +49,55 @@ CARDS = {
 }
 
 
+# FLOPs, and bytes read and written, of a UNet row in each kind of launch
+Counts = tuple[tuple[float, float], ...]
+
+
 class Model(NamedTuple):
-    """Numbers of all weights and of the trained ones; FLOPs of a UNet row forward and backward, bytes that it keeps."""
+    """Numbers of all weights and of the trained ones; what a UNet row keeps for its backward pass, in bytes, and takes
+    in sampling and in training."""
 
     weights: int
     trained: int
-    row_flops: float
     row_bytes: float
+    sampling: Counts = ()
+    training: Counts = ()
 
 
-# FLOPs of a UNet row's forward pass and of decoding an image, at 512x512
-FORWARD_FLOPS, DECODE_FLOPS = 803e9, 2515e9
+def counted(weights: int, trained: int, kind: str) -> Model:
+    """Stable Diffusion 1.5 at 512x512 with fused layers, as `traffic.py` has counted it in fp16."""
+    wanted = {"network": "sd1.5", "variant": "fused", "trained": kind}
+    found = [row for row in records.read([RECORDS / "traffic.jsonl"]) if wanted.items() <= row.items()]
+    passes = {row["phase"]: row for row in found}
+    sampling, training = (
+        sum((_counts(passes[phase]) for phase in phases), ()) for phases in (["sampling"], ["forward", "backward"])
+    )
+    return Model(weights, trained, passes["forward"]["saved_bytes"], sampling, training)
+
+
+def _counts(row: Row) -> Counts:
+    """Those of a pass, and the bytes of launches that are limited by them while others of their kind are not.
+
+    A record has the sums of each kind, and the least time of all launches one by one at rates that it names: the
+    difference is the time of these bytes, such as those of products with an adapter's few columns.
+    """
+    counts = tuple((of["flops"], of["read"] + of["written"]) for of in row["kinds"].values())
+    bytes_per_s = row["tb_per_s"] * 1e12
+    return (*counts, (0.0, (row["least_s"] - least_s(counts, row["tflops"] * 1e12, bytes_per_s)) * bytes_per_s))
+
+
+def least_s(counts: Counts, flops_per_s: float, bytes_per_s: float) -> float:
+    """The sum over kinds of launches of the longer time, of their FLOPs and of their bytes."""
+    return sum(max(flops / flops_per_s, size / bytes_per_s) for flops, size in counts)
+
+
+UNET_WEIGHTS, LORA_WEIGHTS = 859_520_964, 797_184
 MODELS = {
-    "full": Model(859_520_964, 859_520_964, 2407e9, 0.937e9),
-    "lora": Model(859_520_964 + 797_184, 797_184, 1714e9, 0.799e9),
+    "full": counted(UNET_WEIGHTS, UNET_WEIGHTS, "all weights"),
+    "lora": counted(UNET_WEIGHTS + LORA_WEIGHTS, LORA_WEIGHTS, "lora"),
 }
+# of decoding an image at 512x512
+DECODE_FLOPS = 2515e9
 
 
 class Work(NamedTuple):
