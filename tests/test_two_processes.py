@@ -404,7 +404,7 @@ def test_the_deepspeed_command(model_dir, tmp_path):
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2"]
     done = finish([*launcher, str(train), *options, *sizes], env=environment())
     assert "16 images per epoch (1 batches of 8 x 2 processes)" in done.stdout
-    assert "train_target_update=0.1" in done.stdout
+    assert "train_target_update=0.5 (recipe: 0.1)" in done.stdout, "with 2 steps in place of 50"
     assert "ninja" not in done.stdout + done.stderr, "something was compiled"
     assert json.loads((tmp_path / "run" / "config.json").read_text())["num_processes"] == 2
     StableDiffusionPipeline.from_pretrained(tmp_path / "run" / "final")
