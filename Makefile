@@ -56,8 +56,7 @@ lint: $(READY)
 	$(BIN)/clang-format --dry-run --Werror csrc/* tests/emulated_cuda/*
 	$(BIN)/typos
 
-# More processes than two cores, as some wait for processes of their own, and for connections to time out.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # Both at once: mypy takes half a minute of one core without its cache.
 test: $(READY)
