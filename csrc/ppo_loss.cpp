@@ -19,33 +19,6 @@ Bounds bounds_of(double clip_range, double advantage_limit, double reference_wei
       static_cast<float>(advantage_limit), static_cast<float>(reference_weight)};
 }
 
-Rows check_pairs(
-    const Tensor& model_output,
-    const std::optional<Tensor>& reference_output,
-    const Tensor& latents,
-    const Tensor& next_latents,
-    const Tensor& old_log_probs,
-    const Tensor& advantages,
-    const Tensor& table,
-    const Tensor& timesteps,
-    bool guided,
-    const Tensor& metrics,
-    const Tensor& log_probs,
-    const Tensor& grad) {
-  check_step(latents, table, timesteps);
-  const int64_t count = latents.size(0);
-  CHECK_LATENTS(next_latents, latents);
-  CHECK_SHAPE(timesteps, count);
-  CHECK_SHAPE(old_log_probs, count);
-  CHECK_SHAPE(advantages, count);
-  CHECK_SHAPE(log_probs, count);
-  CHECK_SHAPE(metrics, 4);
-  check_same_rows("grad", grad, model_output);
-  if (reference_output) check_same_rows("reference_output", *reference_output, model_output);
-  STD_TORCH_CHECK(latents.numel() > 0, "there must be pairs");
-  return rows_of(model_output, latents, guided);
-}
-
 // A pair's terms of the loss and of the metrics.
 struct Terms {
   float loss;
@@ -112,10 +85,18 @@ void ppo_loss(
     const Tensor& metrics,
     const Tensor& log_probs,
     const Tensor& grad) {
-  const Rows rows = check_pairs(
-      model_output, reference_output, latents, next_latents, old_log_probs, advantages, table, timesteps,
-      guidance_scale.has_value(), metrics, log_probs, grad);
-  const int64_t count = rows.images;
+  check_step(latents, table, timesteps);
+  const int64_t count = latents.size(0);
+  CHECK_LATENTS(next_latents, latents);
+  CHECK_SHAPE(timesteps, count);
+  CHECK_SHAPE(old_log_probs, count);
+  CHECK_SHAPE(advantages, count);
+  CHECK_SHAPE(log_probs, count);
+  CHECK_SHAPE(metrics, 4);
+  check_same_rows("grad", grad, model_output);
+  if (reference_output) check_same_rows("reference_output", *reference_output, model_output);
+  STD_TORCH_CHECK(latents.numel() > 0, "there must be pairs");
+  const Rows rows = rows_of(model_output, latents, guidance_scale.has_value());
   check_timesteps(timesteps, table);
   const float guidance = guidance_scale.value_or(1.0);
   const Bounds bounds = bounds_of(clip_range, advantage_limit, reference_weight);

@@ -3,46 +3,6 @@
 namespace ddpo_fast {
 namespace {
 
-Rows check_forward(
-    const Tensor& model_output,
-    const Tensor& latents,
-    const Tensor& noise,
-    const Tensor& table,
-    const Tensor& timesteps,
-    bool guided,
-    const Tensor& next_latents,
-    const Tensor& log_probs,
-    const Tensor& next_input) {
-  check_step(latents, table, timesteps);
-  CHECK_LATENTS(noise, latents);
-  CHECK_LATENTS(next_latents, latents);
-  CHECK_SHAPE(log_probs, latents.size(0));
-  check_same_rows("next_input", next_input, model_output);
-  return rows_of(model_output, latents, guided);
-}
-
-Rows check_backward(
-    const Tensor& model_output,
-    const Tensor& latents,
-    const Tensor& next_latents,
-    const Tensor& table,
-    const Tensor& timesteps,
-    bool guided,
-    const Tensor& grad_next_latents,
-    const Tensor& grad_log_probs,
-    const Tensor& grad_next_input,
-    const Tensor& grad_output,
-    const Tensor& grad_latents) {
-  check_step(latents, table, timesteps);
-  CHECK_LATENTS(next_latents, latents);
-  CHECK_LATENTS(grad_next_latents, latents);
-  CHECK_LATENTS(grad_latents, latents);
-  CHECK_SHAPE(grad_log_probs, latents.size(0));
-  check_same_rows("grad_next_input", grad_next_input, model_output);
-  check_same_rows("grad_output", grad_output, model_output);
-  return rows_of(model_output, latents, guided);
-}
-
 void step_logprob(
     const Tensor& model_output,
     const Tensor& latents,
@@ -53,8 +13,12 @@ void step_logprob(
     const Tensor& next_latents,
     const Tensor& log_probs,
     const Tensor& next_input) {
-  const Rows rows = check_forward(
-      model_output, latents, noise, table, timesteps, guidance_scale.has_value(), next_latents, log_probs, next_input);
+  check_step(latents, table, timesteps);
+  CHECK_LATENTS(noise, latents);
+  CHECK_LATENTS(next_latents, latents);
+  CHECK_SHAPE(log_probs, latents.size(0));
+  check_same_rows("next_input", next_input, model_output);
+  const Rows rows = rows_of(model_output, latents, guidance_scale.has_value());
   check_timesteps(timesteps, table);
   const float guidance = guidance_scale.value_or(1.0);
   const float* x = latents.const_data_ptr<float>();
@@ -99,9 +63,14 @@ void step_logprob_backward(
     const Tensor& grad_next_input,
     const Tensor& grad_output,
     const Tensor& grad_latents) {
-  const Rows rows = check_backward(
-      model_output, latents, next_latents, table, timesteps, guidance_scale.has_value(), grad_next_latents,
-      grad_log_probs, grad_next_input, grad_output, grad_latents);
+  check_step(latents, table, timesteps);
+  CHECK_LATENTS(next_latents, latents);
+  CHECK_LATENTS(grad_next_latents, latents);
+  CHECK_LATENTS(grad_latents, latents);
+  CHECK_SHAPE(grad_log_probs, latents.size(0));
+  check_same_rows("grad_next_input", grad_next_input, model_output);
+  check_same_rows("grad_output", grad_output, model_output);
+  const Rows rows = rows_of(model_output, latents, guidance_scale.has_value());
   check_timesteps(timesteps, table);
   const float guidance = guidance_scale.value_or(1.0);
   const float* x = latents.const_data_ptr<float>();
