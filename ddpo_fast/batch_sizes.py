@@ -9,6 +9,7 @@ memory gives a new run the same size.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from copy import copy
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch.autograd.graph import saved_tensors_hooks
 
-from ddpo_fast import cuda_graphs
+from ddpo_fast import config_rules, cuda_graphs
 from ddpo_fast.config import DDPOConfig
 from ddpo_fast.device_memory import free_bytes
 from ddpo_fast.engine import Engine
@@ -79,8 +80,10 @@ class BatchSizes:
         config, device = self.config, self.accelerator.device
         # A graph keeps its memory, which settings that were planned for a GPU's memory do not leave.
         planned = config.auto_memory or config.gpu_memory is not None
-        others = config.uses_deepspeed or config.optimizer_in_backward or config.sizes is not None
-        if cuda_graphs.problem(device) or others or planned or self.policy.pipeline.autocast is not None:
+        with_graphs = copy(config)
+        with_graphs.cuda_graphs = True
+        refused = cuda_graphs.problem(device) or config_rules.conflict(with_graphs)
+        if planned or refused or self.policy.pipeline.autocast is not None:
             return False
         pairs = self.micro_batch_size
         with torch.no_grad(), self.policy.computing():
@@ -136,12 +139,9 @@ class BatchSizes:
 
         # not compiled for this one number of rows; a compiler keeps no more than the layers themselves
         with policy.computing(), torch.compiler.set_stance("force_eager"):
-            kept = (
-                kept_bytes(lambda: self._call(1), _storages(weights), lambda: _storages(split))
-                // self.config.rows_per_pair
-            )
+            of_pair = kept_bytes(lambda: self._call(1), _storages(weights), lambda: _storages(split))
         factor = PEAK_OVER_KEPT_OF_BLOCKS if self.config.gradient_checkpointing == "blocks" else 1
-        return max(1, kept * factor)
+        return max(1, of_pair // self.config.rows_per_pair * factor)
 
 
 def _storages(tensors: Iterable[torch.Tensor]) -> set[int]:

@@ -376,8 +376,7 @@ class DDPOConfig(ConfigNumbers):
                 f"set train_gradient_accumulation_steps={images // self.train_batch_size} and "
                 "train_num_inner_epochs=1, or use objective='ddpo_is'"
             )
-        conflict = next((problem for applies, problem in config_rules.CONFLICTS if applies(self)), "")
-        if problem := conflict or self.batch_size_problem() or package_rules.unknown_keyword(self):
+        if problem := config_rules.conflict(self) or self.batch_size_problem() or package_rules.unknown_keyword(self):
             raise ValueError(problem)
         if problem := package_rules.missing_package(self):
             raise ImportError(problem)

@@ -358,6 +358,11 @@ CONFLICTS: tuple[tuple[Callable[[Settings], bool], str], ...] = (
 )
 
 
+def conflict(settings: Settings) -> str:
+    """The message of the first of `CONFLICTS` that settings have, or ''."""
+    return next((problem for applies, problem in CONFLICTS if applies(settings)), "")
+
+
 def parsed_mapping(name: str, value: Any) -> dict[str, Any]:
     """The mapping that field `name` was given: a dict, None for an empty one, or a string with a JSON object.
 
