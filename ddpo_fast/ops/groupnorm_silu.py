@@ -15,7 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddpo_fast.ops.backend import Op
-from ddpo_fast.ops.operands import laid_out_as, mark_outputs, returned_sums_gradient, stores_sum, widest
+from ddpo_fast.ops.operands import (
+    as_dense_as,
+    dense,
+    empty_with_channels,
+    laid_out_as,
+    mark_outputs,
+    returned_sums_gradient,
+    stores_sum,
+    widest,
+)
 
 
 def groupnorm_silu(
@@ -47,7 +56,7 @@ def groupnorm_silu(
             raise ValueError(f"{name} has shape {tuple(parameter.shape)} but x has {x.shape[1]} channels")
     if addend is not None and addend.shape not in (x.shape[:2], (1, x.shape[1])):
         raise ValueError(f"addend has shape {tuple(addend.shape)} but must be {tuple(x.shape[:2])}")
-    return FORWARD(_dense(x), weight, bias, groups, eps, silu, addend, None, None, True, None)[0]
+    return FORWARD(dense(x), weight, bias, groups, eps, silu, addend, None, None, True, None)[0]
 
 
 def groupnorm_silu_and_skip(
@@ -80,25 +89,15 @@ def groupnorm_silu_and_skip(
     assert beside is None or (residual is None and later is None and (addend is None or len(addend) == 1))
     if later is not None and not x.movedim(1, -1).is_contiguous():
         x = x.movedim(1, -1).contiguous().movedim(-1, 1)
-    x = _dense(x)
+    x = dense(x)
     if residual is None and later is None and beside is None:
         y, *_, x = FORWARD.with_skip(x, weight, bias, groups, eps, silu, None, None, None, True, None)
         return y, x
     residual = None if residual is None else laid_out_as(x, residual)
-    beside = None if beside is None else _as_dense_as(x, beside)
+    beside = None if beside is None else as_dense_as(x, beside)
     keep = torch.is_grad_enabled()
     y, s, copy, _, _ = FORWARD(x, weight, bias, groups, eps, silu, addend, residual, later, keep, beside)
     return y, s if later is None else copy
-
-
-def _as_dense_as(x: Tensor, other: Tensor) -> Tensor:
-    """Returns `other` if it is contiguous or channels_last where `x` is, else a copy that is."""
-    return other.contiguous() if x.is_contiguous() else other.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
-def _dense(x: Tensor) -> Tensor:
-    """Returns `x` if it is contiguous or channels_last, the layouts that the kernels can index, else a copy."""
-    return x if x.is_contiguous() or x.movedim(1, -1).is_contiguous() else x.contiguous()
 
 
 # y; s and its copy for a later product, empty where they are not stored; mean and rstd
@@ -122,7 +121,7 @@ def _norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> t
 
 def _sum(x: Tensor, addend: Tensor | None, residual: Tensor | None = None, beside: Tensor | None = None) -> Tensor:
     x = x if addend is None else x + addend.to(x.dtype).view(*addend.shape, *[1] * (x.ndim - 2))
-    x = x if beside is None else _as_dense_as(x, torch.cat([x, beside], 1))
+    x = x if beside is None else as_dense_as(x, torch.cat([x, beside], 1))
     return x if residual is None else x + residual
 
 
@@ -210,16 +209,8 @@ def _in_parts(dx: Tensor, width: int) -> list[Tensor]:
 
 
 def _empty_parts(x: Tensor, width: int) -> list[Tensor]:
-    """Tensors in the dense layout of x: one if `width` is 0, else one of its first `width` channels and one more."""
-    return [_empty_like(x, channels) for channels in ((width, x.shape[1] - width) if width else x.shape[1:2])]
-
-
-def _empty_like(x: Tensor, channels: int) -> Tensor:
-    """A tensor like x, with another number of channels."""
-    shape = x.shape[0], channels, *x.shape[2:]
-    if x.is_contiguous():
-        return x.new_empty(shape)
-    return x.movedim(1, -1).new_empty((*x.shape[:1], *x.shape[2:], channels)).movedim(-1, 1)
+    """Two tensors in the dense layout of x: of its first `width` channels, and of the others."""
+    return [empty_with_channels(x, channels) for channels in (width, x.shape[1] - width)]
 
 
 def _vectors(
@@ -252,7 +243,7 @@ def _vectors(
 def _empty(x: Tensor, weight: Tensor, bias: Tensor, groups: int, *others: Any) -> Made:
     *_, residual, later, keep, beside = others
     mean, rstd = _statistics(x, groups)
-    y = torch.empty_like(x) if beside is None else _empty_like(x, len(weight))
+    y = torch.empty_like(x) if beside is None else empty_with_channels(x, len(weight))
     s = torch.empty_like(y) if stores_sum(_made_with(residual, beside), later, keep) else x.new_empty(0)
     images, channels, pixels = _sizes(x)
     copy = x.new_empty(0) if later is None else x.new_empty(images * pixels, channels)
@@ -325,7 +316,7 @@ def _csrc(x: Tensor, weight: Tensor, bias: Tensor, groups: int, *others: Any) ->
         return _without_csrc(FORWARD, x, weight, bias, groups, *others)
     s = x if added is None else _sum(x, addend, residual, beside)
     s = s if residual is None else laid_out_as(x, s)
-    addend = addend if _made_with(residual, beside) is None else None
+    addend = addend if added is None else None
     y, (mean, rstd) = torch.empty_like(s), _statistics(s, groups)
     with torch.cuda.device_of(x):
         torch.ops.ddpo_fast_csrc.groupnorm_silu(s, weight, bias, eps, silu, addend, y, mean, rstd)

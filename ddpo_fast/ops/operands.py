@@ -19,6 +19,24 @@ def dense_rows(tensor: Tensor) -> Tensor:
     return tensor.contiguous()
 
 
+def dense(x: Tensor) -> Tensor:
+    """Returns `x` if it is contiguous or channels_last, the layouts that the kernels can index, else a copy."""
+    return x if x.is_contiguous() or x.movedim(1, -1).is_contiguous() else x.contiguous()
+
+
+def as_dense_as(x: Tensor, other: Tensor) -> Tensor:
+    """Returns `other` if it is contiguous or channels_last where `x` is, else a copy that is."""
+    return other.contiguous() if x.is_contiguous() else other.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def empty_with_channels(x: Tensor, channels: int) -> Tensor:
+    """A tensor like x, which is contiguous or channels_last, with another number of channels."""
+    shape = x.shape[0], channels, *x.shape[2:]
+    if x.is_contiguous():
+        return x.new_empty(shape)
+    return x.movedim(1, -1).new_empty((*x.shape[:1], *x.shape[2:], channels)).movedim(-1, 1)
+
+
 def laid_out_as(like: Tensor, tensor: Tensor) -> Tensor:
     """Returns the tensor with the strides and dtype of `like`, which must be dense; a copy only if they differ."""
     if tensor.stride() == like.stride() and tensor.dtype == like.dtype:
