@@ -25,7 +25,7 @@ from ddpo_fast.metrics import UpdateMetrics
 from ddpo_fast.objectives import Objective, Scored
 from ddpo_fast.policy import Policy
 from ddpo_fast.spatial_credit import spatially_credited
-from ddpo_fast.trajectory import Pairs, TrainingBatch, Trajectory, pair_index, pairs_of
+from ddpo_fast.trajectory import Pairs, TrainingBatch, Trajectory, of_pairs, pair_index, pairs_of
 
 logger = logging.getLogger(__name__)
 
@@ -341,7 +341,6 @@ def _with_advantage(batches: Sequence[TrainingBatch], index: np.ndarray) -> np.n
     for i, batch in enumerate(batches):
         if batch.has_advantage is not None:
             mine = index[:, 0] == i
-            steps, images = index[mine, 1:].T
-            flags = batch.has_advantage.numpy()
-            keep[mine] = flags[images, steps] if flags.ndim > 1 else flags[images]
+            steps, rows = torch.from_numpy(index[mine, 1:].T)
+            keep[mine] = of_pairs(batch.has_advantage, rows, steps).numpy()
     return index[keep]

@@ -134,7 +134,7 @@ class Trajectory(_Keyed):
             latents=self.latents[pick],
             next_latents=self.next_latents[pick],
             log_probs=self.log_probs[pick],
-            advantages=self.advantages[pick if self.advantages.dim() > 1 else rows],
+            advantages=_of_batch(self.advantages, rows, steps),
             has_advantage=has_advantage,
         )
 
@@ -154,12 +154,19 @@ def training_batches(trajectory: Trajectory, batch_size: int, inner_epochs: int)
         steps = steps.gather(1, torch.stack([torch.randperm(num_steps, device=device) for _ in range(count)]))
         flags: Any = repeat(None)
         if trajectory.has_advantage is not None:
-            on_host = rows.cpu()
-            of_steps = trajectory.has_advantage.dim() > 1
-            pick = (on_host[:, None], steps.cpu()) if of_steps else on_host
-            flags = trajectory.has_advantage[pick].split(batch_size)
+            flags = _of_batch(trajectory.has_advantage, rows.cpu(), steps.cpu()).split(batch_size)
         parts = zip(rows.split(batch_size), steps.split(batch_size), flags, strict=False)
         yield (trajectory.training_batch(*part) for part in parts)
+
+
+def _of_batch(values: torch.Tensor, rows: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+    """Those of the images `rows` [b], of `values` [B] of images, or of [B, T] of steps with `steps` [b, T] in order."""
+    return values[rows[:, None], steps] if values.dim() > 1 else values[rows]
+
+
+def of_pairs(values: torch.Tensor, rows: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+    """Those of the pairs of images `rows` [N] and `steps` [N], of `values` [b] of images or [b, T] of steps."""
+    return values[rows, steps] if values.dim() > 1 else values[rows]
 
 
 _TENSORS = ["prompt_ids", "prompt_embeds", "negative_prompt_embeds", "timesteps", "trail", "log_probs"]
@@ -232,7 +239,7 @@ def pairs_of(batches: Sequence[TrainingBatch | Trajectory], index: np.ndarray, g
         per_step = {name: batches[i][name][rows, steps] for name in _PER_STEP}
         advantages = batches[i].advantages
         assert advantages is not None, "training needs advantages: call with_advantages first"
-        per_step["advantages"] = advantages[(rows, steps) if advantages.dim() > 1 else rows]
+        per_step["advantages"] = of_pairs(advantages, rows, steps)
         parts.append({**per_step, **{name: batches[i][name][rows] for name in _PER_IMAGE}})
     found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     negative, prompts = found.pop("negative_prompt_embeds"), found.pop("prompt_embeds")
