@@ -77,9 +77,15 @@ def place_networks(
     for buffer in pipeline.unet.buffers():
         buffer.data = buffer.data.to(device)
 
-    # The attention kernel, fused layers and gradient checkpointing. `agree` gives all processes the main one's choice.
+    # `agree` gives all processes the main one's choice
     agree = partial(broadcast_from_main, accelerator)
     set_attention(pipeline.unet, config.attention, device, dtype, measured, agree)
+    set_up_layers(pipeline, config, device)
+    return layers
+
+
+def set_up_layers(pipeline: Any, config: DDPOConfig, device: torch.device) -> None:
+    """Fuses, checkpoints and compiles layers of the trained network, and slices the VAE's work, by the settings."""
     if config.fuse_unet:
         layers_that_pay = faster_layers(device)
         if config.uses_deepspeed:
@@ -97,7 +103,6 @@ def place_networks(
         pipeline.vae.enable_tiling()
     if config.compile_unet:
         compile_blocks(pipeline.unet)
-    return layers
 
 
 def choose_libraries(config: DDPOConfig) -> None:
