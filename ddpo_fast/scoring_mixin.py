@@ -5,6 +5,7 @@ Shapes: B images of an epoch on a process, T denoising steps.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -27,6 +28,9 @@ from ddpo_fast.run_folder.notebook import hides_bar
 from ddpo_fast.step_values import StepValues
 from ddpo_fast.trajectory import Trajectory
 
+# The share of its time that sampling takes longer in a thread of its own, on a CPU whose operators have two threads.
+SLOWER_BESIDE = 0.5
+
 
 class ScoringMixin:
     """The methods of `DDPOTrainer` from prompts to advantages; `_generate_samples` and `compute_rewards` are TRL's."""
@@ -43,6 +47,8 @@ class ScoringMixin:
     sample_health: SampleHealth
     stat_tracker: Any
     step_values: StepValues
+    # whether scoring was found to wait longer, in place of computing, than sampling beside it takes on a CPU
+    _scoring_waits = False
 
     def _hides_bar(self, is_inner: bool = True) -> bool | None:
         """tqdm's `disable`: None means a bar on a terminal and none in a log file."""
@@ -85,10 +91,14 @@ class ScoringMixin:
                     samples, batches = self._generate_samples(*sizes, scoring, timer)
                     found = run_or_raise_on_all(self.accelerator, lambda: self._on_device(scoring.results(batches)))
             else:
+                started = time.perf_counter()
                 samples, batches = self._generate_samples(*sizes)
                 timer.ends("sampling")
+                sampled, computed = time.perf_counter(), time.process_time()
                 self.reward_random.begin()
                 found = run_or_raise_on_all(self.accelerator, lambda: self.compute_rewards(batches, is_async))
+                waited = time.perf_counter() - sampled - (time.process_time() - computed)
+                self._scoring_waits = waited > SLOWER_BESIDE * (sampled - started)
         except Exception:
             # if the reward function failed because the images are not finite, raise that cause instead
             self.sample_health.check()
@@ -136,11 +146,17 @@ class ScoringMixin:
 
     @property
     def _overlaps_rewards(self) -> bool:
-        """Whether a batch is scored while the next is sampled: not if user code overrides how either is done."""
+        """Whether a batch is scored while the next is sampled: where it pays, and no user code overrides either.
+
+        Sampling then has a thread of its own. On a CPU with several threads for each operator it has as many of them
+        again. There are more than the processor has cores, so that those of OpenMP sleep between operators and have to
+        be woken. That takes longer than a fast reward, so the first epoch finds out whether the reward is slow.
+        """
         # by the class, as a profiler may wrap the methods of one trainer and must not change what it measures
         kind, ours = type(self), ScoringMixin
         is_ours = kind.compute_rewards is ours.compute_rewards and kind._generate_samples is ours._generate_samples
-        return self.config.reward_overlap and is_ours and isinstance(self.rollout, Rollout)
+        pays = self.policy.device.type != "cpu" or torch.get_num_threads() == 1 or self._scoring_waits
+        return self.config.reward_overlap and pays and is_ours and isinstance(self.rollout, Rollout)
 
     def compute_rewards(self, prompt_image_pairs: Sequence[Sequence[Any]], is_async: bool = False) -> Any:
         """An iterator of two tuples: rewards [B] and metadata of each batch; in worker threads if `is_async`."""
