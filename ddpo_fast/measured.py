@@ -45,13 +45,13 @@ class Measured(dict[str, int | float | str]):
             self[name] = measure()
         return self[name]  # type: ignore[return-value]
 
-    def keep_threads(self) -> None:
-        """Uses as many CPU threads as the run began with, unless OMP_NUM_THREADS is set.
+    def keep_threads(self, choose: Callable[[], int]) -> None:
+        """Uses as many CPU threads as the run began with, which is `choose()`, unless OMP_NUM_THREADS is set.
 
         Sums are split over the threads, so their bits depend on how many there are.
         """
         if "OMP_NUM_THREADS" not in os.environ:
-            threads = self.measure_once("threads", torch.get_num_threads)
+            threads = self.measure_once("threads", choose)
             if threads != torch.get_num_threads():
                 torch.set_num_threads(threads)
 

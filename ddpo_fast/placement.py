@@ -11,6 +11,7 @@ from torch import nn
 from transformers import T5EncoderModel
 
 from ddpo_fast.config import DDPOConfig
+from ddpo_fast.cpu_speed import fastest_threads, layers
 from ddpo_fast.device_memory import limit_memory
 from ddpo_fast.engine import compute_dtype, exact_weights
 from ddpo_fast.families import family_of_pipeline
@@ -26,6 +27,15 @@ from ddpo_fast.unet import (
     set_attention,
     set_gradient_checkpointing,
 )
+
+
+def fitting_threads(pipeline: Any, config: DDPOConfig, accelerator: Accelerator) -> int:
+    """The number of CPU threads of a run: the fastest for its networks on a CPU, PyTorch's own where a GPU computes."""
+    if accelerator.device.type != "cpu":
+        return torch.get_num_threads()
+    _, height, width = family_of_pipeline(pipeline).latent_shape
+    rows = config.sample_batch_size * config.rows_per_pair
+    return broadcast_from_main(accelerator, fastest_threads(layers(rows, height, width)))
 
 
 def place_networks(

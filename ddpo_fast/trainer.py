@@ -34,7 +34,7 @@ from ddpo_fast.measured import Measured
 from ddpo_fast.metrics import EpochTimer, approx_kl, clip_fraction
 from ddpo_fast.objectives import make_objective, refuse_own_loss
 from ddpo_fast.pipeline import DDPOStableDiffusionPipeline, DefaultDDPOStableDiffusionPipeline, check_pipeline
-from ddpo_fast.placement import compute_precision, place_networks, trainable_parameters
+from ddpo_fast.placement import compute_precision, fitting_threads, place_networks, trainable_parameters
 from ddpo_fast.policy import Policy, ratio_clip_range
 from ddpo_fast.ppo import PPO
 from ddpo_fast.processes import broadcast_from_main, check_launch, make_accelerator, with_launch_settings
@@ -125,7 +125,7 @@ class DDPOTrainer(ScoringMixin, FixedImagesMixin, CheckpointMixin, HubModel):
         self._own_loss()
         self.base = base_digest(sd_pipeline)
         self.measured = Measured(broadcast_from_main(self.accelerator, Measured.of_run(state, self._run_settings())))
-        self.measured.keep_threads()
+        self.measured.keep_threads(lambda: fitting_threads(sd_pipeline, settings, self.accelerator))
         okay, message = self._config_check()
         if not okay:
             raise ValueError(message)

@@ -26,6 +26,7 @@ from ddpo_fast.commands.options import (
 )
 from ddpo_fast.commands.reward_options import RewardArguments, with_absolute_models
 from ddpo_fast.config import DDPOConfig
+from ddpo_fast.cpu_speed import bf16_speedup
 from ddpo_fast.evaluation import distinct_prompts
 from ddpo_fast.families import with_family
 from ddpo_fast.pipeline import DefaultDDPOStableDiffusionPipeline
@@ -38,8 +39,8 @@ from ddpo_fast.trainer import DDPOTrainer
 
 # prompts whose images are compared before and after training
 EXAMPLE_PROMPTS = 8
-# what a processor can multiply bf16 by, as torch and as people name it, the fastest first
-MULTIPLIES_BF16 = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16"}
+# bf16 is suggested where it is this many times as fast as fp32
+WORTH_BF16 = 1.25
 
 
 def run(arguments: Sequence[str], dry_run: bool = False) -> None:
@@ -188,13 +189,13 @@ def make_absolute(options: RunArguments, namespace: Any) -> None:
 
 
 def precision_hint(config: DDPOConfig, given: set[str], device_type: str) -> str:
-    """A suggestion to train in bf16: for a new run that is in fp32 by default, on a processor that multiplies bf16."""
+    """A suggestion to train in bf16: for a new run in fp32 by default, on a processor that is faster in bf16."""
     if device_type != "cpu" or config.mixed_precision != "no" or config.resume_from or "mixed_precision" in given:
         return ""
-    # not every supported version of torch has this function
-    able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    unit = next((name for key, name in MULTIPLIES_BF16.items() if able.get(key)), "")
-    return f"training in fp32; this processor has {unit}, with which --mixed_precision bf16 is faster" if unit else ""
+    speedup = bf16_speedup()
+    if speedup < WORTH_BF16:
+        return ""
+    return f"training in fp32; with --mixed_precision bf16 this processor computes layers {speedup:.1f} times as fast"
 
 
 def recipe_lines(options: RunArguments, config: DDPOConfig, given: set[str]) -> list[str]:
