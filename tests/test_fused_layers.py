@@ -205,22 +205,27 @@ def everything(unet, **others):
     return output, torch.cat([gradient.flatten() for gradient in gradients.values()])
 
 
+def layers_of(unet: torch.nn.Module) -> int:
+    """How many layers with weights the network has."""
+    return sum(1 for module in unet.modules() if any(True for _ in module.parameters(recurse=False)))
+
+
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_as_exact_as_the_plain_unet_in_fp32(kind, lora):
     unet = make_unet(kind, lora)
     exact = everything(copy.deepcopy(unet).double())
-    assert_as_exact_as_plain(everything(fuse_unet(copy.deepcopy(unet))), everything(unet), exact)
+    assert_as_exact_as_plain(everything(fuse_unet(copy.deepcopy(unet))), everything(unet), exact, layers_of(unet))
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_as_exact_in_fp32_as_it_trains_on_a_device(kind, lora):
     unet = make_unet(kind, lora)
-    plain, exact = everything(unet), everything(copy.deepcopy(unet).double())
+    layers, plain, exact = layers_of(unet), everything(unet), everything(copy.deepcopy(unet).double())
     fuse_unet(unet.to(memory_format=torch.channels_last), fusing.faster_layers(DEVICE))
     sample = inputs_of(unet)["sample"].to(memory_format=torch.channels_last)
-    assert_as_exact_as_plain(everything(unet, sample=sample), plain, exact)
+    assert_as_exact_as_plain(everything(unet, sample=sample), plain, exact, layers)
 
 
 def test_norms_are_fused_on_a_cpu_where_their_cpp_runs():
