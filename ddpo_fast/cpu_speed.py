@@ -13,7 +13,7 @@ from torch.nn.functional import conv2d, silu
 # Timed calls for each number of threads and each precision, after one that is not timed.
 ROUNDS = 3
 # The bits of a run follow its number of threads. So fewer are taken only where they need no more than this share of the
-# time, which an idle machine gives at no number but PyTorch's, whatever the noise of so few calls.
+# time: the noise of so few calls should not decide.
 CLEARLY_FASTER = 0.8
 # Nor is a still smaller number tried where one takes this many times as long as the best.
 HOPELESS = 2

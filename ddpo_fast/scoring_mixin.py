@@ -47,7 +47,7 @@ class ScoringMixin:
     sample_health: SampleHealth
     stat_tracker: Any
     step_values: StepValues
-    # whether scoring was found to wait longer, in place of computing, than sampling beside it takes on a CPU
+    # whether the last scoring that was not overlapped waited for longer than overlapping it would slow sampling
     _scoring_waits = False
 
     def _hides_bar(self, is_inner: bool = True) -> bool | None:
